@@ -1,0 +1,36 @@
+/* The C kernels of fed_learn: the arithmetic of weighted averaging on flat arrays.
+ *
+ * Every function is single-threaded, allocates nothing, touches no Python object and may be called from any
+ * thread. The arithmetic is that of src/fed_learn/kernels/numpy.py, to the bit: float64 sums that start from the
+ * first product, products and sums rounded separately, one division, one rounding to the output dtype.
+ *
+ * Work comes as pieces. A piece is a run of `counts[i]` elements of one variable of dtype `dtypes[i]`; its
+ * addresses are consecutive entries of `pointers`, the output first.
+ */
+#ifndef FL_KERNELS_H
+#define FL_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+enum fl_status { FL_OK = 0, FL_BAD_DTYPE = 1, FL_NO_INPUT = 2 };
+
+enum fl_dtype {
+    FL_FLOAT16, FL_BFLOAT16, FL_FLOAT32, FL_FLOAT64, FL_BOOL,
+    FL_INT8, FL_INT16, FL_INT32, FL_INT64, FL_UINT8, FL_UINT16, FL_UINT32, FL_UINT64,
+    FL_DTYPES
+};
+
+/* output = round(sum_k weights[k] * input_k / total). Pointers: output, input_0 ... input_{n_inputs-1}. */
+int fl_weighted_mean(size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
+                     const int32_t *dtypes, const double *weights, double total);
+
+/* sums += weight * input. Pointers: sums (float64), input (of the piece's dtype). */
+int fl_accumulate(size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+                  double weight);
+
+/* output = round(sums / total). Pointers: output (of the piece's dtype), sums (float64). */
+int fl_divide(size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+              double total);
+
+#endif

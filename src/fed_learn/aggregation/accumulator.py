@@ -1,0 +1,227 @@
+"""The weighted mean of contributions as they stream in, in the memory of one."""
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import overload
+
+import numpy as np
+
+from fed_learn import kernels
+from fed_learn.aggregation.arrays import Outputs, flat
+from fed_learn.aggregation.exact import ExactSum, check_domain
+from fed_learn.contribution import Contribution, Kind, check_contribution
+from fed_learn.errors import (
+    DuplicateContributionError,
+    EmptyAggregationError,
+    FedLearnError,
+    KindError,
+    RoundError,
+    SumOverflowError,
+)
+from fed_learn.kernels.base import Float64Array
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
+
+
+class Accumulator:
+    """Averages contributions one at a time; keeps one float64 sum per element and none of the inputs.
+
+    The bits are those of `weighted_average` over the same contributions in the order in which they were added; with
+    `exact=True` any order and any tree of merges give the same bits. Not to be shared between threads without a lock;
+    can be pickled.
+
+    Args:
+        like: The global model: sets names, shapes, dtypes and order. None: the first contribution does.
+        exact: Sum exactly (see `fed_learn.aggregation.exact` for the domain and the memory it takes).
+        kernel: Name of the kernel; None: the current one, looked up now.
+
+    Raises:
+        KernelNameError, KernelUnavailableError: The kernel cannot be used.
+
+    Example:
+        >>> mean = Accumulator()
+        >>> mean.add({"w": np.float32([0, 1])}, 300, "site-1")
+        >>> mean.add({"w": np.float32([4, 1])}, 100, "site-2")
+        >>> mean.result(), mean.total_weight
+        ({'w': array([1., 1.], dtype=float32)}, 400.0)
+    """
+
+    def __init__(self, *, like: WeightDict | None = None, exact: bool = False, kernel: str | None = None) -> None:
+        self._kernel = kernels.resolve(kernel)
+        self._exact = exact
+        self._schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
+        self._sums: dict[str, Float64Array] = {}
+        self._exact_sums: dict[str, ExactSum] = {}
+        self._total: float | Fraction = Fraction() if exact else 0.0
+        self._count = 0
+        self._contributors: dict[str, None] = {}
+        self._kind: Kind | None = None
+        self._round: int | None = None
+
+    @property
+    def total_weight(self) -> float:
+        """The sum of the aggregation weights so far."""
+        return float(self._total)
+
+    @property
+    def contributors(self) -> tuple[str, ...]:
+        """Names of those that contributed so far; contributions without a name are not among them."""
+        return tuple(self._contributors)
+
+    def __len__(self) -> int:
+        """The number of contributions so far."""
+        return self._count
+
+    @overload
+    def add(self, weights: Contribution) -> None: ...
+    @overload
+    def add(self, weights: WeightDict, aggregation_weight: float, contributor: str | None = None) -> None: ...
+
+    def add(
+        self,
+        weights: WeightDict | Contribution,
+        aggregation_weight: float | None = None,
+        contributor: str | None = None,
+    ) -> None:
+        """Adds one contribution. It is checked whole before anything is added.
+
+        Args:
+            weights: A weight dict, or a `Contribution`, which brings the other two.
+            aggregation_weight: The scalar by which it counts.
+            contributor: Who sent it; the same name twice is refused. None: anonymous.
+
+        Raises:
+            ContributionError: It is refused; the class says why, the attributes who and where.
+            SumOverflowError: The sum of the aggregation weights leaves float64.
+            ExactDomainError: With `exact`, a value or weight outside of the domain.
+        """
+        if isinstance(weights, Contribution):
+            if aggregation_weight is not None or contributor is not None:
+                raise TypeError("a Contribution brings its own aggregation weight and contributor")
+            contribution = weights
+        else:
+            name = f"contribution {self._count}" if contributor is None else contributor
+            contribution = Contribution(name, weights, aggregation_weight)  # type: ignore[arg-type]
+        named = isinstance(weights, Contribution) or contributor is not None
+        arrays, factor = check_contribution(
+            contribution,
+            self._schema,
+            kind=self._kind,
+            round=self._round,
+            contributors=self._contributors if named else (),
+        )
+        self._check_total(factor)
+        if self._exact:
+            check_domain(arrays, factor, contribution.contributor)
+
+        if self._schema is None:
+            self._schema = Schema.of(arrays)
+        columns = {name: flat(arrays[name]) for name in self._schema}
+        if self._exact:
+            for name, x in columns.items():
+                self._exact_sums.setdefault(name, ExactSum(x.size)).add(x, factor)
+        else:
+            self._start(self._schema)
+            self._kernel.accumulate(list(self._sums.values()), list(columns.values()), factor)
+        self._total += Fraction(factor) if self._exact else factor
+        self._count += 1
+        self._kind = contribution.kind
+        self._round = contribution.round if self._round is None else self._round
+        if named:
+            self._contributors[contribution.contributor] = None
+
+    def merge(self, other: "Accumulator") -> None:
+        """Adds all that `other` holds, as if its contributions had been added here; `other` stays as it is.
+
+        Raises:
+            NamesError, ShapeError, DtypeError: The schemas differ.
+            DuplicateContributionError: A contributor is in both, or `other` is this accumulator.
+            KindError, RoundError: They hold contributions of different kinds or rounds.
+            FedLearnError: One is exact and the other is not.
+        """
+        if other is self:
+            raise DuplicateContributionError("an accumulator cannot be merged with itself")
+        if self._exact != other._exact:
+            raise FedLearnError("an exact and an ordinary accumulator cannot be merged")
+        if not other._count:
+            return
+        assert other._schema is not None
+        if self._schema is not None:
+            self._schema.check(_placeholders(other._schema), "other")
+        for contributor in other._contributors:
+            if contributor in self._contributors:
+                raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
+        if self._count and self._kind is not other._kind:
+            raise KindError(
+                f"other holds contributions of kind {other._kind}, expected {self._kind}",
+                kind=other._kind,
+                expected=self._kind,
+            )
+        if None not in (self._round, other._round) and self._round != other._round:
+            raise RoundError(
+                f"other holds contributions of round {other._round}, expected {self._round}",
+                round=other._round,
+                expected=self._round,
+            )
+        self._check_total(other.total_weight)
+
+        if self._schema is None:
+            self._schema = other._schema
+        if self._exact:
+            for name, exact in other._exact_sums.items():
+                self._exact_sums.setdefault(name, ExactSum(exact.size)).merge(exact)
+        else:
+            self._start(self._schema)
+            self._kernel.accumulate(
+                list(self._sums.values()), [other._sums[name] for name in self._sums], 1.0
+            )
+        self._total += other._total
+        self._count += other._count
+        self._kind = other._kind
+        self._round = other._round if self._round is None else self._round
+        self._contributors.update(other._contributors)
+
+    def result(self, out: WeightDict | None = None) -> WeightDict:
+        """The mean of what was added so far; more can be added afterwards.
+
+        Args:
+            out: A weight dict of the same schema to write the result to.
+
+        Returns:
+            A new dict in the order of the schema, or `out`.
+
+        Raises:
+            EmptyAggregationError: Nothing was added.
+            SumOverflowError: A sum left float64, although the inputs were finite. `weighted_average` has no such
+                limit.
+            OutputError: `out` cannot be written to.
+        """
+        if not self._count:
+            raise EmptyAggregationError("no contributions to average")
+        assert self._schema is not None
+        outputs = Outputs(self._schema, out)
+        if self._exact:
+            sums: Iterable[Float64Array] = (self._exact_sums[name].value() for name in self._schema)
+        else:
+            for name, array in self._sums.items():
+                if not np.isfinite(array).all():
+                    raise SumOverflowError(
+                        f"{name!r}: the sum left the range of float64; weighted_average can take such values",
+                        name=name,
+                    )
+            sums = self._sums.values()
+        self._kernel.divide(list(sums), self.total_weight, list(outputs.flat().values()))
+        return outputs.finish()
+
+    def _start(self, schema: Schema) -> None:
+        if not self._sums:
+            # -0.0 is the neutral element: sums then have the bits of sums that start from the first product.
+            self._sums = {name: np.full(math.prod(shape), -0.0) for name, (shape, _) in schema.items()}
+
+    def _check_total(self, factor: float) -> None:
+        if not math.isfinite(self.total_weight + factor):
+            raise SumOverflowError("the sum of the aggregation weights leaves the range of float64")
+
+
+def _placeholders(schema: Schema) -> dict[str, Array]:
+    return {name: np.broadcast_to(np.empty((), dtype), shape) for name, (shape, dtype) in schema.items()}

@@ -1,0 +1,288 @@
+"""What one client sends in one round, the checks it must pass, and the records a round leaves behind."""
+
+import enum
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field, replace
+from numbers import Real
+from typing import Any
+
+import numpy as np
+
+from fed_learn.errors import (
+    AggregationWeightError,
+    ContributionError,
+    DuplicateContributionError,
+    HandlerFailure,
+    KindError,
+    MetricError,
+    RoundError,
+)
+from fed_learn.weights import (
+    Array,
+    FrozenDict,
+    FrozenWeights,
+    Schema,
+    WeightDict,
+    as_weight_dict,
+    check_differences,
+    check_values,
+)
+
+
+class Kind(enum.StrEnum):
+    """What the weights of a contribution are."""
+
+    FULL = "full"
+    """The client's whole weights."""
+    DIFF = "diff"
+    """Its weights minus the global weights it received."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contribution:
+    """One client's weight dict with what is needed to aggregate it.
+
+    Nothing is checked here: contributions come from outside, and `check_contribution` (which every
+    aggregation calls) refuses a bad one with its contributor's name.
+
+    Attributes:
+        contributor: The name of the client; stable from round to round.
+        weights: Its weight dict. None once the weights are gone, as in a streaming server's records.
+        aggregation_weight: The scalar by which it counts: examples or iterations. Finite and > 0.
+        n_iter: Local iterations done.
+        round: The round it belongs to, from 0.
+        kind: Full weights, or the difference to the global model.
+        metrics: Numbers the client measured, by name; kept as a read-only copy.
+
+    Example:
+        >>> c = Contribution("site-1", {"w": np.ones(2)}, 120, n_iter=12, round=0, metrics={"loss": 0.3})
+        >>> c.contributor, c.aggregation_weight, c.metrics["loss"], c.kind
+        ('site-1', 120, 0.3, <Kind.FULL: 'full'>)
+    """
+
+    contributor: str
+    weights: WeightDict | None
+    aggregation_weight: float
+    n_iter: int | None = field(default=None, kw_only=True)
+    round: int | None = field(default=None, kw_only=True)
+    kind: Kind = field(default=Kind.FULL, kw_only=True)
+    metrics: Mapping[str, float] = field(default=None, kw_only=True)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", FrozenDict(self.metrics or {}))
+        if self.kind in tuple(Kind):
+            object.__setattr__(self, "kind", Kind(self.kind))
+
+    def frozen(self) -> "Contribution":
+        """The same with an own, read-only copy of the weights."""
+        return replace(self, weights=None if self.weights is None else FrozenWeights(self.weights))
+
+    def without_weights(self) -> "Contribution":
+        """The same with `weights=None`."""
+        return replace(self, weights=None)
+
+
+def check_aggregation_weight(value: object, contributor: str | None = None) -> float:
+    """The aggregation weight as a float.
+
+    Raises:
+        AggregationWeightError: It is missing, not a real number, not finite, zero or negative.
+
+    Example:
+        >>> check_aggregation_weight(np.int64(120))
+        120.0
+    """
+    problem = None
+    number = math.nan
+    if value is None:
+        problem = "is missing"
+    elif isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        problem = f"{value!r} is not a number"
+    else:
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if not math.isfinite(number):
+            problem = f"{number} is not finite"
+        elif number <= 0:
+            problem = f"{value!r} is not positive"
+    if problem is not None:
+        who = f"{contributor}: " if contributor is not None else ""
+        raise AggregationWeightError(
+            f"{who}aggregation weight {problem}", contributor=contributor, value=value
+        )
+    return number
+
+
+def check_contribution(
+    contribution: Contribution,
+    schema: Schema | None = None,
+    *,
+    kind: Kind | None = None,
+    round: int | None = None,
+    contributors: Container[str] = (),
+) -> tuple[dict[str, Array], float]:
+    """Checks a contribution whole, before any of it is used.
+
+    Args:
+        contribution: What a client sent. Untrusted.
+        schema: The names, shapes and dtypes it must have; None lets it set its own.
+        kind: The kind that is expected, if any.
+        round: The round that is expected, if any. A contribution that states none passes.
+        contributors: Names that have contributed already.
+
+    Returns:
+        The weights as plain arrays (shared, not copied) and the aggregation weight as a float.
+
+    Raises:
+        ContributionError: One of its children, naming the contributor, the variable and the cause.
+    """
+    who = contribution.contributor
+    if not isinstance(who, str) or not who:
+        raise ContributionError(f"contributor {who!r} is not a name")
+    if who in contributors:
+        raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
+    if round is not None and contribution.round is not None and contribution.round != round:
+        raise RoundError(
+            f"{who}: contribution is of round {contribution.round!r}, expected {round}",
+            contributor=who,
+            round=contribution.round,
+            expected=round,
+        )
+    if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
+        raise KindError(
+            f"{who}: contribution is of kind {str(contribution.kind)!r}, expected {kind or list(map(str, Kind))}",
+            contributor=who,
+            kind=contribution.kind,
+            expected=kind,
+        )
+    for metric, value in contribution.metrics.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise MetricError(
+                f"{who}: metric {metric!r} is {value!r}, not a number", contributor=who, metric=metric
+            )
+    aggregation_weight = check_aggregation_weight(contribution.aggregation_weight, who)
+    weights = as_weight_dict(contribution.weights, who)
+    if schema is None:
+        schema = Schema.of(weights, who)
+    schema.check(weights, who)
+    if contribution.kind is Kind.DIFF:
+        check_differences(schema, who)
+    check_values(weights, who)
+    return weights, aggregation_weight
+
+
+@dataclass(frozen=True, eq=False)
+class BestModel:
+    """The best model so far, as a handler found it.
+
+    Attributes:
+        round: For `BEST_RECEIVED` the round in which clients received it (the number of rounds, for the
+            final model); for `BEST_AGGREGATED` the round that produced it.
+        metric: Its score.
+        metric_name: What the score is.
+        weights: Its weights, read-only.
+    """
+
+    round: int
+    metric: float
+    metric_name: str
+    weights: FrozenWeights
+
+
+@dataclass(frozen=True, eq=False)
+class ValidationResult:
+    """What one client measured on one model that the server sent for validation.
+
+    Attributes:
+        contributor: The client that measured.
+        model: Which model: a client's name (its local best), `FINAL_MODEL` or `GLOBAL_BEST`.
+        metrics: The numbers, by name, named as in the client's contributions.
+        n_iter: Local iterations of the client's last contribution, by which selection may weigh.
+    """
+
+    contributor: str
+    model: str
+    metrics: Mapping[str, float]
+    n_iter: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", FrozenDict(self.metrics))
+
+
+FINAL_MODEL = "final"
+"""`ValidationResult.model` of the global model after the last round."""
+GLOBAL_BEST = "global_best"
+"""`ValidationResult.model` of the job's best global model in the cross-site validation."""
+
+
+@dataclass(frozen=True, eq=False)
+class ClientFailure:
+    """A contribution that was refused, or a client that left the job: who, and the error that says why."""
+
+    contributor: str
+    error: Exception
+
+    @property
+    def cause(self) -> str:
+        """The class of the error, such as `NonFiniteError`."""
+        return type(self.error).__name__
+
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {"contributor": self.contributor, "cause": self.cause, "message": str(self.error)}
+
+
+@dataclass(frozen=True, eq=False)
+class RoundReport:
+    """What happened in one round.
+
+    Attributes:
+        round: From 0.
+        accepted: Contributors whose contributions were averaged, by name.
+        rejected: Refused contributions, and why.
+        absent: Clients that sat this round out.
+        quits: Clients that left in this round, and why.
+        handler_failures: Handlers that raised.
+        metrics: Scores that handlers published in this round (`ContextKey.METRICS`).
+        total_weight: Sum of the aggregation weights.
+        aggregation_seconds: Time of the averaging alone.
+        aggregation_bytes: Bytes of the contributions that were read.
+        kernel: Name of the kernel that averaged.
+        seconds: Time of the whole round.
+        error: Why the round failed and left the global model as it was; None if it did not.
+    """
+
+    round: int
+    accepted: tuple[str, ...] = ()
+    rejected: tuple[ClientFailure, ...] = ()
+    absent: tuple[str, ...] = ()
+    quits: tuple[ClientFailure, ...] = ()
+    handler_failures: tuple[HandlerFailure, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=FrozenDict)
+    total_weight: float = 0.0
+    aggregation_seconds: float = 0.0
+    aggregation_bytes: int = 0
+    kernel: str = ""
+    seconds: float = 0.0
+    error: Exception | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: plain dicts, lists, strings and numbers."""
+        return {
+            "round": self.round,
+            "accepted": list(self.accepted),
+            "rejected": [failure.as_dict() for failure in self.rejected],
+            "absent": list(self.absent),
+            "quits": [failure.as_dict() for failure in self.quits],
+            "handler_failures": [str(failure) for failure in self.handler_failures],
+            "metrics": dict(self.metrics),
+            "total_weight": self.total_weight,
+            "aggregation_seconds": self.aggregation_seconds,
+            "aggregation_bytes": self.aggregation_bytes,
+            "kernel": self.kernel,
+            "seconds": self.seconds,
+            "error": None if self.error is None else str(self.error),
+        }

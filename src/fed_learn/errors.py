@@ -1,0 +1,191 @@
+"""Every error that fed_learn raises on purpose.
+
+One class per cause. Each is a `FedLearnError` and also the builtin that a caller would catch anyway
+(`ValueError`, `TypeError`, `KeyError`, `RuntimeError`, `OverflowError`), and carries who and what it is
+about as attributes, so that nobody has to parse a message.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+
+class FedLearnError(Exception):
+    """Base of all errors of this package.
+
+    Args:
+        message: The one line that is printed.
+        contributor: The client that the error is about, if any.
+        name: The variable (entry of a weight dict) that the error is about, if any.
+        **values: What else is known (`shape=`, `expected=`, `index=` …); each becomes an attribute.
+
+    Example:
+        >>> error = FedLearnError("no such thing", contributor="site-1", name="fc.weight", index=(0, 3))
+        >>> error.contributor, error.name, error.index
+        ('site-1', 'fc.weight', (0, 3))
+    """
+
+    contributor: str | None = None
+    name: str | None = None
+
+    def __init__(
+        self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any
+    ) -> None:
+        super().__init__(message)
+        self.contributor = contributor
+        self.name = name
+        self.__dict__.update(values)
+
+    def __str__(self) -> str:
+        # KeyError would print the repr of its message.
+        return str(self.args[0]) if self.args else ""
+
+    def __getattr__(self, attribute: str) -> Any:
+        # Only reached for what is not there; declared so that type checkers accept error.index and the like.
+        raise AttributeError(f"{type(self).__name__!r} carries no {attribute!r}")
+
+
+class ContributionError(FedLearnError):
+    """A contribution was refused. The aggregate is as if it had never come."""
+
+
+class WeightsTypeError(ContributionError, TypeError):
+    """The weights are not a mapping from `str` to `numpy.ndarray`."""
+
+
+class NamesError(ContributionError, KeyError):
+    """Variables are missing or extra. Attributes: `missing`, `extra` (tuples of names)."""
+
+
+class ShapeError(ContributionError, ValueError):
+    """A variable has another shape than the schema. Attributes: `shape`, `expected`."""
+
+
+class DtypeError(ContributionError, TypeError):
+    """A variable has another dtype than the schema, or one that cannot be averaged.
+
+    Attributes: `dtype`, `expected` (None when the dtype is refused whatever the schema says).
+    """
+
+
+class NonFiniteError(ContributionError, ValueError):
+    """A variable holds NaN or infinity. Attributes: `index` (tuple), `value`."""
+
+
+class IntegerRangeError(ContributionError, ValueError):
+    """An integer beyond ±2**53, where float64 sums are no longer exact. Attributes: `index`, `value`."""
+
+
+class AggregationWeightError(ContributionError, ValueError):
+    """The aggregation weight is missing, not a number, not finite or not positive. Attribute: `value`."""
+
+
+class RoundError(ContributionError, ValueError):
+    """The contribution belongs to another round. Attributes: `round`, `expected`."""
+
+
+class KindError(ContributionError, ValueError):
+    """Full weights where a difference is expected, or the reverse. Attributes: `kind`, `expected`."""
+
+
+class MetricError(ContributionError, ValueError):
+    """A metric is not a number, or the one that is asked for is missing. Attribute: `metric`."""
+
+
+class DuplicateContributionError(ContributionError, ValueError):
+    """The contributor already contributed to this aggregate."""
+
+
+class UnknownContributorError(ContributionError, ValueError):
+    """The contribution names a client that is not registered, or not the one that sent it."""
+
+
+class EmptyAggregationError(FedLearnError, ValueError):
+    """There is nothing to average: no contribution, hence a total weight of zero."""
+
+
+class OutputError(FedLearnError, ValueError):
+    """`out=` cannot take the result: not writable, not native byte order, or shared with an input."""
+
+
+class SumOverflowError(FedLearnError, OverflowError):
+    """A streaming sum in float64 left the range of float64 although every input was finite."""
+
+
+class ExactDomainError(FedLearnError, OverflowError):
+    """An `exact=True` sum left the domain on which its promise holds."""
+
+
+class TooFewContributionsError(FedLearnError, RuntimeError):
+    """Fewer contributions than `min_contributions`. Attributes: `count`, `required`, `round`."""
+
+
+class ClientQuitError(FedLearnError, RuntimeError):
+    """A client leaves the job of its own will."""
+
+
+class KernelNameError(FedLearnError, ValueError):
+    """No kernel has this name. Attribute: `valid` (tuple of names)."""
+
+
+class KernelUnavailableError(FedLearnError, RuntimeError):
+    """The kernel exists but cannot run here. Attribute: `reason`."""
+
+
+class ConfigError(FedLearnError, ValueError):
+    """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
+
+
+@dataclass(frozen=True, eq=False)
+class HandlerFailure:
+    """One handler that raised at one event.
+
+    Attributes:
+        event: The event that was fired.
+        handler: `module.Class` of the handler.
+        exception: What it raised.
+        rollback_exception: What its `rollback` raised on top of that, if anything.
+    """
+
+    event: str
+    handler: str
+    exception: Exception
+    rollback_exception: Exception | None = None
+
+    def __str__(self) -> str:
+        text = f"{self.handler} at {self.event}: {type(self.exception).__name__}: {self.exception}"
+        if self.rollback_exception is not None:
+            rollback = self.rollback_exception
+            text += f" (its rollback raised {type(rollback).__name__}: {rollback})"
+        return text
+
+
+class HandlerError(ExceptionGroup[Exception], FedLearnError):
+    """One or more handlers raised. An `ExceptionGroup` of the original exceptions, so `except*` works.
+
+    Attributes:
+        failures: A tuple of `HandlerFailure`, in the order in which they happened.
+    """
+
+    failures: tuple[HandlerFailure, ...]
+
+    def __new__(cls, failures: Sequence[HandlerFailure]) -> Self:
+        """Builds the group from the record of failures."""
+        message = f"{len(failures)} handler(s) failed: " + "; ".join(map(str, failures))
+        return super().__new__(cls, message, [failure.exception for failure in failures])
+
+    def __init__(self, failures: Sequence[HandlerFailure]) -> None:
+        FedLearnError.__init__(self, self.message)
+        self.failures = tuple(failures)
+
+    def __str__(self) -> str:
+        return self.message
+
+    def derive(self, excs: Sequence[Exception]) -> "HandlerError":  # type: ignore[override]
+        """Keeps the type and the matching records when `except*` splits the group."""
+        known = {id(failure.exception): failure for failure in self.failures}
+        # A part of a group that a handler raised has no record of its own.
+        return HandlerError([known.get(id(e), HandlerFailure("?", "?", e)) for e in excs])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return HandlerError, (self.failures,)

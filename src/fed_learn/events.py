@@ -1,0 +1,160 @@
+"""The named moments of a federated job, and `fire_event`, which lets handlers act on one.
+
+Handlers are transactions on the context: one that raises leaves no trace in it. This module knows handlers and
+contexts only by the methods it calls; `fed_learn.handlers.Handler` and `fed_learn.model_meta.FLContext` are those
+of the library.
+"""
+
+import enum
+import logging
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from fed_learn.errors import HandlerError, HandlerFailure
+
+logger = logging.getLogger(__name__)
+
+
+class EventType(enum.StrEnum):
+    """Events of a federated job; the values are those of Clara Train 3.1.
+
+    Example:
+        >>> EventType.START_ROUND == "_startRound"
+        True
+    """
+
+    BEFORE_AGGREGATION = "_beforeAggregation"
+    END_AGGREGATION = "_endAggregation"
+    START_ROUND = "_startRound"
+    END_ROUND = "_endRound"
+    CLIENT_REGISTER = "_clientRegister"
+    CLIENT_QUIT = "_clientQuit"
+    GET_MODEL = "_getModel"
+    SEND_MODEL = "_sendModel"
+    RECEIVE_MODEL = "_receiveModel"
+    RECEIVE_CONTRIBUTION = "_receiveContribution"
+    SEND_BEST_MODEL = "_sendBestModel"
+    SUBMIT_LOCAL_BEST_MODEL = "_submitLocalBestModel"
+    RECEIVE_VALIDATION_MODEL = "_receiveValidationModel"
+    SEND_VALIDATION_RESULTS = "_sendValidationResults"
+    RECEIVE_VALIDATION_RESULTS = "_receiveValidationResults"
+    STARTUP = "_startup"
+    SHUTDOWN = "_shutdown"
+
+
+class EventHandler(Protocol):
+    """What `fire_event` asks of a handler."""
+
+    def handle_event(self, event: str, ctx: Any) -> None:
+        """Acts on the event."""
+
+    def rollback(self, ctx: Any) -> None:
+        """Undoes what the handler did beyond the bindings of the context."""
+
+
+class Transactional(Protocol):
+    """What `fire_event` asks of a context."""
+
+    def snapshot(self) -> Any:
+        """The bindings as they are."""
+
+    def restore(self, snapshot: Any) -> None:
+        """Puts them back."""
+
+
+def fire_event(event: str, handlers: Sequence[EventHandler], ctx: Transactional) -> None:
+    """Lets each handler act on an event, in list order (SHUTDOWN: in reverse).
+
+    A handler that raises an `Exception` is rolled back: its `rollback(ctx)` is called on the context as it is,
+    then every binding of the context, its model and its metadata are put back as they were before that
+    handler ran. The others still run. `KeyboardInterrupt` and its like restore the context and are raised at
+    once. At STARTUP the first failure ends it: the handlers that had started are shut down in reverse.
+
+    Args:
+        event: One of `EventType`, or any other string, which handlers ignore unless they know it.
+        handlers: The chain of handlers.
+        ctx: The context, passed to each handler as it is.
+
+    Raises:
+        HandlerError: Some handler raised; holds every original exception.
+
+    Example:
+        >>> from fed_learn import FLContext, Handler
+        >>> class Greeter(Handler):
+        ...     def start_round(self, ctx):
+        ...         ctx.set_prop("greeting", "hello")
+        >>> ctx = FLContext()
+        >>> fire_event(EventType.START_ROUND, [Greeter()], ctx)
+        >>> ctx.get_prop("greeting")
+        'hello'
+    """
+    chain = list(handlers)
+    if event == EventType.SHUTDOWN:
+        chain.reverse()
+    failures: list[HandlerFailure] = []
+    started: list[EventHandler] = []
+    try:
+        for handler in chain:
+            failure = _run(event, handler, ctx)
+            if failure is None:
+                started.append(handler)
+                continue
+            failures.append(failure)
+            if event == EventType.STARTUP:
+                break
+    except BaseException:
+        if event == EventType.STARTUP:
+            shut_down(started, ctx)  # logs what fails; the interrupt matters more
+        raise
+    if failures and event == EventType.STARTUP:
+        failures += shut_down(started, ctx)
+    if failures:
+        raise HandlerError(failures)
+
+
+def shut_down(handlers: Sequence[EventHandler], ctx: Transactional) -> tuple[HandlerFailure, ...]:
+    """Fires SHUTDOWN so that every handler gets it, in reverse order, whatever happens in between.
+
+    Returns:
+        What failed; it has been logged.
+
+    Raises:
+        BaseException: The last interrupt that struck, after all handlers had their SHUTDOWN.
+    """
+    failures: list[HandlerFailure] = []
+    interrupt: BaseException | None = None
+    for handler in reversed(handlers):
+        try:
+            failure = _run(EventType.SHUTDOWN, handler, ctx)
+        except BaseException as error:  # noqa: BLE001 - raised below, once all are shut down
+            interrupt = error
+        else:
+            failures += [failure] if failure is not None else []
+    if interrupt is not None:
+        raise interrupt
+    return tuple(failures)
+
+
+def _run(event: str, handler: EventHandler, ctx: Transactional) -> HandlerFailure | None:
+    """Runs one handler as a transaction on the context."""
+    before = ctx.snapshot()
+    try:
+        handler.handle_event(event, ctx)
+        return None
+    except Exception as error:  # noqa: BLE001 - recorded, and raised by the caller
+        rollback_error = None
+        try:
+            handler.rollback(ctx)
+        except Exception as second:  # noqa: BLE001 - recorded
+            rollback_error = second
+        except BaseException:
+            ctx.restore(before)
+            raise
+        ctx.restore(before)
+        name = f"{type(handler).__module__}.{type(handler).__qualname__}"
+        failure = HandlerFailure(str(event), name, error, rollback_error)
+        logger.error("handler failed: %s", failure, exc_info=rollback_error or error)
+        return failure
+    except BaseException:
+        ctx.restore(before)
+        raise

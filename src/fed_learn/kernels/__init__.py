@@ -1,0 +1,138 @@
+"""Implementations of the arithmetic, and which one is used.
+
+`auto` takes `native` where the extension was built, else `numpy`. All kernels give the same bits, so the choice is
+one of speed. It is made by, in this order: the `kernel=` argument of a call, `use(name)`, `FED_LEARN_KERNEL`, auto.
+Nothing falls back silently: a kernel that is named and cannot run is an error.
+
+Example:
+    >>> import fed_learn as fl
+    >>> with fl.kernels.use("numpy"):
+    ...     fl.kernels.current()
+    'numpy'
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from fed_learn.errors import KernelNameError, KernelUnavailableError
+from fed_learn.kernels.base import Kernel, Segment
+from fed_learn.kernels.threads import get_num_threads, set_num_threads
+
+__all__ = [
+    "Kernel",
+    "Segment",
+    "available",
+    "current",
+    "get_num_threads",
+    "resolve",
+    "set_num_threads",
+    "unavailable",
+    "use",
+]
+
+_forced: ContextVar[str | None] = ContextVar("fed_learn_kernel", default=None)
+
+
+def _load_native() -> Kernel:
+    try:
+        from fed_learn.kernels.native import NativeKernel
+    except ImportError as error:
+        raise KernelUnavailableError(
+            f"kernel 'native' is not available: {error}. The C extension was not built when fed-learn was "
+            "installed, most likely for want of a C compiler; install again with FED_LEARN_REQUIRE_NATIVE=1 to "
+            "see why",
+            reason=f"the C extension was not built ({error})",
+        ) from error
+    return NativeKernel()
+
+
+def _load_numpy() -> Kernel:
+    from fed_learn.kernels.numpy import NumpyKernel
+
+    return NumpyKernel()
+
+
+# In the order of preference.
+_LOADERS: dict[str, Callable[[], Kernel]] = {"native": _load_native, "numpy": _load_numpy}
+
+
+@functools.cache
+def _load(name: str) -> Kernel:
+    return _LOADERS[name]()
+
+
+def unavailable() -> dict[str, str]:
+    """The kernels that cannot run here, with the reason."""
+    reasons = {}
+    for name in _LOADERS:
+        try:
+            _load(name)
+        except KernelUnavailableError as error:
+            reasons[name] = str(error.reason)
+    return reasons
+
+
+def available() -> tuple[str, ...]:
+    """Names of the kernels that can run here, the preferred one first.
+
+    Example:
+        >>> "numpy" in available()
+        True
+    """
+    missing = unavailable()
+    return tuple(name for name in _LOADERS if name not in missing)
+
+
+def resolve(kernel: str | None = None) -> Kernel:
+    """The kernel to use: the one named, else the one set by `use`, else by `FED_LEARN_KERNEL`, else auto.
+
+    Args:
+        kernel: A name, `"auto"` or None.
+
+    Raises:
+        KernelNameError: No kernel has this name; says which have.
+        KernelUnavailableError: It cannot run here; says why.
+    """
+    source, name = "kernel", kernel
+    if name is None:
+        name = _forced.get()
+    if name is None:
+        source, name = "FED_LEARN_KERNEL", os.environ.get("FED_LEARN_KERNEL") or "auto"
+    valid = ("auto", *_LOADERS)
+    if name not in valid:
+        raise KernelNameError(f"{source} {name!r} is unknown; valid are {', '.join(valid)}", valid=valid)
+    return _load(available()[0] if name == "auto" else name)
+
+
+def current() -> str:
+    """The name of the kernel that a call without `kernel=` uses now.
+
+    Raises:
+        KernelNameError, KernelUnavailableError: `FED_LEARN_KERNEL` names one that cannot be used.
+    """
+    return resolve().name
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Makes calls within the `with` block use a kernel.
+
+    The choice belongs to the current thread or task and is looked up once at each call, in the caller, so the
+    threads that a call starts follow it.
+
+    Args:
+        name: A kernel's name, or `"auto"`.
+
+    Raises:
+        KernelNameError: No kernel has this name.
+        KernelUnavailableError: It cannot run here.
+    """
+    resolve(name)
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)

@@ -1,0 +1,56 @@
+"""The numpy kernel: the readable reference of the arithmetic, and the one that works everywhere."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fed_learn.kernels.base import Float64Array, Segment
+from fed_learn.weights import Array
+
+TILE = 1 << 16
+"""Elements at a time: bounds the memory of the intermediate float64 arrays."""
+LARGEST = float(np.finfo(np.float64).max)
+
+
+class NumpyKernel:
+    """`Kernel` in plain numpy, on one thread."""
+
+    name = "numpy"
+
+    def weighted_mean(self, segments: Sequence[Segment], weights: Float64Array, total: float) -> None:
+        """See `Kernel.weighted_mean`."""
+        for segment in segments:
+            for start in range(0, segment.output.size, TILE):
+                tile = slice(start, start + TILE)
+                with np.errstate(all="ignore"):
+                    acc = weights[0] * segment.inputs[0][tile].astype(np.float64)
+                    for a, x in zip(weights[1:], segment.inputs[1:], strict=True):
+                        acc += a * x[tile].astype(np.float64)
+                _finish(acc, total, segment.output[tile])
+
+    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], weight: float) -> None:
+        """See `Kernel.accumulate`."""
+        for acc, x in zip(sums, inputs, strict=True):
+            for start in range(0, acc.size, TILE):
+                tile = slice(start, start + TILE)
+                with np.errstate(all="ignore"):
+                    acc[tile] += weight * x[tile].astype(np.float64)
+
+    def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> None:
+        """See `Kernel.divide`."""
+        for acc, output in zip(sums, outputs, strict=True):
+            for start in range(0, acc.size, TILE):
+                tile = slice(start, start + TILE)
+                _finish(acc[tile], total, output[tile])
+
+
+def _finish(acc: Float64Array, total: float, output: Array) -> None:
+    with np.errstate(all="ignore"):
+        # The mean of finite values is finite; only its rounding could leave the range.
+        mean = np.clip(acc / total, -LARGEST, LARGEST)
+        if output.dtype.kind in "iub":
+            output[...] = np.rint(mean).astype(output.dtype)
+        elif output.dtype.itemsize == 2:
+            output[...] = mean.astype(np.float32).astype(output.dtype)
+        else:
+            output[...] = mean.astype(output.dtype)

@@ -1,0 +1,96 @@
+"""The small thread pool on which kernels split their work by bytes.
+
+It is shared by all kernels, made when first needed, made anew in a forked child, and is not the pool in which a
+simulation trains its clients.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+SMALLEST_SHARE = 1 << 18
+"""Bytes per thread below which another thread costs more than it brings."""
+
+_num_threads: int | None = None
+_pool: ThreadPoolExecutor | None = None
+
+
+def set_num_threads(n: int | None) -> None:
+    """Sets how many threads a kernel may use; the result has the same bits whatever it is.
+
+    Args:
+        n: At least 1, or None for the default: `FED_LEARN_NUM_THREADS`, else the usable processors.
+
+    Raises:
+        ValueError: `n` is smaller than 1.
+
+    Example:
+        >>> set_num_threads(2)
+        >>> get_num_threads()
+        2
+        >>> set_num_threads(None)
+    """
+    global _num_threads, _pool
+    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
+        raise ValueError(f"the number of threads must be an int of at least 1, not {n!r}")
+    if n != _num_threads and _pool is not None:
+        _pool.shutdown(wait=False)
+        _pool = None
+    _num_threads = n
+
+
+def get_num_threads() -> int:
+    """How many threads a kernel may use.
+
+    Raises:
+        ValueError: `FED_LEARN_NUM_THREADS` is set to something else than a number of at least 1.
+    """
+    if _num_threads is not None:
+        return _num_threads
+    setting = os.environ.get("FED_LEARN_NUM_THREADS", "")
+    if setting:
+        if not setting.isdecimal() or int(setting) < 1:
+            raise ValueError(f"FED_LEARN_NUM_THREADS must be a number of at least 1, not {setting!r}")
+        return int(setting)
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_for(num_bytes: int) -> int:
+    """How many threads pay for work that reads and writes `num_bytes`."""
+    return max(1, min(get_num_threads(), num_bytes // SMALLEST_SHARE))
+
+
+def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
+    """Calls `function` on each share, side by side; the first share on the calling thread.
+
+    Raises:
+        BaseException: What the first failing share raised, once all have ended.
+    """
+    if len(shares) == 1:
+        function(shares[0])
+        return
+    global _pool
+    if _pool is None:
+        _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
+    futures = [_pool.submit(function, share) for share in shares[1:]]
+    try:
+        function(shares[0])
+    finally:
+        errors = [future.exception() for future in futures]  # waits: the arrays must outlive the threads
+    for error in errors:
+        if error is not None:
+            raise error
+
+
+def _forget_pool() -> None:
+    global _pool
+    _pool = None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)

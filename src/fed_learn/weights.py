@@ -1,0 +1,320 @@
+"""Weight dicts: what one is, its schema, and the checks of names, shapes, dtypes and values.
+
+A weight dict is a `dict[str, numpy.ndarray]`, parameter name → array. This module knows nothing of clients,
+kernels or frameworks; who sent a weight dict is only passed through into the errors.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, Self, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from fed_learn.errors import (
+    DtypeError,
+    FedLearnError,
+    IntegerRangeError,
+    NamesError,
+    NonFiniteError,
+    ShapeError,
+    WeightsTypeError,
+)
+
+Array: TypeAlias = npt.NDArray[Any]
+"""An array of any supported dtype."""
+
+WeightDict: TypeAlias = Mapping[str, Array]
+"""What the library accepts; what it returns is a plain `dict` or, where it is kept, a `FrozenWeights`."""
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FLOATS = tuple(map(np.dtype, ("float16", BFLOAT16, "float32", "float64")))
+INTEGERS = tuple(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")))
+SUPPORTED_DTYPES = frozenset((*FLOATS, *INTEGERS, np.dtype(bool)))
+
+LARGEST_EXACT_INTEGER = 2**53
+"""Up to here every integer is a float64, which is what sums are kept in."""
+
+
+class FrozenDict(dict[str, Any]):
+    """A `dict` that cannot be changed: what the library hands to handlers.
+
+    Example:
+        >>> metrics = FrozenDict(accuracy=0.5)
+        >>> metrics["accuracy"] = 1.0
+        Traceback (most recent call last):
+        ...
+        TypeError: FrozenDict cannot be changed; make a dict(...) of it first
+    """
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError(f"{type(self).__name__} cannot be changed; make a dict(...) of it first")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (dict(self),)
+
+
+class FrozenWeights(FrozenDict):
+    """An own, read-only copy of a weight dict: C-contiguous, native byte order, `writeable=False`.
+
+    Freezing a `FrozenWeights` again shares its arrays: nobody can change them.
+
+    Args:
+        weights: Any weight dict. Its arrays are copied.
+
+    Example:
+        >>> mine = {"w": np.zeros(2, np.float32)}
+        >>> kept = FrozenWeights(mine)
+        >>> mine["w"][0] = 7
+        >>> kept["w"].tolist(), kept["w"].flags.writeable
+        ([0.0, 0.0], False)
+    """
+
+    def __init__(self, weights: WeightDict) -> None:
+        if isinstance(weights, FrozenWeights):
+            super().__init__(weights)
+            return
+        own = {name: np.array(a, dtype=native_dtype(a.dtype), order="C") for name, a in weights.items()}
+        for array in own.values():
+            array.flags.writeable = False
+        super().__init__(own)
+
+
+def native_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The same dtype in this machine's byte order.
+
+    Example:
+        >>> native_dtype(np.dtype(">f4")) == np.float32
+        True
+    """
+    return dtype.newbyteorder("=")
+
+
+def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str, Array]:
+    """Checks that `weights` is a mapping from `str` to arrays; returns a new dict that shares them.
+
+    numpy scalars are taken as 0-d arrays, since arithmetic on 0-d arrays yields scalars.
+
+    Args:
+        weights: What came from outside.
+        contributor: Who sent it, for the error.
+
+    Returns:
+        A plain dict of plain `numpy.ndarray`, in the order of `weights`.
+
+    Raises:
+        WeightsTypeError: For anything else.
+
+    Example:
+        >>> as_weight_dict({"steps": np.int64(3)})
+        {'steps': array(3)}
+    """
+    if not isinstance(weights, Mapping):
+        raise WeightsTypeError(
+            f"{_who(contributor)}weights are a {type(weights).__name__}, not a dict of numpy arrays",
+            contributor=contributor,
+        )
+    arrays: dict[str, Array] = {}
+    for name, value in weights.items():
+        if not isinstance(name, str):
+            raise WeightsTypeError(
+                f"{_who(contributor)}variable name {name!r} is a {type(name).__name__}, not a str",
+                contributor=contributor,
+            )
+        if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
+            raise WeightsTypeError(
+                f"{_who(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, "
+                "not a numpy array",
+                contributor=contributor,
+                name=name,
+            )
+        arrays[name] = np.asarray(value)
+    return arrays
+
+
+class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
+    """The names, shapes and dtypes that a weight dict must have: name → `(shape, dtype)`.
+
+    Example:
+        >>> schema = Schema.of({"w": np.zeros((2, 3), np.float32)})
+        >>> schema.check({"w": np.zeros((2, 3), np.float64)}, contributor="site-1")
+        Traceback (most recent call last):
+        ...
+        fed_learn.errors.DtypeError: site-1: 'w' has dtype float64, expected float32
+    """
+
+    @classmethod
+    def of(cls, weights: WeightDict, contributor: str | None = None) -> Self:
+        """The schema of `weights`.
+
+        Raises:
+            DtypeError: For a dtype that cannot be averaged (complex, float8, strings, objects, void …).
+        """
+        schema = cls()
+        for name, array in weights.items():
+            dtype = native_dtype(array.dtype)
+            if dtype not in SUPPORTED_DTYPES:
+                raise DtypeError(
+                    f"{_who(contributor, name)}has dtype {array.dtype}, which cannot be averaged",
+                    contributor=contributor,
+                    name=name,
+                    dtype=array.dtype,
+                    expected=None,
+                )
+            schema[name] = (array.shape, dtype)
+        return schema
+
+    def check(self, weights: WeightDict, contributor: str | None = None) -> None:
+        """Refuses weights whose names, shapes or dtypes differ; byte order and strides do not matter.
+
+        Raises:
+            NamesError: Names are missing or extra.
+            DtypeError: A dtype differs.
+            ShapeError: A shape differs; nothing is ever broadcast.
+        """
+        if weights.keys() != self.keys():
+            missing = tuple(name for name in self if name not in weights)
+            extra = tuple(name for name in weights if name not in self)
+            parts = [f"{what} {_some(names)}" for what, names in (("misses", missing), ("adds", extra)) if names]
+            raise NamesError(
+                f"{_who(contributor)}has other variables than expected: {' and '.join(parts)}",
+                contributor=contributor,
+                name=(missing or extra)[0],
+                missing=missing,
+                extra=extra,
+            )
+        for name, (shape, dtype) in self.items():
+            array = weights[name]
+            if native_dtype(array.dtype) != dtype:
+                raise DtypeError(
+                    f"{_who(contributor, name)}has dtype {array.dtype}, expected {dtype}",
+                    contributor=contributor,
+                    name=name,
+                    dtype=array.dtype,
+                    expected=dtype,
+                )
+            if array.shape != shape:
+                raise ShapeError(
+                    f"{_who(contributor, name)}has shape {array.shape}, expected {shape}",
+                    contributor=contributor,
+                    name=name,
+                    shape=array.shape,
+                    expected=shape,
+                )
+
+
+def check_values(weights: WeightDict, contributor: str | None = None) -> None:
+    """Refuses NaN, infinity, and integers that a float64 sum could not hold.
+
+    Raises:
+        NonFiniteError: A floating-point value is NaN or infinite; says which.
+        IntegerRangeError: An integer lies beyond ±2**53; says which.
+    """
+    for name, array in weights.items():
+        error: type[FedLearnError]
+        if array.dtype.kind in "iu":
+            if array.dtype.itemsize < 8 or not array.size:
+                continue
+            if -LARGEST_EXACT_INTEGER <= array.min() and array.max() <= LARGEST_EXACT_INTEGER:
+                continue
+            bad = (array > LARGEST_EXACT_INTEGER) | (array < -LARGEST_EXACT_INTEGER)
+            error, what = IntegerRangeError, "is beyond 2**53, where averages would not be exact"
+        elif array.dtype.kind == "b":
+            continue
+        else:
+            finite = np.isfinite(array)
+            if finite.all():
+                continue
+            bad = ~finite
+            error, what = NonFiniteError, "is not finite"
+        index = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
+        value = array[index].item()
+        raise error(
+            f"{_who(contributor, name)}at index {index}: {value} {what}",
+            contributor=contributor,
+            name=name,
+            index=index,
+            value=value,
+        )
+
+
+def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
+    """`weights − base` per variable, taken in float64 (integers exactly) and rounded to the dtype.
+
+    Args:
+        weights: A weight dict.
+        base: What it started from, with the same schema.
+
+    Raises:
+        DtypeError: For booleans and unsigned integers, which cannot hold a negative difference.
+        NonFiniteError, IntegerRangeError: The difference leaves the range of the dtype.
+        NamesError, ShapeError, DtypeError: The two do not have the same schema.
+
+    Example:
+        >>> difference({"w": np.float32([3, 1])}, {"w": np.float32([1, 2])})
+        {'w': array([ 2., -1.], dtype=float32)}
+    """
+    schema = Schema.of(base)
+    schema.check(weights)
+    check_differences(schema)
+    return _rounded({name: _wide(weights[name]) - _wide(base[name]) for name in schema}, schema)
+
+
+def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
+    """`base + diff` per variable, with the arithmetic of `difference`.
+
+    Raises:
+        NonFiniteError, IntegerRangeError: The sum leaves the range of the dtype.
+        NamesError, ShapeError, DtypeError: The two do not have the same schema.
+
+    Example:
+        >>> add_difference({"w": np.float32([1, 2])}, {"w": np.float32([2, -1])})
+        {'w': array([3., 1.], dtype=float32)}
+    """
+    schema = Schema.of(base)
+    schema.check(diff)
+    check_differences(schema)
+    return _rounded({name: _wide(base[name]) + _wide(diff[name]) for name in schema}, schema)
+
+
+def check_differences(schema: Schema, contributor: str | None = None) -> None:
+    """Refuses a schema whose differences its own dtypes cannot hold.
+
+    Raises:
+        DtypeError: A variable is boolean or an unsigned integer.
+    """
+    for name, (_, dtype) in schema.items():
+        if dtype.kind in "bu":
+            raise DtypeError(
+                f"{_who(contributor, name)}has dtype {dtype}, which cannot hold a difference; send full weights",
+                contributor=contributor,
+                name=name,
+                dtype=dtype,
+                expected=None,
+            )
+
+
+def _wide(array: Array) -> Array:
+    return array.astype(np.int64 if array.dtype.kind == "i" else np.float64)
+
+
+def _rounded(wide: WeightDict, schema: Schema) -> dict[str, Array]:
+    with np.errstate(all="ignore"):  # what overflows is reported by name below
+        narrow = {name: np.asarray(wide[name]).astype(dtype) for name, (_, dtype) in schema.items()}
+    check_values(narrow)
+    for name, array in narrow.items():
+        if array.dtype.kind == "i" and not np.array_equal(array, wide[name]):
+            raise IntegerRangeError(f"{name!r} leaves the range of {array.dtype}", name=name)
+    return narrow
+
+
+def _who(contributor: str | None, name: str | None = None) -> str:
+    return (f"{contributor}: " if contributor is not None else "") + (f"{name!r} " if name is not None else "")
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    listed = list(names)
+    shown = ", ".join(repr(name) for name in listed[:most])
+    return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")
