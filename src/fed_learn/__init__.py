@@ -1,5 +1,98 @@
-"""fed_learn"""
+"""fed_learn: the layer between a training framework and a federated-learning stack.
+
+Handlers act on the events of a federated job; contributions are averaged with one correctly rounded result, the same
+bits everywhere.
+
+Example:
+    >>> import numpy as np, fed_learn as fl
+    >>> hospital_a, hospital_b = {"w": np.float32([0, 1])}, {"w": np.float32([4, 1])}
+    >>> fl.weighted_average([hospital_a, hospital_b], [300, 100])
+    {'w': array([1., 1.], dtype=float32)}
+"""
+
 from fed_learn import kernels
 from fed_learn.aggregation import Accumulator, weighted_average
-from fed_learn.contribution import *
-from fed_learn.model_meta import *
+from fed_learn.client import FederatedClient
+from fed_learn.components import Learner, ModelEvaluator, TrainingResult
+from fed_learn.contribution import BestModel, Contribution, Kind, RoundReport, ValidationResult
+from fed_learn.errors import (
+    AggregationWeightError,
+    ClientQuitError,
+    ConfigError,
+    ContributionError,
+    DtypeError,
+    DuplicateContributionError,
+    EmptyAggregationError,
+    ExactDomainError,
+    FedLearnError,
+    HandlerError,
+    IntegerRangeError,
+    KernelNameError,
+    KernelUnavailableError,
+    KindError,
+    MetricError,
+    NamesError,
+    NonFiniteError,
+    OutputError,
+    RoundError,
+    ShapeError,
+    SumOverflowError,
+    TooFewContributionsError,
+    UnknownContributorError,
+    WeightsTypeError,
+)
+from fed_learn.events import EventType, fire_event
+from fed_learn.handlers import Handler, ModelSelectionHandler, ServerValidationHandler
+from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.server import FederatedServer, JobResult
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accumulator",
+    "AggregationWeightError",
+    "BestModel",
+    "ClientQuitError",
+    "ConfigError",
+    "ContextKey",
+    "Contribution",
+    "ContributionError",
+    "DtypeError",
+    "DuplicateContributionError",
+    "EmptyAggregationError",
+    "EventType",
+    "ExactDomainError",
+    "FLContext",
+    "FedLearnError",
+    "FederatedClient",
+    "FederatedServer",
+    "Handler",
+    "HandlerError",
+    "IntegerRangeError",
+    "JobResult",
+    "KernelNameError",
+    "KernelUnavailableError",
+    "Kind",
+    "KindError",
+    "Learner",
+    "MetricError",
+    "ModelData",
+    "ModelEvaluator",
+    "ModelSelectionHandler",
+    "NamesError",
+    "NonFiniteError",
+    "OutputError",
+    "RoundError",
+    "RoundReport",
+    "ServerValidationHandler",
+    "ShapeError",
+    "SumOverflowError",
+    "TooFewContributionsError",
+    "TrainingResult",
+    "UnknownContributorError",
+    "ValidationResult",
+    "WeightsTypeError",
+    "fire_event",
+    "kernels",
+    "weighted_average",
+]

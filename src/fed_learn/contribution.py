@@ -4,7 +4,7 @@ import enum
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from fed_learn.weights import (
     WeightDict,
     as_weight_dict,
     check_differences,
+    check_integers,
     check_values,
 )
 
@@ -67,7 +68,7 @@ class Contribution:
     n_iter: int | None = field(default=None, kw_only=True)
     round: int | None = field(default=None, kw_only=True)
     kind: Kind = field(default=Kind.FULL, kw_only=True)
-    metrics: Mapping[str, float] = field(default=None, kw_only=True)  # type: ignore[assignment]
+    metrics: Mapping[str, float] = field(default_factory=FrozenDict, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", FrozenDict(self.metrics or {}))
@@ -110,9 +111,7 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
             problem = f"{value!r} is not positive"
     if problem is not None:
         who = f"{contributor}: " if contributor is not None else ""
-        raise AggregationWeightError(
-            f"{who}aggregation weight {problem}", contributor=contributor, value=value
-        )
+        raise AggregationWeightError(f"{who}aggregation weight {problem}", contributor=contributor, value=value)
     return number
 
 
@@ -123,6 +122,7 @@ def check_contribution(
     kind: Kind | None = None,
     round: int | None = None,
     contributors: Container[str] = (),
+    scan: bool = True,
 ) -> tuple[dict[str, Array], float]:
     """Checks a contribution whole, before any of it is used.
 
@@ -132,6 +132,7 @@ def check_contribution(
         kind: The kind that is expected, if any.
         round: The round that is expected, if any. A contribution that states none passes.
         contributors: Names that have contributed already.
+        scan: Look for NaN and infinity. Without, the caller sees to it that none gets through.
 
     Returns:
         The weights as plain arrays (shared, not copied) and the aggregation weight as a float.
@@ -160,9 +161,9 @@ def check_contribution(
         )
     for metric, value in contribution.metrics.items():
         if not isinstance(value, Real) or isinstance(value, bool):
-            raise MetricError(
-                f"{who}: metric {metric!r} is {value!r}, not a number", contributor=who, metric=metric
-            )
+            raise MetricError(f"{who}: metric {metric!r} is {value!r}, not a number", contributor=who, metric=metric)
+    if contribution.n_iter is not None and not isinstance(contribution.n_iter, Integral):
+        raise MetricError(f"{who}: n_iter is {contribution.n_iter!r}, not an int", contributor=who, metric="n_iter")
     aggregation_weight = check_aggregation_weight(contribution.aggregation_weight, who)
     weights = as_weight_dict(contribution.weights, who)
     if schema is None:
@@ -170,7 +171,10 @@ def check_contribution(
     schema.check(weights, who)
     if contribution.kind is Kind.DIFF:
         check_differences(schema, who)
-    check_values(weights, who)
+    if scan:
+        check_values(weights, who)
+    else:
+        check_integers(weights, who)
     return weights, aggregation_weight
 
 

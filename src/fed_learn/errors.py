@@ -28,9 +28,7 @@ class FedLearnError(Exception):
     contributor: str | None = None
     name: str | None = None
 
-    def __init__(
-        self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any
-    ) -> None:
+    def __init__(self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any) -> None:
         super().__init__(message)
         self.contributor = contributor
         self.name = name

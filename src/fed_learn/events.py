@@ -141,7 +141,7 @@ def _run(event: str, handler: EventHandler, ctx: Transactional) -> HandlerFailur
     try:
         handler.handle_event(event, ctx)
         return None
-    except Exception as error:  # noqa: BLE001 - recorded, and raised by the caller
+    except Exception as error:
         rollback_error = None
         try:
             handler.rollback(ctx)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from fed_learn.contribution import BestModel
 from fed_learn.weights import FrozenDict, WeightDict
 
 
@@ -35,8 +36,6 @@ class ContextKey(enum.StrEnum):
     """`BestModel` among those just aggregated; set by ServerValidationHandler."""
     STOP = "_stop"
     """Set to a reason (a str) before END_AGGREGATION to make this round the last."""
-    RESULT = "_result"
-    """Server, at SHUTDOWN of a job that ran to its end: its `JobResult`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +125,12 @@ class FLContext(dict[str, Any]):
     def publish_metric(self, name: str, value: float) -> None:
         """Adds a score of this round to `ContextKey.METRICS`, where reports and logs find it."""
         self[ContextKey.METRICS] = FrozenDict({**self.get(ContextKey.METRICS, {}), name: float(value)})
+
+    @property
+    def best_model(self) -> BestModel | None:
+        """The job's best model: `BEST_AGGREGATED` where there is one, else `BEST_RECEIVED`, else None."""
+        best: BestModel | None = self.get(ContextKey.BEST_AGGREGATED) or self.get(ContextKey.BEST_RECEIVED)
+        return best
 
     def clone(self) -> Self:
         """A shallow copy: the same values under the same keys, the same model, the metadata copied."""

@@ -13,7 +13,6 @@ import numpy.typing as npt
 
 from fed_learn.errors import (
     DtypeError,
-    FedLearnError,
     IntegerRangeError,
     NamesError,
     NonFiniteError,
@@ -50,7 +49,7 @@ class FrozenDict(dict[str, Any]):
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
         raise TypeError(f"{type(self).__name__} cannot be changed; make a dict(...) of it first")
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (dict(self),)
@@ -80,6 +79,15 @@ class FrozenWeights(FrozenDict):
         for array in own.values():
             array.flags.writeable = False
         super().__init__(own)
+
+    @classmethod
+    def adopt(cls, weights: WeightDict) -> Self:
+        """The same without a copy, for arrays that nobody else holds: they are made read-only as they are."""
+        for array in weights.values():
+            array.flags.writeable = False
+        adopted = cls.__new__(cls)
+        dict.__init__(adopted, weights)
+        return adopted
 
 
 def native_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -125,8 +133,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
             )
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
             raise WeightsTypeError(
-                f"{_who(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, "
-                "not a numpy array",
+                f"{_who(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, not a numpy array",
                 contributor=contributor,
                 name=name,
             )
@@ -212,32 +219,46 @@ def check_values(weights: WeightDict, contributor: str | None = None) -> None:
         NonFiniteError: A floating-point value is NaN or infinite; says which.
         IntegerRangeError: An integer lies beyond ±2**53; says which.
     """
+    check_integers(weights, contributor)
     for name, array in weights.items():
-        error: type[FedLearnError]
-        if array.dtype.kind in "iu":
-            if array.dtype.itemsize < 8 or not array.size:
-                continue
-            if -LARGEST_EXACT_INTEGER <= array.min() and array.max() <= LARGEST_EXACT_INTEGER:
-                continue
-            bad = (array > LARGEST_EXACT_INTEGER) | (array < -LARGEST_EXACT_INTEGER)
-            error, what = IntegerRangeError, "is beyond 2**53, where averages would not be exact"
-        elif array.dtype.kind == "b":
+        if array.dtype.kind in "biu":
             continue
-        else:
-            finite = np.isfinite(array)
-            if finite.all():
-                continue
-            bad = ~finite
-            error, what = NonFiniteError, "is not finite"
-        index = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
-        value = array[index].item()
-        raise error(
-            f"{_who(contributor, name)}at index {index}: {value} {what}",
+        finite = np.isfinite(array)
+        if not finite.all():
+            index, value = _first(~finite, array)
+            raise NonFiniteError(
+                f"{_who(contributor, name)}at index {index}: {value} is not finite",
+                contributor=contributor,
+                name=name,
+                index=index,
+                value=value,
+            )
+
+
+def check_integers(weights: WeightDict, contributor: str | None = None) -> None:
+    """Refuses integers that a float64 sum could not hold.
+
+    Raises:
+        IntegerRangeError: An integer lies beyond ±2**53; says which.
+    """
+    for name, array in weights.items():
+        if array.dtype.kind not in "iu" or array.dtype.itemsize < 8 or not array.size:
+            continue
+        if array.min() >= -LARGEST_EXACT_INTEGER and array.max() <= LARGEST_EXACT_INTEGER:
+            continue
+        index, value = _first((array > LARGEST_EXACT_INTEGER) | (array < -LARGEST_EXACT_INTEGER), array)
+        raise IntegerRangeError(
+            f"{_who(contributor, name)}at index {index}: {value} is beyond 2**53, where averages would not be exact",
             contributor=contributor,
             name=name,
             index=index,
             value=value,
         )
+
+
+def _first(bad: npt.NDArray[np.bool_], array: Array) -> tuple[tuple[int, ...], float]:
+    index = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
+    return index, array[index].item()
 
 
 def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:

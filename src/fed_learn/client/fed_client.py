@@ -1,0 +1,181 @@
+"""`FederatedClient`: one client's side of a job, step by step, with its own context and handlers."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from fed_learn.components.learner import Learner
+from fed_learn.contribution import BestModel, Contribution, Kind, ValidationResult
+from fed_learn.errors import ClientQuitError, HandlerFailure, MetricError
+from fed_learn.events import EventHandler, EventType, fire_event, shut_down
+from fed_learn.handlers.scoring import is_better
+from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.weights import FrozenWeights, WeightDict, difference
+
+logger = logging.getLogger(__name__)
+
+
+class FederatedClient:
+    """One client: asks for the global model, validates it, trains, contributes; later validates others' models.
+
+    `FederatedServer.run` calls these methods; a loop of one's own may as well. Each fires the client's events
+    (GET_MODEL, RECEIVE_MODEL, …) on the client's own context, to the client's own handlers.
+
+    Args:
+        name: The contributor name. It must be stable from round to round and job to job: sums are taken in the
+            order of names.
+        learner: The local work.
+        handlers: The client's handlers.
+        kind: Contribute full weights, or the difference to the global model.
+
+    Attributes:
+        ctx: The client's context.
+
+    Raises:
+        ValueError: `name` is empty.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        learner: Learner,
+        *,
+        handlers: Sequence[EventHandler] = (),
+        kind: Kind = Kind.FULL,
+    ) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"a client's name must be a non-empty str, not {name!r}")
+        self.name = name
+        self.learner = learner
+        self.handlers = tuple(handlers)
+        self.kind = Kind(kind)
+        self.ctx = FLContext({ContextKey.CONTRIBUTOR: name})
+        self._best: BestModel | None = None
+        self._n_iter: int | None = None
+        self._running = False
+        self._quit_reason: str | None = None
+
+    def start(self, num_rounds: int) -> None:
+        """STARTUP.
+
+        Raises:
+            HandlerError: A handler could not start; those before it have been shut down.
+        """
+        self.ctx = FLContext({ContextKey.CONTRIBUTOR: self.name, ContextKey.NUM_ROUNDS: num_rounds})
+        self._best = None
+        fire_event(EventType.STARTUP, self.handlers, self.ctx)
+        self._running = True
+
+    def quit(self, reason: str = "quit") -> None:
+        """Makes the client leave the job at the next thing the server asks of it."""
+        self._quit_reason = reason
+
+    def train_round(self, number: int, request_model: Callable[[], WeightDict]) -> Contribution | None:
+        """One round: GET_MODEL, RECEIVE_MODEL, validate what was received, train, contribute.
+
+        Args:
+            number: The round, from 0.
+            request_model: Gives the global weights.
+
+        Returns:
+            The contribution, its weights an own copy; None if the learner sits the round out. Its metrics hold the
+            scores of the received model as `initial_<name>`, the one to select by also as
+            `initial_validation_metric`, and those of training.
+
+        Raises:
+            ClientQuitError: `quit` was called.
+            HandlerError: A handler raised.
+            Exception: Whatever the learner raises.
+        """
+        self._check_quit()
+        self.ctx.set_prop(ContextKey.ROUND, number)
+        fire_event(EventType.GET_MODEL, self.handlers, self.ctx)
+        received = FrozenWeights(request_model())
+        model = self._with_model(received, EventType.RECEIVE_MODEL)
+        metrics = self._validate(model)
+        result = self.learner.train(model, self.ctx)
+        if result is None:
+            return None
+        trained = FrozenWeights(result.weights)
+        self._keep_best(number, trained)
+        self._n_iter = result.n_iter
+        weights = trained if self.kind is Kind.FULL else FrozenWeights.adopt(difference(trained, received))
+        return Contribution(
+            self.name,
+            weights,
+            result.aggregation_weight,
+            n_iter=result.n_iter,
+            round=number,
+            kind=self.kind,
+            metrics={**metrics, **result.metrics},
+        )
+
+    def submit_best_model(self) -> FrozenWeights | None:
+        """SUBMIT_LOCAL_BEST_MODEL, SEND_BEST_MODEL: this client's best local model, None if it never trained.
+
+        Raises:
+            ClientQuitError, HandlerError: As in `train_round`.
+        """
+        self._check_quit()
+        if self._best is None:
+            return None
+        best = self._with_model(self._best.weights, EventType.SUBMIT_LOCAL_BEST_MODEL)
+        return self._with_model(best, EventType.SEND_BEST_MODEL)
+
+    def validate_model(self, model: str, weights: WeightDict) -> ValidationResult:
+        """RECEIVE_VALIDATION_MODEL, validate, SEND_VALIDATION_RESULTS.
+
+        Args:
+            model: Which model it is (see `ValidationResult.model`).
+            weights: Its weights.
+
+        Raises:
+            ClientQuitError, HandlerError, Exception: As in `train_round`.
+        """
+        self._check_quit()
+        received = self._with_model(FrozenWeights(weights), EventType.RECEIVE_VALIDATION_MODEL)
+        result = ValidationResult(self.name, model, self._validate(received), self._n_iter)
+        self.ctx.set_prop(ContextKey.VALIDATION_RESULTS, (result,))
+        fire_event(EventType.SEND_VALIDATION_RESULTS, self.handlers, self.ctx)
+        return result
+
+    def stop(self) -> tuple[HandlerFailure, ...]:
+        """SHUTDOWN of every handler that started, once; returns what failed, which has been logged."""
+        if not self._running:
+            return ()
+        self._running = False
+        return shut_down(self.handlers, self.ctx)
+
+    def _check_quit(self) -> None:
+        if self._quit_reason is not None:
+            raise ClientQuitError(f"{self.name}: {self._quit_reason}", contributor=self.name)
+
+    def _with_model(self, weights: FrozenWeights, event: str) -> FrozenWeights:
+        """Binds the model, fires the event, and gives the weights as the handlers left them."""
+        self.ctx.set_model(ModelData(weights))
+        fire_event(event, self.handlers, self.ctx)
+        model = self.ctx.get_model()
+        if model is None or model.weights is None:
+            raise ValueError(f"{self.name}: a handler took the model away at {event}")
+        return FrozenWeights(model.weights)
+
+    def _validate(self, weights: FrozenWeights) -> dict[str, float]:
+        scores = self._scores(weights)
+        named = {f"initial_{name}": value for name, value in scores.items()}
+        return {"initial_validation_metric": scores[self.learner.validation_metric], **named}
+
+    def _scores(self, weights: FrozenWeights) -> Mapping[str, float]:
+        scores = self.learner.validate(weights, self.ctx)
+        metric = self.learner.validation_metric
+        if metric not in scores:
+            raise MetricError(
+                f"{self.name}: validation gave {sorted(scores)}, without the {metric!r} to select by",
+                contributor=self.name,
+                metric=metric,
+            )
+        return scores
+
+    def _keep_best(self, number: int, trained: FrozenWeights) -> None:
+        metric_name = self.learner.validation_metric
+        metric = float(self._scores(trained)[metric_name])
+        if is_better(metric, self._best, self.learner.mode, 0.0):
+            self._best = BestModel(number, metric, metric_name, trained)

@@ -1,0 +1,94 @@
+"""Builds handlers and other components from configuration: `{"path" | "name": …, "args": {…}}`."""
+
+import importlib
+import inspect
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fed_learn.errors import ConfigError
+
+
+def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[str, Any] | None = None) -> Any:
+    """Builds one component.
+
+    Args:
+        entry: `{"name": …}` for one of `known`, or `{"path": "package.module.Class"}`; `"args"` are its keyword
+            arguments, in which components may nest.
+        known: The classes that go by a bare name.
+        supplies: Arguments that the job provides where the class takes them and `"args"` leaves them out.
+
+    Raises:
+        ConfigError: The entry is malformed, the class cannot be found, or does not take the arguments.
+
+    Example:
+        >>> from fed_learn.handlers import ModelSelectionHandler
+        >>> entry = {"name": "ModelSelectionHandler", "args": {"mode": "min", "validation_metric_name": "initial_loss"}}
+        >>> build_component(entry, {"ModelSelectionHandler": ModelSelectionHandler}).mode
+        'min'
+    """
+    if not isinstance(entry, dict) or ("name" in entry) == ("path" in entry):
+        raise ConfigError(f"a component needs either 'name' or 'path', and 'args': {json.dumps(entry)}")
+    unknown = sorted(set(entry) - {"name", "path", "args"})
+    if unknown:
+        raise ConfigError(f"a component has keys {unknown} beside 'name', 'path' and 'args': {json.dumps(entry)}")
+    if "name" in entry:
+        cls = known.get(entry["name"])
+        if cls is None:
+            raise ConfigError(f"no component is named {entry['name']!r}; known are {', '.join(sorted(known))}")
+    else:
+        cls = _import(entry["path"])
+    args = entry.get("args", {})
+    if not isinstance(args, dict):
+        raise ConfigError(f"'args' of {cls.__name__} must be an object of keyword arguments, not {json.dumps(args)}")
+    built = {
+        key: build_component(value, known, supplies) if _is_component(value) else value for key, value in args.items()
+    }
+    parameters = inspect.signature(cls).parameters
+    built |= {key: value for key, value in (supplies or {}).items() if key in parameters and key not in built}
+    try:
+        inspect.signature(cls).bind(**built)
+    except TypeError as error:
+        raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {error}") from error
+    try:
+        return cls(**built)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"{cls.__name__} cannot be built: {error}") from error
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a JSON object; its folder becomes importable, so that classes beside the file can be named by path.
+
+    Raises:
+        ConfigError: The file cannot be read or holds no JSON object.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: holds a JSON {type(config).__name__}, not an object")
+    folder = str(Path(path).resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return config
+
+
+def _is_component(value: object) -> bool:
+    return isinstance(value, dict) and ("path" in value or "name" in value) and set(value) <= {"name", "path", "args"}
+
+
+def _import(path: object) -> type:
+    module, _, name = str(path).rpartition(".")
+    if not module:
+        raise ConfigError(f"path {path!r} must be package.module.Class")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"path {path!r}: {error}") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"path {path!r} is no class")
+    return found

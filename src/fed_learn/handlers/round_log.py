@@ -1,0 +1,37 @@
+"""One line in the log for each round, and one for whatever went wrong in it."""
+
+import logging
+
+from fed_learn.contribution import RoundReport
+from fed_learn.handlers.handler import Handler
+from fed_learn.model_meta import ContextKey, FLContext
+
+
+class RoundLogHandler(Handler):
+    """Logs each round through `logging`: INFO for the round, WARNING for refused contributions, ERROR for failures.
+
+    Args:
+        logger_name: Name of the logger.
+    """
+
+    def __init__(self, logger_name: str = "fed_learn.rounds") -> None:
+        self.logger_name = logger_name
+
+    def end_round(self, ctx: FLContext) -> None:
+        """Logs the round's report."""
+        report: RoundReport = ctx[ContextKey.REPORT]
+        logger = logging.getLogger(self.logger_name)
+        scores = "".join(f", {name} {value:.4f}" for name, value in report.metrics.items())
+        logger.info(
+            "round %d of %s: %d accepted, %d rejected%s, %.2f s",
+            report.round,
+            ctx.get_prop(ContextKey.NUM_ROUNDS, "?"),
+            len(report.accepted),
+            len(report.rejected),
+            scores,
+            report.seconds,
+        )
+        for failure in report.rejected:
+            logger.warning("round %d: rejected, %s: %s", report.round, failure.cause, failure.error)
+        if report.error is not None:
+            logger.error("round %d failed: %s", report.round, report.error)

@@ -1,0 +1,44 @@
+"""What the handlers that keep a best model share: which of two scores is better, and names that look like losses."""
+
+import math
+import warnings
+
+from fed_learn.contribution import BestModel
+
+LOSSES = ("loss", "error", "mse", "mae", "rmse", "perplexity", "divergence")
+
+
+def check_mode(mode: str, min_delta: float, metric_name: str) -> None:
+    """Checks the arguments that say what is better.
+
+    Raises:
+        ValueError: `mode` is not "max" or "min", or `min_delta` is not a finite number ≥ 0.
+
+    Warns:
+        UserWarning: The metric's name looks like a loss and more of it would win.
+    """
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode must be 'max' or 'min', not {mode!r}")
+    if not (math.isfinite(min_delta) and min_delta >= 0):
+        raise ValueError(f"min_delta must be a finite number of at least 0, not {min_delta!r}")
+    if mode == "max" and any(word in LOSSES for word in metric_name.lower().replace("-", "_").split("_")):
+        warnings.warn(
+            f"{metric_name!r} looks like a loss, and mode='max' keeps the model with the largest; "
+            "pass mode='min' for the smallest",
+            stacklevel=3,
+        )
+
+
+def is_better(metric: float, best: BestModel | None, mode: str, min_delta: float) -> bool:
+    """Whether a score is strictly better, by more than `min_delta`; NaN and infinities never are.
+
+    Example:
+        >>> is_better(0.5, None, "max", 0.0), is_better(float("nan"), None, "min", 0.0)
+        (True, False)
+    """
+    if not math.isfinite(metric):
+        return False
+    if best is None:
+        return True
+    gain = metric - best.metric if mode == "max" else best.metric - metric
+    return gain > min_delta

@@ -1,0 +1,89 @@
+"""Keeps the best of the models that the server aggregated, by an evaluation on the server's own data."""
+
+import logging
+import math
+
+from fed_learn.components.model_evaluator import ModelEvaluator
+from fed_learn.contribution import BestModel
+from fed_learn.handlers.handler import Handler
+from fed_learn.handlers.scoring import check_mode, is_better
+from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.weights import FrozenWeights
+
+logger = logging.getLogger(__name__)
+
+SERVER_VALIDATION_METRIC = "server_validation"
+"""The name under which the score of each validated round is published."""
+
+
+class ServerValidationHandler(Handler):
+    """Evaluates the model just aggregated every few rounds, and after the last, and keeps the best.
+
+    Runs at END_AGGREGATION when `(round + 1) % num_rounds_per_valid == 0`, in the last round, and in the round that
+    `ContextKey.STOP` made the last. The best is bound to `ContextKey.BEST_AGGREGATED`, each score published as the
+    metric `"server_validation"`. A score that is not finite never wins and is logged.
+
+    Args:
+        evaluator: What scores the model in the context.
+        num_rounds_per_valid: Rounds from one validation to the next, at least 1.
+        mode: `"max"`, or `"min"` for losses.
+        min_delta: By how much a score must be better to win.
+        best_key: Where the best model is bound; give a second handler in one job another key.
+
+    Raises:
+        ValueError: For another `mode`, a bad `min_delta` or a bad `num_rounds_per_valid`.
+        TypeError: `evaluator` has no `evaluate` and `get_metric`.
+
+    Warns:
+        UserWarning: The metric's name looks like a loss under `mode="max"`.
+    """
+
+    def __init__(
+        self,
+        evaluator: ModelEvaluator,
+        num_rounds_per_valid: int,
+        *,
+        mode: str = "max",
+        min_delta: float = 0.0,
+        best_key: str = ContextKey.BEST_AGGREGATED,
+    ) -> None:
+        for method in ("evaluate", "get_metric"):
+            if not callable(getattr(evaluator, method, None)):
+                raise TypeError(f"evaluator {type(evaluator).__name__} has no method {method}()")
+        if isinstance(num_rounds_per_valid, bool) or not isinstance(num_rounds_per_valid, int):
+            raise TypeError(f"num_rounds_per_valid must be an int, not {num_rounds_per_valid!r}")
+        if num_rounds_per_valid < 1:
+            raise ValueError(f"num_rounds_per_valid must be at least 1, not {num_rounds_per_valid}")
+        self.evaluator = evaluator
+        self.num_rounds_per_valid = num_rounds_per_valid
+        self.mode = mode
+        self.min_delta = min_delta
+        self.best_key = best_key
+        check_mode(mode, min_delta, self._metric_name)
+
+    @property
+    def _metric_name(self) -> str:
+        return str(getattr(self.evaluator, "metric_name", ModelEvaluator.metric_name))
+
+    def startup(self, fl_ctx: FLContext) -> None:
+        """A job begins: forgets the best of an earlier one."""
+        fl_ctx.pop(self.best_key, None)
+
+    def after_aggregation(self, fl_ctx: FLContext) -> None:
+        """Validates the new global model when it is time to."""
+        number = fl_ctx[ContextKey.ROUND]
+        last = number + 1 == fl_ctx.get_prop(ContextKey.NUM_ROUNDS) or fl_ctx.get_prop(ContextKey.STOP) is not None
+        if not last and (number + 1) % self.num_rounds_per_valid != 0:
+            return
+        self.evaluator.evaluate(fl_ctx)
+        metric = float(self.evaluator.get_metric())
+        if not math.isfinite(metric):
+            logger.warning("round %d: the server's %s is %s: not selected", number, self._metric_name, metric)
+            return
+        fl_ctx.publish_metric(SERVER_VALIDATION_METRIC, metric)
+        if is_better(metric, fl_ctx.get_prop(self.best_key), self.mode, self.min_delta):
+            model = fl_ctx.get_model()
+            if model is None or model.weights is None:
+                raise ValueError("the context holds no model that could be selected")
+            best = BestModel(number, metric, self._metric_name, FrozenWeights(model.weights))
+            fl_ctx.set_prop(self.best_key, best)

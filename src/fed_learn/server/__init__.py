@@ -1,0 +1,6 @@
+"""The server's side of a job."""
+
+from fed_learn.server.fed_server import FederatedServer
+from fed_learn.server.result import JobResult
+
+__all__ = ["FederatedServer", "JobResult"]

@@ -1,0 +1,166 @@
+"""`FederatedServer`: the server's side of a job, from the first event to the last."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fed_learn import kernels
+from fed_learn.client.fed_client import FederatedClient
+from fed_learn.contribution import Kind
+from fed_learn.errors import HandlerError
+from fed_learn.events import EventHandler, EventType, fire_event
+from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.server.job import Job
+from fed_learn.server.result import JobResult
+from fed_learn.server.roster import Roster
+from fed_learn.server.rounds import run_round
+from fed_learn.server.validation import cross_validate, score_final_model
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_values
+
+
+class FederatedServer:
+    """Runs a federated job with clients in this process, and fires every event on the way.
+
+    Each round sends the global model to every client, checks what comes back, averages what is accepted in the order
+    of the contributors' names, and makes that the global model. A client that raises, or quits, leaves the job, which
+    goes on while enough are left. A round with too few accepted contributions fails: the report and the log say
+    so, and the global model stands. Handlers replace the global model by `ctx.set_model` in START_ROUND,
+    END_AGGREGATION or END_ROUND, and decide what is averaged by rebinding `CONTRIBUTIONS` in BEFORE_AGGREGATION.
+
+    Args:
+        weights: The initial global model; it sets names, shapes and dtypes for good. Copied.
+        num_rounds: Rounds to run, at least 1.
+        handlers: The server's handlers.
+        kind: The kind of contributions that is expected.
+        min_contributions: Accepted contributions that a round needs, and clients that a job needs to go on. None: all
+            clients, the careful choice.
+        on_bad_contribution: `"raise"` ends the job at the first refused contribution; `"reject"` goes on without it.
+        on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
+        exact: Average with exact sums (see `fed_learn.weighted_average`).
+        kernel: Name of the kernel; None: the current one.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        TypeError: A handler lacks `handle_event` or `rollback`.
+        ContributionError: `weights` is no weight dict, or holds dtypes or values that cannot be averaged.
+        KernelNameError, KernelUnavailableError: The kernel cannot be used.
+
+    Attributes:
+        ctx: The server's context, of the job that runs or ran last.
+
+    Example:
+        >>> import numpy as np, fed_learn as fl
+        >>> class Adder(fl.Learner):
+        ...     def __init__(self, step):
+        ...         self.step = step
+        ...     def train(self, weights, ctx):
+        ...         return fl.TrainingResult({"w": weights["w"] + self.step}, aggregation_weight=1)
+        ...     def validate(self, weights, ctx):
+        ...         return {"accuracy": 1.0}
+        >>> server = FederatedServer({"w": np.zeros(2)}, num_rounds=3)
+        >>> clients = [fl.FederatedClient("site-1", Adder(1)), fl.FederatedClient("site-2", Adder(3))]
+        >>> server.run(clients).weights["w"]
+        array([6., 6.])
+    """
+
+    def __init__(
+        self,
+        weights: WeightDict,
+        *,
+        num_rounds: int,
+        handlers: Sequence[EventHandler] = (),
+        kind: Kind = Kind.FULL,
+        min_contributions: int | None = None,
+        on_bad_contribution: str = "raise",
+        on_handler_error: str = "raise",
+        exact: bool = False,
+        kernel: str | None = None,
+    ) -> None:
+        if num_rounds < 1:
+            raise ValueError(f"num_rounds must be at least 1, not {num_rounds}")
+        if min_contributions is not None and min_contributions < 1:
+            raise ValueError(f"min_contributions must be at least 1, not {min_contributions}")
+        if on_bad_contribution not in ("raise", "reject"):
+            raise ValueError(f"on_bad_contribution must be 'raise' or 'reject', not {on_bad_contribution!r}")
+        if on_handler_error not in ("raise", "log"):
+            raise ValueError(f"on_handler_error must be 'raise' or 'log', not {on_handler_error!r}")
+        arrays = as_weight_dict(weights, "global model")
+        self.schema = Schema.of(arrays, "global model")
+        check_values(arrays, "global model")
+        self.weights = FrozenWeights(arrays)
+        self.num_rounds = num_rounds
+        self.handlers = check_handlers(handlers)
+        self.kind = Kind(kind)
+        self.min_contributions = min_contributions
+        self.on_bad_contribution = on_bad_contribution
+        self.on_handler_error = on_handler_error
+        self.exact = exact
+        self.kernel = kernels.resolve(kernel).name
+        self.ctx = FLContext()
+
+    def run(self, clients: Sequence[FederatedClient], *, max_workers: int | None = None) -> JobResult:
+        """Runs a job to its end.
+
+        Args:
+            clients: The clients, with different names.
+            max_workers: How many clients work at the same time; None: as many as there are processors.
+
+        Raises:
+            ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
+            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start.
+            TooFewContributionsError: Fewer clients are left than `min_contributions`.
+            ValueError: Two clients have one name, or there are none.
+        """
+        roster = Roster(clients, max_workers)
+        self.ctx = FLContext({ContextKey.NUM_ROUNDS: self.num_rounds})
+        job = Job(self, roster, self.ctx)
+        try:
+            fire_event(EventType.STARTUP, self.handlers, self.ctx)
+        except BaseException:
+            roster.close()
+            raise
+        try:
+            result = _run(job)
+        except BaseException as error:
+            for failure in job.shut_down():
+                error.add_note(f"during shutdown: {failure}")
+            raise
+        failures = job.shut_down()
+        if failures and self.on_handler_error == "raise":
+            raise HandlerError(failures)
+        return replace(result, handler_failures=(*result.handler_failures, *failures))
+
+
+def _run(job: Job) -> JobResult:
+    job.register()
+    for number in range(job.server.num_rounds):
+        run_round(job, number)
+        if job.ctx.get_prop(ContextKey.STOP) is not None:
+            break
+    results = score_final_model(job)
+    metrics = job.ctx[ContextKey.METRICS]
+    cross_site, more = cross_validate(job)
+    job.unregister()
+    return JobResult(
+        weights=job.weights,
+        best=job.ctx.best_model,
+        reports=tuple(job.reports),
+        metrics=metrics,
+        cross_site=cross_site,
+        validation_results=(*results, *more),
+        quits=tuple(job.quits),
+        handler_failures=tuple(job.handler_failures),
+        stop_reason=job.ctx.get_prop(ContextKey.STOP),
+    )
+
+
+def check_handlers(handlers: Sequence[EventHandler]) -> tuple[EventHandler, ...]:
+    """The handlers as a tuple.
+
+    Raises:
+        TypeError: One of them could not take part in `fire_event`; better to hear of it before the job than in it.
+    """
+    for handler in handlers:
+        for method in ("handle_event", "rollback"):
+            if isinstance(handler, type) or not callable(getattr(handler, method, None)):
+                raise TypeError(f"{handler!r} is no handler: derive from fed_learn.Handler, and pass an instance")
+    return tuple(handlers)

@@ -1,0 +1,37 @@
+"""What a job leaves behind."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fed_learn.contribution import BestModel, ClientFailure, RoundReport, ValidationResult
+from fed_learn.errors import HandlerFailure
+from fed_learn.weights import FrozenWeights
+
+
+@dataclass(frozen=True, eq=False)
+class JobResult:
+    """The result of a job.
+
+    Attributes:
+        weights: The global model after the last round.
+        best: The job's best model: the best aggregated one where the server validated, else the best received one;
+            None where no handler selected any.
+        reports: One report per round.
+        metrics: Scores that handlers published on the final model.
+        cross_site: Model → client → that client's validation metric on the model. The models are the clients' local
+            bests, by client name, and the job's best as `global_best`.
+        validation_results: All results behind it, and those on the final model.
+        quits: Clients that left before the end, and why.
+        handler_failures: Every handler that raised, in order.
+        stop_reason: Why the job ended before its last round, or None.
+    """
+
+    weights: FrozenWeights
+    best: BestModel | None
+    reports: tuple[RoundReport, ...]
+    metrics: Mapping[str, float]
+    cross_site: Mapping[str, Mapping[str, float]]
+    validation_results: tuple[ValidationResult, ...]
+    quits: tuple[ClientFailure, ...]
+    handler_failures: tuple[HandlerFailure, ...]
+    stop_reason: str | None

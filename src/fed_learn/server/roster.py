@@ -1,0 +1,65 @@
+"""The clients of a running job, and the pool in which they work side by side."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from fed_learn.client.fed_client import FederatedClient
+from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
+
+T = TypeVar("T")
+
+
+class Roster:
+    """The clients that take part, in the order in which they were given.
+
+    Args:
+        clients: The clients.
+        max_workers: How many work at the same time; None: as many as there are processors.
+
+    Raises:
+        ValueError: No clients, a name that is used twice or reserved, or a bad `max_workers`.
+    """
+
+    def __init__(self, clients: Sequence[FederatedClient], max_workers: int | None = None) -> None:
+        self._clients: dict[str, FederatedClient] = {}
+        for client in clients:
+            if client.name in self._clients:
+                raise ValueError(f"two clients are named {client.name!r}")
+            if client.name in (FINAL_MODEL, GLOBAL_BEST):
+                raise ValueError(f"{client.name!r} is no name for a client: it names a global model")
+            self._clients[client.name] = client
+        if not self._clients:
+            raise ValueError("a job needs at least one client")
+        workers = max_workers if max_workers is not None else min(len(self._clients), os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fed_learn-client")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(tuple(self._clients))
+
+    def __len__(self) -> int:
+        return len(self._clients)
+
+    def ask(self, question: Callable[[FederatedClient], T]) -> Iterator[tuple[str, T | Exception]]:
+        """Asks every client at once; yields name and answer, or the exception, in the order of the roster.
+
+        That order, rather than who is first, keeps a job the same from run to run.
+        """
+        futures = {name: self._pool.submit(question, client) for name, client in self._clients.items()}
+        for name, future in futures.items():
+            error = future.exception()
+            if error is None:
+                yield name, future.result()
+            elif isinstance(error, Exception):
+                yield name, error
+            else:
+                raise error
+
+    def remove(self, name: str) -> FederatedClient:
+        """Takes a client off the roster."""
+        return self._clients.pop(name)
+
+    def close(self) -> None:
+        """Waits for what is running, which nothing can interrupt in a thread, and drops what is not."""
+        self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,95 @@
+"""What follows the last round: the clients score the final model, then each other's best and the job's best."""
+
+import logging
+from numbers import Real
+
+from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, ValidationResult
+from fed_learn.errors import ContributionError, MetricError
+from fed_learn.events import EventType
+from fed_learn.model_meta import ContextKey, ModelData
+from fed_learn.server.job import Job
+from fed_learn.weights import FrozenDict, FrozenWeights, as_weight_dict, check_values
+
+logger = logging.getLogger(__name__)
+
+VALIDATION_METRIC = "initial_validation_metric"
+
+
+def score_final_model(job: Job) -> list[ValidationResult]:
+    """SEND_MODEL and RECEIVE_VALIDATION_RESULTS per client, for the model of the last round.
+
+    The round in the context is the one in which clients would have received that model: the number of rounds run.
+    """
+    job.ctx.set_props({ContextKey.ROUND: len(job.reports), ContextKey.METRICS: FrozenDict()})
+    for key in (ContextKey.CONTRIBUTION, ContextKey.CONTRIBUTIONS, ContextKey.REJECTION, ContextKey.REPORT):
+        job.ctx.pop(key, None)
+    # Clients offer their local bests first: they are asked for before anything is validated.
+    job.local_bests = _collect_local_bests(job)
+    for name in job.roster:
+        job.fire(EventType.SEND_MODEL, name)
+    return _validate_everywhere(job, FINAL_MODEL, job.weights)
+
+
+def cross_validate(job: Job) -> tuple[dict[str, dict[str, float]], list[ValidationResult]]:
+    """RECEIVE_VALIDATION_RESULTS per model and client: the clients' bests and the job's, on every client's data.
+
+    Returns:
+        The matrix, model → client → validation metric, and all results.
+    """
+    models = dict(job.local_bests)
+    best = job.ctx.best_model
+    if best is not None:
+        models[GLOBAL_BEST] = best.weights
+    results = [result for name, weights in models.items() for result in _validate_everywhere(job, name, weights)]
+    job.ctx.set_model(ModelData(job.weights))
+    matrix: dict[str, dict[str, float]] = {name: {} for name in models}
+    for result in results:
+        matrix[result.model][result.contributor] = float(result.metrics[VALIDATION_METRIC])
+    return matrix, results
+
+
+def _collect_local_bests(job: Job) -> dict[str, FrozenWeights]:
+    bests: dict[str, FrozenWeights] = {}
+    for name, answer in job.roster.ask(lambda client: client.submit_best_model()):
+        if isinstance(answer, Exception):
+            job.quit(name, answer)
+            continue
+        if answer is None:
+            continue
+        try:
+            weights = as_weight_dict(answer, name)
+            job.server.schema.check(weights, name)
+            check_values(weights, name)
+        except ContributionError as error:
+            logger.error("the best model of %s is left out of the cross-site validation: %s", name, error)
+            continue
+        bests[name] = FrozenWeights(answer)
+    return bests
+
+
+def _validate_everywhere(job: Job, model: str, weights: FrozenWeights) -> list[ValidationResult]:
+    results: list[ValidationResult] = []
+    job.ctx.set_model(ModelData(weights))
+    for name, answer in job.roster.ask(lambda client: client.validate_model(model, weights)):
+        if isinstance(answer, Exception):
+            job.quit(name, answer)
+            continue
+        try:
+            _check_result(name, model, answer)
+        except MetricError as error:
+            logger.error("a validation result is left out: %s", error)
+            continue
+        results.append(answer)
+        job.ctx.set_prop(ContextKey.VALIDATION_RESULTS, tuple(results))
+        job.fire(EventType.RECEIVE_VALIDATION_RESULTS, name)
+    return results
+
+
+def _check_result(name: str, model: str, result: object) -> None:
+    if not isinstance(result, ValidationResult) or (result.contributor, result.model) != (name, model):
+        raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
+    if VALIDATION_METRIC not in result.metrics:
+        raise MetricError(f"{name}: no {VALIDATION_METRIC!r}", contributor=name, metric=VALIDATION_METRIC)
+    for metric, value in result.metrics.items():
+        if not isinstance(value, Real):
+            raise MetricError(f"{name}: {metric!r} is {value!r}, not a number", contributor=name, metric=metric)
