@@ -1,7 +1,7 @@
-/* Element conversions: every dtype to float64 (exact) and a finished float64 mean to every dtype (one rounding).
+/* Element conversions: every dtype to float64 (exact) and a float64 mean to every dtype (one rounding).
  *
- * float16 and bfloat16 are rounded by way of float32, as the numpy kernel does. Values are finite: the caller has
- * refused NaN and infinity.
+ * float16 and bfloat16 are rounded by way of float32, as the numpy kernel does. NaN and infinity stay what they are, so
+ * that the caller can tell from a result that an input was not finite.
  */
 #ifndef FL_CONVERT_H
 #define FL_CONVERT_H
@@ -42,6 +42,8 @@ static inline uint16_t fl_store_float16(double mean)
         float f = fl_float_of_bits(magnitude) + 0.5f;
         return (uint16_t)(sign | (fl_bits_of_float(f) - 0x3f000000u));
     }
+    if (magnitude >= 0x47800000u) /* 2^16 and more, infinity, NaN */
+        return (uint16_t)(sign | (magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u));
     /* Round half to even on the 13 bits that go, then rebias the exponent. */
     magnitude += 0xfffu + ((magnitude >> 13) & 1u);
     return (uint16_t)(sign | ((magnitude - 0x38000000u) >> 13));
@@ -55,6 +57,8 @@ static inline double fl_load_bfloat16(uint16_t b)
 static inline uint16_t fl_store_bfloat16(double mean)
 {
     uint32_t bits = fl_bits_of_float((float)mean);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) /* NaN: rounding could carry into the sign */
+        return (uint16_t)((bits >> 16) | 0x0040u);
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 

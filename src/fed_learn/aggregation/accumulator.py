@@ -172,9 +172,7 @@ class Accumulator:
                 self._exact_sums.setdefault(name, ExactSum(exact.size)).merge(exact)
         else:
             self._start(self._schema)
-            self._kernel.accumulate(
-                list(self._sums.values()), [other._sums[name] for name in self._sums], 1.0
-            )
+            self._kernel.accumulate(list(self._sums.values()), [other._sums[name] for name in self._sums], 1.0)
         self._total += other._total
         self._count += other._count
         self._kind = other._kind

@@ -1,6 +1,7 @@
 """From checked weight dicts to what a kernel takes: flat inputs, and outputs that share memory with none of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import pairwise
 
 import numpy as np
 
@@ -58,7 +59,7 @@ class Outputs:
 def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
     outputs = [(*np.lib.array_utils.byte_bounds(array), name) for name, array in out.items() if array.size]
     outputs.sort()
-    for (_, stop, first), (start, _, second) in zip(outputs, outputs[1:], strict=False):
+    for (_, stop, first), (start, _, second) in pairwise(outputs):
         if start < stop:
             raise OutputError(f"out: {first!r} and {second!r} share memory", name=first)
     starts = np.array([start for start, _, _ in outputs])
@@ -71,8 +72,3 @@ def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
         if nearest >= 0 and outputs[nearest][1] > low:
             name = outputs[nearest][2]
             raise OutputError(f"out: {name!r} shares memory with an input, and inputs are never changed", name=name)
-
-
-def num_bytes(weights: Sequence[WeightDict]) -> int:
-    """Bytes of all arrays."""
-    return sum(array.nbytes for one in weights for array in one.values())

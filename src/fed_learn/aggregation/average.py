@@ -3,16 +3,20 @@
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from typing import TypeAlias
 
 import numpy as np
 
 from fed_learn import kernels
 from fed_learn.aggregation.arrays import Outputs, flat
 from fed_learn.aggregation.exact import ExactSum, check_domain
-from fed_learn.contribution import Contribution, check_aggregation_weight, check_contribution
+from fed_learn.contribution import Contribution, check_contribution
 from fed_learn.errors import AggregationWeightError, EmptyAggregationError, WeightsTypeError
 from fed_learn.kernels.base import Float64Array, Segment
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_values
+
+Checked: TypeAlias = list[tuple[str, dict[str, Array], float]]
+"""Contributor, weights and aggregation weight of what passed the checks, in the order of the sums."""
 
 
 def weighted_average(
@@ -61,61 +65,73 @@ def weighted_average(
     schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
     if all(isinstance(item, Contribution) for item in batch):
         if aggregation_weights is not None:
-            raise AggregationWeightError(
-                "aggregation_weights= is for bare weight dicts; Contributions bring their own"
-            )
-        schema, weights, factors = _checked_contributions(batch, schema)  # type: ignore[arg-type]
+            raise AggregationWeightError("aggregation_weights= is for bare weight dicts; Contributions bring their own")
+        schema, checked = _checked_contributions(batch, schema, scan=exact)  # type: ignore[arg-type]
     else:
-        schema, weights, factors = _checked_weight_dicts(batch, aggregation_weights, schema)
+        schema, checked = _checked_weight_dicts(batch, aggregation_weights, schema, scan=exact)
+    weights, factors = [one for _, one, _ in checked], [factor for _, _, factor in checked]
     outputs = Outputs(schema, out, (array for one in weights for array in one.values()))
     columns = {name: [flat(one[name]) for one in weights] for name in schema}
     if exact:
-        for one, factor, item in zip(weights, factors, batch, strict=True):
-            check_domain(one, factor, getattr(item, "contributor", None))
+        for contributor, one, factor in checked:
+            check_domain(one, factor, contributor)
         total = float(sum(map(Fraction, factors)))
         sums = [_exact_sum(column, factors) for column in columns.values()]
         chosen.divide(sums, total, list(outputs.flat().values()))
     else:
         scaled, total = _scaled(factors)
-        chosen.weighted_mean(
-            [Segment(column, outputs.flat()[name]) for name, column in columns.items()], scaled, total
-        )
+        chosen.weighted_mean([Segment(column, outputs.flat()[name]) for name, column in columns.items()], scaled, total)
+        _refuse_non_finite(outputs.flat(), checked)
     return outputs.finish()
 
 
-def _checked_contributions(
-    batch: list[Contribution], schema: Schema | None
-) -> tuple[Schema, list[dict[str, Array]], list[float]]:
+def _checked_contributions(batch: list[Contribution], schema: Schema | None, scan: bool) -> tuple[Schema, Checked]:
+    """In the order of the contributors' names."""
     rounds = [c.round for c in batch if isinstance(c.round, int)]
     newest = max(rounds, default=None)
     seen: dict[str, tuple[dict[str, Array], float]] = {}
     for contribution in batch:
         weights, factor = check_contribution(
-            contribution, schema, kind=batch[0].kind, round=newest, contributors=seen
+            contribution, schema, kind=batch[0].kind, round=newest, contributors=seen, scan=scan
         )
         schema = Schema.of(weights) if schema is None else schema
         seen[contribution.contributor] = weights, factor
     assert schema is not None
-    ordered = [seen[contributor] for contributor in sorted(seen)]
-    return schema, [weights for weights, _ in ordered], [factor for _, factor in ordered]
+    return schema, [(contributor, *seen[contributor]) for contributor in sorted(seen)]
 
 
 def _checked_weight_dicts(
-    batch: Sequence[object], factors: Sequence[float] | None, schema: Schema | None
-) -> tuple[Schema, list[dict[str, Array]], list[float]]:
+    batch: Sequence[object], factors: Sequence[float] | None, schema: Schema | None, scan: bool
+) -> tuple[Schema, Checked]:
+    """In the order of the list."""
     if factors is None:
         factors = [1.0] * len(batch)
     elif len(factors) != len(batch):
         raise AggregationWeightError(f"{len(factors)} aggregation weights for {len(batch)} weight dicts")
-    checked: list[tuple[dict[str, Array], float]] = []
+    checked: Checked = []
     for i, (item, factor) in enumerate(zip(batch, factors, strict=True)):
         label = f"contributions[{i}]"
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
-        checked.append(check_contribution(Contribution(label, item, factor), schema))  # type: ignore[arg-type]
-        schema = Schema.of(checked[0][0]) if schema is None else schema
+        contribution = Contribution(label, item, factor)  # type: ignore[arg-type]
+        checked.append((label, *check_contribution(contribution, schema, scan=scan)))
+        schema = Schema.of(checked[0][1]) if schema is None else schema
     assert schema is not None
-    return schema, [weights for weights, _ in checked], [factor for _, factor in checked]
+    return schema, checked
+
+
+def _refuse_non_finite(results: WeightDict, checked: Checked) -> None:
+    """Searches the inputs for NaN and infinity only where a result could come from one: a tenth of the reading."""
+    for name, result in results.items():
+        if result.dtype.kind in "biu":
+            continue
+        # Kernels hold a mean within the range of float64, so there the largest value may hide an infinity.
+        suspicious = ~np.isfinite(result)
+        if result.dtype == np.float64:
+            suspicious |= np.abs(result) == np.finfo(np.float64).max
+        if suspicious.any():
+            for contributor, weights, _ in checked:
+                check_values({name: weights[name]}, contributor)
 
 
 def _scaled(factors: Sequence[float]) -> tuple[Float64Array, float]:

@@ -1,9 +1,9 @@
 """Sums whose bits do not depend on the order of the terms: what `exact=True` means.
 
-Each sum is kept exactly, as digits on a fixed grid of powers of 2**36 ("bins", float64 arrays that hold integers
-times their unit), so addition is associative and any order and any tree of merges end in the same value. A term
-a·x is cut into products that float64 holds exactly, and those into slices that are multiples of a bin's unit; every
-step is exact, so nothing is estimated and nothing needs a proof beyond counting bits. Bins are made where terms have
+Each sum is kept exactly, as digits on a fixed grid of powers of 2**36 ("bins": float64 arrays that hold integers times
+their unit), so addition is associative and any order and any tree of merges end in the same value. A term a·x
+is cut into products that float64 holds exactly, and those into slices that are multiples of a bin's unit; every step
+is exact, so nothing is estimated and nothing needs a proof beyond counting bits. Bins are made where terms have
 bits, which for a trained float32 model are three to five: 24 to 40 bytes an element.
 
 The slicing is that of Demmel & Nguyen, "Parallel Reproducible Summation" (IEEE Trans. Computers, 2015); here no bin is
@@ -65,7 +65,7 @@ class ExactSum:
         >>> total = ExactSum(1)
         >>> for term in (2.0**60, 1.0, 2.0**-60, -(2.0**60), -1.0):
         ...     total.add(np.array([term]), 1.0)
-        >>> total.value()[0] == 2.0**-60
+        >>> float(total.value()[0]) == 2.0**-60
         True
     """
 

@@ -22,6 +22,7 @@ from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.threads import get_num_threads, set_num_threads
 
 __all__ = [
+    "NAMES",
     "Kernel",
     "Segment",
     "available",
@@ -57,6 +58,9 @@ def _load_numpy() -> Kernel:
 
 # In the order of preference.
 _LOADERS: dict[str, Callable[[], Kernel]] = {"native": _load_native, "numpy": _load_numpy}
+
+NAMES = tuple(_LOADERS)
+"""All kernels there are, whether they can run here or not."""
 
 
 @functools.cache

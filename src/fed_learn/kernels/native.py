@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -22,8 +23,12 @@ Addresses: TypeAlias = npt.NDArray[np.uintp]
 
 @dataclass(frozen=True, eq=False)
 class _Pieces:
-    """The work of one C call: for each piece its addresses (a row), elements and dtype code."""
+    """The work of one C call: for each piece its addresses (a row), elements and dtype code.
 
+    `arrays` only keeps the memory behind the addresses alive, even when an interrupt ends the wait for the thread.
+    """
+
+    arrays: Sequence[Sequence[Array]]
     addresses: Addresses
     counts: Addresses
     codes: npt.NDArray[np.int32]
@@ -89,10 +94,10 @@ def _split(rows: Sequence[Sequence[Array]], dtype_of: int = 0) -> list[_Pieces]:
     ends = np.cumsum(counts * itemsizes.sum(axis=1))
     shares = threads.threads_for(int(ends[-1]))
     if shares == 1:
-        return [_Pieces(addresses, counts, codes)]
+        return [_Pieces(rows, addresses, counts, codes)]
     pieces: list[_Pieces] = []
     cuts = _cuts(ends, counts, shares)
-    for (first, start), (last, stop) in zip(cuts, cuts[1:], strict=False):
+    for (first, start), (last, stop) in pairwise(cuts):
         if (first, start) == (last, stop):
             continue
         rows_here = slice(first, last + 1 if stop else last)
@@ -102,7 +107,7 @@ def _split(rows: Sequence[Sequence[Array]], dtype_of: int = 0) -> list[_Pieces]:
         if stop:
             own_counts[-1] = stop
         own_counts[0] -= np.uintp(start)
-        pieces.append(_Pieces(own, own_counts, codes[rows_here].copy()))
+        pieces.append(_Pieces(rows, own, own_counts, codes[rows_here].copy()))
     return pieces
 
 

@@ -5,6 +5,7 @@ simulation trains its clients.
 """
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -16,6 +17,8 @@ SMALLEST_SHARE = 1 << 18
 
 _num_threads: int | None = None
 _pool: ThreadPoolExecutor | None = None
+_lock = threading.Lock()
+"""Held while the pool is made, given work or retired, so that no work goes to one that is retired."""
 
 
 def set_num_threads(n: int | None) -> None:
@@ -36,10 +39,11 @@ def set_num_threads(n: int | None) -> None:
     global _num_threads, _pool
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
         raise ValueError(f"the number of threads must be an int of at least 1, not {n!r}")
-    if n != _num_threads and _pool is not None:
-        _pool.shutdown(wait=False)
-        _pool = None
-    _num_threads = n
+    with _lock:
+        if n != _num_threads and _pool is not None:
+            _pool.shutdown(wait=False)  # what it was given, it finishes
+            _pool = None
+        _num_threads = n
 
 
 def get_num_threads() -> int:
@@ -68,28 +72,32 @@ def threads_for(num_bytes: int) -> int:
 def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
     """Calls `function` on each share, side by side; the first share on the calling thread.
 
+    An interrupt may end the wait for the others: a share must keep alive whatever memory it works on.
+
     Raises:
         BaseException: What the first failing share raised, once all have ended.
     """
-    if len(shares) == 1:
-        function(shares[0])
-        return
     global _pool
-    if _pool is None:
-        _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
-    futures = [_pool.submit(function, share) for share in shares[1:]]
+    if not shares:
+        return
+    futures = []
+    if len(shares) > 1:
+        with _lock:
+            if _pool is None:
+                _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
+            futures = [_pool.submit(function, share) for share in shares[1:]]
     try:
         function(shares[0])
     finally:
-        errors = [future.exception() for future in futures]  # waits: the arrays must outlive the threads
+        errors = [future.exception() for future in futures]
     for error in errors:
         if error is not None:
             raise error
 
 
 def _forget_pool() -> None:
-    global _pool
-    _pool = None
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,0 +1,36 @@
+"""The commands, gathered."""
+
+from typing import Annotated
+
+import typer
+
+from fed_learn.cli.info import info
+from fed_learn.cli.simulate import simulate
+
+app = typer.Typer(
+    help="Federated learning: handlers, exact averaging, adapters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fed_learn import __version__
+
+        print(f"fed-learn {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Federated learning: handlers, exact averaging, adapters."""
+
+
+app.command()(simulate)
+app.command()(info)

@@ -1,0 +1,102 @@
+"""`fed-learn info`: what this installation can do on this machine."""
+
+import json
+import os
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+FRAMEWORKS = {
+    "torch": ("torch",),
+    "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-gpu"),
+    "keras": ("keras",),
+    "jax": ("jax",),
+    "flower": ("flwr",),
+    "nvflare": ("nvflare",),
+}
+"""Framework → the distributions that bring it."""
+
+INSTRUCTION_SETS = ("sse2", "avx", "avx2", "f16c", "fma", "avx512f", "neon", "asimd", "sve")
+
+
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Show version, kernels, instruction sets, threads and the frameworks found (none is imported)."""
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("fed-learn", f"{facts['version']}, Python {facts['python']}, {facts['platform']}")
+    for name, kernel in facts["kernels"].items():
+        state = "available" if kernel["available"] else f"not available: {kernel['reason']}"
+        table.add_row(f"kernel {name}", state + (" (current)" if name == facts["kernel"] else ""))
+    table.add_row("compiled for", facts["compiled_for"])
+    table.add_row("instruction sets", " ".join(facts["instruction_sets"]) or "unknown")
+    table.add_row("threads", f"{facts['threads']} of {facts['processors']} processors")
+    for name, version in facts["dependencies"].items():
+        table.add_row(name, version)
+    for name, version in facts["frameworks"].items():
+        table.add_row(name, version or "not installed")
+    for name, (meaning, value) in facts["environment"].items():
+        table.add_row(name, f"{value or 'not set'} ({meaning})")
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def collect() -> dict[str, Any]:
+    """The facts, as `--json` prints them."""
+    from fed_learn import __version__, kernels
+
+    reasons = kernels.unavailable()
+    return {
+        "version": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "kernel": kernels.current(),
+        "kernels": {name: {"available": name not in reasons, "reason": reasons.get(name)} for name in kernels.NAMES},
+        "compiled_for": "baseline instruction set" if "native" not in reasons else "nothing: the extension is missing",
+        "instruction_sets": _instruction_sets(),
+        "threads": kernels.get_num_threads(),
+        "processors": os.cpu_count(),
+        "dependencies": {name: metadata.version(name) for name in ("numpy", "cffi", "ml-dtypes")},
+        "frameworks": {name: _version(name, distributions) for name, distributions in FRAMEWORKS.items()},
+        "environment": {
+            "FED_LEARN_KERNEL": ("the kernel to use", os.environ.get("FED_LEARN_KERNEL")),
+            "FED_LEARN_NUM_THREADS": ("threads of a kernel", os.environ.get("FED_LEARN_NUM_THREADS")),
+        },
+    }
+
+
+def _version(module: str, distributions: tuple[str, ...]) -> str | None:
+    """The version from the installed metadata: importing a framework takes seconds."""
+    for distribution in distributions:
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return "installed, version unknown" if find_spec(module) is not None else None
+
+
+def _instruction_sets() -> list[str]:
+    """Those of the processor that matter to kernels, as far as the system tells."""
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    flags: set[str] = set()
+    for entry in cpuinfo.splitlines():
+        key, _, value = entry.partition(":")
+        if key.strip().lower() in ("flags", "features"):
+            flags |= set(value.split())
+    return [name for name in INSTRUCTION_SETS if name in flags]

@@ -1,0 +1,211 @@
+"""`fed-learn simulate`: a federation on real data, in one process."""
+
+import enum
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+DEFAULT_ROUNDS = 20
+
+
+class Dataset(enum.StrEnum):
+    """Data sets that scikit-learn ships."""
+
+    DIGITS = "digits"
+    BREAST_CANCER = "breast-cancer"
+
+
+class KindOption(enum.StrEnum):
+    """What clients send."""
+
+    FULL = "full"
+    DIFF = "diff"
+
+
+class KernelOption(enum.StrEnum):
+    """Kernels that can be asked for."""
+
+    AUTO = "auto"
+    NATIVE = "native"
+    NUMPY = "numpy"
+
+
+def simulate(
+    dataset: Annotated[Dataset, typer.Option(help="Real data that scikit-learn ships.")] = Dataset.DIGITS,
+    clients: Annotated[int, typer.Option(min=1, help="Number of clients.")] = 4,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Number of rounds.", show_default=str(DEFAULT_ROUNDS))
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=1e-6, help="How alike the clients' data are (Dirichlet); small: very different.")
+    ] = 0.5,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split, the initial weights and the training.")] = 0,
+    local_epochs: Annotated[int, typer.Option(min=1, help="Passes over a client's data in a round.")] = 5,
+    kind: Annotated[KindOption, typer.Option(help="What clients send: full weights or differences.")] = KindOption.FULL,
+    kernel: Annotated[KernelOption, typer.Option(help="What averages.")] = KernelOption.AUTO,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of the aggregation.", show_default="all processors")
+    ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Average with exact sums.")] = False,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many rounds without a better model.", show_default="never")
+    ] = None,
+    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for metrics, models, summary and plot.")] = Path(
+        "fed-learn-job"
+    ),
+    config: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="JSON with handlers, num_rounds, min_num_clients."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON, and the progress on stderr.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Train a federation of perceptrons on real data, split unequally over clients, and report on it."""
+    from rich.console import Console
+
+    from fed_learn import kernels
+    from fed_learn.components.config import read_config
+    from fed_learn.contribution import Kind
+    from fed_learn.errors import ConfigError
+    from fed_learn.handlers import (
+        CheckpointHandler,
+        EarlyStoppingHandler,
+        JsonLinesHandler,
+        ProgressHandler,
+    )
+    from fed_learn.simulation.demo import build_demo
+    from fed_learn.simulation.plot import plot_job
+    from fed_learn.simulation.summary import summarize
+
+    _configure_logging(debug)
+    settings = read_config(config) if config is not None else {}
+    for key in sorted(set(settings) - {"handlers", "num_rounds", "min_num_clients"}):
+        logging.getLogger("fed_learn").warning("%s: unknown key %r is ignored", config, key)
+    kernels.set_num_threads(threads)
+    started = time.perf_counter()
+    try:
+        demo = build_demo(
+            dataset.value,
+            num_clients=clients,
+            num_rounds=rounds or _positive(settings, "num_rounds") or DEFAULT_ROUNDS,
+            alpha=alpha,
+            seed=seed,
+            local_epochs=local_epochs,
+            kind=Kind(kind.value),
+            configured_handlers=_list(settings, "handlers"),
+            reporters=[
+                *([EarlyStoppingHandler(patience)] if patience is not None else []),
+                JsonLinesHandler(out / "metrics.jsonl"),
+                CheckpointHandler(out),
+                ProgressHandler(stderr=as_json),
+            ],
+            min_contributions=_positive(settings, "min_num_clients"),
+            on_bad_contribution="reject",
+            exact=exact,
+            kernel=kernel.value if kernel is not KernelOption.AUTO else None,
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    result = demo.run()
+    summary = summarize(demo, result)
+    summary["settings"] = {
+        "dataset": dataset.value,
+        "clients": clients,
+        "rounds": demo.server.num_rounds,
+        "alpha": alpha,
+        "seed": seed,
+        "local_epochs": local_epochs,
+        "kind": kind.value,
+        "kernel": demo.server.kernel,
+        "threads": kernels.get_num_threads(),
+        "exact": exact,
+    }
+    plot_job(out / "metrics.png", result, summary)
+    summary["seconds"] = round(time.perf_counter() - started, 3)
+    files = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.json", "metrics.png")
+    summary["files"] = {name: str(out / name) for name in files if name == "summary.json" or (out / name).exists()}
+    text = json.dumps(summary, indent=2)
+    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
+    if as_json:
+        print(text)
+    else:
+        _print_summary(Console(soft_wrap=True, highlight=False), summary)
+
+
+def _print_summary(console: Any, summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from fed_learn.contribution import GLOBAL_BEST
+
+    best, final = summary["best"], summary["final"]
+    console.print()
+    if summary["stop_reason"]:
+        console.print(f"Stopped early: {summary['stop_reason']}")
+    if best is not None:
+        console.print(
+            f"Best model   {best['source']} in round {best['round']}, {best['metric_name']} {best['metric']:.4f}, "
+            f"[bold]test accuracy {best['test_accuracy']:.4f}[/bold]"
+        )
+    console.print(f"Final model  test accuracy {final['test_accuracy']:.4f}")
+    matrix = summary["cross_site"]
+    sites = list(dict.fromkeys(site for row in matrix.values() for site in row))
+    table = Table(title="\nCross-site validation: accuracy of each best model on each client's data", box=None)
+    table.title_justify = "left"
+    table.add_column("model")
+    for site in sites:
+        table.add_column(f"on {site}", justify="right")
+    for model, row in matrix.items():
+        cells = [f"{row[site]:.4f}" if site in row else "–" for site in sites]
+        table.add_row(model, *cells, style="bold" if model == GLOBAL_BEST else None)
+    console.print(table)
+    console.print(f"\n{summary['seconds']:.1f} s. Files:")
+    for path in summary["files"].values():
+        console.print(f"  {path}")
+
+
+def _positive(settings: dict[str, Any], key: str) -> int | None:
+    from fed_learn.errors import ConfigError
+
+    value = settings.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key!r} must be a number of at least 1, not {value!r}")
+    return value
+
+
+def _list(settings: dict[str, Any], key: str) -> list[Any] | None:
+    from fed_learn.errors import ConfigError
+
+    value = settings.get(key)
+    if value is not None and not isinstance(value, list):
+        raise ConfigError(f"{key!r} must be a list, not {value!r}")
+    return value
+
+
+def _configure_logging(debug: bool) -> None:
+    """Warnings and errors as single lines on stderr; with `debug` everything, with tracebacks."""
+
+    class OneLine(logging.Formatter):
+        def formatException(self, exc_info: Any) -> str:  # noqa: N802 - the name is logging's
+            return super().formatException(exc_info) if debug else ""
+
+        def format(self, record: logging.LogRecord) -> str:
+            text = super().format(record)
+            record.exc_text = None  # other formatters must not inherit what this one left out
+            return text.rstrip("\n")
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine("%(levelname)s: %(message)s"))
+    logger = logging.getLogger("fed_learn")
+    logger.handlers = [handler]
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logger.propagate = False

@@ -1,0 +1,126 @@
+"""The demo job: a federation of perceptrons on a real data set, put together from the library's parts."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+from fed_learn import handlers as builtin_handlers
+from fed_learn.client import FederatedClient
+from fed_learn.components import ModelEvaluator
+from fed_learn.components.config import build_component
+from fed_learn.contribution import Kind
+from fed_learn.errors import ConfigError
+from fed_learn.events import EventHandler
+from fed_learn.handlers import ModelSelectionHandler, ServerValidationHandler
+from fed_learn.server import FederatedServer, JobResult
+from fed_learn.simulation.datasets import Split, load_split
+from fed_learn.simulation.mlp import Perceptron, PerceptronEvaluator, PerceptronLearner
+from fed_learn.weights import WeightDict
+
+
+@dataclass(frozen=True, eq=False)
+class Demo:
+    """A job that is ready to run.
+
+    Attributes:
+        server: The server.
+        clients: The clients.
+        split: The data they work on.
+    """
+
+    server: FederatedServer
+    clients: tuple[FederatedClient, ...]
+    split: Split
+
+    def run(self) -> JobResult:
+        """Runs the job; clients train side by side, each on one BLAS thread, which also keeps the bits the same."""
+        with _one_blas_thread():
+            return self.server.run(self.clients)
+
+    def test(self, weights: WeightDict) -> dict[str, float]:
+        """Accuracy and loss on the test part, which nothing else has seen."""
+        return Perceptron.score(weights, self.split.test)
+
+
+def build_demo(
+    dataset: str = "digits",
+    *,
+    num_clients: int = 4,
+    num_rounds: int = 20,
+    alpha: float = 0.5,
+    seed: int = 0,
+    local_epochs: int = 5,
+    kind: Kind = Kind.FULL,
+    handlers: Sequence[EventHandler] | None = None,
+    reporters: Sequence[EventHandler] = (),
+    client_handlers: Callable[[str], Sequence[EventHandler]] = lambda name: (),
+    configured_handlers: Sequence[Any] | None = None,
+    **server_arguments: Any,
+) -> Demo:
+    """Puts a demo job together.
+
+    Args:
+        dataset: `"digits"` or `"breast-cancer"`.
+        num_clients: Clients, named `site-1`, `site-2` ….
+        num_rounds: Rounds.
+        alpha: How alike the clients' data are (see `load_split`).
+        seed: Of the split, the initial weights and the training.
+        local_epochs: Passes over a client's data in a round.
+        kind: Contribute full weights or differences.
+        handlers: The server's handlers; None: model selection and server validation.
+        reporters: Further handlers, after those.
+        client_handlers: Gives a client's handlers by its name.
+        configured_handlers: The server's handlers as `{"path" | "name", "args"}` entries, in place of `handlers`; a
+            class that takes an `evaluator` gets the demo's where the entry names none.
+        **server_arguments: Passed on to `FederatedServer` (`min_contributions=`, `kernel=`, …).
+
+    Raises:
+        ImportError: scikit-learn is not installed (extra `demo`).
+        ValueError: An argument is out of its range.
+        ConfigError: A configured handler cannot be built.
+
+    Example:
+        >>> demo = build_demo(num_clients=2, num_rounds=1)
+        >>> [client.name for client in demo.clients], len(demo.split.test)
+        (['site-1', 'site-2'], 359)
+    """
+    split = load_split(dataset, num_clients, alpha, seed)
+    evaluator = PerceptronEvaluator(split.server)
+    if configured_handlers is not None:
+        chosen: Sequence[EventHandler] = [_configured(entry, evaluator) for entry in configured_handlers]
+    elif handlers is not None:
+        chosen = handlers
+    else:
+        chosen = [ModelSelectionHandler(), ServerValidationHandler(evaluator, num_rounds_per_valid=1)]
+    model = Perceptron(split.test.x.shape[1], split.num_classes)
+    server = FederatedServer(
+        model.init(seed), num_rounds=num_rounds, handlers=[*chosen, *reporters], kind=kind, **server_arguments
+    )
+    clients = []
+    for i, (train, selection) in enumerate(zip(split.train, split.selection, strict=True)):
+        name = f"site-{i + 1}"
+        learner = PerceptronLearner(train, selection, local_epochs=local_epochs, seed=seed * 1000 + i)
+        clients.append(FederatedClient(name, learner, handlers=client_handlers(name), kind=kind))
+    return Demo(server, tuple(clients), split)
+
+
+def _configured(entry: Any, evaluator: ModelEvaluator) -> EventHandler:
+    known = {
+        name: getattr(builtin_handlers, name)
+        for name in builtin_handlers.__all__
+        if name.endswith("Handler") and name != "Handler"
+    }
+    handler: EventHandler = build_component(entry, known, {"evaluator": evaluator})
+    if not callable(getattr(handler, "handle_event", None)):
+        raise ConfigError(f"{type(handler).__name__} is no handler")
+    return handler
+
+
+def _one_blas_thread() -> AbstractContextManager[Any]:
+    try:
+        from threadpoolctl import threadpool_limits
+    except ImportError:  # comes with scikit-learn, but nothing depends on it
+        return nullcontext()
+    limits: AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits

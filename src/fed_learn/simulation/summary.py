@@ -1,0 +1,49 @@
+"""What is worth telling of a demo job, as plain values for JSON."""
+
+from typing import Any
+
+from fed_learn.handlers.json_lines import jsonable
+from fed_learn.handlers.model_selection import SELECTION_METRIC
+from fed_learn.model_meta import ContextKey
+from fed_learn.server import JobResult
+from fed_learn.simulation.demo import Demo
+
+
+def summarize(demo: Demo, result: JobResult) -> dict[str, Any]:
+    """The summary of a job.
+
+    Returns:
+        `best` (`round`, `source`: aggregated or received, `metric_name`, `metric`, `test_accuracy`, `test_loss`; None
+        if no handler selected a model), `final` (`test_accuracy`, `test_loss`, `selection`), `cross_site` (model →
+        client → accuracy), `rounds` (a dict per round, as `RoundReport.as_dict`), `quits`, `handler_failures`,
+        `stop_reason`.
+    """
+    best = None
+    if result.best is not None:
+        aggregated = demo.server.ctx.get_prop(ContextKey.BEST_AGGREGATED) is result.best
+        test = demo.test(result.best.weights)
+        best = {
+            "round": result.best.round,
+            "source": "aggregated" if aggregated else "received",
+            "metric_name": result.best.metric_name,
+            "metric": result.best.metric,
+            "test_accuracy": test["accuracy"],
+            "test_loss": test["loss"],
+        }
+    test = demo.test(result.weights)
+    summary: dict[str, Any] = jsonable(
+        {
+            "best": best,
+            "final": {
+                "test_accuracy": test["accuracy"],
+                "test_loss": test["loss"],
+                "selection": result.metrics.get(SELECTION_METRIC),
+            },
+            "cross_site": {model: dict(row) for model, row in result.cross_site.items()},
+            "rounds": [report.as_dict() for report in result.reports],
+            "quits": [failure.as_dict() for failure in result.quits],
+            "handler_failures": [str(failure) for failure in result.handler_failures],
+            "stop_reason": result.stop_reason,
+        }
+    )
+    return summary
