@@ -1,0 +1,214 @@
+"""`fed-learn`, run as its user runs it: another process, real files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.numpy import load_file
+
+import fed_learn as fl
+
+
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "fed-learn"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "120", **environment},
+    )
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The job of the README; its folder and what it printed."""
+    out = tmp_path_factory.mktemp("job")
+    done = run("simulate", "--rounds", "20", "--clients", "4", "--alpha", "0.5", "--seed", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return out, done.stdout
+
+
+def summary_of(out: Path) -> dict[str, Any]:
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    return summary
+
+
+def test_simulate_reaches_95_percent_on_digits(job: tuple[Path, str]) -> None:
+    summary = summary_of(job[0])
+    assert summary["best"]["test_accuracy"] >= 0.95
+    assert summary["final"]["test_accuracy"] >= 0.95
+    assert 0 <= summary["best"]["round"] < 20
+    assert len(summary["rounds"]) == 20
+
+
+def test_simulate_prints_a_row_per_round_and_a_summary(job: tuple[Path, str]) -> None:
+    lines = job[1].splitlines()
+    assert lines[0].split() == ["round", "accepted", "rejected", "selection", "server", "aggregation", "kernel"]
+    for number, line in enumerate(lines[1:21]):
+        cells = line.split()
+        assert cells[:3] == [str(number), "4", "0"]
+        assert cells[-1] in fl.kernels.available()
+    summary = summary_of(job[0])
+    assert f"test accuracy {summary['best']['test_accuracy']:.4f}" in job[1]
+    for site, row in summary["cross_site"].items():
+        assert any(line.split()[:1] == [site] and f"{row['site-2']:.4f}" in line for line in lines)
+
+
+def test_simulate_leaves_every_file(job: tuple[Path, str]) -> None:
+    out = job[0]
+    summary = summary_of(out)
+    assert sorted(summary["files"]) == sorted(path.name for path in out.iterdir())
+    assert (out / "metrics.png").read_bytes().startswith(b"\x89PNG")
+    models = {name: load_file(out / f"{name}.safetensors") for name in ("global", "best")}
+    for model in models.values():
+        assert model["hidden.weight"].shape == (64, 128)
+        assert str(model["hidden.weight"].dtype) == "float32"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rounds = [line for line in lines if line["type"] == "round"]
+    assert [line["round"] for line in rounds] == list(range(20))
+    assert all(line["accepted"] == ["site-1", "site-2", "site-3", "site-4"] for line in rounds)
+    validations = [(line["model"], line["contributor"]) for line in lines if line["type"] == "validation"]
+    sites = ["site-1", "site-2", "site-3", "site-4"]
+    assert validations == [(model, site) for model in ("final", *sites, "global_best") for site in sites]
+
+
+def test_the_cross_site_matrix_is_complete(job: tuple[Path, str]) -> None:
+    sites = ["site-1", "site-2", "site-3", "site-4"]
+    matrix = summary_of(job[0])["cross_site"]
+    assert list(matrix) == [*sites, "global_best"]
+    for row in matrix.values():
+        assert list(row) == sites
+        assert all(0 <= score <= 1 for score in row.values())
+
+
+@pytest.mark.parametrize("variant", [[], ["--kernel", "numpy"], ["--threads", "1"], ["--threads", "3"]], ids=str)
+def test_the_same_seed_gives_the_same_bytes(job: tuple[Path, str], variant: list[str], tmp_path: Path) -> None:
+    again = ["--rounds", "20", "--clients", "4", "--alpha", "0.5", "--seed", "1", "--out", str(tmp_path)]
+    assert run("simulate", *again, *variant).returncode == 0
+    for name in ("best.safetensors", "global.safetensors"):
+        assert (tmp_path / name).read_bytes() == (job[0] / name).read_bytes()
+
+
+def test_another_seed_gives_other_bytes(job: tuple[Path, str], tmp_path: Path) -> None:
+    assert run("simulate", "--seed", "2", "--out", str(tmp_path)).returncode == 0
+    assert (tmp_path / "best.safetensors").read_bytes() != (job[0] / "best.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("options", [["--kind", "diff"], ["--exact"], ["--dataset", "breast-cancer"]], ids=str)
+def test_json_is_all_that_is_printed(options: list[str], tmp_path: Path) -> None:
+    done = run("simulate", "--rounds", "3", "--json", "--out", str(tmp_path), *options)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary == summary_of(tmp_path)
+    assert summary["best"]["test_accuracy"] > 0.8
+    assert len([line for line in done.stderr.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"])]) == 3
+
+
+def test_a_configuration_file_sets_handlers_and_rounds(tmp_path: Path) -> None:
+    (tmp_path / "my_handlers.py").write_text(
+        "from fed_learn import Handler\n"
+        "class Shouter(Handler):\n"
+        "    def __init__(self, path):\n"
+        "        self.path = path\n"
+        "    def end_round(self, ctx):\n"
+        "        with open(self.path, 'a') as file:\n"
+        "            file.write('round!')\n"
+    )
+    selection = {"name": "ModelSelectionHandler", "args": {"validation_metric_name": "initial_loss", "mode": "min"}}
+    shouter = {"path": "my_handlers.Shouter", "args": {"path": str(tmp_path / "shouts")}}
+    config = {"num_rounds": 3, "min_num_clients": 2, "handlers": [selection, shouter], "wat": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = run("simulate", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == f"WARNING: {tmp_path}/config.json: unknown key 'wat' is ignored\n"
+    summary = summary_of(tmp_path / "out")
+    assert len(summary["rounds"]) == 3
+    assert summary["best"]["metric_name"] == "initial_loss"
+    assert summary["best"]["source"] == "received"
+    assert (tmp_path / "shouts").read_text() == "round!" * 3
+    more = run("simulate", "--config", str(tmp_path / "config.json"), "--rounds", "1", "--out", str(tmp_path / "more"))
+    assert more.returncode == 0
+    assert len(summary_of(tmp_path / "more")["rounds"]) == 1
+
+
+def test_patience_stops_early_and_says_so(tmp_path: Path) -> None:
+    done = run("simulate", "--rounds", "60", "--patience", "3", "--seed", "1", "--out", str(tmp_path))
+    assert done.returncode == 0
+    summary = summary_of(tmp_path)
+    assert len(summary["rounds"]) < 60
+    assert "no better model" in summary["stop_reason"]
+    assert "Stopped early: no better model" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["simulate", "--clients", "0"], 2, "--clients"),
+        (["simulate", "--clients", "500"], 2, "too few for 500 clients"),
+        (["simulate", "--dataset", "mnist"], 2, "breast-cancer"),
+        (["simulate", "--kernel", "cuda"], 2, "native"),
+        (["simulate", "--config", "missing.json"], 2, "missing.json"),
+        (["nonsense"], 2, "nonsense"),
+        (["simulate", "--out", "/proc/nowhere"], 1, "/proc/nowhere"),
+    ],
+    ids=str,
+)
+def test_errors_are_short_and_set_the_exit_code(arguments: list[str], code: int, words: str) -> None:
+    done = run(*arguments)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("handlers", ['[{"name": "Nope"}]', '[{"name": "ProgressHandler", "args": {"x": 1}}]', "3"])
+def test_a_bad_configuration_is_wrong_use_in_one_line(handlers: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(f'{{"handlers": {handlers}}}')
+    done = run("simulate", "--config", str(tmp_path / "config.json"), "--out", str(tmp_path))
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback() -> None:
+    done = run("simulate", "--out", "/proc/nowhere", "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+
+
+def test_an_unknown_kernel_in_the_environment_is_an_error() -> None:
+    done = run("simulate", FED_LEARN_KERNEL="cuda")
+    assert done.returncode != 0
+    assert "FED_LEARN_KERNEL 'cuda' is unknown; valid are auto, native, numpy" in done.stderr
+
+
+def test_info_tells_versions_kernels_and_frameworks() -> None:
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["version"] == fl.__version__
+    assert facts["kernel"] == fl.kernels.current()
+    assert {name for name, kernel in facts["kernels"].items() if kernel["available"]} == set(fl.kernels.available())
+    import torch
+
+    assert facts["frameworks"]["torch"] == torch.__version__
+    assert facts["frameworks"]["flower"] is None or facts["frameworks"]["flower"][0].isdigit()
+    printed = run("info").stdout
+    assert f"fed-learn              {fl.__version__}" in printed
+    assert torch.__version__ in printed
+
+
+def test_info_imports_no_framework() -> None:
+    code = (
+        "import sys; from fed_learn.cli.info import collect; collect(); "
+        "print([m for m in ('torch', 'tensorflow', 'keras', 'jax') if m in sys.modules])"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert printed.stdout.strip() == "[]"
+
+
+def test_version_is_printed() -> None:
+    assert run("--version").stdout == f"fed-learn {fl.__version__}\n"

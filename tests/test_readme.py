@@ -1,0 +1,126 @@
+"""Every command and snippet of the README runs, and says what the README says."""
+
+import contextlib
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fed_learn import EventType
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def execute(code: str, names: dict[str, Any]) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "README.md", "exec"), names)
+    return printed.getvalue()
+
+
+INSTALL_AND_RUN, TRY, TEST, *OTHER_COMMANDS = blocks("sh")
+AVERAGE, REFUSE, TORCH, KERAS, JOB, RECORD = blocks("python")
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    commands = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert TEST.strip() in commands
+    assert "pytest" in TEST
+
+
+def test_averaging_and_refusing_snippets_run() -> None:
+    names: dict[str, Any] = {}
+    execute(AVERAGE, names)
+    assert execute(REFUSE, names) == "site-3: 'w' at index (1,): nan is not finite\n"
+    assert "# site-3: 'w' at index (1,): nan is not finite" in REFUSE
+
+
+def test_torch_snippet_averages_models() -> None:
+    names: dict[str, Any] = {}
+    execute(TORCH, names)
+    first = names["clients"][0].state_dict()
+    assert first["weight"].numpy().tobytes() == names["mean"]["weight"].tobytes()
+
+
+def test_keras_snippet_averages_models() -> None:
+    # In a process of its own: TensorFlow stays loaded otherwise.
+    code = KERAS + "\nprint([(a == b).all() for a, b in zip(clients[0].get_weights(), mean.values())])\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[np.True_, np.True_]", done.stderr
+
+
+def test_job_snippet_learns_the_mean() -> None:
+    names: dict[str, Any] = {}
+    assert "best after" in execute(JOB, names)
+    # Means 1.5 and 3.5 of 4 and 8 numbers, by examples.
+    assert names["result"].weights["mean"][0] == pytest.approx((4 * 1.5 + 8 * 3.5) / 12, abs=1e-6)
+
+
+def test_recording_handler_prints_the_events_of_the_design() -> None:
+    lines = [line.split() for line in execute(RECORD, {}).splitlines()]
+    server = [(event, *rest) for side, event, *rest in lines if side == "server:"]
+    sites = ("site-1", "site-2")
+
+    def each(event: EventType) -> list[tuple[str, ...]]:
+        return [(str(event), site) for site in sites]
+
+    one_round = [
+        (EventType.START_ROUND,),
+        *each(EventType.SEND_MODEL),
+        *each(EventType.RECEIVE_CONTRIBUTION),
+        (EventType.BEFORE_AGGREGATION,),
+        (EventType.END_AGGREGATION,),
+        (EventType.END_ROUND,),
+    ]
+    assert server == [
+        (EventType.STARTUP,),
+        *each(EventType.CLIENT_REGISTER),
+        *one_round,
+        *one_round,
+        *each(EventType.SEND_MODEL),
+        *each(EventType.RECEIVE_VALIDATION_RESULTS),
+        *each(EventType.RECEIVE_VALIDATION_RESULTS),
+        *each(EventType.RECEIVE_VALIDATION_RESULTS),
+        *each(EventType.CLIENT_QUIT),
+        (EventType.SHUTDOWN,),
+    ]
+    for site in sites:
+        assert [event for side, event, *_ in lines if side == f"{site}:"] == [
+            EventType.STARTUP,
+            *[EventType.GET_MODEL, EventType.RECEIVE_MODEL] * 2,
+            EventType.SUBMIT_LOCAL_BEST_MODEL,
+            EventType.SEND_BEST_MODEL,
+            *[EventType.RECEIVE_VALIDATION_MODEL, EventType.SEND_VALIDATION_RESULTS] * 3,
+            EventType.SHUTDOWN,
+        ]
+
+
+def test_the_configuration_of_the_readme_works(tmp_path: Path) -> None:
+    (config,) = blocks("json")
+    assert json.loads(config)["num_rounds"] == 30
+    (tmp_path / "config.json").write_text(config)
+    command = [str(Path(sys.executable).parent / "fed-learn"), "simulate", "--config", "config.json", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["best"]["test_accuracy"] > 0.9
+
+
+@pytest.mark.parametrize("line", [line for block in (TRY, *OTHER_COMMANDS) for line in block.splitlines()])
+def test_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
+    program, *arguments = line.split()
+    if program == "python":
+        command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+    else:
+        command = [str(Path(sys.executable).parent / program), *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
