@@ -40,10 +40,9 @@ def main(repetitions: int) -> None:
     print(f"{'':22} {'× read':>7} {'GB/s':>6} {'peak MB':>8} {'dtype':>8} {'error, ulp':>11}")
     for name in sides:
         median = statistics.median(times[name])
-        error = f"{errors[name]:.3f}" if name in errors else "–"
-        print(
-            f"{name:22} {median / limit:7.2f} {size / median / 1e9:6.1f} {peaks[name] / 1e6:8.0f} {dtypes.get(name, '–'):>8} {error:>11}"
-        )
+        error, dtype = (f"{errors[name]:.3f}", dtypes[name]) if name in errors else ("–", "–")
+        speed, peak = size / median / 1e9, peaks[name] / 1e6
+        print(f"{name:22} {median / limit:7.2f} {speed:6.1f} {peak:8.0f} {dtype:>8} {error:>11}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ static inline uint32_t fl_bits_of_float(float f)
 static inline double fl_load_float16(uint16_t h)
 {
     uint32_t magnitude = h & 0x7fffu;
+    if (magnitude >= 0x7c00u) { /* infinity or NaN */
+        double special = (double)fl_float_of_bits(0x7f800000u | (magnitude << 13));
+        return (h & 0x8000u) ? -special : special;
+    }
     /* Shifted into place the exponent is too small by 112; multiplying by 2^112 mends normals and subnormals. */
     float f = fl_float_of_bits(magnitude << 13) * 0x1p112f;
     return (h & 0x8000u) ? -(double)f : (double)f;

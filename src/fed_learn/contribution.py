@@ -2,6 +2,7 @@
 
 import enum
 import math
+import reprlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -11,12 +12,12 @@ import numpy as np
 
 from fed_learn.errors import (
     AggregationWeightError,
-    ContributionError,
     DuplicateContributionError,
     HandlerFailure,
     KindError,
     MetricError,
     RoundError,
+    UnknownContributorError,
 )
 from fed_learn.weights import (
     Array,
@@ -26,8 +27,7 @@ from fed_learn.weights import (
     WeightDict,
     as_weight_dict,
     check_differences,
-    check_integers,
-    check_values,
+    check_finite,
 )
 
 
@@ -99,7 +99,7 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     if value is None:
         problem = "is missing"
     elif isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        problem = f"{value!r} is not a number"
+        problem = f"{reprlib.repr(value)} is not a number"
     else:
         try:
             number = float(value)
@@ -113,6 +113,29 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
         who = f"{contributor}: " if contributor is not None else ""
         raise AggregationWeightError(f"{who}aggregation weight {problem}", contributor=contributor, value=value)
     return number
+
+
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-100, 2.0**100
+"""Aggregation weights from here to there need no scaling: their products with float32 stay well within float64."""
+
+
+def check_metrics(metrics: Mapping[str, float], contributor: str) -> None:
+    """Refuses metrics that are not numbers; NaN and infinities are, and handlers deal with them.
+
+    Raises:
+        MetricError: Names the metric.
+    """
+    for metric, value in metrics.items():
+        try:
+            number = isinstance(value, Real) and not isinstance(value, bool) and isinstance(float(value), float)
+        except OverflowError:
+            number = False
+        if not number:
+            raise MetricError(
+                f"{contributor}: metric {reprlib.repr(metric)} is {reprlib.repr(value)}, not a number",
+                contributor=contributor,
+                metric=metric,
+            )
 
 
 def check_contribution(
@@ -142,28 +165,32 @@ def check_contribution(
     """
     who = contribution.contributor
     if not isinstance(who, str) or not who:
-        raise ContributionError(f"contributor {who!r} is not a name")
+        raise UnknownContributorError(f"contributor {reprlib.repr(who)} is not a name")
     if who in contributors:
         raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
-    if round is not None and contribution.round is not None and contribution.round != round:
+    own_round = contribution.round
+    if own_round is not None and (not isinstance(own_round, Integral) or round not in (None, own_round)):
         raise RoundError(
-            f"{who}: contribution is of round {contribution.round!r}, expected {round}",
+            f"{who}: contribution is of round {reprlib.repr(own_round)}, expected "
+            f"{'a number' if round is None else round}",
             contributor=who,
-            round=contribution.round,
+            round=own_round,
             expected=round,
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
         raise KindError(
-            f"{who}: contribution is of kind {str(contribution.kind)!r}, expected {kind or list(map(str, Kind))}",
+            f"{who}: contribution is of kind {reprlib.repr(str(contribution.kind))}, expected "
+            f"{kind or ' or '.join(Kind)}",
             contributor=who,
             kind=contribution.kind,
             expected=kind,
         )
-    for metric, value in contribution.metrics.items():
-        if not isinstance(value, Real) or isinstance(value, bool):
-            raise MetricError(f"{who}: metric {metric!r} is {value!r}, not a number", contributor=who, metric=metric)
-    if contribution.n_iter is not None and not isinstance(contribution.n_iter, Integral):
-        raise MetricError(f"{who}: n_iter is {contribution.n_iter!r}, not an int", contributor=who, metric="n_iter")
+    check_metrics(contribution.metrics, who)
+    n_iter = contribution.n_iter
+    if n_iter is not None and not (isinstance(n_iter, Integral) and -(2**63) <= n_iter < 2**63):
+        raise MetricError(
+            f"{who}: n_iter is {reprlib.repr(n_iter)}, not a 64-bit int", contributor=who, metric="n_iter"
+        )
     aggregation_weight = check_aggregation_weight(contribution.aggregation_weight, who)
     weights = as_weight_dict(contribution.weights, who)
     if schema is None:
@@ -172,9 +199,7 @@ def check_contribution(
     if contribution.kind is Kind.DIFF:
         check_differences(schema, who)
     if scan:
-        check_values(weights, who)
-    else:
-        check_integers(weights, who)
+        check_finite(weights, who)
     return weights, aggregation_weight
 
 

@@ -29,7 +29,8 @@ class FedLearnError(Exception):
     name: str | None = None
 
     def __init__(self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any) -> None:
-        super().__init__(message)
+        # What a client sent must not be able to begin a new line in a log.
+        super().__init__(" ".join(message.splitlines()))
         self.contributor = contributor
         self.name = name
         self.__dict__.update(values)
@@ -71,11 +72,14 @@ class NonFiniteError(ContributionError, ValueError):
 
 
 class IntegerRangeError(ContributionError, ValueError):
-    """An integer beyond ±2**53, where float64 sums are no longer exact. Attributes: `index`, `value`."""
+    """An integer so large that a float64 sum, or the dtype of a difference, could not hold it to the unit.
+
+    Attributes: `index`, `value`.
+    """
 
 
 class AggregationWeightError(ContributionError, ValueError):
-    """The aggregation weight is missing, not a number, not finite or not positive. Attribute: `value`."""
+    """The aggregation weight is missing, not a number, not finite, not positive or out of range. Attribute: `value`."""
 
 
 class RoundError(ContributionError, ValueError):
@@ -95,11 +99,15 @@ class DuplicateContributionError(ContributionError, ValueError):
 
 
 class UnknownContributorError(ContributionError, ValueError):
-    """The contribution names a client that is not registered, or not the one that sent it."""
+    """The contributor's name is none, or not that of the client that sent the contribution."""
 
 
 class EmptyAggregationError(FedLearnError, ValueError):
     """There is nothing to average: no contribution, hence a total weight of zero."""
+
+
+class MergeError(FedLearnError, ValueError):
+    """Two accumulators cannot be merged: one sums exactly and the other does not, or they are the same."""
 
 
 class OutputError(FedLearnError, ValueError):
@@ -163,9 +171,11 @@ class HandlerError(ExceptionGroup[Exception], FedLearnError):
 
     Attributes:
         failures: A tuple of `HandlerFailure`, in the order in which they happened.
+        result: The `JobResult` of a job whose handlers failed only when it was over; else None.
     """
 
     failures: tuple[HandlerFailure, ...]
+    result: Any = None
 
     def __new__(cls, failures: Sequence[HandlerFailure]) -> Self:
         """Builds the group from the record of failures."""

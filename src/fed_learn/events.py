@@ -62,6 +62,19 @@ class Transactional(Protocol):
         """Puts them back."""
 
 
+def check_handlers(handlers: Sequence[EventHandler]) -> tuple[EventHandler, ...]:
+    """The handlers as a tuple.
+
+    Raises:
+        TypeError: One of them could not take part in `fire_event`; better to hear of it before a job than in it.
+    """
+    for handler in handlers:
+        for method in ("handle_event", "rollback"):
+            if isinstance(handler, type) or not callable(getattr(handler, method, None)):
+                raise TypeError(f"{handler!r} is no handler: derive from fed_learn.Handler, and pass an instance")
+    return tuple(handlers)
+
+
 def fire_event(event: str, handlers: Sequence[EventHandler], ctx: Transactional) -> None:
     """Lets each handler act on an event, in list order (SHUTDOWN: in reverse).
 

@@ -138,6 +138,8 @@ class FLContext(dict[str, Any]):
         copy.restore(self.snapshot())
         return copy
 
+    __copy__ = clone
+
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """The bindings as they are: props, attributes (the model among them), metadata. For `restore`."""
         return dict(self), dict(self.__dict__), dict(self._metadata)

@@ -31,9 +31,6 @@ FLOATS = tuple(map(np.dtype, ("float16", BFLOAT16, "float32", "float64")))
 INTEGERS = tuple(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")))
 SUPPORTED_DTYPES = frozenset((*FLOATS, *INTEGERS, np.dtype(bool)))
 
-LARGEST_EXACT_INTEGER = 2**53
-"""Up to here every integer is a float64, which is what sums are kept in."""
-
 
 class FrozenDict(dict[str, Any]):
     """A `dict` that cannot be changed: what the library hands to handlers.
@@ -212,20 +209,19 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
                 )
 
 
-def check_values(weights: WeightDict, contributor: str | None = None) -> None:
-    """Refuses NaN, infinity, and integers that a float64 sum could not hold.
+def check_finite(weights: WeightDict, contributor: str | None = None) -> None:
+    """Refuses NaN and infinity.
 
     Raises:
-        NonFiniteError: A floating-point value is NaN or infinite; says which.
-        IntegerRangeError: An integer lies beyond ±2**53; says which.
+        NonFiniteError: Says which value of which variable is not finite.
     """
-    check_integers(weights, contributor)
     for name, array in weights.items():
         if array.dtype.kind in "biu":
             continue
-        finite = np.isfinite(array)
+        with np.errstate(invalid="ignore"):  # a signalling NaN
+            finite = np.isfinite(array)
         if not finite.all():
-            index, value = _first(~finite, array)
+            index, value = first_of(~finite, array)
             raise NonFiniteError(
                 f"{_who(contributor, name)}at index {index}: {value} is not finite",
                 contributor=contributor,
@@ -235,28 +231,8 @@ def check_values(weights: WeightDict, contributor: str | None = None) -> None:
             )
 
 
-def check_integers(weights: WeightDict, contributor: str | None = None) -> None:
-    """Refuses integers that a float64 sum could not hold.
-
-    Raises:
-        IntegerRangeError: An integer lies beyond ±2**53; says which.
-    """
-    for name, array in weights.items():
-        if array.dtype.kind not in "iu" or array.dtype.itemsize < 8 or not array.size:
-            continue
-        if array.min() >= -LARGEST_EXACT_INTEGER and array.max() <= LARGEST_EXACT_INTEGER:
-            continue
-        index, value = _first((array > LARGEST_EXACT_INTEGER) | (array < -LARGEST_EXACT_INTEGER), array)
-        raise IntegerRangeError(
-            f"{_who(contributor, name)}at index {index}: {value} is beyond 2**53, where averages would not be exact",
-            contributor=contributor,
-            name=name,
-            index=index,
-            value=value,
-        )
-
-
-def _first(bad: npt.NDArray[np.bool_], array: Array) -> tuple[tuple[int, ...], float]:
+def first_of(bad: npt.NDArray[np.bool_], array: Array) -> tuple[tuple[int, ...], float]:
+    """Index and value of the first element that `bad` marks."""
     index = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
     return index, array[index].item()
 
@@ -280,7 +256,7 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
     schema = Schema.of(base)
     schema.check(weights)
     check_differences(schema)
-    return _rounded({name: _wide(weights[name]) - _wide(base[name]) for name in schema}, schema)
+    return _rounded({name: _wide(weights[name], name) - _wide(base[name], name) for name in schema}, schema)
 
 
 def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
@@ -297,7 +273,7 @@ def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
     schema = Schema.of(base)
     schema.check(diff)
     check_differences(schema)
-    return _rounded({name: _wide(base[name]) + _wide(diff[name]) for name in schema}, schema)
+    return _rounded({name: _wide(base[name], name) + _wide(diff[name], name) for name in schema}, schema)
 
 
 def check_differences(schema: Schema, contributor: str | None = None) -> None:
@@ -317,14 +293,20 @@ def check_differences(schema: Schema, contributor: str | None = None) -> None:
             )
 
 
-def _wide(array: Array) -> Array:
-    return array.astype(np.int64 if array.dtype.kind == "i" else np.float64)
+def _wide(array: Array, name: str) -> Array:
+    """float64; int64 for integers, so small that the sum of two cannot wrap around."""
+    if array.dtype.kind != "i":
+        return array.astype(np.float64)
+    wide = array.astype(np.int64)
+    if wide.size and max(-int(wide.min()), int(wide.max())) > 2**62:
+        raise IntegerRangeError(f"{name!r} holds integers beyond 2**62, whose differences may not fit", name=name)
+    return wide
 
 
 def _rounded(wide: WeightDict, schema: Schema) -> dict[str, Array]:
     with np.errstate(all="ignore"):  # what overflows is reported by name below
         narrow = {name: np.asarray(wide[name]).astype(dtype) for name, (_, dtype) in schema.items()}
-    check_values(narrow)
+    check_finite(narrow)
     for name, array in narrow.items():
         if array.dtype.kind == "i" and not np.array_equal(array, wide[name]):
             raise IntegerRangeError(f"{name!r} leaves the range of {array.dtype}", name=name)
@@ -337,5 +319,5 @@ def _who(contributor: str | None, name: str | None = None) -> str:
 
 def _some(names: Iterable[str], most: int = 5) -> str:
     listed = list(names)
-    shown = ", ".join(repr(name) for name in listed[:most])
+    shown = ", ".join(repr(name[:200]) for name in listed[:most])
     return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")

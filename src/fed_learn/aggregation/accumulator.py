@@ -10,17 +10,20 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation.arrays import Outputs, flat
 from fed_learn.aggregation.exact import ExactSum, check_domain
-from fed_learn.contribution import Contribution, Kind, check_contribution
+from fed_learn.aggregation.integers import fits, magnitude
+from fed_learn.contribution import SMALLEST_WEIGHT, Contribution, Kind, check_contribution
 from fed_learn.errors import (
+    AggregationWeightError,
     DuplicateContributionError,
     EmptyAggregationError,
-    FedLearnError,
+    IntegerRangeError,
     KindError,
+    MergeError,
     RoundError,
     SumOverflowError,
 )
 from fed_learn.kernels.base import Float64Array
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, first_of
 
 
 class Accumulator:
@@ -54,6 +57,7 @@ class Accumulator:
         self._exact_sums: dict[str, ExactSum] = {}
         self._total: float | Fraction = Fraction() if exact else 0.0
         self._count = 0
+        self._largest: dict[str, int] = {}
         self._contributors: dict[str, None] = {}
         self._kind: Kind | None = None
         self._round: int | None = None
@@ -92,7 +96,9 @@ class Accumulator:
 
         Raises:
             ContributionError: It is refused; the class says why, the attributes who and where.
+            AggregationWeightError: Also for a weight below 2**-100.
             SumOverflowError: The sum of the aggregation weights leaves float64.
+            IntegerRangeError: Integers so large that their mean would not be right to the unit.
             ExactDomainError: With `exact`, a value or weight outside of the domain.
         """
         if isinstance(weights, Contribution):
@@ -110,9 +116,19 @@ class Accumulator:
             round=self._round,
             contributors=self._contributors if named else (),
         )
-        self._check_total(factor)
         if self._exact:
             check_domain(arrays, factor, contribution.contributor)
+        elif factor < SMALLEST_WEIGHT:
+            raise AggregationWeightError(
+                f"{contribution.contributor}: aggregation weight {factor} is below 2**-100, and sums as they stream in "
+                "could underflow; weighted_average can take it",
+                contributor=contribution.contributor,
+                value=factor,
+            )
+        elif not math.isfinite(self.total_weight + factor):
+            raise SumOverflowError("the sum of the aggregation weights leaves the range of float64")
+        largest = {name: magnitude(array) for name, array in arrays.items()}
+        self._check_integers(largest, self._count + 1, contribution.contributor, arrays)
 
         if self._schema is None:
             self._schema = Schema.of(arrays)
@@ -123,6 +139,7 @@ class Accumulator:
         else:
             self._start(self._schema)
             self._kernel.accumulate(list(self._sums.values()), list(columns.values()), factor)
+        self._largest = {name: max(size, self._largest.get(name, 0)) for name, size in largest.items()}
         self._total += Fraction(factor) if self._exact else factor
         self._count += 1
         self._kind = contribution.kind
@@ -135,14 +152,15 @@ class Accumulator:
 
         Raises:
             NamesError, ShapeError, DtypeError: The schemas differ.
-            DuplicateContributionError: A contributor is in both, or `other` is this accumulator.
+            DuplicateContributionError: A contributor is in both.
             KindError, RoundError: They hold contributions of different kinds or rounds.
-            FedLearnError: One is exact and the other is not.
+            IntegerRangeError: Together they could not be averaged to the unit.
+            MergeError: One is exact and the other is not, or `other` is this accumulator.
         """
         if other is self:
-            raise DuplicateContributionError("an accumulator cannot be merged with itself")
+            raise MergeError("an accumulator cannot be merged with itself")
         if self._exact != other._exact:
-            raise FedLearnError("an exact and an ordinary accumulator cannot be merged")
+            raise MergeError("an exact and an ordinary accumulator cannot be merged")
         if not other._count:
             return
         assert other._schema is not None
@@ -163,7 +181,9 @@ class Accumulator:
                 round=other._round,
                 expected=self._round,
             )
-        self._check_total(other.total_weight)
+        self._check_integers(other._largest, self._count + other._count)
+        if not math.isfinite(self.total_weight + other.total_weight):
+            raise SumOverflowError("the sum of the aggregation weights leaves the range of float64")
 
         if self._schema is None:
             self._schema = other._schema
@@ -173,6 +193,7 @@ class Accumulator:
         else:
             self._start(self._schema)
             self._kernel.accumulate(list(self._sums.values()), [other._sums[name] for name in self._sums], 1.0)
+        self._largest = {name: max(size, self._largest.get(name, 0)) for name, size in other._largest.items()}
         self._total += other._total
         self._count += other._count
         self._kind = other._kind
@@ -216,9 +237,24 @@ class Accumulator:
             # -0.0 is the neutral element: sums then have the bits of sums that start from the first product.
             self._sums = {name: np.full(math.prod(shape), -0.0) for name, (shape, _) in schema.items()}
 
-    def _check_total(self, factor: float) -> None:
-        if not math.isfinite(self.total_weight + factor):
-            raise SumOverflowError("the sum of the aggregation weights leaves the range of float64")
+    def _check_integers(
+        self, largest: dict[str, int], count: int, contributor: str | None = None, arrays: WeightDict | None = None
+    ) -> None:
+        for name, size in largest.items():
+            if fits(max(size, self._largest.get(name, 0)), count):
+                continue
+            who = f"{contributor}: " if contributor is not None else ""
+            index = None
+            if arrays is not None:
+                index, _ = first_of((arrays[name] == size) | (arrays[name] == -size), arrays[name])
+            raise IntegerRangeError(
+                f"{who}{name!r} holds integers up to {size}, too large to be averaged to the unit as they stream in; "
+                "weighted_average can take them",
+                contributor=contributor,
+                name=name,
+                index=index,
+                value=size,
+            )
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:

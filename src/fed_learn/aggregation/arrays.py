@@ -37,6 +37,8 @@ class Outputs:
             arrays = as_weight_dict(out, "out")
             schema.check(arrays, "out")
             for name, array in arrays.items():
+                if not isinstance(out[name], np.ndarray):
+                    raise OutputError(f"out: {name!r} is a scalar, not an array", name=name)
                 if not array.flags.writeable:
                     raise OutputError(f"out: {name!r} is read-only", name=name)
             _refuse_overlap(arrays, inputs)

@@ -1,7 +1,7 @@
 """The weighted mean of a batch of contributions."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -10,10 +10,11 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation.arrays import Outputs, flat
 from fed_learn.aggregation.exact import ExactSum, check_domain
-from fed_learn.contribution import Contribution, check_contribution
+from fed_learn.aggregation.integers import integer_mean, needs_integers
+from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind, check_contribution
 from fed_learn.errors import AggregationWeightError, EmptyAggregationError, WeightsTypeError
-from fed_learn.kernels.base import Float64Array, Segment
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_values
+from fed_learn.kernels.base import Float64Array, Kernel, Segment
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite
 
 Checked: TypeAlias = list[tuple[str, dict[str, Array], float]]
 """Contributor, weights and aggregation weight of what passed the checks, in the order of the sums."""
@@ -30,7 +31,8 @@ def weighted_average(
 ) -> WeightDict:
     """The mean of contributions, `Σ aₖ·xₖ / Σ aₖ` for each variable.
 
-    Sums are kept in float64 and rounded once, to the dtype of the variable; integers and booleans half to even. The
+    Sums are kept in float64 and rounded once, to the dtype of the variable; integers and booleans half to even
+    (integers too large for that are summed exactly). The
     bits do not depend on the kernel, the number of threads or, for `Contribution`s, the order of the list: they are
     summed in the order of their contributors' names. Bare weight dicts are summed in list order.
 
@@ -72,27 +74,45 @@ def weighted_average(
     weights, factors = [one for _, one, _ in checked], [factor for _, _, factor in checked]
     outputs = Outputs(schema, out, (array for one in weights for array in one.values()))
     columns = {name: [flat(one[name]) for one in weights] for name in schema}
+    for name in [name for name, column in columns.items() if needs_integers(column)]:
+        integer_mean(columns.pop(name), factors, outputs.flat()[name])
+    results = {name: outputs.flat()[name] for name in columns}
     if exact:
         for contributor, one, factor in checked:
             check_domain(one, factor, contributor)
         total = float(sum(map(Fraction, factors)))
-        sums = [_exact_sum(column, factors) for column in columns.values()]
-        chosen.divide(sums, total, list(outputs.flat().values()))
+        chosen.divide([_exact_sum(column, factors) for column in columns.values()], total, list(results.values()))
     else:
-        scaled, total = _scaled(factors)
-        chosen.weighted_mean([Segment(column, outputs.flat()[name]) for name, column in columns.items()], scaled, total)
-        _refuse_non_finite(outputs.flat(), checked)
+        usual = min(factors) >= SMALLEST_WEIGHT and max(factors) <= LARGEST_WEIGHT
+        scale = 0 if usual else -math.frexp(max(factors))[1]
+        _average(chosen, columns, factors, scale, results)
+        doubtful = _refuse_non_finite(results, checked)
+        if doubtful:  # the inputs are finite, so the sums overflowed: once more, so small that they cannot
+            scale = -math.frexp(max(factors))[1] - len(factors).bit_length() - 1
+            _average(chosen, {name: columns[name] for name in doubtful}, factors, scale, results)
     return outputs.finish()
+
+
+def _average(
+    kernel: Kernel, columns: Mapping[str, list[Array]], factors: Sequence[float], scale: int, results: WeightDict
+) -> None:
+    """The mean of some variables with all weights multiplied by 2**scale, which is exact and cancels."""
+    scaled = [math.ldexp(factor, scale) for factor in factors]
+    total = scaled[0]
+    for factor in scaled[1:]:
+        total += factor
+    segments = [Segment(column, results[name]) for name, column in columns.items()]
+    kernel.weighted_mean(segments, np.array(scaled), total)
 
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None, scan: bool) -> tuple[Schema, Checked]:
     """In the order of the contributors' names."""
-    rounds = [c.round for c in batch if isinstance(c.round, int)]
-    newest = max(rounds, default=None)
+    newest = max((int(c.round) for c in batch if isinstance(c.round, int | np.integer)), default=None)
+    kind = batch[0].kind if isinstance(batch[0].kind, Kind) else None
     seen: dict[str, tuple[dict[str, Array], float]] = {}
     for contribution in batch:
         weights, factor = check_contribution(
-            contribution, schema, kind=batch[0].kind, round=newest, contributors=seen, scan=scan
+            contribution, schema, kind=kind, round=newest, contributors=seen, scan=scan
         )
         schema = Schema.of(weights) if schema is None else schema
         seen[contribution.contributor] = weights, factor
@@ -120,8 +140,13 @@ def _checked_weight_dicts(
     return schema, checked
 
 
-def _refuse_non_finite(results: WeightDict, checked: Checked) -> None:
-    """Searches the inputs for NaN and infinity only where a result could come from one: a tenth of the reading."""
+def _refuse_non_finite(results: WeightDict, checked: Checked) -> list[str]:
+    """Searches the inputs for NaN and infinity, but only those from which a result looks like it.
+
+    Returns:
+        Names of the variables that look like it although their inputs are finite.
+    """
+    doubtful = []
     for name, result in results.items():
         if result.dtype.kind in "biu":
             continue
@@ -131,20 +156,9 @@ def _refuse_non_finite(results: WeightDict, checked: Checked) -> None:
             suspicious |= np.abs(result) == np.finfo(np.float64).max
         if suspicious.any():
             for contributor, weights, _ in checked:
-                check_values({name: weights[name]}, contributor)
-
-
-def _scaled(factors: Sequence[float]) -> tuple[Float64Array, float]:
-    """The weights times a power of two that makes their sum at most one half, and that sum.
-
-    The scaling is exact and cancels in the division. With it no partial sum leaves float64 where the mean is finite.
-    """
-    exponent = math.frexp(max(factors))[1] + len(factors).bit_length() + 1
-    scaled = [math.ldexp(factor, -exponent) for factor in factors]
-    total = scaled[0]
-    for factor in scaled[1:]:
-        total += factor
-    return np.array(scaled), total
+                check_finite({name: weights[name]}, contributor)
+            doubtful.append(name)
+    return doubtful
 
 
 def _exact_sum(column: Sequence[Array], factors: Sequence[float]) -> Float64Array:

@@ -19,12 +19,12 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.errors import ExactDomainError
-from fed_learn.kernels.base import Float64Array
-from fed_learn.weights import Array, WeightDict
+from fed_learn.kernels.base import Float64Array, flushes_subnormals
+from fed_learn.weights import Array, WeightDict, native_dtype
 
 BIN_BITS = 36
-WEIGHT_LIMIT = 2.0**100
 VALUE_LIMIT = 2.0**700
 CARRY_AFTER = 1 << 14
 """Terms after which bins are carried: each adds up to four slices of 2**36 units, and 2**53 units are exact."""
@@ -37,13 +37,17 @@ def check_domain(weights: WeightDict, aggregation_weight: float, contributor: st
         ExactDomainError: Names the contributor and the variable.
     """
     who = f"{contributor}: " if contributor is not None else ""
-    if not 1 / WEIGHT_LIMIT <= aggregation_weight <= WEIGHT_LIMIT:
+    if flushes_subnormals():
+        raise ExactDomainError(
+            "this process flushes subnormal numbers to zero (torch.set_flush_denormal?), where sums are not exact"
+        )
+    if not SMALLEST_WEIGHT <= aggregation_weight <= LARGEST_WEIGHT:
         raise ExactDomainError(
             f"{who}aggregation weight {aggregation_weight} is outside of 2**-100 to 2**100, where sums are exact",
             contributor=contributor,
         )
     for name, array in weights.items():
-        if array.dtype != np.float64 or not array.size:
+        if native_dtype(array.dtype) != np.float64 or not array.size:
             continue
         magnitude = np.abs(array)
         smallest = np.min(magnitude, where=magnitude > 0, initial=np.inf)
@@ -129,8 +133,9 @@ def _exact_products(x: Array, weight: float) -> Iterable[Float64Array]:
     """Arrays that sum to `weight · x` exactly: products of halves of at most 26 bits."""
     wide = x.astype(np.float64)
     a_high, a_low = (float(half) for half in _halves(np.float64(weight)))
-    # 24 bits times 26 fit; only float64 and 64-bit integers need their values halved as well.
-    values = _halves(wide) if x.dtype.itemsize == 8 else (wide,)
+    # 24 bits times 26 fit; longer values need to be halved as well.
+    long = x.dtype.itemsize == 8 or (x.dtype.kind in "iu" and x.dtype.itemsize == 4)
+    values = _halves(wide) if long else (wide,)
     for value in values:
         yield a_high * value
         if a_low:

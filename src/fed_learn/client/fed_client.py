@@ -5,11 +5,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fed_learn.components.learner import Learner
 from fed_learn.contribution import BestModel, Contribution, Kind, ValidationResult
-from fed_learn.errors import ClientQuitError, HandlerFailure, MetricError
-from fed_learn.events import EventHandler, EventType, fire_event, shut_down
+from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, MetricError
+from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import is_better
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.weights import FrozenWeights, WeightDict, difference
+from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict, difference
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class FederatedClient:
 
     Raises:
         ValueError: `name` is empty.
+        TypeError: A handler lacks `handle_event` or `rollback`.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class FederatedClient:
             raise ValueError(f"a client's name must be a non-empty str, not {name!r}")
         self.name = name
         self.learner = learner
-        self.handlers = tuple(handlers)
+        self.handlers = check_handlers(handlers)
         self.kind = Kind(kind)
         self.ctx = FLContext({ContextKey.CONTRIBUTOR: name})
         self._best: BestModel | None = None
@@ -62,6 +63,7 @@ class FederatedClient:
         """
         self.ctx = FLContext({ContextKey.CONTRIBUTOR: self.name, ContextKey.NUM_ROUNDS: num_rounds})
         self._best = None
+        self._n_iter = None
         fire_event(EventType.STARTUP, self.handlers, self.ctx)
         self._running = True
 
@@ -83,6 +85,7 @@ class FederatedClient:
 
         Raises:
             ClientQuitError: `quit` was called.
+            ContributionError: What the learner returned is no weight dict, or has no difference to what it got.
             HandlerError: A handler raised.
             Exception: Whatever the learner raises.
         """
@@ -95,10 +98,10 @@ class FederatedClient:
         result = self.learner.train(model, self.ctx)
         if result is None:
             return None
-        trained = FrozenWeights(result.weights)
+        trained = FrozenWeights(as_weight_dict(result.weights, self.name))
         self._keep_best(number, trained)
         self._n_iter = result.n_iter
-        weights = trained if self.kind is Kind.FULL else FrozenWeights.adopt(difference(trained, received))
+        weights = trained if self.kind is Kind.FULL else self._difference(trained, received)
         return Contribution(
             self.name,
             weights,
@@ -140,6 +143,7 @@ class FederatedClient:
 
     def stop(self) -> tuple[HandlerFailure, ...]:
         """SHUTDOWN of every handler that started, once; returns what failed, which has been logged."""
+        self._quit_reason = None
         if not self._running:
             return ()
         self._running = False
@@ -148,6 +152,14 @@ class FederatedClient:
     def _check_quit(self) -> None:
         if self._quit_reason is not None:
             raise ClientQuitError(f"{self.name}: {self._quit_reason}", contributor=self.name)
+
+    def _difference(self, trained: FrozenWeights, received: FrozenWeights) -> FrozenWeights:
+        try:
+            return FrozenWeights.adopt(difference(trained, received))
+        except ContributionError as error:
+            error.contributor = self.name
+            error.args = (f"{self.name}: {error}",)
+            raise
 
     def _with_model(self, weights: FrozenWeights, event: str) -> FrozenWeights:
         """Binds the model, fires the event, and gives the weights as the handlers left them."""

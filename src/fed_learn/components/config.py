@@ -36,7 +36,7 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
     if unknown:
         raise ConfigError(f"a component has keys {unknown} beside 'name', 'path' and 'args': {json.dumps(entry)}")
     if "name" in entry:
-        cls = known.get(entry["name"])
+        cls = known.get(entry["name"]) if isinstance(entry["name"], str) else None
         if cls is None:
             raise ConfigError(f"no component is named {entry['name']!r}; known are {', '.join(sorted(known))}")
     else:
@@ -47,11 +47,11 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
     built = {
         key: build_component(value, known, supplies) if _is_component(value) else value for key, value in args.items()
     }
-    parameters = inspect.signature(cls).parameters
-    built |= {key: value for key, value in (supplies or {}).items() if key in parameters and key not in built}
     try:
-        inspect.signature(cls).bind(**built)
-    except TypeError as error:
+        signature = inspect.signature(cls)
+        built |= {k: v for k, v in (supplies or {}).items() if k in signature.parameters and k not in built}
+        signature.bind(**built)
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {error}") from error
     try:
         return cls(**built)
@@ -87,8 +87,8 @@ def _import(path: object) -> type:
         raise ConfigError(f"path {path!r} must be package.module.Class")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"path {path!r}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"path {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
         raise ConfigError(f"path {path!r} is no class")
     return found

@@ -7,14 +7,15 @@ from pathlib import Path
 from fed_learn.contribution import BestModel
 from fed_learn.handlers.handler import Handler
 from fed_learn.model_meta import ContextKey, FLContext
-from fed_learn.weights import WeightDict
+from fed_learn.weights import FrozenWeights, WeightDict
 
 
 class CheckpointHandler(Handler):
     """Writes the global model after each round and the job's best model whenever it changes.
 
     A file is written beside its place and moved there, so whoever reads it sees the old or the new one, never half of
-    one. The round and the metric stand in the files' metadata, as JSON under the key `fed_learn`.
+    one. The round and the metric stand in the files' metadata, as JSON under the key `fed_learn`. To read bfloat16 with
+    numpy use `safetensors.safe_open(path, "np")`: `safetensors.numpy.load_file` cannot.
 
     Args:
         directory: Where the files go; made when the job starts.
@@ -71,13 +72,14 @@ def save(path: Path, weights: WeightDict, about: dict[str, object]) -> None:
 
     Args:
         path: Where to.
-        weights: A weight dict in native (little-endian) byte order.
+        weights: A weight dict.
         about: What to tell about it: JSON in the file's metadata, under `fed_learn`.
     """
     from safetensors.numpy import save as serialize
 
     # One key of metadata only: the order of several would differ from run to run, and the bytes with it.
-    data = serialize(dict(weights), {"fed_learn": json.dumps(about, sort_keys=True)})
+    # It writes the buffer as it lies: frozen weights are contiguous and in native byte order.
+    data = serialize(dict(FrozenWeights(weights)), {"fed_learn": json.dumps(about, sort_keys=True)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -79,6 +79,9 @@ class ModelSelectionHandler(Handler):
         """A job begins: forgets the best of an earlier one."""
         fl_ctx.pop(self.best_key, None)
 
+    def rollback(self, fl_ctx: FLContext) -> None:
+        """Nothing to undo: all state is in the context."""
+
     def before_aggregation(self, fl_ctx: FLContext) -> None:
         """Scores the model that the clients received this round."""
         self._select(fl_ctx, fl_ctx.get_prop(ContextKey.CONTRIBUTIONS, ()), fl_ctx.get_prop(self.best_key))
@@ -98,8 +101,8 @@ class ModelSelectionHandler(Handler):
         self, ctx: FLContext, entries: Sequence[Contribution | ValidationResult], best: BestModel | None
     ) -> None:
         metric = self._score(entries)
-        if metric is None:
-            logger.warning("no client has a usable %r: no model is selected", self.validation_metric_name)
+        if metric is None or not math.isfinite(metric):
+            logger.warning("no usable %r (%s): no model is selected", self.validation_metric_name, metric)
             return
         ctx.publish_metric(SELECTION_METRIC, metric)
         if is_better(metric, best, self.mode, self.min_delta):
@@ -111,9 +114,10 @@ class ModelSelectionHandler(Handler):
             ctx.set_prop(self.best_key, best)
 
     def _score(self, entries: Sequence[Contribution | ValidationResult]) -> float | None:
-        total = weight = 0.0
+        terms: list[float] = []
+        weights: list[float] = []
         for entry in entries:
-            metric = entry.metrics.get(self.validation_metric_name)
+            metric = _number(entry.metrics.get(self.validation_metric_name))
             n = entry.n_iter if self.weigh_by_local_iter else 1
             w = self.aggregation_weights.get(entry.contributor, 1.0)
             if metric is None or not math.isfinite(metric):
@@ -121,8 +125,19 @@ class ModelSelectionHandler(Handler):
             elif n is None or n <= 0:
                 problem = f"its n_iter is {n}"
             else:
-                total += float(metric) * n * w
-                weight += n * w
+                terms.append(metric * n * w)
+                weights.append(n * w)
                 continue
             logger.warning("%s is left out of model selection: %s", entry.contributor, problem)
-        return total / weight if weight > 0 else None
+        # fsum: equal scores must stay equal whatever the order of the clients.
+        try:
+            return math.fsum(terms) / math.fsum(weights) if any(weights) else None
+        except OverflowError:
+            return math.inf
+
+
+def _number(value: float | None) -> float | None:
+    try:
+        return None if value is None else float(value)
+    except OverflowError:
+        return math.inf

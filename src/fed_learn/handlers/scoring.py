@@ -1,11 +1,12 @@
 """What the handlers that keep a best model share: which of two scores is better, and names that look like losses."""
 
 import math
+import re
 import warnings
 
 from fed_learn.contribution import BestModel
 
-LOSSES = ("loss", "error", "mse", "mae", "rmse", "perplexity", "divergence")
+LOSSES = frozenset(("loss", "error", "mse", "mae", "rmse", "nll", "entropy", "perplexity", "divergence"))
 
 
 def check_mode(mode: str, min_delta: float, metric_name: str) -> None:
@@ -21,7 +22,8 @@ def check_mode(mode: str, min_delta: float, metric_name: str) -> None:
         raise ValueError(f"mode must be 'max' or 'min', not {mode!r}")
     if not (math.isfinite(min_delta) and min_delta >= 0):
         raise ValueError(f"min_delta must be a finite number of at least 0, not {min_delta!r}")
-    if mode == "max" and any(word in LOSSES for word in metric_name.lower().replace("-", "_").split("_")):
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", metric_name)
+    if mode == "max" and not LOSSES.isdisjoint(word.lower() for word in words):
         warnings.warn(
             f"{metric_name!r} looks like a loss, and mode='max' keeps the model with the largest; "
             "pass mode='min' for the smallest",

@@ -59,6 +59,7 @@ class ServerValidationHandler(Handler):
         self.mode = mode
         self.min_delta = min_delta
         self.best_key = best_key
+        self._skipped: int | None = None  # the round whose model has not been validated
         check_mode(mode, min_delta, self._metric_name)
 
     @property
@@ -68,22 +69,40 @@ class ServerValidationHandler(Handler):
     def startup(self, fl_ctx: FLContext) -> None:
         """A job begins: forgets the best of an earlier one."""
         fl_ctx.pop(self.best_key, None)
+        self._skipped = None
+
+    def rollback(self, fl_ctx: FLContext) -> None:
+        """Nothing to undo: the best model is in the context."""
 
     def after_aggregation(self, fl_ctx: FLContext) -> None:
         """Validates the new global model when it is time to."""
         number = fl_ctx[ContextKey.ROUND]
-        last = number + 1 == fl_ctx.get_prop(ContextKey.NUM_ROUNDS) or fl_ctx.get_prop(ContextKey.STOP) is not None
-        if not last and (number + 1) % self.num_rounds_per_valid != 0:
-            return
-        self.evaluator.evaluate(fl_ctx)
+        if self._is_last(fl_ctx) or (number + 1) % self.num_rounds_per_valid == 0:
+            self._skipped = None
+            self._validate(fl_ctx, number)
+        else:
+            self._skipped = number
+
+    def end_round(self, fl_ctx: FLContext) -> None:
+        """Validates the model that the job ends with, if nothing was aggregated in its last round."""
+        if self._skipped is not None and self._is_last(fl_ctx):
+            number, self._skipped = self._skipped, None
+            self._validate(fl_ctx, number)
+
+    def _is_last(self, ctx: FLContext) -> bool:
+        stops = ctx.get_prop(ContextKey.STOP) is not None
+        return stops or bool(ctx[ContextKey.ROUND] + 1 == ctx.get_prop(ContextKey.NUM_ROUNDS))
+
+    def _validate(self, ctx: FLContext, number: int) -> None:
+        self.evaluator.evaluate(ctx)
         metric = float(self.evaluator.get_metric())
         if not math.isfinite(metric):
             logger.warning("round %d: the server's %s is %s: not selected", number, self._metric_name, metric)
             return
-        fl_ctx.publish_metric(SERVER_VALIDATION_METRIC, metric)
-        if is_better(metric, fl_ctx.get_prop(self.best_key), self.mode, self.min_delta):
-            model = fl_ctx.get_model()
+        ctx.publish_metric(SERVER_VALIDATION_METRIC, metric)
+        if is_better(metric, ctx.get_prop(self.best_key), self.mode, self.min_delta):
+            model = ctx.get_model()
             if model is None or model.weights is None:
                 raise ValueError("the context holds no model that could be selected")
             best = BestModel(number, metric, self._metric_name, FrozenWeights(model.weights))
-            fl_ctx.set_prop(self.best_key, best)
+            ctx.set_prop(self.best_key, best)

@@ -36,6 +36,12 @@ class Segment:
     output: Array
 
 
+def flushes_subnormals() -> bool:
+    """Whether the processor takes subnormal numbers for zero in this thread, as some frameworks can make it."""
+    with np.errstate(all="ignore"):
+        return bool(np.float32(2.0**-140) * np.float32(1.0) == 0 or np.float64(2.0**-1040) * np.float64(1.0) == 0)
+
+
 class Kernel(Protocol):
     """An implementation of the arithmetic."""
 

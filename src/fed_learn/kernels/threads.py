@@ -7,7 +7,7 @@ simulation trains its clients.
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -80,13 +80,14 @@ def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
     global _pool
     if not shares:
         return
-    futures = []
-    if len(shares) > 1:
-        with _lock:
-            if _pool is None:
-                _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
-            futures = [_pool.submit(function, share) for share in shares[1:]]
+    futures: list[Future[None]] = []
     try:
+        if len(shares) > 1:
+            with _lock:
+                if _pool is None:
+                    _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
+                for share in shares[1:]:
+                    futures.append(_pool.submit(function, share))
         function(shares[0])
     finally:
         errors = [future.exception() for future in futures]

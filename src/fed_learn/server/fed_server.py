@@ -7,14 +7,14 @@ from fed_learn import kernels
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
 from fed_learn.errors import HandlerError
-from fed_learn.events import EventHandler, EventType, fire_event
+from fed_learn.events import EventHandler, EventType, check_handlers, fire_event
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server.job import Job
 from fed_learn.server.result import JobResult
 from fed_learn.server.roster import Roster
 from fed_learn.server.rounds import run_round
 from fed_learn.server.validation import cross_validate, score_final_model
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_values
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
 
 
 class FederatedServer:
@@ -85,7 +85,7 @@ class FederatedServer:
             raise ValueError(f"on_handler_error must be 'raise' or 'log', not {on_handler_error!r}")
         arrays = as_weight_dict(weights, "global model")
         self.schema = Schema.of(arrays, "global model")
-        check_values(arrays, "global model")
+        check_finite(arrays, "global model")
         self.weights = FrozenWeights(arrays)
         self.num_rounds = num_rounds
         self.handlers = check_handlers(handlers)
@@ -106,7 +106,8 @@ class FederatedServer:
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
-            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start.
+            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start. If it was at
+                SHUTDOWN, the error's `result` holds what this method would have returned.
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
             ValueError: Two clients have one name, or there are none.
         """
@@ -125,9 +126,12 @@ class FederatedServer:
                 error.add_note(f"during shutdown: {failure}")
             raise
         failures = job.shut_down()
+        result = replace(result, handler_failures=(*result.handler_failures, *failures))
         if failures and self.on_handler_error == "raise":
-            raise HandlerError(failures)
-        return replace(result, handler_failures=(*result.handler_failures, *failures))
+            late = HandlerError(failures)
+            late.result = result
+            raise late
+        return result
 
 
 def _run(job: Job) -> JobResult:
@@ -151,16 +155,3 @@ def _run(job: Job) -> JobResult:
         handler_failures=tuple(job.handler_failures),
         stop_reason=job.ctx.get_prop(ContextKey.STOP),
     )
-
-
-def check_handlers(handlers: Sequence[EventHandler]) -> tuple[EventHandler, ...]:
-    """The handlers as a tuple.
-
-    Raises:
-        TypeError: One of them could not take part in `fire_event`; better to hear of it before the job than in it.
-    """
-    for handler in handlers:
-        for method in ("handle_event", "rollback"):
-            if isinstance(handler, type) or not callable(getattr(handler, method, None)):
-                raise TypeError(f"{handler!r} is no handler: derive from fed_learn.Handler, and pass an instance")
-    return tuple(handlers)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from fed_learn.errors import HandlerError, HandlerFailure, TooFewContributionsEr
 from fed_learn.events import EventType, fire_event, shut_down
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.server.roster import Roster
-from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict, check_values
+from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict, check_finite
 
 if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer
@@ -63,6 +64,11 @@ class Job:
             self.ctx.pop(ContextKey.CONTRIBUTOR, None)
         else:
             self.ctx.set_prop(ContextKey.CONTRIBUTOR, contributor)
+        model = self.ctx.get_model()
+        self._fire(event)
+        self.ctx.set_model(model)  # only some events may replace the global model
+
+    def _fire(self, event: str) -> None:
         try:
             fire_event(event, self.server.handlers, self.ctx)
         except HandlerError as error:
@@ -77,14 +83,15 @@ class Job:
             ContributionError: It is not a model of the job's schema.
             HandlerError: As in `fire`.
         """
-        self.fire(event)
+        self.ctx.pop(ContextKey.CONTRIBUTOR, None)
+        self._fire(event)
         model = self.ctx.get_model()
         if model is self._model:
             return
         who = f"model set by a handler at {event}"
         arrays: WeightDict = as_weight_dict(None if model is None else model.weights, who)
         self.server.schema.check(arrays, who)
-        check_values(arrays, who)
+        check_finite(arrays, who)
         self.set_weights(FrozenWeights({name: arrays[name] for name in self.server.schema}))
 
     @property
@@ -126,6 +133,8 @@ class Job:
         self.quits.append(failure)
         if ContextKey.REPORT in self.ctx:
             self.update_report(quits=(*self.report.quits, failure))
+        if isinstance(error, HandlerError):
+            self.record(error.failures)
         self.record(self.roster.remove(name).stop())
         self.fire(EventType.CLIENT_QUIT, name)
 
@@ -154,10 +163,9 @@ class Job:
         """Ends the pool, the clients and the handlers, whatever fails in between."""
         failures: list[HandlerFailure] = []
         self.ctx.pop(ContextKey.CONTRIBUTOR, None)
-        try:
-            self.roster.close()
-            for name in self.roster:
-                failures += self.roster.remove(name).stop()
-        finally:
-            failures += shut_down(self.server.handlers, self.ctx)
+        with ExitStack() as last_first:  # goes on whatever is raised, an interrupt included
+            last_first.callback(lambda: failures.extend(shut_down(self.server.handlers, self.ctx)))
+            for name in reversed(tuple(self.roster)):
+                last_first.callback(lambda client: failures.extend(client.stop()), self.roster.remove(name))
+            last_first.callback(self.roster.close)
         return tuple(failures)

@@ -1,8 +1,10 @@
 """One round of a job: send, receive, check, average."""
 
 import logging
+import reprlib
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from fed_learn.aggregation import weighted_average
 from fed_learn.aggregation.exact import check_domain
@@ -10,13 +12,17 @@ from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundRepor
 from fed_learn.errors import (
     ContributionError,
     ExactDomainError,
+    IntegerRangeError,
+    MetricError,
+    NonFiniteError,
     TooFewContributionsError,
     UnknownContributorError,
+    WeightsTypeError,
 )
 from fed_learn.events import EventType
 from fed_learn.model_meta import ContextKey
 from fed_learn.server.job import Job
-from fed_learn.weights import FrozenDict, FrozenWeights, add_difference
+from fed_learn.weights import FrozenDict, FrozenWeights, add_difference, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -45,36 +51,44 @@ def run_round(job: Job, number: int) -> None:
     for name in job.roster:
         job.fire(EventType.SEND_MODEL, name)
     for name, answer in job.roster.ask(lambda client: client.train_round(number, lambda: weights)):
-        if isinstance(answer, Exception):
-            job.quit(name, answer)
-        elif answer is None:
-            job.update_report(absent=(*job.report.absent, name))
-        else:
-            # Clients send one contribution; what a faulty one sends on top is received and refused.
-            for contribution in answer if isinstance(answer, list | tuple) else (answer,):
-                _receive(job, name, number, contribution)
+        _take(job, name, number, answer)
     if _enough(job, number):
         job.fire(EventType.BEFORE_AGGREGATION)
-        _aggregate(job)
-        job.fire_and_adopt(EventType.END_AGGREGATION)
+        # A handler may have taken contributions out.
+        if _enough(job, number) and _aggregate(job):
+            job.fire_and_adopt(EventType.END_AGGREGATION)
     job.update_report(metrics=job.ctx[ContextKey.METRICS], seconds=time.perf_counter() - started)
     job.fire_and_adopt(EventType.END_ROUND)
+    if job.report.metrics is not job.ctx[ContextKey.METRICS]:
+        job.update_report(metrics=job.ctx[ContextKey.METRICS])
     job.reports.append(job.report)
     job.check_enough_clients()
 
 
-def _receive(job: Job, name: str, number: int, contribution: Contribution) -> None:
+def _take(job: Job, name: str, number: int, answer: object) -> None:
+    """Sorts out what came of asking a client to train."""
+    if isinstance(answer, ContributionError) and not isinstance(answer, MetricError):
+        _receive(job, name, number, answer)  # it could not make a contribution of what it trained
+    elif isinstance(answer, Exception):
+        job.quit(name, answer)
+    elif answer is None or answer in ([], ()):
+        job.update_report(absent=(*job.report.absent, name))
+    else:
+        # Clients send one contribution; what a faulty one sends on top is received and refused.
+        for contribution in answer if isinstance(answer, list | tuple) else (answer,):
+            _receive(job, name, number, contribution)
+
+
+def _receive(job: Job, name: str, number: int, sent: object) -> None:
     """Accepts or refuses a contribution, and tells the handlers."""
     accepted: tuple[Contribution, ...] = job.ctx[ContextKey.CONTRIBUTIONS]
+    contribution = sent.without_weights() if isinstance(sent, Contribution) else None
     refusal: ContributionError | ExactDomainError | None = None
     try:
-        _check(job, name, number, contribution, accepted)
-        contribution = contribution.frozen()
+        contribution = _checked(job, name, number, sent, accepted)
         accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
     except (ContributionError, ExactDomainError) as error:
         refusal = error.with_traceback(None)
-        if isinstance(contribution, Contribution):
-            contribution = contribution.without_weights()
         job.update_report(rejected=(*job.report.rejected, ClientFailure(name, refusal)))
     job.ctx.set_props(
         {
@@ -89,22 +103,30 @@ def _receive(job: Job, name: str, number: int, contribution: Contribution) -> No
         raise refusal
 
 
-def _check(job: Job, name: str, number: int, contribution: object, accepted: Sequence[Contribution]) -> None:
-    if not isinstance(contribution, Contribution):
-        raise ContributionError(f"{name}: sent a {type(contribution).__name__}", contributor=name)
-    if contribution.contributor != name:
+def _checked(job: Job, name: str, number: int, sent: object, accepted: Sequence[Contribution]) -> Contribution:
+    """The contribution with an own copy of its weights, which is what has been checked."""
+    if isinstance(sent, ContributionError):
+        raise sent
+    if not isinstance(sent, Contribution):
+        raise WeightsTypeError(f"{name}: sent a {type(sent).__name__}, not a Contribution", contributor=name)
+    if not isinstance(sent.contributor, str) or sent.contributor != name:
         raise UnknownContributorError(
-            f"{name}: sent a contribution in the name of {contribution.contributor!r}", contributor=name
+            f"{name}: sent a contribution in the name of {reprlib.repr(sent.contributor)}", contributor=name
         )
     weights, aggregation_weight = check_contribution(
-        contribution,
+        sent,
         job.server.schema,
         kind=job.server.kind,
         round=number,
         contributors={c.contributor for c in accepted},
+        scan=False,
     )
+    # Shapes are known to be right, so the copy is no larger than the model.
+    frozen = FrozenWeights(weights)
+    check_finite(frozen, name)
     if job.server.exact:
-        check_domain(weights, aggregation_weight, name)
+        check_domain(frozen, aggregation_weight, name)
+    return replace(sent, weights=frozen)
 
 
 def _enough(job: Job, number: int) -> bool:
@@ -122,12 +144,18 @@ def _enough(job: Job, number: int) -> bool:
     return False
 
 
-def _aggregate(job: Job) -> None:
+def _aggregate(job: Job) -> bool:
+    """Averages the contributions in the context into the global model; False if that left the range of a dtype."""
     contributions: tuple[Contribution, ...] = job.ctx[ContextKey.CONTRIBUTIONS]
     started = time.perf_counter()
     mean = weighted_average(contributions, like=job.weights, exact=job.server.exact, kernel=job.server.kernel)
     if job.server.kind is Kind.DIFF:
-        mean = add_difference(job.weights, mean)
+        try:
+            mean = add_difference(job.weights, mean)
+        except (NonFiniteError, IntegerRangeError) as error:
+            logger.error("round %d: %s: the global model stands", job.report.round, error)
+            job.update_report(error=error.with_traceback(None))
+            return False
     seconds = time.perf_counter() - started
     job.set_weights(FrozenWeights.adopt(mean))
     job.update_report(
@@ -136,3 +164,4 @@ def _aggregate(job: Job) -> None:
         aggregation_seconds=seconds,
         aggregation_bytes=sum(a.nbytes for c in contributions for a in (c.weights or {}).values()),
     )
+    return True

@@ -1,14 +1,13 @@
 """What follows the last round: the clients score the final model, then each other's best and the job's best."""
 
 import logging
-from numbers import Real
 
-from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, ValidationResult
+from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, ValidationResult, check_metrics
 from fed_learn.errors import ContributionError, MetricError
 from fed_learn.events import EventType
 from fed_learn.model_meta import ContextKey, ModelData
 from fed_learn.server.job import Job
-from fed_learn.weights import FrozenDict, FrozenWeights, as_weight_dict, check_values
+from fed_learn.weights import FrozenDict, FrozenWeights, as_weight_dict, check_finite
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ def _collect_local_bests(job: Job) -> dict[str, FrozenWeights]:
         try:
             weights = as_weight_dict(answer, name)
             job.server.schema.check(weights, name)
-            check_values(weights, name)
+            check_finite(weights, name)
         except ContributionError as error:
             logger.error("the best model of %s is left out of the cross-site validation: %s", name, error)
             continue
@@ -90,6 +89,4 @@ def _check_result(name: str, model: str, result: object) -> None:
         raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
     if VALIDATION_METRIC not in result.metrics:
         raise MetricError(f"{name}: no {VALIDATION_METRIC!r}", contributor=name, metric=VALIDATION_METRIC)
-    for metric, value in result.metrics.items():
-        if not isinstance(value, Real):
-            raise MetricError(f"{name}: {metric!r} is {value!r}, not a number", contributor=name, metric=metric)
+    check_metrics(result.metrics, name)
