@@ -213,3 +213,85 @@ def clients_of(learners: Mapping[str, fl.Learner], **arguments: Any) -> list[fl.
 def two_clients(handlers: Sequence[fl.Handler] = ()) -> list[fl.FederatedClient]:
     """`a` adds 1 and counts once, `b` adds 3 and counts three times: a round adds 2.5, exactly."""
     return clients_of({"a": AddingLearner(1), "b": AddingLearner(3, aggregation_weight=3)}, handlers=handlers)
+
+
+def by_value(weights: WeightDict) -> float:
+    """For `AddingLearner(score=)`: the first element of `b`."""
+    return float(weights["b"][0])
+
+
+def server_of(num_rounds: int = 2, **arguments: Any) -> fl.FederatedServer:
+    """A server that starts from `initial_weights`."""
+    return fl.FederatedServer(initial_weights(), num_rounds=num_rounds, **arguments)
+
+
+def values(weights: WeightDict) -> tuple[float, float, float]:
+    """One element of each variable, after a check that the others are the same."""
+    for array in weights.values():
+        assert np.all(array == array.reshape(-1)[0])
+    w, b, steps = (float(weights[name].reshape(-1)[0]) for name in ("w", "b", "steps"))
+    return w, b, steps
+
+
+def failing(*rounds: int, error: BaseException | None = None) -> Callable[[fl.FLContext], object]:
+    """For `AddingLearner(during=)`: raises in these rounds."""
+
+    def during(ctx: fl.FLContext) -> object:
+        if ctx[fl.ContextKey.ROUND] in rounds:
+            raise error or RuntimeError("out of memory")
+        return None
+
+    return during
+
+
+def shifted(weights: WeightDict, by: float) -> dict[str, Array]:
+    """The weights with `by` more in every element."""
+    return {name: np.asarray(array + by).astype(array.dtype) for name, array in weights.items()}
+
+
+def replacing(by: float) -> Callable[[fl.FLContext], object]:
+    """An action that replaces the model of the context by one with `by` more in every element."""
+
+    def action(ctx: fl.FLContext) -> None:
+        assert ctx.model is not None
+        assert ctx.model.weights is not None
+        ctx.set_model(fl.ModelData(shifted(ctx.model.weights, by)))
+
+    return action
+
+
+class Watched:
+    """A job whose handlers count their starts and shutdowns; one of them may act up in between."""
+
+    def __init__(self) -> None:
+        self.counters: dict[str, list[Lifecycle]] = {}
+
+    def chain(self, name: str, *between: fl.Handler) -> list[fl.Handler]:
+        self.counters[name] = [Lifecycle(), Lifecycle()]
+        return [self.counters[name][0], *between, self.counters[name][1]]
+
+    def unbalanced(self) -> dict[str, list[tuple[int, int]]]:
+        """Whoever was started and shut down unequally often, or twice."""
+        counts = {name: [(h.started, h.shut_down) for h in chain] for name, chain in self.counters.items()}
+        return {name: pairs for name, pairs in counts.items() if not set(pairs) <= {(0, 0), (1, 1)}}
+
+    def started(self, name: str) -> list[int]:
+        return [handler.started for handler in self.counters[name]]
+
+
+def watched_job(
+    on_server: Sequence[fl.Handler] = (),
+    on_client: Sequence[fl.Handler] = (),
+    learner: fl.Learner | None = None,
+    client_class: Callable[..., fl.FederatedClient] = fl.FederatedClient,
+    **arguments: Any,
+) -> tuple[Watched, fl.FederatedServer, list[fl.FederatedClient]]:
+    """Three clients; the one in the middle has `on_client` and `learner`."""
+    watched = Watched()
+    server = server_of(handlers=watched.chain("server", *on_server), **arguments)
+    clients = [
+        fl.FederatedClient("a", AddingLearner(), handlers=watched.chain("a")),
+        client_class("b", learner or AddingLearner(), handlers=watched.chain("b", *on_client)),
+        fl.FederatedClient("c", AddingLearner(), handlers=watched.chain("c")),
+    ]
+    return watched, server, clients

@@ -1,0 +1,277 @@
+"""Clients that leave a job or sit a round out, and a client by itself."""
+
+import pytest
+from federation import (
+    AddingLearner,
+    At,
+    Lifecycle,
+    Recorder,
+    WeightDict,
+    by_value,
+    clients_of,
+    failing,
+    initial_weights,
+    raising,
+    replacing,
+    server_of,
+    values,
+)
+
+import fed_learn as fl
+from fed_learn.weights import FrozenWeights
+
+Event = fl.EventType
+Key = fl.ContextKey
+
+
+# Clients that leave or sit out
+
+
+def test_a_client_that_raises_leaves_and_the_job_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    recorder, lifecycle = Recorder(), Lifecycle()
+    error = RuntimeError("out of memory")
+    clients = [
+        *clients_of({"a": AddingLearner(1)}),
+        fl.FederatedClient("b", AddingLearner(3, during=failing(1, error=error)), handlers=[lifecycle]),
+    ]
+    result = server_of(3, handlers=[recorder], min_contributions=1).run(clients)
+    assert [report.accepted for report in result.reports] == [("a", "b"), ("a",), ("a",)]
+    assert [[f.contributor for f in report.quits] for report in result.reports] == [[], ["b"], []]
+    assert [(f.contributor, f.error) for f in result.quits] == [("b", error)]
+    assert values(result.weights) == (4.0, 4.0, 4.0)
+    assert recorder.with_contributors().count((Event.CLIENT_QUIT, "b")) == 1
+    left = recorder.with_contributors().index((Event.CLIENT_QUIT, "b"))
+    assert all(name != "b" for _, name in recorder.with_contributors()[left + 1 :])
+    assert recorder.contexts[left][Key.ROUND] == 1
+    assert (lifecycle.started, lifecycle.shut_down) == (1, 1)
+    assert "b leaves the job: RuntimeError: out of memory" in caplog.text
+
+
+def test_a_clients_own_handlers_are_shut_down_when_it_leaves_and_not_when_the_job_ends() -> None:
+    log: list[str] = []
+    clients = [
+        *clients_of({"a": AddingLearner(1)}),
+        fl.FederatedClient(
+            "b",
+            AddingLearner(during=failing(0)),
+            handlers=[At(Event.SHUTDOWN, lambda ctx: log.append("b is shut down"))],
+        ),
+    ]
+    end_round = At(Event.END_ROUND, lambda ctx: log.append(f"round {ctx[Key.ROUND]}"))
+    server_of(2, handlers=[end_round], min_contributions=1).run(clients)
+    assert log == ["b is shut down", "round 0", "round 1"]
+
+
+@pytest.mark.parametrize("where", ["train", "validate", "a client's handler"])
+def test_whatever_a_client_raises_in_a_round_makes_it_leave(where: str) -> None:
+    class Failing(AddingLearner):
+        def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult | None:
+            if ctx[Key.ROUND] == 1 and where == "train":
+                raise OSError(where)
+            return super().train(weights, ctx)
+
+        def validate(self, weights: WeightDict, ctx: fl.FLContext) -> dict[str, float]:
+            if ctx[Key.ROUND] == 1 and where == "validate":
+                return {"another metric": 0.5}
+            return {"accuracy": 0.5}
+
+    handlers = []
+    if where == "a client's handler":
+        handlers = [At(Event.GET_MODEL, lambda ctx: raising(OSError(where))(ctx) if ctx[Key.ROUND] == 1 else None)]
+    clients = [
+        *clients_of({"a": AddingLearner(1)}),
+        fl.FederatedClient("b", Failing(1), handlers=handlers),
+    ]
+    result = server_of(3, min_contributions=1).run(clients)
+    assert [len(report.quits) for report in result.reports] == [0, 1, 0]
+    assert [failure.contributor for failure in result.quits] == ["b"]
+    assert values(result.weights) == (3.0, 3.0, 3.0)
+    expected = {"train": OSError, "validate": fl.MetricError, "a client's handler": fl.HandlerError}
+    assert type(result.quits[0].error) is expected[where]
+
+
+def test_a_client_can_quit_of_its_own_will() -> None:
+    client = fl.FederatedClient("b", AddingLearner(3))
+    leave = At(Event.END_ROUND, lambda ctx: client.quit("going home") if ctx[Key.ROUND] == 0 else None)
+    result = server_of(3, handlers=[leave], min_contributions=1).run([*clients_of({"a": AddingLearner(1)}), client])
+    assert [report.accepted for report in result.reports] == [("a", "b"), ("a",), ("a",)]
+    (failure,) = result.quits
+    assert isinstance(failure.error, fl.ClientQuitError)
+    assert failure.error.contributor == "b"
+    assert str(failure.error) == "b: going home"
+    assert failure.cause == "ClientQuitError"
+
+
+@pytest.mark.parametrize("event", [Event.SUBMIT_LOCAL_BEST_MODEL, Event.RECEIVE_VALIDATION_MODEL])
+def test_a_client_that_leaves_after_the_last_round_leaves_the_others_to_finish(event: str) -> None:
+    recorder = Recorder()
+    clients = [
+        *clients_of({"a": AddingLearner(1, score=by_value)}),
+        fl.FederatedClient("b", AddingLearner(1), handlers=[At(event, raising(OSError("gone")))]),
+    ]
+    result = server_of(1, handlers=[recorder]).run(clients)
+    assert values(result.weights) == (1.0, 1.0, 1.0)
+    assert [failure.contributor for failure in result.quits] == ["b"]
+    assert result.cross_site["a"] == {"a": 1.0}
+    assert recorder.with_contributors().count((Event.CLIENT_QUIT, "b")) == 1
+    assert recorder.with_contributors()[-2:] == [(Event.CLIENT_QUIT, "a"), (Event.SHUTDOWN, None)]
+
+
+@pytest.mark.parametrize(("min_contributions", "required"), [(None, 2), (2, 2)])
+def test_a_job_ends_when_too_few_clients_are_left(min_contributions: int | None, required: int) -> None:
+    recorder = Recorder()
+    clients = clients_of({"a": AddingLearner(1), "b": AddingLearner(3, during=failing(1))})
+    server = server_of(5, handlers=[recorder], min_contributions=min_contributions)
+    with pytest.raises(
+        fl.TooFewContributionsError, match=r"1 clients? (is|are) left, 2 required.*out of memory"
+    ) as caught:
+        server.run(clients)
+    assert (caught.value.count, caught.value.required, caught.value.round) == (1, required, 1)
+    assert recorder.events[-2:] == [Event.END_ROUND, Event.SHUTDOWN]
+    failed_round = recorder.at(Event.END_ROUND)[-1][Key.REPORT]
+    assert isinstance(failed_round.error, fl.TooFewContributionsError)
+    assert server.ctx.model is not None
+    assert server.ctx.model.weights is not None
+    assert values(server.ctx.model.weights) == (2.0, 2.0, 2.0)
+
+
+def test_a_client_that_cannot_start_does_not_take_part() -> None:
+    recorder, before = Recorder(), Lifecycle()
+    clients = [
+        *clients_of({"a": AddingLearner(1)}),
+        fl.FederatedClient("b", AddingLearner(3), handlers=[before, At(Event.STARTUP, raising(OSError("no disk")))]),
+    ]
+    result = server_of(1, handlers=[recorder], min_contributions=1).run(clients)
+    assert [(f.contributor, type(f.error)) for f in result.quits] == [("b", fl.HandlerError)]
+    assert values(result.weights) == (1.0, 1.0, 1.0)
+    assert [name for event, name in recorder.with_contributors() if event == Event.CLIENT_REGISTER] == ["a"]
+    assert (before.started, before.shut_down) == (1, 1)
+    with pytest.raises(fl.TooFewContributionsError, match="no disk"):
+        server_of(1).run(clients)
+
+
+def test_a_learner_that_returns_none_sits_the_round_out() -> None:
+    clients = clients_of({"a": AddingLearner(1), "b": AddingLearner(3, absent=[1])})
+    result = server_of(3, min_contributions=1).run(clients)
+    assert [report.absent for report in result.reports] == [(), ("b",), ()]
+    assert [report.accepted for report in result.reports] == [("a", "b"), ("a",), ("a", "b")]
+    assert result.quits == ()
+    assert values(result.weights)[:2] == (5.0, 5.0)
+
+
+def test_a_round_below_the_minimum_fails_and_later_rounds_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    learners = {"a": AddingLearner(1), "b": AddingLearner(1, absent=[1]), "c": AddingLearner(1, absent=[1])}
+    result = server_of(3, min_contributions=2).run(clients_of(learners))
+    assert values(result.weights) == (2.0, 2.0, 2.0)
+    assert [report.error is None for report in result.reports] == [True, False, True]
+    error = result.reports[1].error
+    assert isinstance(error, fl.TooFewContributionsError)
+    assert (error.count, error.required, error.round) == (1, 2, 1)
+    assert result.reports[1].accepted == ("a",)
+    assert result.reports[1].total_weight == 0.0
+    assert "the global model stands" in caplog.text
+
+
+def test_the_global_model_stands_in_a_failed_round_whatever_a_handler_bound_on_the_way() -> None:
+    replacement = fl.ModelData(FrozenWeights({name: array + 100 for name, array in initial_weights().items()}))
+    handlers = [
+        At(Event.SEND_MODEL, lambda ctx: ctx.set_model(replacement)),
+        At(Event.RECEIVE_CONTRIBUTION, lambda ctx: ctx.set_model(replacement)),
+    ]
+    clients = clients_of({"a": AddingLearner(1), "b": AddingLearner(1, absent=[1])})
+    result = server_of(2, min_contributions=2, handlers=handlers).run(clients)
+    assert result.reports[1].error is not None
+    assert values(result.weights) == (1.0, 1.0, 1.0)
+
+
+def test_a_client_that_left_one_job_takes_part_in_the_next() -> None:
+    client = fl.FederatedClient("b", AddingLearner(3))
+    leave = At(Event.END_ROUND, lambda ctx: client.quit("lunch") if ctx[Key.ROUND] == 0 else None)
+    server = server_of(2, handlers=[leave], min_contributions=1)
+    clients = [*clients_of({"a": AddingLearner(1)}), client]
+    first, second = server.run(clients), server.run(clients)
+    assert [report.accepted for report in first.reports] == [("a", "b"), ("a",)]
+    assert [report.accepted for report in second.reports] == [("a", "b"), ("a",)]
+
+
+# A client by itself, as in a loop of one's own
+
+
+def test_a_client_can_be_driven_without_a_server() -> None:
+    recorder = Recorder()
+    client = fl.FederatedClient("a", AddingLearner(1, aggregation_weight=7, score=by_value), handlers=[recorder])
+    client.start(num_rounds=1)
+    contribution = client.train_round(0, initial_weights)
+    assert contribution is not None
+    assert (contribution.contributor, contribution.aggregation_weight, contribution.round) == ("a", 7, 0)
+    assert contribution.metrics == {"initial_validation_metric": 0.0, "initial_accuracy": 0.0}
+    assert contribution.weights is not None
+    assert values(contribution.weights) == (1.0, 1.0, 1.0)
+    best = client.submit_best_model()
+    assert best is not None
+    assert values(best) == (1.0, 1.0, 1.0)
+    result = client.validate_model("another", contribution.weights)
+    assert (result.contributor, result.model, result.n_iter) == ("a", "another", 1)
+    assert result.metrics["initial_validation_metric"] == 1.0
+    assert client.ctx[Key.VALIDATION_RESULTS] == (result,)
+    assert client.stop() == ()
+    assert client.stop() == ()
+    assert recorder.events.count(Event.SHUTDOWN) == 1
+
+
+def test_a_client_that_has_quit_answers_every_question_with_it() -> None:
+    client = fl.FederatedClient("a", AddingLearner())
+    client.start(num_rounds=1)
+    client.quit("enough")
+    for question in (
+        lambda: client.train_round(0, initial_weights),
+        client.submit_best_model,
+        lambda: client.validate_model("m", initial_weights()),
+    ):
+        with pytest.raises(fl.ClientQuitError, match="a: enough"):
+            question()
+    assert client.stop() == ()
+
+
+def test_a_client_that_was_not_started_has_nothing_to_stop() -> None:
+    recorder = Recorder()
+    client = fl.FederatedClient("a", AddingLearner(), handlers=[recorder])
+    assert client.stop() == ()
+    assert recorder.events == []
+
+
+def client_in_its_second_job() -> fl.FederatedClient:
+    client = fl.FederatedClient("a", AddingLearner(1, n_iter=7))
+    client.start(num_rounds=9)
+    client.train_round(3, initial_weights)
+    client.stop()
+    client.start(num_rounds=1)
+    return client
+
+
+def test_a_new_job_of_a_client_forgets_context_and_best_model_of_the_last_one() -> None:
+    client = client_in_its_second_job()
+    assert client.ctx == {Key.CONTRIBUTOR: "a", Key.NUM_ROUNDS: 1}
+    assert client.ctx.get_model() is None
+    assert client.submit_best_model() is None
+
+
+def test_a_new_job_of_a_client_forgets_the_iterations_of_the_last_one() -> None:
+    assert client_in_its_second_job().validate_model("m", initial_weights()).n_iter is None
+
+
+def test_a_handler_that_takes_a_clients_model_away_is_an_error_that_names_client_and_event() -> None:
+    client = fl.FederatedClient("a", AddingLearner(), handlers=[At(Event.RECEIVE_MODEL, lambda c: c.set_model(None))])
+    client.start(num_rounds=1)
+    with pytest.raises(ValueError, match="a: a handler took the model away at _receiveModel"):
+        client.train_round(0, initial_weights)
+
+
+def test_a_handler_may_change_the_best_model_that_a_client_sends() -> None:
+    # Such as one that adds noise for privacy.
+    client = fl.FederatedClient("a", AddingLearner(1), handlers=[At(Event.SUBMIT_LOCAL_BEST_MODEL, replacing(10))])
+    client.start(num_rounds=1)
+    client.train_round(0, initial_weights)
+    best = client.submit_best_model()
+    assert best is not None
+    assert values(best) == (11.0, 11.0, 11.0)
