@@ -261,7 +261,9 @@ def test_an_evaluator_needs_no_base_class() -> None:
     assert ctx[fl.ContextKey.BEST_AGGREGATED].metric_name == "server_validation_metric"
 
 
-@pytest.mark.parametrize("evaluator", [None, object(), "evaluator", lambda ctx: 0.5], ids=["None", "object", "str", "function"])
+@pytest.mark.parametrize(
+    "evaluator", [None, object(), "evaluator", lambda ctx: 0.5], ids=["None", "object", "str", "function"]
+)
 def test_what_cannot_evaluate_is_refused(evaluator: Any) -> None:
     with pytest.raises(TypeError, match="evaluate"):
         ServerValidationHandler(evaluator, 1)

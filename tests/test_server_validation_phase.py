@@ -32,7 +32,7 @@ def shifted_score(offset: float) -> Callable[[WeightDict], float]:
 
 
 def test_the_final_model_and_every_best_are_scored_by_every_client() -> None:
-    # Score: the model's value, plus 100 at b. A client that trains adds 1 (a) or 2 (b) to what it received.
+    # Score: the model's value, plus 100 at b. A client that trains adds 1 (a) or 3 (b) to what it received.
     learners = {"a": AddingLearner(1, score=by_value), "b": AddingLearner(3, score=shifted_score(100))}
     recorder = Recorder()
     server = server_of(2, handlers=[fl.ModelSelectionHandler(), recorder])
