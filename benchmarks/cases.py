@@ -12,7 +12,7 @@ Side = Callable[[list[Weights], list[float]], object]
 
 
 def resnet50_shapes() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a ResNet-50's parameters and running statistics: 265 float32 tensors, 25.6 M elements."""
+    """Names and shapes of a ResNet-50's parameters and running statistics: 267 float32 tensors, 25.6 M elements."""
     shapes: dict[str, tuple[int, ...]] = {}
 
     def conv_bn(name: str, out: int, into: int, size: int) -> None:

@@ -384,8 +384,10 @@ def test_adopt_takes_the_arrays_as_they_are_and_makes_them_read_only() -> None:
     array = np.zeros(3)
     frozen = FrozenWeights.adopt({"w": array})
     assert type(frozen) is FrozenWeights
-    assert frozen["w"] is array
+    assert np.shares_memory(frozen["w"], array)
     assert not array.flags.writeable
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        frozen["w"].flags.writeable = True
 
 
 def test_the_metrics_of_a_contribution_are_a_read_only_copy() -> None:

@@ -98,7 +98,7 @@ def test_it_does_nothing_at_other_events() -> None:
     for event in set(fl.EventType) - {fl.EventType.END_AGGREGATION}:
         fl.fire_event(event, [handler], ctx)
     assert evaluator.rounds == []
-    assert ctx == {fl.ContextKey.ROUND: 0, fl.ContextKey.NUM_ROUNDS: 1}
+    assert ctx == {fl.ContextKey.ROUND: 0, fl.ContextKey.NUM_ROUNDS: 1, fl.ContextKey.BEST_AGGREGATED: None}
 
 
 # What is kept
@@ -142,7 +142,7 @@ def test_a_score_that_is_not_finite_never_wins_and_is_logged(
 ) -> None:
     handler = ServerValidationHandler(Scripted(score, 0.5, score), 1, mode=mode)
     ctx = run_rounds(handler, range(1))
-    assert fl.ContextKey.BEST_AGGREGATED not in ctx
+    assert ctx.get_prop(fl.ContextKey.BEST_AGGREGATED) is None
     assert fl.ContextKey.METRICS not in ctx
     run_round(handler, ctx, 1)
     run_round(handler, ctx, 2)
@@ -164,7 +164,7 @@ def test_startup_forgets_the_best_of_an_earlier_job_and_leaves_other_keys() -> N
     ctx = run_rounds(handler, range(1))
     ctx[fl.ContextKey.BEST_RECEIVED] = "another's"
     fl.fire_event(fl.EventType.STARTUP, [handler], ctx)
-    assert fl.ContextKey.BEST_AGGREGATED not in ctx
+    assert ctx.get_prop(fl.ContextKey.BEST_AGGREGATED) is None
     assert ctx[fl.ContextKey.BEST_RECEIVED] == "another's"
     run_round(handler, ctx, 0)
     assert summary(ctx) == (0, 0.1, 0.0)
@@ -224,7 +224,7 @@ def test_a_metric_that_is_no_number_is_a_failure_of_the_handler() -> None:
     with pytest.raises(fl.HandlerError) as caught:
         run_round(ServerValidationHandler(Scripted("high"), 1), ctx, 0)  # type: ignore[arg-type]
     assert isinstance(caught.value.exceptions[0], ValueError)
-    assert fl.ContextKey.BEST_AGGREGATED not in ctx
+    assert ctx.get_prop(fl.ContextKey.BEST_AGGREGATED) is None
 
 
 def test_an_interrupted_evaluation_leaves_the_context_as_it_was() -> None:

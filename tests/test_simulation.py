@@ -17,7 +17,7 @@ import fed_learn as fl
 from fed_learn.components.config import build_component, read_config
 from fed_learn.handlers import EarlyStoppingHandler, ModelSelectionHandler, RoundLogHandler, ServerValidationHandler
 from fed_learn.simulation import (
-    DATASETS,
+    Dataset,
     Demo,
     Part,
     Perceptron,
@@ -41,7 +41,7 @@ def raw(part: Part) -> bytes:
     return part.x.tobytes() + part.y.tobytes()
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", Dataset)
 @pytest.mark.parametrize(("num_clients", "alpha"), [(1, 1.0), (4, 0.5), (10, 0.05)])
 def test_the_parts_are_disjoint_and_cover_the_data(dataset: str, num_clients: int, alpha: float) -> None:
     parts = all_parts(load_split(dataset, num_clients, alpha, seed=3))
@@ -52,7 +52,7 @@ def test_the_parts_are_disjoint_and_cover_the_data(dataset: str, num_clients: in
     assert np.array_equal(np.bincount(y), np.bincount(LABELS[dataset]))
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", Dataset)
 def test_an_example_keeps_its_class(dataset: str) -> None:
     # Where the scaling is undone, each row must be found in the data set, with its class.
     data = load_digits() if dataset == "digits" else load_breast_cancer()
@@ -70,7 +70,7 @@ def ranks(x: Any) -> Any:
     return np.stack([np.unique(column.astype(np.float32), return_inverse=True)[1] for column in x.T], axis=1)
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", Dataset)
 def test_examples_are_scaled_by_what_the_training_parts_show_and_nothing_else(dataset: str) -> None:
     split = load_split(dataset, 4, 0.5, seed=2)
     trained = np.concatenate([part.x for part in split.train]).astype(np.float64)
@@ -83,7 +83,7 @@ def test_examples_are_scaled_by_what_the_training_parts_show_and_nothing_else(da
     assert np.abs(rest.mean(axis=0)).max() > 1e-3
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", Dataset)
 def test_the_parts_have_the_shares_types_and_classes_that_are_promised(dataset: str) -> None:
     split = load_split(dataset, 4, 0.5, seed=0)
     total = len(LABELS[dataset])
@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_split_and_another_seed_another() -> None:
     assert raw(first.test) != raw(other.test)
 
 
-@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("dataset", Dataset)
 @pytest.mark.parametrize("alpha", [1e-12, 0.01, 1.0, 1e9])
 def test_every_client_has_something_to_train_on_and_something_to_select_by(dataset: str, alpha: float) -> None:
     largest = sum(map(len, load_split(dataset, 1, 1.0, 0).train + load_split(dataset, 1, 1.0, 0).selection)) // 20

@@ -1,7 +1,7 @@
 """fed_learn: the layer between a training framework and a federated-learning stack.
 
-Handlers act on the events of a federated job; contributions are averaged with one correctly rounded result, the same
-bits everywhere.
+Handlers act on the events of a federated job; contributions are averaged in float64 and rounded once, to the same bits
+everywhere.
 
 Example:
     >>> import numpy as np, fed_learn as fl
@@ -17,6 +17,7 @@ from fed_learn.components import Learner, ModelEvaluator, TrainingResult
 from fed_learn.contribution import BestModel, Contribution, Kind, RoundReport, ValidationResult
 from fed_learn.errors import (
     AggregationWeightError,
+    BrokenAccumulatorError,
     ClientQuitError,
     ConfigError,
     ContributionError,
@@ -25,6 +26,7 @@ from fed_learn.errors import (
     EmptyAggregationError,
     ExactDomainError,
     FedLearnError,
+    FloatingPointEnvironmentError,
     HandlerError,
     IntegerRangeError,
     KernelNameError,
@@ -53,6 +55,7 @@ __all__ = [
     "Accumulator",
     "AggregationWeightError",
     "BestModel",
+    "BrokenAccumulatorError",
     "ClientQuitError",
     "ConfigError",
     "ContextKey",
@@ -67,6 +70,7 @@ __all__ = [
     "FedLearnError",
     "FederatedClient",
     "FederatedServer",
+    "FloatingPointEnvironmentError",
     "Handler",
     "HandlerError",
     "IntegerRangeError",

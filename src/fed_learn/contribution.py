@@ -115,27 +115,50 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     return number
 
 
+INITIAL_VALIDATION_METRIC = "initial_validation_metric"
+"""Name of the metric by which models are selected: what a client measured on the model as it received it."""
+
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-100, 2.0**100
-"""Aggregation weights from here to there need no scaling: their products with float32 stay well within float64."""
+"""The usual range of aggregation weights: sums of products with float32 stay well within float64."""
 
 
-def check_metrics(metrics: Mapping[str, float], contributor: str) -> None:
-    """Refuses metrics that are not numbers; NaN and infinities are, and handlers deal with them.
+def checked_metrics(metrics: Mapping[str, float], contributor: str) -> dict[str, float]:
+    """The metrics as plain floats; NaN and infinities pass, and handlers deal with them.
 
     Raises:
-        MetricError: Names the metric.
+        MetricError: One is not a number, or its name no str; names it.
     """
+    plain: dict[str, float] = {}
     for metric, value in metrics.items():
         try:
-            number = isinstance(value, Real) and not isinstance(value, bool) and isinstance(float(value), float)
+            if isinstance(metric, str) and isinstance(value, Real) and not isinstance(value, bool):
+                plain[metric] = float(value)
+                continue
         except OverflowError:
-            number = False
-        if not number:
-            raise MetricError(
-                f"{contributor}: metric {reprlib.repr(metric)} is {reprlib.repr(value)}, not a number",
-                contributor=contributor,
-                metric=metric,
-            )
+            pass  # an int that no float can hold: refused below
+        raise MetricError(
+            f"{contributor}: metric {reprlib.repr(metric)} is {reprlib.repr(value)}, not a number",
+            contributor=contributor,
+            metric=metric,
+        )
+    return plain
+
+
+def checked_n_iter(n_iter: object, contributor: str) -> int | None:
+    """The number of iterations as a plain int, or None.
+
+    Raises:
+        MetricError: It is something else.
+    """
+    if n_iter is None:
+        return None
+    if not isinstance(n_iter, int | np.integer) or not -(2**63) <= n_iter < 2**63:
+        raise MetricError(
+            f"{contributor}: n_iter is {reprlib.repr(n_iter)}, not a 64-bit int",
+            contributor=contributor,
+            metric="n_iter",
+        )
+    return int(n_iter)
 
 
 def check_contribution(
@@ -165,7 +188,7 @@ def check_contribution(
     """
     who = contribution.contributor
     if not isinstance(who, str) or not who:
-        raise UnknownContributorError(f"contributor {reprlib.repr(who)} is not a name")
+        raise UnknownContributorError(f"contributor {reprlib.repr(who)} is not a name", contributor=who)
     if who in contributors:
         raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
     own_round = contribution.round
@@ -185,12 +208,8 @@ def check_contribution(
             kind=contribution.kind,
             expected=kind,
         )
-    check_metrics(contribution.metrics, who)
-    n_iter = contribution.n_iter
-    if n_iter is not None and not (isinstance(n_iter, Integral) and -(2**63) <= n_iter < 2**63):
-        raise MetricError(
-            f"{who}: n_iter is {reprlib.repr(n_iter)}, not a 64-bit int", contributor=who, metric="n_iter"
-        )
+    checked_metrics(contribution.metrics, who)
+    checked_n_iter(contribution.n_iter, who)
     aggregation_weight = check_aggregation_weight(contribution.aggregation_weight, who)
     weights = as_weight_dict(contribution.weights, who)
     if schema is None:
@@ -270,7 +289,7 @@ class RoundReport:
 
     Attributes:
         round: From 0.
-        accepted: Contributors whose contributions were averaged, by name.
+        accepted: Contributors whose contributions were accepted, by name; averaged, unless `error` is set.
         rejected: Refused contributions, and why.
         absent: Clients that sat this round out.
         quits: Clients that left in this round, and why.

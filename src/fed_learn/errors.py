@@ -55,6 +55,9 @@ class WeightsTypeError(ContributionError, TypeError):
 class NamesError(ContributionError, KeyError):
     """Variables are missing or extra. Attributes: `missing`, `extra` (tuples of names)."""
 
+    missing: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+
 
 class ShapeError(ContributionError, ValueError):
     """A variable has another shape than the schema. Attributes: `shape`, `expected`."""
@@ -74,12 +77,17 @@ class NonFiniteError(ContributionError, ValueError):
 class IntegerRangeError(ContributionError, ValueError):
     """An integer so large that a float64 sum, or the dtype of a difference, could not hold it to the unit.
 
-    Attributes: `index`, `value`.
+    Attributes: `index`, `value` (None where they are not known).
     """
+
+    index: tuple[int, ...] | None = None
+    value: int | None = None
 
 
 class AggregationWeightError(ContributionError, ValueError):
     """The aggregation weight is missing, not a number, not finite, not positive or out of range. Attribute: `value`."""
+
+    value: Any = None
 
 
 class RoundError(ContributionError, ValueError):
@@ -106,12 +114,20 @@ class EmptyAggregationError(FedLearnError, ValueError):
     """There is nothing to average: no contribution, hence a total weight of zero."""
 
 
+class FloatingPointEnvironmentError(FedLearnError, RuntimeError):
+    """The process rounds in another way than to nearest, or flushes subnormals, where that would change bits."""
+
+
+class BrokenAccumulatorError(FedLearnError, RuntimeError):
+    """An accumulator was interrupted while it was adding: its sums hold part of a contribution."""
+
+
 class MergeError(FedLearnError, ValueError):
     """Two accumulators cannot be merged: one sums exactly and the other does not, or they are the same."""
 
 
 class OutputError(FedLearnError, ValueError):
-    """`out=` cannot take the result: not writable, not native byte order, or shared with an input."""
+    """`out=` cannot take the result: an array is no array, read-only, or overlaps an input or another in memory."""
 
 
 class SumOverflowError(FedLearnError, OverflowError):
@@ -140,6 +156,20 @@ class KernelUnavailableError(FedLearnError, RuntimeError):
 
 class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
+
+
+def without_tracebacks(error: Exception) -> Exception:
+    """The error, stripped of all tracebacks: kept, their frames would keep a client's weights alive."""
+    seen: set[int] = set()
+    left: list[BaseException] = [error]
+    while left:
+        one = left.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += [other for other in (one.__cause__, one.__context__) if other is not None]
+            left += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+    return error
 
 
 @dataclass(frozen=True, eq=False)

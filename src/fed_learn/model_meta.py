@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fed_learn.contribution import BestModel
@@ -33,7 +33,7 @@ class ContextKey(enum.StrEnum):
     BEST_RECEIVED = "_bestReceived"
     """`BestModel` among those the clients received; set by ModelSelectionHandler."""
     BEST_AGGREGATED = "_bestAggregated"
-    """`BestModel` among those just aggregated; set by ServerValidationHandler."""
+    """`BestModel` among those just aggregated; set by ServerValidationHandler, None until it found one."""
     STOP = "_stop"
     """Set to a reason (a str) before END_AGGREGATION to make this round the last."""
 
@@ -123,8 +123,12 @@ class FLContext(dict[str, Any]):
         return dict(self._metadata)
 
     def publish_metric(self, name: str, value: float) -> None:
-        """Adds a score of this round to `ContextKey.METRICS`, where reports and logs find it."""
-        self[ContextKey.METRICS] = FrozenDict({**self.get(ContextKey.METRICS, {}), name: float(value)})
+        """Adds a score of this round to `ContextKey.METRICS`, and to the report, where logs find it."""
+        metrics = FrozenDict({**self.get(ContextKey.METRICS, {}), name: float(value)})
+        self[ContextKey.METRICS] = metrics
+        report = self.get(ContextKey.REPORT)
+        if report is not None:
+            self[ContextKey.REPORT] = replace(report, metrics=metrics)
 
     @property
     def best_model(self) -> BestModel | None:

@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from fed_learn.environment import check_environment
 from fed_learn.errors import (
     DtypeError,
     IntegerRangeError,
@@ -73,18 +74,20 @@ class FrozenWeights(FrozenDict):
             super().__init__(weights)
             return
         own = {name: np.array(a, dtype=native_dtype(a.dtype), order="C") for name, a in weights.items()}
-        for array in own.values():
-            array.flags.writeable = False
-        super().__init__(own)
+        super().__init__({name: _sealed(array) for name, array in own.items()})
 
     @classmethod
     def adopt(cls, weights: WeightDict) -> Self:
         """The same without a copy, for arrays that nobody else holds: they are made read-only as they are."""
-        for array in weights.values():
-            array.flags.writeable = False
         adopted = cls.__new__(cls)
-        dict.__init__(adopted, weights)
+        dict.__init__(adopted, {name: _sealed(array) for name, array in weights.items()})
         return adopted
+
+
+def _sealed(array: Array) -> Array:
+    """A view of the array, which is made read-only: numpy lets nobody make such a view writeable again."""
+    array.flags.writeable = False
+    return array.view()
 
 
 def native_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
@@ -94,7 +97,7 @@ def native_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
         >>> native_dtype(np.dtype(">f4")) == np.float32
         True
     """
-    return dtype.newbyteorder("=")
+    return dtype if dtype.isnative else dtype.newbyteorder("=")
 
 
 def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str, Array]:
@@ -121,8 +124,14 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
             f"{_who(contributor)}weights are a {type(weights).__name__}, not a dict of numpy arrays",
             contributor=contributor,
         )
+    try:
+        items = list(weights.items())
+    except Exception as error:
+        raise WeightsTypeError(
+            f"{_who(contributor)}weights cannot be read: {type(error).__name__}: {error}", contributor=contributor
+        ) from error
     arrays: dict[str, Array] = {}
-    for name, value in weights.items():
+    for name, value in items:
         if not isinstance(name, str):
             raise WeightsTypeError(
                 f"{_who(contributor)}variable name {name!r} is a {type(name).__name__}, not a str",
@@ -248,11 +257,13 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
         DtypeError: For booleans and unsigned integers, which cannot hold a negative difference.
         NonFiniteError, IntegerRangeError: The difference leaves the range of the dtype.
         NamesError, ShapeError, DtypeError: The two do not have the same schema.
+        FloatingPointEnvironmentError: The process does not compute as numbers are defined.
 
     Example:
         >>> difference({"w": np.float32([3, 1])}, {"w": np.float32([1, 2])})
         {'w': array([ 2., -1.], dtype=float32)}
     """
+    check_environment()
     schema = Schema.of(base)
     schema.check(weights)
     check_differences(schema)
@@ -270,6 +281,7 @@ def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
         >>> add_difference({"w": np.float32([1, 2])}, {"w": np.float32([2, -1])})
         {'w': array([3., 1.], dtype=float32)}
     """
+    check_environment()
     schema = Schema.of(base)
     schema.check(diff)
     check_differences(schema)

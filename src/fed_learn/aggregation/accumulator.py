@@ -1,19 +1,21 @@
 """The weighted mean of contributions as they stream in, in the memory of one."""
 
 import math
-from collections.abc import Iterable
 from fractions import Fraction
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from fed_learn import kernels
 from fed_learn.aggregation.arrays import Outputs, flat
+from fed_learn.aggregation.average import LIFT
 from fed_learn.aggregation.exact import ExactSum, check_domain
 from fed_learn.aggregation.integers import fits, magnitude
-from fed_learn.contribution import SMALLEST_WEIGHT, Contribution, Kind, check_contribution
+from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind, check_contribution
+from fed_learn.environment import sum_in_order
 from fed_learn.errors import (
     AggregationWeightError,
+    BrokenAccumulatorError,
     DuplicateContributionError,
     EmptyAggregationError,
     IntegerRangeError,
@@ -30,8 +32,8 @@ class Accumulator:
     """Averages contributions one at a time; keeps one float64 sum per element and none of the inputs.
 
     The bits are those of `weighted_average` over the same contributions in the order in which they were added; with
-    `exact=True` any order and any tree of merges give the same bits. Not to be shared between threads without a lock;
-    can be pickled.
+    `exact=True` any order and any tree of merges give the same bits. Not to be shared between threads without a lock.
+    Can be pickled; unpickled, it uses the kernel that is current there.
 
     Args:
         like: The global model: sets names, shapes, dtypes and order. None: the first contribution does.
@@ -58,6 +60,7 @@ class Accumulator:
         self._total: float | Fraction = Fraction() if exact else 0.0
         self._count = 0
         self._largest: dict[str, int] = {}
+        self._broken = False
         self._contributors: dict[str, None] = {}
         self._kind: Kind | None = None
         self._round: int | None = None
@@ -91,15 +94,15 @@ class Accumulator:
 
         Args:
             weights: A weight dict, or a `Contribution`, which brings the other two.
-            aggregation_weight: The scalar by which it counts.
+            aggregation_weight: The scalar by which it counts; a stream has no default for it.
             contributor: Who sent it; the same name twice is refused. None: anonymous.
 
         Raises:
             ContributionError: It is refused; the class says why, the attributes who and where.
-            AggregationWeightError: Also for a weight below 2**-100.
-            SumOverflowError: The sum of the aggregation weights leaves float64.
+            AggregationWeightError: Also for a weight outside of 2**-100 to 2**100.
             IntegerRangeError: Integers so large that their mean would not be right to the unit.
             ExactDomainError: With `exact`, a value or weight outside of the domain.
+            BrokenAccumulatorError: An earlier call was interrupted while it was adding.
         """
         if isinstance(weights, Contribution):
             if aggregation_weight is not None or contributor is not None:
@@ -109,7 +112,8 @@ class Accumulator:
             name = f"contribution {self._count}" if contributor is None else contributor
             contribution = Contribution(name, weights, aggregation_weight)  # type: ignore[arg-type]
         named = isinstance(weights, Contribution) or contributor is not None
-        arrays, factor = check_contribution(
+        self._check_usable()
+        arrays, a = check_contribution(
             contribution,
             self._schema,
             kind=self._kind,
@@ -117,38 +121,39 @@ class Accumulator:
             contributors=self._contributors if named else (),
         )
         if self._exact:
-            check_domain(arrays, factor, contribution.contributor)
-        elif factor < SMALLEST_WEIGHT:
+            check_domain(arrays, a, contribution.contributor)
+        elif not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
             raise AggregationWeightError(
-                f"{contribution.contributor}: aggregation weight {factor} is below 2**-100, and sums as they stream in "
-                "could underflow; weighted_average can take it",
+                f"{contribution.contributor}: aggregation weight {a} is outside of 2**-100 to 2**100, and sums as they "
+                "stream in could under- or overflow; weighted_average can take it",
                 contributor=contribution.contributor,
-                value=factor,
+                value=a,
             )
-        elif not math.isfinite(self.total_weight + factor):
-            raise SumOverflowError("the sum of the aggregation weights leaves the range of float64")
         largest = {name: magnitude(array) for name, array in arrays.items()}
         self._check_integers(largest, self._count + 1, contribution.contributor, arrays)
+        schema = Schema.of(arrays) if self._schema is None else self._schema
+        columns = {name: flat(arrays[name]) for name in schema}
 
-        if self._schema is None:
-            self._schema = Schema.of(arrays)
-        columns = {name: flat(arrays[name]) for name in self._schema}
+        self._broken = True
+        self._start(schema)
         if self._exact:
             for name, x in columns.items():
-                self._exact_sums.setdefault(name, ExactSum(x.size)).add(x, factor)
+                self._exact_sums[name].add(x, a)
         else:
-            self._start(self._schema)
-            self._kernel.accumulate(list(self._sums.values()), list(columns.values()), factor)
-        self._largest = {name: max(size, self._largest.get(name, 0)) for name, size in largest.items()}
-        self._total += Fraction(factor) if self._exact else factor
+            self._kernel.accumulate(list(self._sums.values()), list(columns.values()), math.ldexp(a, LIFT))
+        self._total = self._total + Fraction(a) if isinstance(self._total, Fraction) else sum_in_order((self._total, a))
         self._count += 1
         self._kind = contribution.kind
         self._round = contribution.round if self._round is None else self._round
+        self._note_largest(largest)
         if named:
             self._contributors[contribution.contributor] = None
+        self._broken = False
 
     def merge(self, other: "Accumulator") -> None:
-        """Adds all that `other` holds, as if its contributions had been added here; `other` stays as it is.
+        """Adds the sums that `other` holds; `other` stays as it is.
+
+        With `exact=True` the bits are then those of adding its contributions here.
 
         Raises:
             NamesError, ShapeError, DtypeError: The schemas differ.
@@ -157,6 +162,8 @@ class Accumulator:
             IntegerRangeError: Together they could not be averaged to the unit.
             MergeError: One is exact and the other is not, or `other` is this accumulator.
         """
+        self._check_usable()
+        other._check_usable()
         if other is self:
             raise MergeError("an accumulator cannot be merged with itself")
         if self._exact != other._exact:
@@ -182,23 +189,24 @@ class Accumulator:
                 expected=self._round,
             )
         self._check_integers(other._largest, self._count + other._count)
-        if not math.isfinite(self.total_weight + other.total_weight):
-            raise SumOverflowError("the sum of the aggregation weights leaves the range of float64")
 
-        if self._schema is None:
-            self._schema = other._schema
+        self._broken = True
+        self._start(other._schema if self._schema is None else self._schema)
         if self._exact:
             for name, exact in other._exact_sums.items():
-                self._exact_sums.setdefault(name, ExactSum(exact.size)).merge(exact)
+                self._exact_sums[name].merge(exact)
         else:
-            self._start(self._schema)
             self._kernel.accumulate(list(self._sums.values()), [other._sums[name] for name in self._sums], 1.0)
-        self._largest = {name: max(size, self._largest.get(name, 0)) for name, size in other._largest.items()}
-        self._total += other._total
+        if isinstance(self._total, Fraction):
+            self._total += Fraction(other._total)
+        else:
+            self._total = sum_in_order((self._total, float(other._total)))
         self._count += other._count
         self._kind = other._kind
         self._round = other._round if self._round is None else self._round
+        self._note_largest(other._largest)
         self._contributors.update(other._contributors)
+        self._broken = False
 
     def result(self, out: WeightDict | None = None) -> WeightDict:
         """The mean of what was added so far; more can be added afterwards.
@@ -215,12 +223,13 @@ class Accumulator:
                 limit.
             OutputError: `out` cannot be written to.
         """
+        self._check_usable()
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
         outputs = Outputs(self._schema, out)
         if self._exact:
-            sums: Iterable[Float64Array] = (self._exact_sums[name].value() for name in self._schema)
+            self._divide_exact(outputs)
         else:
             for name, array in self._sums.items():
                 if not np.isfinite(array).all():
@@ -228,20 +237,51 @@ class Accumulator:
                         f"{name!r}: the sum left the range of float64; weighted_average can take such values",
                         name=name,
                     )
-            sums = self._sums.values()
-        self._kernel.divide(list(sums), self.total_weight, list(outputs.flat().values()))
+            total = math.ldexp(float(self._total), LIFT)
+            self._kernel.divide(list(self._sums.values()), total, list(outputs.flat.values()))
         return outputs.finish()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._kernel = kernels.resolve()
+
+    def _divide_exact(self, outputs: Outputs) -> None:
+        total = Fraction(self._total)
+        numbers = []
+        for name, output in outputs.flat.items():
+            if output.dtype.kind in "biu":
+                self._exact_sums[name].integer_mean(total, output)
+            else:
+                numbers.append(name)
+        sums = [self._exact_sums[name].value() for name in numbers]
+        self._kernel.divide(sums, float(total), [outputs.flat[name] for name in numbers])
+
     def _start(self, schema: Schema) -> None:
-        if not self._sums:
+        self._schema = schema
+        if self._sums or self._exact_sums:
+            return
+        sizes = {name: math.prod(shape) for name, (shape, _) in schema.items()}
+        if self._exact:
+            self._exact_sums = {name: ExactSum(size) for name, size in sizes.items()}
+        else:
             # -0.0 is the neutral element: sums then have the bits of sums that start from the first product.
-            self._sums = {name: np.full(math.prod(shape), -0.0) for name, (shape, _) in schema.items()}
+            self._sums = {name: np.full(size, -0.0) for name, size in sizes.items()}
+
+    def _check_usable(self) -> None:
+        if self._broken:
+            raise BrokenAccumulatorError("this accumulator was interrupted while it was adding; begin a new one")
+
+    def _note_largest(self, largest: dict[str, int]) -> None:
+        self._largest = {name: max(size, self._largest.get(name, 0)) for name, size in largest.items()}
 
     def _check_integers(
         self, largest: dict[str, int], count: int, contributor: str | None = None, arrays: WeightDict | None = None
     ) -> None:
         for name, size in largest.items():
-            if fits(max(size, self._largest.get(name, 0)), count):
+            if size <= 2**53 if self._exact else fits(max(size, self._largest.get(name, 0)), count):
                 continue
             who = f"{contributor}: " if contributor is not None else ""
             index = None

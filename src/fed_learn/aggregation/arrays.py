@@ -28,6 +28,7 @@ class Outputs:
 
     Attributes:
         weights: The result, in the order of the schema; `out` itself where it was given.
+        flat: A flat array per name for the kernel to write to.
     """
 
     def __init__(self, schema: Schema, out: WeightDict | None, inputs: Iterable[Array] = ()) -> None:
@@ -43,18 +44,14 @@ class Outputs:
                     raise OutputError(f"out: {name!r} is read-only", name=name)
             _refuse_overlap(arrays, inputs)
             self.weights = out
-        # Arrays that a kernel cannot write to in place are filled by way of a flat copy.
-        self._flat = {name: flat(self.weights[name]) for name in schema}
-
-    def flat(self) -> dict[str, Array]:
-        """A flat array per name for the kernel to write to."""
-        return self._flat
+        # What a kernel cannot write to in place is filled by way of a flat copy.
+        self.flat = {name: flat(self.weights[name]) for name in schema}
 
     def finish(self) -> WeightDict:
         """The result, once the flat arrays have been written."""
         for name, array in self.weights.items():
-            if not np.may_share_memory(array, self._flat[name]):
-                array[...] = self._flat[name].reshape(array.shape)
+            if not np.may_share_memory(array, self.flat[name]):
+                array[...] = self.flat[name].reshape(array.shape)
         return self.weights
 
 
@@ -63,7 +60,7 @@ def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
     outputs.sort()
     for (_, stop, first), (start, _, second) in pairwise(outputs):
         if start < stop:
-            raise OutputError(f"out: {first!r} and {second!r} share memory", name=first)
+            raise OutputError(f"out: {first!r} and {second!r} overlap in memory", name=first)
     starts = np.array([start for start, _, _ in outputs])
     for array in inputs:
         if not array.size or not outputs:
@@ -73,4 +70,4 @@ def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
         nearest = int(np.searchsorted(starts, high)) - 1
         if nearest >= 0 and outputs[nearest][1] > low:
             name = outputs[nearest][2]
-            raise OutputError(f"out: {name!r} shares memory with an input, and inputs are never changed", name=name)
+            raise OutputError(f"out: {name!r} overlaps an input in memory, and inputs are never changed", name=name)

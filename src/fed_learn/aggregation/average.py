@@ -12,9 +12,13 @@ from fed_learn.aggregation.arrays import Outputs, flat
 from fed_learn.aggregation.exact import ExactSum, check_domain
 from fed_learn.aggregation.integers import integer_mean, needs_integers
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind, check_contribution
+from fed_learn.environment import sum_in_order
 from fed_learn.errors import AggregationWeightError, EmptyAggregationError, WeightsTypeError
 from fed_learn.kernels.base import Float64Array, Kernel, Segment
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite
+
+LIFT = 100
+"""Aggregation weights are multiplied by 2**100 (see `usual_scale`)."""
 
 Checked: TypeAlias = list[tuple[str, dict[str, Array], float]]
 """Contributor, weights and aggregation weight of what passed the checks, in the order of the sums."""
@@ -31,10 +35,10 @@ def weighted_average(
 ) -> WeightDict:
     """The mean of contributions, `Σ aₖ·xₖ / Σ aₖ` for each variable.
 
-    Sums are kept in float64 and rounded once, to the dtype of the variable; integers and booleans half to even
-    (integers too large for that are summed exactly). The
-    bits do not depend on the kernel, the number of threads or, for `Contribution`s, the order of the list: they are
-    summed in the order of their contributors' names. Bare weight dicts are summed in list order.
+    Sums are kept in float64 and rounded once, to the dtype of the variable; integers and booleans half to even, and
+    integers too large for that are summed exactly. The bits do not depend on the kernel, the number of threads or, for
+    `Contribution`s, the order of the list: they are summed in the order of their contributors' names. Bare weight
+    dicts are summed in list order.
 
     Args:
         contributions: Weight dicts, or `Contribution`s, all of one kind and round.
@@ -54,6 +58,7 @@ def weighted_average(
         EmptyAggregationError: There are no contributions.
         OutputError: `out` cannot be written to.
         ExactDomainError: With `exact`, a value or weight outside of the domain.
+        FloatingPointEnvironmentError: The process does not compute as numbers are defined, and that would matter.
 
     Example:
         >>> hospital_a, hospital_b = {"w": np.float32([0, 1])}, {"w": np.float32([4, 1])}
@@ -67,42 +72,55 @@ def weighted_average(
     schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
     if all(isinstance(item, Contribution) for item in batch):
         if aggregation_weights is not None:
-            raise AggregationWeightError("aggregation_weights= is for bare weight dicts; Contributions bring their own")
+            raise AggregationWeightError(
+                "aggregation_weights= is for bare weight dicts; Contributions bring their own",
+                value=aggregation_weights,
+            )
         schema, checked = _checked_contributions(batch, schema, scan=exact)  # type: ignore[arg-type]
     else:
         schema, checked = _checked_weight_dicts(batch, aggregation_weights, schema, scan=exact)
-    weights, factors = [one for _, one, _ in checked], [factor for _, _, factor in checked]
-    outputs = Outputs(schema, out, (array for one in weights for array in one.values()))
-    columns = {name: [flat(one[name]) for one in weights] for name in schema}
-    for name in [name for name, column in columns.items() if needs_integers(column)]:
-        integer_mean(columns.pop(name), factors, outputs.flat()[name])
-    results = {name: outputs.flat()[name] for name in columns}
+    outputs = Outputs(schema, out, (array for _, weights, _ in checked for array in weights.values()))
+    columns = {name: [flat(weights[name]) for _, weights, _ in checked] for name in schema}
+    scalars = [a for _, _, a in checked]
+    for name in [name for name, column in columns.items() if needs_integers(column, exact)]:
+        integer_mean(columns.pop(name), scalars, outputs.flat[name])
+    results = {name: outputs.flat[name] for name in columns}
     if exact:
-        for contributor, one, factor in checked:
-            check_domain(one, factor, contributor)
-        total = float(sum(map(Fraction, factors)))
-        chosen.divide([_exact_sum(column, factors) for column in columns.values()], total, list(results.values()))
+        for contributor, weights, a in checked:
+            check_domain(weights, a, contributor)
+        sums = [_exact_sum(column, scalars) for column in columns.values()]
+        chosen.divide(sums, float(sum(map(Fraction, scalars))), list(results.values()))
     else:
-        usual = min(factors) >= SMALLEST_WEIGHT and max(factors) <= LARGEST_WEIGHT
-        scale = 0 if usual else -math.frexp(max(factors))[1]
-        _average(chosen, columns, factors, scale, results)
+        _average(chosen, columns, scalars, usual_scale(scalars), results)
         doubtful = _refuse_non_finite(results, checked)
         if doubtful:  # the inputs are finite, so the sums overflowed: once more, so small that they cannot
-            scale = -math.frexp(max(factors))[1] - len(factors).bit_length() - 1
-            _average(chosen, {name: columns[name] for name in doubtful}, factors, scale, results)
+            small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
+            _average(chosen, {name: columns[name] for name in doubtful}, scalars, small, results)
     return outputs.finish()
 
 
+def usual_scale(aggregation_weights: Sequence[float]) -> int:
+    """The power of two by which aggregation weights are multiplied, exactly, before products are taken.
+
+    It lifts weights of the usual range so far above 1 that no product loses bits to underflow, not even with subnormal
+    values, and cancels in the division. Unusual weights are moved to that range first, as far as one factor can.
+    """
+    if min(aggregation_weights) >= SMALLEST_WEIGHT and max(aggregation_weights) <= LARGEST_WEIGHT:
+        return LIFT
+    return LIFT + 100 - math.frexp(max(aggregation_weights))[1]
+
+
 def _average(
-    kernel: Kernel, columns: Mapping[str, list[Array]], factors: Sequence[float], scale: int, results: WeightDict
+    kernel: Kernel,
+    columns: Mapping[str, list[Array]],
+    aggregation_weights: Sequence[float],
+    scale: int,
+    results: WeightDict,
 ) -> None:
-    """The mean of some variables with all weights multiplied by 2**scale, which is exact and cancels."""
-    scaled = [math.ldexp(factor, scale) for factor in factors]
-    total = scaled[0]
-    for factor in scaled[1:]:
-        total += factor
+    """The mean of some variables with all aggregation weights multiplied by 2**scale."""
+    scaled = [math.ldexp(a, scale) for a in aggregation_weights]
     segments = [Segment(column, results[name]) for name, column in columns.items()]
-    kernel.weighted_mean(segments, np.array(scaled), total)
+    kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled))
 
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None, scan: bool) -> tuple[Schema, Checked]:
@@ -111,29 +129,29 @@ def _checked_contributions(batch: list[Contribution], schema: Schema | None, sca
     kind = batch[0].kind if isinstance(batch[0].kind, Kind) else None
     seen: dict[str, tuple[dict[str, Array], float]] = {}
     for contribution in batch:
-        weights, factor = check_contribution(
-            contribution, schema, kind=kind, round=newest, contributors=seen, scan=scan
-        )
+        weights, a = check_contribution(contribution, schema, kind=kind, round=newest, contributors=seen, scan=scan)
         schema = Schema.of(weights) if schema is None else schema
-        seen[contribution.contributor] = weights, factor
+        seen[contribution.contributor] = weights, a
     assert schema is not None
     return schema, [(contributor, *seen[contributor]) for contributor in sorted(seen)]
 
 
 def _checked_weight_dicts(
-    batch: Sequence[object], factors: Sequence[float] | None, schema: Schema | None, scan: bool
+    batch: Sequence[object], aggregation_weights: Sequence[float] | None, schema: Schema | None, scan: bool
 ) -> tuple[Schema, Checked]:
     """In the order of the list."""
-    if factors is None:
-        factors = [1.0] * len(batch)
-    elif len(factors) != len(batch):
-        raise AggregationWeightError(f"{len(factors)} aggregation weights for {len(batch)} weight dicts")
+    if aggregation_weights is None:
+        aggregation_weights = [1.0] * len(batch)
+    elif len(aggregation_weights) != len(batch):
+        raise AggregationWeightError(
+            f"{len(aggregation_weights)} aggregation weights for {len(batch)} weight dicts", value=aggregation_weights
+        )
     checked: Checked = []
-    for i, (item, factor) in enumerate(zip(batch, factors, strict=True)):
+    for i, (item, a) in enumerate(zip(batch, aggregation_weights, strict=True)):
         label = f"contributions[{i}]"
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
-        contribution = Contribution(label, item, factor)  # type: ignore[arg-type]
+        contribution = Contribution(label, item, a)  # type: ignore[arg-type]
         checked.append((label, *check_contribution(contribution, schema, scan=scan)))
         schema = Schema.of(checked[0][1]) if schema is None else schema
     assert schema is not None
@@ -161,8 +179,8 @@ def _refuse_non_finite(results: WeightDict, checked: Checked) -> list[str]:
     return doubtful
 
 
-def _exact_sum(column: Sequence[Array], factors: Sequence[float]) -> Float64Array:
+def _exact_sum(column: Sequence[Array], aggregation_weights: Sequence[float]) -> Float64Array:
     exact = ExactSum(column[0].size)
-    for x, factor in zip(column, factors, strict=True):
-        exact.add(x, factor)
+    for x, a in zip(column, aggregation_weights, strict=True):
+        exact.add(x, a)
     return exact.value()

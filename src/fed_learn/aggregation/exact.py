@@ -16,16 +16,21 @@ This part is numpy whichever kernel is chosen; the final division is the kernel'
 """
 
 from collections.abc import Iterable
+from fractions import Fraction
 
 import numpy as np
 
+from fed_learn.aggregation.integers import rounded_quotient
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
+from fed_learn.environment import check_environment
 from fed_learn.errors import ExactDomainError
-from fed_learn.kernels.base import Float64Array, flushes_subnormals
+from fed_learn.kernels.base import Float64Array
 from fed_learn.weights import Array, WeightDict, native_dtype
 
 BIN_BITS = 36
 VALUE_LIMIT = 2.0**700
+TILE = 1 << 14
+"""Elements at a time, so that what is cut into slices stays in the cache."""
 CARRY_AFTER = 1 << 14
 """Terms after which bins are carried: each adds up to four slices of 2**36 units, and 2**53 units are exact."""
 
@@ -35,12 +40,10 @@ def check_domain(weights: WeightDict, aggregation_weight: float, contributor: st
 
     Raises:
         ExactDomainError: Names the contributor and the variable.
+        FloatingPointEnvironmentError: The process does not compute as numbers are defined.
     """
     who = f"{contributor}: " if contributor is not None else ""
-    if flushes_subnormals():
-        raise ExactDomainError(
-            "this process flushes subnormal numbers to zero (torch.set_flush_denormal?), where sums are not exact"
-        )
+    check_environment()
     if not SMALLEST_WEIGHT <= aggregation_weight <= LARGEST_WEIGHT:
         raise ExactDomainError(
             f"{who}aggregation weight {aggregation_weight} is outside of 2**-100 to 2**100, where sums are exact",
@@ -78,10 +81,12 @@ class ExactSum:
         self._bins: dict[int, Float64Array] = {}
         self._terms = 0
 
-    def add(self, x: Array, weight: float) -> None:
-        """Adds `weight · x`, exactly. Both lie in the domain."""
-        for part in _exact_products(x, weight):
-            self._deposit(part)
+    def add(self, x: Array, aggregation_weight: float) -> None:
+        """Adds `aggregation_weight · x`, exactly. Both lie in the domain."""
+        for start in range(0, self.size, TILE):
+            tile = slice(start, start + TILE)
+            for part in _exact_products(x[tile], aggregation_weight):
+                self._deposit(part, tile)
         self._count(1)
 
     def merge(self, other: "ExactSum") -> None:
@@ -106,20 +111,32 @@ class ExactSum:
             total += bins[j]
         return np.asarray(total * sign)
 
+    def integer_mean(self, total: Fraction, output: Array) -> None:
+        """The sums divided by `total`, rounded half to even, exactly: for integers and booleans."""
+        lowest = min(self._bins, default=0)
+        unit = Fraction(2) ** (BIN_BITS * lowest)
+        sums = np.zeros(self.size, object)
+        for j, digits in self._bins.items():
+            units = (digits / np.ldexp(1.0, BIN_BITS * j)).astype(np.int64)  # exact: integers below 2**53
+            sums += units.astype(object) << (BIN_BITS * (j - lowest))
+        ratio = unit / total
+        output[...] = rounded_quotient(sums * ratio.numerator, ratio.denominator).astype(output.dtype)
+
     def _bin(self, j: int) -> Float64Array:
         if j not in self._bins:
             self._bins[j] = np.zeros(self.size)
         return self._bins[j]
 
-    def _deposit(self, terms: Float64Array) -> None:
+    def _deposit(self, terms: Float64Array, tile: slice) -> None:
         largest = float(np.abs(terms).max(initial=0.0))
         j = int(np.frexp(largest)[1]) // BIN_BITS
         while terms.any():
             # Adding and taking away 1.5·2**52 units rounds to a multiple of the unit; the rest is exact.
             shift = np.ldexp(1.5, 52 + BIN_BITS * j)
-            slices = (terms + shift) - shift
-            self._bin(j)[...] += slices
-            terms = terms - slices
+            slices = terms + shift
+            slices -= shift
+            self._bin(j)[tile] += slices
+            terms -= slices
             j -= 1
 
     def _count(self, terms: int) -> None:
@@ -129,10 +146,10 @@ class ExactSum:
             self._terms = 1
 
 
-def _exact_products(x: Array, weight: float) -> Iterable[Float64Array]:
-    """Arrays that sum to `weight · x` exactly: products of halves of at most 26 bits."""
+def _exact_products(x: Array, aggregation_weight: float) -> Iterable[Float64Array]:
+    """Arrays that sum to `aggregation_weight · x` exactly: products of halves of at most 26 bits."""
     wide = x.astype(np.float64)
-    a_high, a_low = (float(half) for half in _halves(np.float64(weight)))
+    a_high, a_low = (float(half) for half in _halves(np.float64(aggregation_weight)))
     # 24 bits times 26 fit; longer values need to be halved as well.
     long = x.dtype.itemsize == 8 or (x.dtype.kind in "iu" and x.dtype.itemsize == 4)
     values = _halves(wide) if long else (wide,)

@@ -1,7 +1,8 @@
 """Integers so large that float64 sums would not hold them to the unit.
 
-A mean of n integers by way of float64 is off by less than half a unit as long as |x|·(n + 2) ≤ 2**52, which every
-counter satisfies. Beyond that a batch is averaged in Python's integers, slowly and exactly, and a stream is refused.
+The float64 mean of n integers is off by less than half a unit as long as |x|·(n + 2) ≤ 2**52, which every counter
+satisfies. Beyond that a batch is averaged in Python's integers, slowly and exactly, and a stream is refused. With
+`exact=True` all integers and booleans are.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from fractions import Fraction
 from math import lcm
 
 import numpy as np
+import numpy.typing as npt
 
 from fed_learn.weights import Array
 
@@ -30,20 +32,22 @@ def fits(largest: int, count: int) -> bool:
     return largest * (count + 2) <= 2**52
 
 
-def needs_integers(column: Sequence[Array]) -> bool:
-    """Whether the arrays of one variable hold integers that are too large for float64 sums."""
+def needs_integers(column: Sequence[Array], exact: bool) -> bool:
+    """Whether the arrays of one variable are to be averaged in Python's integers."""
     dtype, count = column[0].dtype, len(column)
+    if exact:
+        return dtype.kind in "biu"
     if dtype.kind not in "iu" or fits(np.iinfo(dtype).max, count):
         return False
     return not fits(max(map(magnitude, column)), count)
 
 
-def integer_mean(column: Sequence[Array], factors: Sequence[float], output: Array) -> None:
+def integer_mean(column: Sequence[Array], aggregation_weights: Sequence[float], output: Array) -> None:
     """The weighted mean of integers, exact, rounded half to even.
 
     Args:
         column: One flat array per contribution.
-        factors: The aggregation weights.
+        aggregation_weights: One per contribution.
         output: Where the mean goes: flat, of the same dtype.
 
     Example:
@@ -52,12 +56,21 @@ def integer_mean(column: Sequence[Array], factors: Sequence[float], output: Arra
         >>> int(output[0]) == 2**62 - 2  # the exact mean is 2**62 - 1.5
         True
     """
-    fractions = [Fraction(factor) for factor in factors]
-    scale = lcm(*(fraction.denominator for fraction in fractions))
-    weights = [int(fraction * scale) for fraction in fractions]
-    total = sum(weights)
-    numerator = sum((x.astype(object) * w for x, w in zip(column, weights, strict=True)), np.zeros(output.size, object))
-    quotient = numerator // total
-    twice = (numerator - quotient * total) * 2
-    up = (twice > total) | ((twice == total) & (quotient % 2 == 1))
-    output[...] = (quotient + up.astype(object)).astype(output.dtype)
+    fractions = [Fraction(a) for a in aggregation_weights]
+    scale = lcm(*(a.denominator for a in fractions))
+    whole = [int(a * scale) for a in fractions]
+    sums = sum((x.astype(object) * a for x, a in zip(column, whole, strict=True)), np.zeros(output.size, object))
+    output[...] = rounded_quotient(sums, sum(whole)).astype(output.dtype)
+
+
+def rounded_quotient(numerators: npt.NDArray[np.object_], denominator: int) -> npt.NDArray[np.object_]:
+    """`numerators / denominator` of Python integers, rounded half to even.
+
+    Example:
+        >>> rounded_quotient(np.array([1, 3, 5, -1, -3, 7], object), 2).tolist()
+        [0, 2, 2, 0, -2, 4]
+    """
+    quotient = numerators // denominator
+    twice = (numerators - quotient * denominator) * 2
+    up = (twice > denominator) | ((twice == denominator) & (quotient % 2 == 1))
+    return np.asarray(quotient + up.astype(object))

@@ -20,15 +20,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
         import typer  # noqa: F401
     except ImportError:
         sys.exit("fed-learn: the command line needs typer and rich: pip install 'fed-learn[cli]'")
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(arguments: list[str]) -> int:
     from fed_learn.cli.app import app
     from fed_learn.errors import ConfigError
 
-    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(given, prog_name="fed-learn")  # leaves by SystemExit; reports wrong use itself
+        code = app(arguments, prog_name="fed-learn", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
     except Exception as error:  # noqa: BLE001 - the edge of the program
-        if "--debug" in given:
+        # Errors of the command line's parser bring their exit code; typer brings its own copy of their classes.
+        if type(error).__name__ == "Abort":
+            return _fail("interrupted", 130)
+        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+            message = error.format_message()
+            return _fail(message, error.exit_code) if message else int(error.exit_code)
+        if "--debug" in arguments:
             traceback.print_exc()
-        first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        print(f"fed-learn: {first}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ConfigError) else 1)
+        return _fail(str(error) or type(error).__name__, 2 if isinstance(error, ConfigError) else 1)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fed-learn: {' '.join(message.split())}", file=sys.stderr)
+    return code

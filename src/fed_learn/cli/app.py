@@ -8,7 +8,7 @@ from fed_learn.cli.info import info
 from fed_learn.cli.simulate import simulate
 
 app = typer.Typer(
-    help="Federated learning: handlers, exact averaging, adapters.",
+    help="Federated learning: event handlers and reproducible averaging.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +29,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Federated learning: handlers, exact averaging, adapters."""
+    """Federated learning: event handlers and reproducible averaging."""
 
 
 app.command()(simulate)

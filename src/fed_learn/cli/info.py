@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Callable
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,9 +43,10 @@ def info(
     for name, kernel in facts["kernels"].items():
         state = "available" if kernel["available"] else f"not available: {kernel['reason']}"
         table.add_row(f"kernel {name}", state + (" (current)" if name == facts["kernel"] else ""))
-    table.add_row("compiled for", facts["compiled_for"])
     table.add_row("instruction sets", " ".join(facts["instruction_sets"]) or "unknown")
     table.add_row("threads", f"{facts['threads']} of {facts['processors']} processors")
+    for problem in facts["problems"]:
+        table.add_row("problem", f"[red]{problem}[/red]")
     for name, version in facts["dependencies"].items():
         table.add_row(name, version)
     for name, version in facts["frameworks"].items():
@@ -59,16 +61,25 @@ def collect() -> dict[str, Any]:
     from fed_learn import __version__, kernels
 
     reasons = kernels.unavailable()
+    problems: list[str] = []
+
+    def ask(question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except (ValueError, RuntimeError) as error:  # a bad setting is what this command is asked about
+            problems.append(str(error))
+            return None
+
     return {
         "version": __version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "kernel": kernels.current(),
+        "kernel": ask(kernels.current),
         "kernels": {name: {"available": name not in reasons, "reason": reasons.get(name)} for name in kernels.NAMES},
-        "compiled_for": "baseline instruction set" if "native" not in reasons else "nothing: the extension is missing",
         "instruction_sets": _instruction_sets(),
-        "threads": kernels.get_num_threads(),
+        "threads": ask(kernels.get_num_threads),
         "processors": os.cpu_count(),
+        "problems": problems,
         "dependencies": {name: metadata.version(name) for name in ("numpy", "cffi", "ml-dtypes")},
         "frameworks": {name: _version(name, distributions) for name, distributions in FRAMEWORKS.items()},
         "environment": {

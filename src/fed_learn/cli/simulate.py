@@ -1,37 +1,23 @@
 """`fed-learn simulate`: a federation on real data, in one process."""
 
-import enum
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
+from fed_learn.contribution import GLOBAL_BEST, Kind
+from fed_learn.errors import ConfigError
+from fed_learn.simulation.datasets import Dataset
+
 DEFAULT_ROUNDS = 20
+T = TypeVar("T")
 
 
-class Dataset(enum.StrEnum):
-    """Data sets that scikit-learn ships."""
-
-    DIGITS = "digits"
-    BREAST_CANCER = "breast-cancer"
-
-
-class KindOption(enum.StrEnum):
-    """What clients send."""
-
-    FULL = "full"
-    DIFF = "diff"
-
-
-class KernelOption(enum.StrEnum):
-    """Kernels that can be asked for."""
-
-    AUTO = "auto"
-    NATIVE = "native"
-    NUMPY = "numpy"
+FILES = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.json", "metrics.png")
 
 
 def simulate(
@@ -45,8 +31,8 @@ def simulate(
     ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the initial weights and the training.")] = 0,
     local_epochs: Annotated[int, typer.Option(min=1, help="Passes over a client's data in a round.")] = 5,
-    kind: Annotated[KindOption, typer.Option(help="What clients send: full weights or differences.")] = KindOption.FULL,
-    kernel: Annotated[KernelOption, typer.Option(help="What averages.")] = KernelOption.AUTO,
+    kind: Annotated[Kind, typer.Option(help="What clients send: full weights or differences.")] = Kind.FULL,
+    kernel: Annotated[str, typer.Option(help="What averages: auto, native or numpy.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the aggregation.", show_default="all processors")
     ] = None,
@@ -71,8 +57,6 @@ def simulate(
 
     from fed_learn import kernels
     from fed_learn.components.config import read_config
-    from fed_learn.contribution import Kind
-    from fed_learn.errors import ConfigError
     from fed_learn.handlers import (
         CheckpointHandler,
         EarlyStoppingHandler,
@@ -88,16 +72,17 @@ def simulate(
     for key in sorted(set(settings) - {"handlers", "num_rounds", "min_num_clients"}):
         logging.getLogger("fed_learn").warning("%s: unknown key %r is ignored", config, key)
     kernels.set_num_threads(threads)
+    _as_wrong_use(kernels.get_num_threads)
     started = time.perf_counter()
-    try:
-        demo = build_demo(
+    demo = _as_wrong_use(
+        lambda: build_demo(
             dataset.value,
             num_clients=clients,
             num_rounds=rounds or _positive(settings, "num_rounds") or DEFAULT_ROUNDS,
             alpha=alpha,
             seed=seed,
             local_epochs=local_epochs,
-            kind=Kind(kind.value),
+            kind=kind,
             configured_handlers=_list(settings, "handlers"),
             reporters=[
                 *([EarlyStoppingHandler(patience)] if patience is not None else []),
@@ -108,12 +93,11 @@ def simulate(
             min_contributions=_positive(settings, "min_num_clients"),
             on_bad_contribution="reject",
             exact=exact,
-            kernel=kernel.value if kernel is not KernelOption.AUTO else None,
+            kernel=None if kernel == "auto" else kernel,
         )
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    )
+    for name in FILES:  # of an earlier job
+        (out / name).unlink(missing_ok=True)
     result = demo.run()
     summary = summarize(demo, result)
     summary["settings"] = {
@@ -130,8 +114,7 @@ def simulate(
     }
     plot_job(out / "metrics.png", result, summary)
     summary["seconds"] = round(time.perf_counter() - started, 3)
-    files = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.json", "metrics.png")
-    summary["files"] = {name: str(out / name) for name in files if name == "summary.json" or (out / name).exists()}
+    summary["files"] = {name: str(out / name) for name in FILES if name == "summary.json" or (out / name).exists()}
     text = json.dumps(summary, indent=2)
     (out / "summary.json").write_text(text + "\n", encoding="utf-8")
     if as_json:
@@ -140,10 +123,18 @@ def simulate(
         _print_summary(Console(soft_wrap=True, highlight=False), summary)
 
 
+def _as_wrong_use(function: Callable[[], T]) -> T:
+    """Calls it; a value out of range is the user's mistake."""
+    try:
+        return function()
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     from rich.table import Table
-
-    from fed_learn.contribution import GLOBAL_BEST
 
     best, final = summary["best"], summary["final"]
     console.print()
@@ -172,8 +163,6 @@ def _print_summary(console: Any, summary: dict[str, Any]) -> None:
 
 
 def _positive(settings: dict[str, Any], key: str) -> int | None:
-    from fed_learn.errors import ConfigError
-
     value = settings.get(key)
     if value is None:
         return None
@@ -183,8 +172,6 @@ def _positive(settings: dict[str, Any], key: str) -> int | None:
 
 
 def _list(settings: dict[str, Any], key: str) -> list[Any] | None:
-    from fed_learn.errors import ConfigError
-
     value = settings.get(key)
     if value is not None and not isinstance(value, list):
         raise ConfigError(f"{key!r} must be a list, not {value!r}")
@@ -195,17 +182,17 @@ def _configure_logging(debug: bool) -> None:
     """Warnings and errors as single lines on stderr; with `debug` everything, with tracebacks."""
 
     class OneLine(logging.Formatter):
-        def formatException(self, exc_info: Any) -> str:  # noqa: N802 - the name is logging's
-            return super().formatException(exc_info) if debug else ""
-
         def format(self, record: logging.LogRecord) -> str:
-            text = super().format(record)
-            record.exc_text = None  # other formatters must not inherit what this one left out
-            return text.rstrip("\n")
+            text = f"{record.levelname}: {' '.join(record.getMessage().split())}"
+            if debug and record.exc_info:
+                text += "\n" + self.formatException(record.exc_info)
+            return text
 
     handler = logging.StreamHandler()
-    handler.setFormatter(OneLine("%(levelname)s: %(message)s"))
+    handler.setFormatter(OneLine())
     logger = logging.getLogger("fed_learn")
     logger.handlers = [handler]
     logger.setLevel(logging.DEBUG if debug else logging.WARNING)
     logger.propagate = False
+    # Failed handlers end the job, and are named in its one line.
+    logging.getLogger("fed_learn.events").setLevel(logging.NOTSET if debug else logging.CRITICAL)

@@ -4,10 +4,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from fed_learn.components.learner import Learner
-from fed_learn.contribution import BestModel, Contribution, Kind, ValidationResult
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
 from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, MetricError
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
-from fed_learn.handlers.scoring import is_better
+from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict, difference
 
@@ -31,7 +31,7 @@ class FederatedClient:
         ctx: The client's context.
 
     Raises:
-        ValueError: `name` is empty.
+        ValueError: `name` is empty, or the learner's `mode` is unknown.
         TypeError: A handler lacks `handle_event` or `rollback`.
     """
 
@@ -48,6 +48,7 @@ class FederatedClient:
         self.name = name
         self.learner = learner
         self.handlers = check_handlers(handlers)
+        check_mode(learner.mode, 0.0, learner.validation_metric)
         self.kind = Kind(kind)
         self.ctx = FLContext({ContextKey.CONTRIBUTOR: name})
         self._best: BestModel | None = None
@@ -73,6 +74,8 @@ class FederatedClient:
 
     def train_round(self, number: int, request_model: Callable[[], WeightDict]) -> Contribution | None:
         """One round: GET_MODEL, RECEIVE_MODEL, validate what was received, train, contribute.
+
+        What was trained is validated too: the best of these models is the one that `submit_best_model` offers.
 
         Args:
             number: The round, from 0.
@@ -173,7 +176,7 @@ class FederatedClient:
     def _validate(self, weights: FrozenWeights) -> dict[str, float]:
         scores = self._scores(weights)
         named = {f"initial_{name}": value for name, value in scores.items()}
-        return {"initial_validation_metric": scores[self.learner.validation_metric], **named}
+        return {INITIAL_VALIDATION_METRIC: scores[self.learner.validation_metric], **named}
 
     def _scores(self, weights: FrozenWeights) -> Mapping[str, float]:
         scores = self.learner.validate(weights, self.ctx)

@@ -44,9 +44,7 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
     args = entry.get("args", {})
     if not isinstance(args, dict):
         raise ConfigError(f"'args' of {cls.__name__} must be an object of keyword arguments, not {json.dumps(args)}")
-    built = {
-        key: build_component(value, known, supplies) if _is_component(value) else value for key, value in args.items()
-    }
+    built = {key: _nested(value, known, supplies) for key, value in args.items()}
     try:
         signature = inspect.signature(cls)
         built |= {k: v for k, v in (supplies or {}).items() if k in signature.parameters and k not in built}
@@ -55,8 +53,8 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
         raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {error}") from error
     try:
         return cls(**built)
-    except (TypeError, ValueError, ImportError) as error:
-        raise ConfigError(f"{cls.__name__} cannot be built: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{cls.__name__} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -77,8 +75,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
-def _is_component(value: object) -> bool:
-    return isinstance(value, dict) and ("path" in value or "name" in value) and set(value) <= {"name", "path", "args"}
+def _nested(value: Any, known: Mapping[str, type], supplies: Mapping[str, Any] | None) -> Any:
+    """Builds the components in an argument, in lists too; leaves everything else as it is."""
+    if isinstance(value, list):
+        return [_nested(item, known, supplies) for item in value]
+    if not isinstance(value, dict) or not set(value) <= {"path", "name", "args"}:
+        return value
+    # {"name": "adam"} may be a plain argument: by name only what is known is a component.
+    named = isinstance(value.get("name"), str) and value["name"] in known
+    return build_component(value, known, supplies) if "path" in value or named else value
 
 
 def _import(path: object) -> type:

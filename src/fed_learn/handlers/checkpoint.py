@@ -74,10 +74,16 @@ def save(path: Path, weights: WeightDict, about: dict[str, object]) -> None:
         path: Where to.
         weights: A weight dict.
         about: What to tell about it: JSON in the file's metadata, under `fed_learn`.
+
+    Raises:
+        ValueError: A variable has the name that the format reserves.
+        OSError: The file cannot be written; one that was there before is still there.
     """
     from safetensors.numpy import save as serialize
 
     # One key of metadata only: the order of several would differ from run to run, and the bytes with it.
+    if "__metadata__" in weights:
+        raise ValueError("a variable named '__metadata__' cannot be stored: safetensors keeps that name for itself")
     # It writes the buffer as it lies: frozen weights are contiguous and in native byte order.
     data = serialize(dict(FrozenWeights(weights)), {"fed_learn": json.dumps(about, sort_keys=True)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -2,6 +2,7 @@
 
 from fed_learn.contribution import BestModel
 from fed_learn.handlers.handler import Handler
+from fed_learn.handlers.scoring import check_count
 from fed_learn.handlers.server_validation import SERVER_VALIDATION_METRIC
 from fed_learn.model_meta import ContextKey, FLContext
 
@@ -18,6 +19,7 @@ class EarlyStoppingHandler(Handler):
 
     Raises:
         ValueError: `patience` is smaller than 1.
+        TypeError: `patience` is not an int.
 
     Example:
         >>> import fed_learn as fl
@@ -29,8 +31,7 @@ class EarlyStoppingHandler(Handler):
     """
 
     def __init__(self, patience: int) -> None:
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, not {patience}")
+        check_count("patience", patience)
         self.patience = patience
 
     def before_aggregation(self, ctx: FLContext) -> None:

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fed_learn.contribution import RoundReport, ValidationResult
 from fed_learn.handlers.handler import Handler
@@ -72,8 +75,8 @@ def jsonable(value: Any) -> Any:
         return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [jsonable(item) for item in value]
-    if hasattr(value, "item"):
-        value = value.item()
+    if isinstance(value, Real) and not isinstance(value, bool | int):
+        value = value.item() if isinstance(value, np.integer) else float(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

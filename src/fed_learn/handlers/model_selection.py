@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from fed_learn.contribution import FINAL_MODEL, BestModel, Contribution, ValidationResult
+from fed_learn.contribution import FINAL_MODEL, INITIAL_VALIDATION_METRIC, BestModel, Contribution, ValidationResult
 from fed_learn.handlers.handler import Handler
 from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
@@ -56,7 +56,7 @@ class ModelSelectionHandler(Handler):
     def __init__(
         self,
         weigh_by_local_iter: bool = False,
-        validation_metric_name: str = "initial_validation_metric",
+        validation_metric_name: str = INITIAL_VALIDATION_METRIC,
         # Read-only, so instances cannot share a change; each makes its own dict of it.
         aggregation_weights: Mapping[str, float] = MappingProxyType({"1": 1.0, "2": 1.0}),
         *,
@@ -67,10 +67,12 @@ class ModelSelectionHandler(Handler):
         check_mode(mode, min_delta, validation_metric_name)
         self.weigh_by_local_iter = weigh_by_local_iter
         self.validation_metric_name = validation_metric_name
-        self.aggregation_weights = dict(aggregation_weights)
+        self.aggregation_weights = dict(aggregation_weights or {})
         self.mode = mode
         self.min_delta = min_delta
         self.best_key = best_key
+        self._before_final: BestModel | None = None
+        self._final_scored = False
         for contributor, weight in self.aggregation_weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"aggregation weight of {contributor!r} must be finite and not negative, is {weight}")
@@ -78,9 +80,10 @@ class ModelSelectionHandler(Handler):
     def startup(self, fl_ctx: FLContext) -> None:
         """A job begins: forgets the best of an earlier one."""
         fl_ctx.pop(self.best_key, None)
+        self._before_final, self._final_scored = None, False
 
     def rollback(self, fl_ctx: FLContext) -> None:
-        """Nothing to undo: all state is in the context."""
+        """Nothing to undo: what matters is in the context."""
 
     def before_aggregation(self, fl_ctx: FLContext) -> None:
         """Scores the model that the clients received this round."""
@@ -92,15 +95,19 @@ class ModelSelectionHandler(Handler):
         if not results or results[-1].model != FINAL_MODEL:
             return
         # The final model may win on one client's result and lose on all: each time it meets the best before it.
-        before_final = f"{self.best_key}.beforeFinal"
-        if len(results) == 1 or before_final not in fl_ctx:
-            fl_ctx.set_prop(before_final, fl_ctx.get_prop(self.best_key))
-        self._select(fl_ctx, results, fl_ctx[before_final])
+        if len(results) == 1 or not self._final_scored:
+            self._before_final = fl_ctx.get_prop(self.best_key)
+        self._final_scored = True
+        self._select(fl_ctx, results, self._before_final, newest_only=True)
 
     def _select(
-        self, ctx: FLContext, entries: Sequence[Contribution | ValidationResult], best: BestModel | None
+        self,
+        ctx: FLContext,
+        entries: Sequence[Contribution | ValidationResult],
+        best: BestModel | None,
+        newest_only: bool = False,
     ) -> None:
-        metric = self._score(entries)
+        metric = self._score(entries, entries[-1:] if newest_only else entries)
         if metric is None or not math.isfinite(metric):
             logger.warning("no usable %r (%s): no model is selected", self.validation_metric_name, metric)
             return
@@ -113,7 +120,11 @@ class ModelSelectionHandler(Handler):
         if best is not None:
             ctx.set_prop(self.best_key, best)
 
-    def _score(self, entries: Sequence[Contribution | ValidationResult]) -> float | None:
+    def _score(
+        self,
+        entries: Sequence[Contribution | ValidationResult],
+        warn_of: Sequence[Contribution | ValidationResult],
+    ) -> float | None:
         terms: list[float] = []
         weights: list[float] = []
         for entry in entries:
@@ -128,7 +139,8 @@ class ModelSelectionHandler(Handler):
                 terms.append(metric * n * w)
                 weights.append(n * w)
                 continue
-            logger.warning("%s is left out of model selection: %s", entry.contributor, problem)
+            if entry in warn_of:  # the others have been warned of before
+                logger.warning("%s is left out of model selection: %s", entry.contributor, problem)
         # fsum: equal scores must stay equal whatever the order of the clients.
         try:
             return math.fsum(terms) / math.fsum(weights) if any(weights) else None

@@ -1,4 +1,4 @@
-"""What the handlers that keep a best model share: which of two scores is better, and names that look like losses."""
+"""What handlers share: checks of their arguments, and which of two scores is better."""
 
 import math
 import re
@@ -7,6 +7,19 @@ import warnings
 from fed_learn.contribution import BestModel
 
 LOSSES = frozenset(("loss", "error", "mse", "mae", "rmse", "nll", "entropy", "perplexity", "divergence"))
+
+
+def check_count(name: str, value: object) -> None:
+    """Checks an argument that counts something.
+
+    Raises:
+        TypeError: It is not an int.
+        ValueError: It is smaller than 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, not {value}")
 
 
 def check_mode(mode: str, min_delta: float, metric_name: str) -> None:

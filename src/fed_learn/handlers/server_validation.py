@@ -6,7 +6,7 @@ import math
 from fed_learn.components.model_evaluator import ModelEvaluator
 from fed_learn.contribution import BestModel
 from fed_learn.handlers.handler import Handler
-from fed_learn.handlers.scoring import check_mode, is_better
+from fed_learn.handlers.scoring import check_count, check_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import FrozenWeights
 
@@ -50,10 +50,7 @@ class ServerValidationHandler(Handler):
         for method in ("evaluate", "get_metric"):
             if not callable(getattr(evaluator, method, None)):
                 raise TypeError(f"evaluator {type(evaluator).__name__} has no method {method}()")
-        if isinstance(num_rounds_per_valid, bool) or not isinstance(num_rounds_per_valid, int):
-            raise TypeError(f"num_rounds_per_valid must be an int, not {num_rounds_per_valid!r}")
-        if num_rounds_per_valid < 1:
-            raise ValueError(f"num_rounds_per_valid must be at least 1, not {num_rounds_per_valid}")
+        check_count("num_rounds_per_valid", num_rounds_per_valid)
         self.evaluator = evaluator
         self.num_rounds_per_valid = num_rounds_per_valid
         self.mode = mode
@@ -67,8 +64,8 @@ class ServerValidationHandler(Handler):
         return str(getattr(self.evaluator, "metric_name", ModelEvaluator.metric_name))
 
     def startup(self, fl_ctx: FLContext) -> None:
-        """A job begins: forgets the best of an earlier one."""
-        fl_ctx.pop(self.best_key, None)
+        """A job begins: no best model yet, but it is this handler that will say which."""
+        fl_ctx.set_prop(self.best_key, None)
         self._skipped = None
 
     def rollback(self, fl_ctx: FLContext) -> None:

@@ -64,8 +64,18 @@ NAMES = tuple(_LOADERS)
 
 
 @functools.cache
+def _attempt(name: str) -> Kernel | KernelUnavailableError:
+    try:
+        return _LOADERS[name]()
+    except KernelUnavailableError as error:
+        return error
+
+
 def _load(name: str) -> Kernel:
-    return _LOADERS[name]()
+    found = _attempt(name)
+    if isinstance(found, KernelUnavailableError):
+        raise found.with_traceback(None)
+    return found
 
 
 def unavailable() -> dict[str, str]:

@@ -6,7 +6,7 @@ The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.p
   each product and each sum rounded to nearest, never fused;
 - one float64 division by the total at the end, held within ±the largest float64;
 - one rounding to the output dtype: float32 nearest-even, float16 and bfloat16 by way of float32, integers and
-  booleans half to even.
+  booleans half to even (of the float64 mean: with aggregation weights that are no whole numbers a tie may not be one).
 
 A kernel checks nothing: names, shapes, dtypes and values have been checked by its caller.
 """
@@ -36,35 +36,29 @@ class Segment:
     output: Array
 
 
-def flushes_subnormals() -> bool:
-    """Whether the processor takes subnormal numbers for zero in this thread, as some frameworks can make it."""
-    with np.errstate(all="ignore"):
-        return bool(np.float32(2.0**-140) * np.float32(1.0) == 0 or np.float64(2.0**-1040) * np.float64(1.0) == 0)
-
-
 class Kernel(Protocol):
     """An implementation of the arithmetic."""
 
     name: str
 
-    def weighted_mean(self, segments: Sequence[Segment], weights: Float64Array, total: float) -> None:
-        """`output = round(Σ weights[k] · inputs[k] / total)` for each segment.
+    def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
+        """`output = round(Σ aggregation_weights[k] · inputs[k] / total)` for each segment.
 
         Args:
             segments: The variables of a model.
-            weights: One float64 per contribution, scaled so that no sum can overflow.
-            total: The sum of `weights`.
+            aggregation_weights: One float64 per contribution, scaled by a common power of two.
+            total: Their sum.
         """
 
-    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], weight: float) -> None:
-        """`sums[i] += weight · inputs[i]` in place.
+    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], aggregation_weight: float) -> None:
+        """`sums[i] += aggregation_weight · inputs[i]` in place.
 
         Sums that start from -0.0 give the bits of sums that start from the first product.
 
         Args:
             sums: Flat float64 arrays.
             inputs: Flat, contiguous arrays of the same sizes, of any supported dtype.
-            weight: The aggregation weight.
+            aggregation_weight: The scalar.
         """
 
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> None:

@@ -46,9 +46,9 @@ class NativeKernel:
 
     name = "native"
 
-    def weighted_mean(self, segments: Sequence[Segment], weights: Float64Array, total: float) -> None:
+    def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
         """See `Kernel.weighted_mean`."""
-        a = np.ascontiguousarray(weights, dtype=np.float64)
+        a = np.ascontiguousarray(aggregation_weights, dtype=np.float64)
         pointer = ffi.cast("double *", a.ctypes.data)
 
         def call(pieces: _Pieces) -> None:
@@ -56,11 +56,11 @@ class NativeKernel:
 
         threads.run(call, _split([(s.output, *s.inputs) for s in segments]))
 
-    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], weight: float) -> None:
+    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], aggregation_weight: float) -> None:
         """See `Kernel.accumulate`."""
 
         def call(pieces: _Pieces) -> None:
-            _check(lib.fl_accumulate(len(pieces.counts), *pieces.arguments(), weight))
+            _check(lib.fl_accumulate(len(pieces.counts), *pieces.arguments(), aggregation_weight))
 
         # The dtype of a piece is that of its last array here, of its first in the other two.
         threads.run(call, _split(list(zip(sums, inputs, strict=True)), dtype_of=1))

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fed_learn.errors import KernelUnavailableError
-from fed_learn.kernels.base import Float64Array, Segment, flushes_subnormals
+from fed_learn.environment import check_environment
+from fed_learn.kernels.base import Float64Array, Segment
 from fed_learn.weights import Array
 
 TILE = 1 << 16
@@ -17,46 +17,40 @@ class NumpyKernel:
     """`Kernel` in plain numpy, on one thread.
 
     Raises:
-        KernelUnavailableError: From every operation, where the process flushes subnormal numbers to zero.
+        FloatingPointEnvironmentError: From every operation, where the process does not compute as numbers are
+            defined.
     """
 
     name = "numpy"
 
-    def weighted_mean(self, segments: Sequence[Segment], weights: Float64Array, total: float) -> None:
+    def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
         """See `Kernel.weighted_mean`."""
-        _check_environment()
+        check_environment()
         for segment in segments:
             for start in range(0, segment.output.size, TILE):
                 tile = slice(start, start + TILE)
                 with np.errstate(all="ignore"):
-                    acc = weights[0] * segment.inputs[0][tile].astype(np.float64)
-                    for a, x in zip(weights[1:], segment.inputs[1:], strict=True):
+                    acc = aggregation_weights[0] * segment.inputs[0][tile].astype(np.float64)
+                    for a, x in zip(aggregation_weights[1:], segment.inputs[1:], strict=True):
                         acc += a * x[tile].astype(np.float64)
                 _finish(acc, total, segment.output[tile])
 
-    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], weight: float) -> None:
+    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], aggregation_weight: float) -> None:
         """See `Kernel.accumulate`."""
-        _check_environment()
+        check_environment()
         for acc, x in zip(sums, inputs, strict=True):
             for start in range(0, acc.size, TILE):
                 tile = slice(start, start + TILE)
                 with np.errstate(all="ignore"):
-                    acc[tile] += weight * x[tile].astype(np.float64)
+                    acc[tile] += aggregation_weight * x[tile].astype(np.float64)
 
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> None:
         """See `Kernel.divide`."""
-        _check_environment()
+        check_environment()
         for acc, output in zip(sums, outputs, strict=True):
             for start in range(0, acc.size, TILE):
                 tile = slice(start, start + TILE)
                 _finish(acc[tile], total, output[tile])
-
-
-def _check_environment() -> None:
-    """Refuses an environment that changes bits: numpy computes in the one it finds; the native kernel sets its own."""
-    if flushes_subnormals():
-        reason = "this process flushes subnormal numbers to zero (torch.set_flush_denormal?)"
-        raise KernelUnavailableError(f"kernel 'numpy' would give other bits: {reason}", reason=reason)
 
 
 def _finish(acc: Float64Array, total: float, output: Array) -> None:

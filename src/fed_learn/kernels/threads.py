@@ -59,6 +59,11 @@ def get_num_threads() -> int:
         if not setting.isdecimal() or int(setting) < 1:
             raise ValueError(f"FED_LEARN_NUM_THREADS must be a number of at least 1, not {setting!r}")
         return int(setting)
+    return usable_processors()
+
+
+def usable_processors() -> int:
+    """How many processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -70,7 +75,7 @@ def threads_for(num_bytes: int) -> int:
 
 
 def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
-    """Calls `function` on each share, side by side; the first share on the calling thread.
+    """Calls `function` on each share, side by side; on the calling thread the first, and those that get no other.
 
     An interrupt may end the wait for the others: a share must keep alive whatever memory it works on.
 
@@ -87,8 +92,12 @@ def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
                 if _pool is None:
                     _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
                 for share in shares[1:]:
-                    futures.append(_pool.submit(function, share))
-        function(shares[0])
+                    try:
+                        futures.append(_pool.submit(function, share))
+                    except RuntimeError:  # no thread can be started, or the interpreter shuts down
+                        break
+        for share in (shares[0], *shares[1 + len(futures) :]):
+            function(share)
     finally:
         errors = [future.exception() for future in futures]
     for error in errors:

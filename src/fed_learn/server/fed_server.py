@@ -8,13 +8,14 @@ from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
 from fed_learn.errors import HandlerError
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event
+from fed_learn.handlers.scoring import check_count
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server.job import Job
 from fed_learn.server.result import JobResult
 from fed_learn.server.roster import Roster
 from fed_learn.server.rounds import run_round
 from fed_learn.server.validation import cross_validate, score_final_model
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_differences, check_finite
 
 
 class FederatedServer:
@@ -36,11 +37,11 @@ class FederatedServer:
         on_bad_contribution: `"raise"` ends the job at the first refused contribution; `"reject"` goes on without it.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
         exact: Average with exact sums (see `fed_learn.weighted_average`).
-        kernel: Name of the kernel; None: the current one.
+        kernel: Name of the kernel; None: the current one, looked up now.
 
     Raises:
         ValueError: An argument is out of its range.
-        TypeError: A handler lacks `handle_event` or `rollback`.
+        TypeError: A handler lacks `handle_event` or `rollback`, or a count is not an int.
         ContributionError: `weights` is no weight dict, or holds dtypes or values that cannot be averaged.
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
 
@@ -75,16 +76,17 @@ class FederatedServer:
         exact: bool = False,
         kernel: str | None = None,
     ) -> None:
-        if num_rounds < 1:
-            raise ValueError(f"num_rounds must be at least 1, not {num_rounds}")
-        if min_contributions is not None and min_contributions < 1:
-            raise ValueError(f"min_contributions must be at least 1, not {min_contributions}")
+        check_count("num_rounds", num_rounds)
+        if min_contributions is not None:
+            check_count("min_contributions", min_contributions)
         if on_bad_contribution not in ("raise", "reject"):
             raise ValueError(f"on_bad_contribution must be 'raise' or 'reject', not {on_bad_contribution!r}")
         if on_handler_error not in ("raise", "log"):
             raise ValueError(f"on_handler_error must be 'raise' or 'log', not {on_handler_error!r}")
         arrays = as_weight_dict(weights, "global model")
         self.schema = Schema.of(arrays, "global model")
+        if Kind(kind) is Kind.DIFF:
+            check_differences(self.schema, "global model")
         check_finite(arrays, "global model")
         self.weights = FrozenWeights(arrays)
         self.num_rounds = num_rounds
@@ -106,12 +108,15 @@ class FederatedServer:
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
-            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start. If it was at
-                SHUTDOWN, the error's `result` holds what this method would have returned.
+            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start. If it was when all
+                was done, at CLIENT_QUIT or SHUTDOWN, the error's `result` holds what this method would have returned.
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
-            ValueError: Two clients have one name, or there are none.
+            ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none.
         """
         roster = Roster(clients, max_workers)
+        if self.min_contributions is not None and self.min_contributions > len(roster):
+            roster.close()
+            raise ValueError(f"min_contributions is {self.min_contributions}, but there are {len(roster)} clients")
         self.ctx = FLContext({ContextKey.NUM_ROUNDS: self.num_rounds})
         job = Job(self, roster, self.ctx)
         try:
@@ -119,14 +124,19 @@ class FederatedServer:
         except BaseException:
             roster.close()
             raise
+        result: JobResult | None = None
         try:
             result = _run(job)
+            job.unregister()
         except BaseException as error:
-            for failure in job.shut_down():
+            failures = job.shut_down()
+            for failure in failures:
                 error.add_note(f"during shutdown: {failure}")
+            if isinstance(error, HandlerError) and result is not None:
+                error.result = replace(result, handler_failures=(*job.handler_failures, *failures))
             raise
         failures = job.shut_down()
-        result = replace(result, handler_failures=(*result.handler_failures, *failures))
+        result = replace(result, handler_failures=(*job.handler_failures, *failures))
         if failures and self.on_handler_error == "raise":
             late = HandlerError(failures)
             late.result = result
@@ -143,7 +153,6 @@ def _run(job: Job) -> JobResult:
     results = score_final_model(job)
     metrics = job.ctx[ContextKey.METRICS]
     cross_site, more = cross_validate(job)
-    job.unregister()
     return JobResult(
         weights=job.weights,
         best=job.ctx.best_model,

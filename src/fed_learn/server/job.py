@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fed_learn.contribution import ClientFailure, RoundReport
-from fed_learn.errors import HandlerError, HandlerFailure, TooFewContributionsError
+from fed_learn.errors import HandlerError, HandlerFailure, TooFewContributionsError, without_tracebacks
 from fed_learn.events import EventType, fire_event, shut_down
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.server.roster import Roster
@@ -118,25 +118,25 @@ class Job:
         """
         for name, answer in self.roster.ask(lambda client: client.start(self.server.num_rounds)):
             if isinstance(answer, Exception):
-                logger.error("%s could not start: %s", name, answer, exc_info=answer)
-                self.quits.append(ClientFailure(name, answer))
-                self.roster.remove(name)
+                self._leave(name, answer, "could not start")
             else:
                 self.fire(EventType.CLIENT_REGISTER, name)
         self.check_enough_clients()
 
     def quit(self, name: str, error: Exception) -> None:
         """Takes a client that failed off the job: CLIENT_QUIT, and the client's own SHUTDOWN."""
-        logger.error("%s leaves the job: %s: %s", name, type(error).__name__, error, exc_info=error)
-        # The traceback has been logged; kept, its frames would keep the client's weights alive.
-        failure = ClientFailure(name, error.with_traceback(None))
+        self._leave(name, error, "leaves the job")
+        self.fire(EventType.CLIENT_QUIT, name)
+
+    def _leave(self, name: str, error: Exception, what: str) -> None:
+        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
+        failure = ClientFailure(name, without_tracebacks(error))
         self.quits.append(failure)
         if ContextKey.REPORT in self.ctx:
             self.update_report(quits=(*self.report.quits, failure))
         if isinstance(error, HandlerError):
             self.record(error.failures)
         self.record(self.roster.remove(name).stop())
-        self.fire(EventType.CLIENT_QUIT, name)
 
     def unregister(self) -> None:
         """The job is over: CLIENT_QUIT for each client, and its SHUTDOWN."""

@@ -1,12 +1,14 @@
 """The clients of a running job, and the pool in which they work side by side."""
 
-import os
+import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
+from fed_learn.errors import ClientQuitError
+from fed_learn.kernels.threads import usable_processors
 
 T = TypeVar("T")
 
@@ -32,7 +34,7 @@ class Roster:
             self._clients[client.name] = client
         if not self._clients:
             raise ValueError("a job needs at least one client")
-        workers = max_workers if max_workers is not None else min(len(self._clients), os.cpu_count() or 1)
+        workers = max_workers if max_workers is not None else min(len(self._clients), usable_processors())
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fed_learn-client")
 
     def __iter__(self) -> Iterator[str]:
@@ -46,15 +48,23 @@ class Roster:
 
         That order, rather than who is first, keeps a job the same from run to run.
         """
-        futures = {name: self._pool.submit(question, client) for name, client in self._clients.items()}
+        futures = {
+            # In the caller's context, so that a kernel chosen by kernels.use holds for learners too.
+            name: self._pool.submit(contextvars.copy_context().run, question, client)
+            for name, client in self._clients.items()
+        }
         for name, future in futures.items():
             error = future.exception()
             if error is None:
                 yield name, future.result()
+            elif isinstance(error, KeyboardInterrupt):
+                raise error
             elif isinstance(error, Exception):
                 yield name, error
-            else:
-                raise error
+            else:  # a learner that calls sys.exit ends its client, not the server
+                failure = ClientQuitError(f"{name}: {type(error).__name__}: {error}", contributor=name)
+                failure.__cause__ = error
+                yield name, failure
 
     def remove(self, name: str) -> FederatedClient:
         """Takes a client off the roster."""

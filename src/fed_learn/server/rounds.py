@@ -4,11 +4,18 @@ import logging
 import reprlib
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
 from fed_learn.aggregation import weighted_average
 from fed_learn.aggregation.exact import check_domain
-from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport, check_contribution
+from fed_learn.contribution import (
+    ClientFailure,
+    Contribution,
+    Kind,
+    RoundReport,
+    check_contribution,
+    checked_metrics,
+    checked_n_iter,
+)
 from fed_learn.errors import (
     ContributionError,
     ExactDomainError,
@@ -18,6 +25,7 @@ from fed_learn.errors import (
     TooFewContributionsError,
     UnknownContributorError,
     WeightsTypeError,
+    without_tracebacks,
 )
 from fed_learn.events import EventType
 from fed_learn.model_meta import ContextKey
@@ -57,10 +65,8 @@ def run_round(job: Job, number: int) -> None:
         # A handler may have taken contributions out.
         if _enough(job, number) and _aggregate(job):
             job.fire_and_adopt(EventType.END_AGGREGATION)
-    job.update_report(metrics=job.ctx[ContextKey.METRICS], seconds=time.perf_counter() - started)
+    job.update_report(seconds=time.perf_counter() - started)
     job.fire_and_adopt(EventType.END_ROUND)
-    if job.report.metrics is not job.ctx[ContextKey.METRICS]:
-        job.update_report(metrics=job.ctx[ContextKey.METRICS])
     job.reports.append(job.report)
     job.check_enough_clients()
 
@@ -71,7 +77,7 @@ def _take(job: Job, name: str, number: int, answer: object) -> None:
         _receive(job, name, number, answer)  # it could not make a contribution of what it trained
     elif isinstance(answer, Exception):
         job.quit(name, answer)
-    elif answer is None or answer in ([], ()):
+    elif answer is None or (isinstance(answer, list | tuple) and not answer):
         job.update_report(absent=(*job.report.absent, name))
     else:
         # Clients send one contribution; what a faulty one sends on top is received and refused.
@@ -87,8 +93,16 @@ def _receive(job: Job, name: str, number: int, sent: object) -> None:
     try:
         contribution = _checked(job, name, number, sent, accepted)
         accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
-    except (ContributionError, ExactDomainError) as error:
-        refusal = error.with_traceback(None)
+    except Exception as error:
+        if isinstance(error, ContributionError | ExactDomainError):
+            refusal = error
+        else:
+            refusal = WeightsTypeError(
+                f"{name}: sent something unreadable: {type(error).__name__}: {error}", contributor=name
+            )
+            refusal.__cause__ = error
+            logger.error("%s", refusal, exc_info=error)
+        without_tracebacks(refusal)
         job.update_report(rejected=(*job.report.rejected, ClientFailure(name, refusal)))
     job.ctx.set_props(
         {
@@ -126,7 +140,15 @@ def _checked(job: Job, name: str, number: int, sent: object, accepted: Sequence[
     check_finite(frozen, name)
     if job.server.exact:
         check_domain(frozen, aggregation_weight, name)
-    return replace(sent, weights=frozen)
+    return Contribution(
+        name,
+        frozen,
+        aggregation_weight,
+        n_iter=checked_n_iter(sent.n_iter, name),
+        round=number,
+        kind=sent.kind,
+        metrics=checked_metrics(sent.metrics, name),
+    )
 
 
 def _enough(job: Job, number: int) -> bool:
@@ -154,7 +176,7 @@ def _aggregate(job: Job) -> bool:
             mean = add_difference(job.weights, mean)
         except (NonFiniteError, IntegerRangeError) as error:
             logger.error("round %d: %s: the global model stands", job.report.round, error)
-            job.update_report(error=error.with_traceback(None))
+            job.update_report(error=without_tracebacks(error))
             return False
     seconds = time.perf_counter() - started
     job.set_weights(FrozenWeights.adopt(mean))

@@ -2,7 +2,14 @@
 
 import logging
 
-from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, ValidationResult, check_metrics
+from fed_learn.contribution import (
+    FINAL_MODEL,
+    GLOBAL_BEST,
+    INITIAL_VALIDATION_METRIC,
+    ValidationResult,
+    checked_metrics,
+    checked_n_iter,
+)
 from fed_learn.errors import ContributionError, MetricError
 from fed_learn.events import EventType
 from fed_learn.model_meta import ContextKey, ModelData
@@ -10,8 +17,6 @@ from fed_learn.server.job import Job
 from fed_learn.weights import FrozenDict, FrozenWeights, as_weight_dict, check_finite
 
 logger = logging.getLogger(__name__)
-
-VALIDATION_METRIC = "initial_validation_metric"
 
 
 def score_final_model(job: Job) -> list[ValidationResult]:
@@ -43,7 +48,7 @@ def cross_validate(job: Job) -> tuple[dict[str, dict[str, float]], list[Validati
     job.ctx.set_model(ModelData(job.weights))
     matrix: dict[str, dict[str, float]] = {name: {} for name in models}
     for result in results:
-        matrix[result.model][result.contributor] = float(result.metrics[VALIDATION_METRIC])
+        matrix[result.model][result.contributor] = float(result.metrics[INITIAL_VALIDATION_METRIC])
     return matrix, results
 
 
@@ -58,11 +63,12 @@ def _collect_local_bests(job: Job) -> dict[str, FrozenWeights]:
         try:
             weights = as_weight_dict(answer, name)
             job.server.schema.check(weights, name)
-            check_finite(weights, name)
+            frozen = FrozenWeights(weights)  # what is checked below is what is kept
+            check_finite(frozen, name)
         except ContributionError as error:
             logger.error("the best model of %s is left out of the cross-site validation: %s", name, error)
             continue
-        bests[name] = FrozenWeights(answer)
+        bests[name] = frozen
     return bests
 
 
@@ -74,19 +80,23 @@ def _validate_everywhere(job: Job, model: str, weights: FrozenWeights) -> list[V
             job.quit(name, answer)
             continue
         try:
-            _check_result(name, model, answer)
+            result = _checked_result(name, model, answer)
         except MetricError as error:
             logger.error("a validation result is left out: %s", error)
             continue
-        results.append(answer)
+        results.append(result)
         job.ctx.set_prop(ContextKey.VALIDATION_RESULTS, tuple(results))
         job.fire(EventType.RECEIVE_VALIDATION_RESULTS, name)
     return results
 
 
-def _check_result(name: str, model: str, result: object) -> None:
+def _checked_result(name: str, model: str, result: object) -> ValidationResult:
+    """The result with plain numbers."""
     if not isinstance(result, ValidationResult) or (result.contributor, result.model) != (name, model):
         raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
-    if VALIDATION_METRIC not in result.metrics:
-        raise MetricError(f"{name}: no {VALIDATION_METRIC!r}", contributor=name, metric=VALIDATION_METRIC)
-    check_metrics(result.metrics, name)
+    metrics, n_iter = checked_metrics(result.metrics, name), checked_n_iter(result.n_iter, name)
+    if INITIAL_VALIDATION_METRIC not in metrics:
+        raise MetricError(
+            f"{name}: no {INITIAL_VALIDATION_METRIC!r}", contributor=name, metric=INITIAL_VALIDATION_METRIC
+        )
+    return ValidationResult(name, model, metrics, n_iter)

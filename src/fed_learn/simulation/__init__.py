@@ -1,11 +1,11 @@
 """A whole federation in one process, on real data: the demo's data sets, models and jobs."""
 
-from fed_learn.simulation.datasets import DATASETS, Part, Split, load_split
+from fed_learn.simulation.datasets import Dataset, Part, Split, load_split
 from fed_learn.simulation.demo import Demo, build_demo
 from fed_learn.simulation.mlp import Perceptron, PerceptronEvaluator, PerceptronLearner
 
 __all__ = [
-    "DATASETS",
+    "Dataset",
     "Demo",
     "Part",
     "Perceptron",

@@ -4,12 +4,19 @@ Four kinds of part that share no example: each client's training part and its se
 part, and the test part that only the report uses.
 """
 
+import enum
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-DATASETS = ("digits", "breast-cancer")
+
+class Dataset(enum.StrEnum):
+    """Data sets that scikit-learn ships."""
+
+    DIGITS = "digits"
+    BREAST_CANCER = "breast-cancer"
+
 
 TEST_SHARE = 0.2
 SERVER_SHARE = 0.1
@@ -62,7 +69,7 @@ def load_split(dataset: str, num_clients: int, alpha: float, seed: int) -> Split
     federation would share); test and validation data take no part in that.
 
     Args:
-        dataset: One of `DATASETS`.
+        dataset: One of `Dataset`.
         num_clients: At least 1.
         alpha: Concentration, > 0.
         seed: The same seed gives the same split.
@@ -71,8 +78,8 @@ def load_split(dataset: str, num_clients: int, alpha: float, seed: int) -> Split
         ImportError: scikit-learn is not installed (extra `demo`).
         ValueError: An argument is out of its range, or there are more clients than the data can serve.
     """
-    if dataset not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, not {dataset!r}")
+    if dataset not in tuple(Dataset):
+        raise ValueError(f"dataset must be one of {', '.join(Dataset)}, not {dataset!r}")
     if num_clients < 1:
         raise ValueError(f"there must be at least 1 client, not {num_clients}")
     if not (np.isfinite(alpha) and alpha > 0):
