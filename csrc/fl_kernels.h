@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum fl_status { FL_OK = 0, FL_BAD_DTYPE = 1, FL_NO_INPUT = 2 };
+enum fl_status { FL_OK = 0, FL_BAD_DTYPE = 1, FL_NO_INPUT = 2, FL_BAD_SET = 3 };
 
 enum fl_dtype {
     FL_FLOAT16, FL_BFLOAT16, FL_FLOAT32, FL_FLOAT64, FL_BOOL,
@@ -21,16 +21,25 @@ enum fl_dtype {
     FL_DTYPES
 };
 
-/* output = round(sum_k weights[k] * input_k / total). Pointers: output, input_0 ... input_{n_inputs-1}. */
-int fl_weighted_mean(size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
-                     const int32_t *dtypes, const double *weights, double total);
+/* Instruction sets, from the one that every machine has to the widest. */
+enum fl_set { FL_BASELINE, FL_AVX2, FL_SETS };
 
-/* sums += weight * input. Pointers: sums (float64), input (of the piece's dtype). */
-int fl_accumulate(size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
-                  double weight);
+/* The name of an instruction set as this build has it ("sse2", "avx2", "neon", "scalar" ...), NULL where it has none. */
+const char *fl_set_name(int set);
+/* Whether the processor and the operating system can run it. */
+int fl_set_usable(int set);
+
+/* output = round(sum_k a[k] * input_k / total), a: the aggregation weights.
+ * Pointers: output, input_0 ... input_{n_inputs-1}. */
+int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
+                     const int32_t *dtypes, const double *a, double total);
+
+/* sums += a * input. Pointers: sums (float64), input (of the piece's dtype). */
+int fl_accumulate(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
+                  const int32_t *dtypes, double a);
 
 /* output = round(sums / total). Pointers: output (of the piece's dtype), sums (float64). */
-int fl_divide(size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
               double total);
 
 #endif

@@ -43,7 +43,9 @@ def info(
     for name, kernel in facts["kernels"].items():
         state = "available" if kernel["available"] else f"not available: {kernel['reason']}"
         table.add_row(f"kernel {name}", state + (" (current)" if name == facts["kernel"] else ""))
-    table.add_row("instruction sets", " ".join(facts["instruction_sets"]) or "unknown")
+    if facts["native_variants"]:
+        table.add_row("native variants", ", ".join(facts["native_variants"]) + f" (current: {facts['native_variant']})")
+    table.add_row("processor", " ".join(facts["instruction_sets"]) or "unknown")
     table.add_row("threads", f"{facts['threads']} of {facts['processors']} processors")
     for problem in facts["problems"]:
         table.add_row("problem", f"[red]{problem}[/red]")
@@ -76,6 +78,8 @@ def collect() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "kernel": ask(kernels.current),
         "kernels": {name: {"available": name not in reasons, "reason": reasons.get(name)} for name in kernels.NAMES},
+        "native_variants": [] if "native" in reasons else list(kernels.instruction_sets()),
+        "native_variant": None if "native" in reasons else ask(kernels.current_instruction_set),
         "instruction_sets": _instruction_sets(),
         "threads": ask(kernels.get_num_threads),
         "processors": os.cpu_count(),
@@ -84,6 +88,10 @@ def collect() -> dict[str, Any]:
         "frameworks": {name: _version(name, distributions) for name, distributions in FRAMEWORKS.items()},
         "environment": {
             "FED_LEARN_KERNEL": ("the kernel to use", os.environ.get("FED_LEARN_KERNEL")),
+            "FED_LEARN_INSTRUCTION_SET": (
+                "the variant of the native kernel",
+                os.environ.get("FED_LEARN_INSTRUCTION_SET"),
+            ),
             "FED_LEARN_NUM_THREADS": ("threads of a kernel", os.environ.get("FED_LEARN_NUM_THREADS")),
         },
     }

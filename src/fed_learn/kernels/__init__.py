@@ -27,11 +27,14 @@ __all__ = [
     "Segment",
     "available",
     "current",
+    "current_instruction_set",
     "get_num_threads",
+    "instruction_sets",
     "resolve",
     "set_num_threads",
     "unavailable",
     "use",
+    "use_instruction_set",
 ]
 
 _forced: ContextVar[str | None] = ContextVar("fed_learn_kernel", default=None)
@@ -150,3 +153,48 @@ def use(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The variants of the native kernel that this machine can run, the widest first; the first one is used.
+
+    `FED_LEARN_INSTRUCTION_SET` or `use_instruction_set` chooses another; all give the same bits.
+
+    Raises:
+        KernelUnavailableError: There is no native kernel here.
+    """
+    _load("native")
+    from fed_learn.kernels.native import SETS
+
+    return tuple(SETS)
+
+
+def current_instruction_set() -> str:
+    """The variant of the native kernel that is used now.
+
+    Raises:
+        KernelNameError: `FED_LEARN_INSTRUCTION_SET` names one that is not usable here.
+        KernelUnavailableError: There is no native kernel here.
+    """
+    _load("native")
+    from fed_learn.kernels.native import current_set
+
+    return current_set()
+
+
+@contextmanager
+def use_instruction_set(name: str) -> Iterator[None]:
+    """Makes the native kernel use a variant within the `with` block, as `use` does for kernels.
+
+    Args:
+        name: One of `instruction_sets()`.
+
+    Raises:
+        KernelNameError: This machine or build has no such variant.
+        KernelUnavailableError: There is no native kernel here.
+    """
+    _load("native")
+    from fed_learn.kernels.native import use_set
+
+    with use_set(name):
+        yield

@@ -1,6 +1,9 @@
 """The native kernel: the C extension, called once per thread for a whole model, without the GIL."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -8,6 +11,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fed_learn.errors import KernelNameError
 from fed_learn.kernels import threads
 from fed_learn.kernels._native import ffi, lib
 from fed_learn.kernels.base import Float64Array, Segment
@@ -17,6 +21,13 @@ CODES = {
     dtype: int(getattr(lib, "FL_" + ("BFLOAT16" if dtype == BFLOAT16 else dtype.name.upper())))
     for dtype in SUPPORTED_DTYPES
 }
+
+SETS = {
+    ffi.string(lib.fl_set_name(code)).decode(): code for code in reversed(range(lib.FL_SETS)) if lib.fl_set_usable(code)
+}
+"""Instruction sets that this build has and this machine can run, the widest first, with their codes."""
+
+_forced_set: ContextVar[str | None] = ContextVar("fed_learn_instruction_set", default=None)
 
 Addresses: TypeAlias = npt.NDArray[np.uintp]
 
@@ -41,35 +52,63 @@ class _Pieces:
         )
 
 
+def current_set() -> str:
+    """The instruction set that is used: the one set by `use_set`, else by `FED_LEARN_INSTRUCTION_SET`, else the widest.
+
+    Raises:
+        KernelNameError: It is not among `SETS`; says which are.
+    """
+    source, name = "instruction set", _forced_set.get()
+    if name is None:
+        source, name = "FED_LEARN_INSTRUCTION_SET", os.environ.get("FED_LEARN_INSTRUCTION_SET") or next(iter(SETS))
+    if name not in SETS:
+        raise KernelNameError(f"{source} {name!r} is not usable here; usable are {', '.join(SETS)}", valid=tuple(SETS))
+    return name
+
+
+@contextmanager
+def use_set(name: str) -> Iterator[None]:
+    """See `fed_learn.kernels.use_instruction_set`."""
+    token = _forced_set.set(name)
+    try:
+        current_set()
+        yield
+    finally:
+        _forced_set.reset(token)
+
+
 class NativeKernel:
-    """`Kernel` in C."""
+    """`Kernel` in C, in variants for several instruction sets that give the same bits."""
 
     name = "native"
 
     def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
         """See `Kernel.weighted_mean`."""
+        chosen = SETS[current_set()]
         a = np.ascontiguousarray(aggregation_weights, dtype=np.float64)
         pointer = ffi.cast("double *", a.ctypes.data)
 
         def call(pieces: _Pieces) -> None:
-            _check(lib.fl_weighted_mean(len(pieces.counts), a.size, *pieces.arguments(), pointer, total))
+            _check(lib.fl_weighted_mean(chosen, len(pieces.counts), a.size, *pieces.arguments(), pointer, total))
 
         threads.run(call, _split([(s.output, *s.inputs) for s in segments]))
 
     def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], aggregation_weight: float) -> None:
         """See `Kernel.accumulate`."""
+        chosen = SETS[current_set()]
 
         def call(pieces: _Pieces) -> None:
-            _check(lib.fl_accumulate(len(pieces.counts), *pieces.arguments(), aggregation_weight))
+            _check(lib.fl_accumulate(chosen, len(pieces.counts), *pieces.arguments(), aggregation_weight))
 
         # The dtype of a piece is that of its last array here, of its first in the other two.
         threads.run(call, _split(list(zip(sums, inputs, strict=True)), dtype_of=1))
 
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> None:
         """See `Kernel.divide`."""
+        chosen = SETS[current_set()]
 
         def call(pieces: _Pieces) -> None:
-            _check(lib.fl_divide(len(pieces.counts), *pieces.arguments(), total))
+            _check(lib.fl_divide(chosen, len(pieces.counts), *pieces.arguments(), total))
 
         threads.run(call, _split(list(zip(outputs, sums, strict=True))))
 

@@ -1,0 +1,12 @@
+/* AVX2 on x86-64: 32-byte vectors. Never fused multiply-add: its target is left out, and contraction is off. */
+#include "fl_sets.h"
+
+#if FL_HAVE_AVX2
+#define FL_SET avx2
+#define FL_BYTES 32
+#define FL_TARGET __attribute__((target("avx2")))
+
+#include "fl_stamp.inc"
+#else
+typedef int fl_no_avx2; /* a translation unit must not be empty */
+#endif
