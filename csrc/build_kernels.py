@@ -6,6 +6,7 @@ happen unnoticed, `FED_LEARN_REQUIRE_NATIVE=1` makes a failed build an error.
 
 import os
 import sys
+from pathlib import Path
 
 from cffi import FFI
 
@@ -14,24 +15,9 @@ if REQUIRE_NATIVE not in ("0", "1"):
     raise SystemExit(f"FED_LEARN_REQUIRE_NATIVE must be 0 or 1, not {REQUIRE_NATIVE!r}")
 
 ffibuilder = FFI()
-ffibuilder.cdef(
-    """
-    enum fl_status { FL_OK, FL_BAD_DTYPE, FL_NO_INPUT, FL_BAD_SET, ... };
-    enum fl_dtype {
-        FL_FLOAT16, FL_BFLOAT16, FL_FLOAT32, FL_FLOAT64, FL_BOOL, FL_INT8, FL_INT16, FL_INT32, FL_INT64,
-        FL_UINT8, FL_UINT16, FL_UINT32, FL_UINT64, ...
-    };
-    enum fl_set { FL_BASELINE, FL_AVX2, FL_SETS, ... };
-    const char *fl_set_name(int set);
-    int fl_set_usable(int set);
-    int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
-                         const int32_t *dtypes, const double *a, double total);
-    int fl_accumulate(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
-                      const int32_t *dtypes, double a);
-    int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
-                  double total);
-    """
-)
+# The header is the declaration: cffi reads it as it is, without the preprocessor's lines.
+header = (Path(__file__).parent / "fl_kernels.h").read_text(encoding="utf-8")
+ffibuilder.cdef("\n".join(line for line in header.splitlines() if not line.startswith("#")))
 ffibuilder.set_source(
     "fed_learn.kernels._native",
     '#include "fl_kernels.h"',

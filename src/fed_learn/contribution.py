@@ -2,7 +2,6 @@
 
 import enum
 import math
-import reprlib
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
@@ -18,6 +17,7 @@ from fed_learn.errors import (
     MetricError,
     RoundError,
     UnknownContributorError,
+    brief,
 )
 from fed_learn.weights import (
     Array,
@@ -95,21 +95,16 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
         120.0
     """
     problem = None
-    number = math.nan
+    number = _as_float(value)
     if value is None:
         problem = "is missing"
-    elif isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        problem = f"{reprlib.repr(value)} is not a number"
-    else:
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if not math.isfinite(number):
-            problem = f"{number} is not finite"
-        elif number <= 0:
-            problem = f"{value!r} is not positive"
-    if problem is not None:
+    elif number is None:
+        problem = f"{brief(value)} is not a number"
+    elif not math.isfinite(number):
+        problem = f"{number} is not finite"
+    elif number <= 0:
+        problem = f"{brief(value)} is not positive"
+    if problem is not None or number is None:
         who = f"{contributor}: " if contributor is not None else ""
         raise AggregationWeightError(f"{who}aggregation weight {problem}", contributor=contributor, value=value)
     return number
@@ -130,18 +125,25 @@ def checked_metrics(metrics: Mapping[str, float], contributor: str) -> dict[str,
     """
     plain: dict[str, float] = {}
     for metric, value in metrics.items():
-        try:
-            if isinstance(metric, str) and isinstance(value, Real) and not isinstance(value, bool):
-                plain[metric] = float(value)
-                continue
-        except OverflowError:
-            pass  # an int that no float can hold: refused below
-        raise MetricError(
-            f"{contributor}: metric {reprlib.repr(metric)} is {reprlib.repr(value)}, not a number",
-            contributor=contributor,
-            metric=metric,
-        )
+        number = _as_float(value)
+        if number is None or not isinstance(metric, str):
+            raise MetricError(
+                f"{contributor}: metric {brief(metric)} is {brief(value)}, not a number",
+                contributor=contributor,
+                metric=metric,
+            )
+        plain[metric] = number
     return plain
+
+
+def _as_float(value: object) -> float | None:
+    """A real number as a float; None for anything else, and for an int that no float can hold."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def checked_n_iter(n_iter: object, contributor: str) -> int | None:
@@ -154,7 +156,7 @@ def checked_n_iter(n_iter: object, contributor: str) -> int | None:
         return None
     if not isinstance(n_iter, int | np.integer) or not -(2**63) <= n_iter < 2**63:
         raise MetricError(
-            f"{contributor}: n_iter is {reprlib.repr(n_iter)}, not a 64-bit int",
+            f"{contributor}: n_iter is {brief(n_iter)}, not a 64-bit int",
             contributor=contributor,
             metric="n_iter",
         )
@@ -188,22 +190,21 @@ def check_contribution(
     """
     who = contribution.contributor
     if not isinstance(who, str) or not who:
-        raise UnknownContributorError(f"contributor {reprlib.repr(who)} is not a name", contributor=who)
+        raise UnknownContributorError(f"contributor {brief(who)} is not a name", contributor=who)
     if who in contributors:
         raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
     own_round = contribution.round
     if own_round is not None and (not isinstance(own_round, Integral) or round not in (None, own_round)):
+        expected = "a number" if round is None else brief(round)
         raise RoundError(
-            f"{who}: contribution is of round {reprlib.repr(own_round)}, expected "
-            f"{'a number' if round is None else round}",
+            f"{who}: contribution is of round {brief(own_round)}, expected {expected}",
             contributor=who,
             round=own_round,
             expected=round,
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
         raise KindError(
-            f"{who}: contribution is of kind {reprlib.repr(str(contribution.kind))}, expected "
-            f"{kind or ' or '.join(Kind)}",
+            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}",
             contributor=who,
             kind=contribution.kind,
             expected=kind,

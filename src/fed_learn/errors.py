@@ -5,6 +5,7 @@ One class per cause. Each is a `FedLearnError` and also the builtin that a calle
 about as attributes, so that nobody has to parse a message.
 """
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -156,6 +157,19 @@ class KernelUnavailableError(FedLearnError, RuntimeError):
 
 class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
+
+
+def brief(value: object) -> str:
+    """A short description of anything, for a message; never raises, whatever a client sent.
+
+    Example:
+        >>> brief("x" * 100), brief(10**5000)
+        ("'xxxxxxxxxxxx...xxxxxxxxxxxxx'", 'a int')
+    """
+    try:
+        return reprlib.repr(value)
+    except Exception:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
+        return f"a {type(value).__name__}"
 
 
 def without_tracebacks(error: Exception) -> Exception:

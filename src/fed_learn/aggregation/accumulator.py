@@ -23,6 +23,7 @@ from fed_learn.errors import (
     MergeError,
     RoundError,
     SumOverflowError,
+    brief,
 )
 from fed_learn.kernels.base import Float64Array
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, first_of
@@ -184,7 +185,7 @@ class Accumulator:
             )
         if None not in (self._round, other._round) and self._round != other._round:
             raise RoundError(
-                f"other holds contributions of round {other._round}, expected {self._round}",
+                f"other holds contributions of round {brief(other._round)}, expected {brief(self._round)}",
                 round=other._round,
                 expected=self._round,
             )

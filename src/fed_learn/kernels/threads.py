@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -74,6 +74,22 @@ def threads_for(num_bytes: int) -> int:
     return max(1, min(get_num_threads(), num_bytes // SMALLEST_SHARE))
 
 
+class _Once(Generic[T]):
+    """A share of work that whoever comes first does.
+
+    A pool may keep a task although it could not start a thread for it, and do it later, when the caller has done it.
+    """
+
+    def __init__(self, function: Callable[[T], None], share: T) -> None:
+        self._function = function
+        self._share = share
+        self._claim = threading.Lock()
+
+    def __call__(self) -> None:
+        if self._claim.acquire(blocking=False):
+            self._function(self._share)
+
+
 def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
     """Calls `function` on each share, side by side; on the calling thread the first, and those that get no other.
 
@@ -85,19 +101,20 @@ def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
     global _pool
     if not shares:
         return
+    tasks = [_Once(function, share) for share in shares]
     futures: list[Future[None]] = []
     try:
-        if len(shares) > 1:
+        if len(tasks) > 1:
             with _lock:
                 if _pool is None:
                     _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
-                for share in shares[1:]:
+                for task in tasks[1:]:
                     try:
-                        futures.append(_pool.submit(function, share))
+                        futures.append(_pool.submit(task))
                     except RuntimeError:  # no thread can be started, or the interpreter shuts down
                         break
-        for share in (shares[0], *shares[1 + len(futures) :]):
-            function(share)
+        for task in (tasks[0], *tasks[1 + len(futures) :]):
+            task()
     finally:
         errors = [future.exception() for future in futures]
     for error in errors:

@@ -1,7 +1,6 @@
 """One round of a job: send, receive, check, average."""
 
 import logging
-import reprlib
 import time
 from collections.abc import Sequence
 
@@ -25,6 +24,7 @@ from fed_learn.errors import (
     TooFewContributionsError,
     UnknownContributorError,
     WeightsTypeError,
+    brief,
     without_tracebacks,
 )
 from fed_learn.events import EventType
@@ -125,7 +125,7 @@ def _checked(job: Job, name: str, number: int, sent: object, accepted: Sequence[
         raise WeightsTypeError(f"{name}: sent a {type(sent).__name__}, not a Contribution", contributor=name)
     if not isinstance(sent.contributor, str) or sent.contributor != name:
         raise UnknownContributorError(
-            f"{name}: sent a contribution in the name of {reprlib.repr(sent.contributor)}", contributor=name
+            f"{name}: sent a contribution in the name of {brief(sent.contributor)}", contributor=name
         )
     weights, aggregation_weight = check_contribution(
         sent,
