@@ -6,6 +6,7 @@ from fractions import Fraction
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from fed_learn import kernels
 from fed_learn.aggregation.arrays import Outputs, flat
@@ -93,9 +94,12 @@ def weighted_average(
     else:
         _average(chosen, columns, scalars, usual_scale(scalars), results)
         doubtful = _refuse_non_finite(results, checked)
-        if doubtful:  # the inputs are finite, so the sums overflowed: once more, so small that they cannot
+        if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
             small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
-            _average(chosen, {name: columns[name] for name in doubtful}, scalars, small, results)
+            again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
+            _average(chosen, {name: columns[name] for name in doubtful}, scalars, small, again)
+            for name, elements in doubtful.items():
+                results[name][elements] = again[name][elements]
     return outputs.finish()
 
 
@@ -103,11 +107,12 @@ def usual_scale(aggregation_weights: Sequence[float]) -> int:
     """The power of two by which aggregation weights are multiplied, exactly, before products are taken.
 
     It lifts weights of the usual range so far above 1 that no product loses bits to underflow, not even with subnormal
-    values, and cancels in the division. Unusual weights are moved to that range first, as far as one factor can.
+    values, and cancels in the division. Unusual weights are lifted as far as float32 values can bear, so that the
+    smallest of them count as well.
     """
     if min(aggregation_weights) >= SMALLEST_WEIGHT and max(aggregation_weights) <= LARGEST_WEIGHT:
         return LIFT
-    return LIFT + 100 - math.frexp(max(aggregation_weights))[1]
+    return 880 - math.frexp(max(aggregation_weights))[1]
 
 
 def _average(
@@ -158,13 +163,13 @@ def _checked_weight_dicts(
     return schema, checked
 
 
-def _refuse_non_finite(results: WeightDict, checked: Checked) -> list[str]:
+def _refuse_non_finite(results: WeightDict, checked: Checked) -> dict[str, npt.NDArray[np.bool_]]:
     """Searches the inputs for NaN and infinity, but only those from which a result looks like it.
 
     Returns:
-        Names of the variables that look like it although their inputs are finite.
+        Which elements of which variables look like it although all inputs are finite.
     """
-    doubtful = []
+    doubtful = {}
     for name, result in results.items():
         if result.dtype.kind in "biu":
             continue
@@ -175,7 +180,7 @@ def _refuse_non_finite(results: WeightDict, checked: Checked) -> list[str]:
         if suspicious.any():
             for contributor, weights, _ in checked:
                 check_finite({name: weights[name]}, contributor)
-            doubtful.append(name)
+            doubtful[name] = suspicious
     return doubtful
 
 

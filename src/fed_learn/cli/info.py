@@ -35,6 +35,7 @@ def info(
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold")
@@ -48,13 +49,13 @@ def info(
     table.add_row("processor", " ".join(facts["instruction_sets"]) or "unknown")
     table.add_row("threads", f"{facts['threads']} of {facts['processors']} processors")
     for problem in facts["problems"]:
-        table.add_row("problem", f"[red]{problem}[/red]")
+        table.add_row("problem", Text(problem, "red"))
     for name, version in facts["dependencies"].items():
         table.add_row(name, version)
     for name, version in facts["frameworks"].items():
         table.add_row(name, version or "not installed")
     for name, (meaning, value) in facts["environment"].items():
-        table.add_row(name, f"{value or 'not set'} ({meaning})")
+        table.add_row(name, Text(f"{value or 'not set'} ({meaning})"))
     Console(soft_wrap=True, highlight=False).print(table)
 
 

@@ -88,9 +88,11 @@ def _take(job: Job, name: str, number: int, answer: object) -> None:
 def _receive(job: Job, name: str, number: int, sent: object) -> None:
     """Accepts or refuses a contribution, and tells the handlers."""
     accepted: tuple[Contribution, ...] = job.ctx[ContextKey.CONTRIBUTIONS]
-    contribution = sent.without_weights() if isinstance(sent, Contribution) else None
+    contribution: Contribution | None = None
     refusal: ContributionError | ExactDomainError | None = None
     try:
+        # What handlers see of a refused contribution: everything but its weights.
+        contribution = sent.without_weights() if isinstance(sent, Contribution) else None
         contribution = _checked(job, name, number, sent, accepted)
         accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
     except Exception as error:

@@ -81,8 +81,9 @@ def _validate_everywhere(job: Job, model: str, weights: FrozenWeights) -> list[V
             continue
         try:
             result = _checked_result(name, model, answer)
-        except MetricError as error:
-            logger.error("a validation result is left out: %s", error)
+        except Exception as error:  # noqa: BLE001 - whatever a client sent must not end the job
+            reason = error if isinstance(error, MetricError) else f"{name}: {type(error).__name__}: {error}"
+            logger.error("a validation result is left out: %s", reason)
             continue
         results.append(result)
         job.ctx.set_prop(ContextKey.VALIDATION_RESULTS, tuple(results))
