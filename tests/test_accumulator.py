@@ -273,6 +273,16 @@ def test_new_accumulator_is_empty_and_its_result_is_an_error(exact: bool) -> Non
 
 
 @plain_and_exact
+@pytest.mark.parametrize(("weight", "total"), [(np.int8(100), 300.0), (np.float16(60_000), 180_000.0)], ids=repr)
+def test_total_weight_of_narrow_numbers_does_not_overflow(exact: bool, weight: Any, total: float) -> None:
+    accumulator = Accumulator(exact=exact)
+    for number in (1.0, 2.0, 6.0):
+        accumulator.add({"w": np.array([number])}, weight)
+    assert (accumulator.total_weight, type(accumulator.total_weight)) == (total, float)
+    assert accumulator.result()["w"].tolist() == [3.0]
+
+
+@plain_and_exact
 def test_length_total_weight_and_contributors_follow_what_is_added(exact: bool) -> None:
     accumulator = Accumulator(exact=exact)
     accumulator.add(model(1.0), 2, "b")
@@ -692,6 +702,34 @@ def test_pickled_accumulator_goes_on_with_the_same_bits(kernel: str, exact: bool
         copied.add(contributions[0])
     with pytest.raises(RoundError):
         copied.add(Contribution("late", contributions[0].weights, 1, round=5))
+
+
+@pytest.mark.skipif("native" not in KERNELS, reason="the native kernel was not built")
+@pytest.mark.parametrize(("before", "after"), [("native", "numpy"), ("numpy", "native")])
+@plain_and_exact
+def test_unpickled_accumulator_goes_on_with_the_kernel_that_is_current_there(
+    before: str, after: str, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contributions = batch()
+    expected = bits(filled(contributions, exact=exact).result())
+    monkeypatch.setenv("FED_LEARN_KERNEL", before)
+    data = pickle.dumps(filled(contributions[:4], exact=exact))
+    assert b"Kernel" not in data
+    monkeypatch.setenv("FED_LEARN_KERNEL", after)
+    used: list[str] = []
+    for name in KERNELS:
+        kernel = type(fl.kernels.resolve(name))
+
+        def spy(self: Any, *rest: Any, original: Any = kernel.accumulate) -> None:
+            used.append(self.name)
+            original(self, *rest)
+
+        monkeypatch.setattr(kernel, "accumulate", spy)
+    copied: Accumulator = pickle.loads(data)
+    for contribution in contributions[4:]:
+        copied.add(contribution)
+    assert bits(copied.result()) == expected
+    assert used == ([] if exact else [after] * 3)  # exact sums are numpy whichever the kernel
 
 
 @plain_and_exact

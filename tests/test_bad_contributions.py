@@ -4,7 +4,7 @@ the contributor and the variable, by a batch and by an accumulator, and leaves n
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
@@ -163,6 +163,29 @@ refuse(
     own_schema=True,
 )
 
+
+class Unreadable(Mapping[str, Array]):
+    """Weights that raise when they are read."""
+
+    def __getitem__(self, name: str) -> Array:
+        raise OSError("the file is gone")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(good_weights())
+
+    def __len__(self) -> int:
+        return len(good_weights())
+
+
+refuse(
+    "weights that cannot be read",
+    replace(good("site-2"), weights=Unreadable()),
+    WeightsTypeError,
+    TypeError,
+    says="OSError: the file is gone",
+    own_schema=True,
+)
+
 # Shapes
 
 for name, shape, expected in (
@@ -228,6 +251,8 @@ for never in (
     np.ones(3, ml_dtypes.int4),
     np.array(["1", "2", "3"]),
     np.array([b"1", b"2", b"3"]),
+    np.array(["1", "2", "3"], np.dtypes.StringDType()),
+    np.array(["1", None, "3"], np.dtypes.StringDType(na_object=None)),
     np.array([1.0, None, "x"], object),
     np.zeros(3, [("a", "f4"), ("b", "i4")]),
     np.zeros(3, "V2"),
@@ -389,14 +414,35 @@ for not_number in ("0.9", None, True, [0.9], 0.9 + 0j, np.array([0.9, 0.8]), np.
         own_schema=True,
     )
 refuse(
-    "iterations that are a str",
-    replace(good("site-2"), n_iter="12"),  # type: ignore[arg-type]
+    "a metric of 400 digits",
+    replace(good("site-2"), metrics={"loss": 0.3, "accuracy": 10**400}),
     MetricError,
     ValueError,
-    values={"metric": "n_iter"},
-    says="n_iter",
+    values={"metric": "accuracy"},
+    says="accuracy",
     own_schema=True,
 )
+for what, bad_count in {
+    "a str": "12",
+    "a float": 12.0,
+    "a Fraction": Fraction(12),
+    "a long double": np.longdouble(12),
+    "a numpy bool": np.True_,
+    "an array": np.array([12, 12]),
+    "an array without dimensions": np.array(12),
+    "2**63": 2**63,
+    "2**63 as a numpy integer": np.uint64(2**63),
+    "10**400": 10**400,
+}.items():
+    refuse(
+        f"iterations that are {what}",
+        replace(good("site-2"), n_iter=bad_count),  # type: ignore[arg-type]
+        MetricError,
+        ValueError,
+        values={"metric": "n_iter"},
+        says="n_iter",
+        own_schema=True,
+    )
 
 every_refusal = pytest.mark.parametrize("what", REFUSALS)
 # Bare weight dicts have neither round nor kind nor metrics.
@@ -483,6 +529,41 @@ def test_refused_batch_does_not_change_its_inputs(what: str) -> None:
     assert first.weights is not None
     assert third.weights is not None
     assert bits(first.weights) == bits(third.weights) == bits(good_weights())
+
+
+def test_error_about_weights_that_cannot_be_read_has_the_cause() -> None:
+    bad = REFUSALS["weights that cannot be read"].bad
+    attempts: tuple[Attempt, ...] = (
+        lambda: weighted_average([good("site-1"), bad]),
+        lambda: weighted_average([good("site-1")], like=bad.weights),
+        lambda: Accumulator().add(bad),
+        lambda: Accumulator(like=bad.weights),
+    )
+    for attempt in attempts:
+        with pytest.raises(WeightsTypeError) as caught:
+            attempt()
+        assert isinstance(caught.value.__cause__, OSError)
+        assert str(caught.value.__cause__) == "the file is gone"
+
+
+@pytest.mark.parametrize("like", [None, {"w": np.zeros(3)}], ids=["without like", "with like"])
+def test_strings_of_variable_width_are_refused_by_their_dtype(like: dict[str, Array] | None) -> None:
+    strings = np.array(["1", "2", "3"], np.dtypes.StringDType())
+    contribution = Contribution("site-2", {"w": strings}, 1)
+    accumulator = Accumulator(like=like)
+    attempts: tuple[Attempt, ...] = (
+        lambda: weighted_average([contribution], like=like),
+        lambda: accumulator.add(contribution),
+    )
+    for attempt in attempts:
+        with pytest.raises(DtypeError) as caught:
+            attempt()
+        assert (caught.value.contributor, caught.value.name) == ("site-2", "w")
+        assert (caught.value.dtype, caught.value.expected) == (strings.dtype, None if like is None else np.float64)
+    assert len(accumulator) == 0
+    for refused in (lambda: weighted_average([good()], like={"w": strings}), lambda: Accumulator(like={"w": strings})):
+        with pytest.raises(DtypeError, match="like: 'w' has dtype StringDType"):
+            refused()
 
 
 # By an accumulator
@@ -690,6 +771,36 @@ def test_zero_total_and_nonpositive_weights_are_named_errors_and_never_count_as_
     first = next(k for k, weight in enumerate(weights) if weight <= 0)
     assert caught.value.contributor == f"contributions[{first}]"
     assert caught.value.value == weights[first]
+
+
+# Python itself refuses to print an integer of so many digits.
+TOO_LONG_TO_BE_PRINTED: dict[str, tuple[dict[str, Any], type[ContributionError]]] = {
+    "aggregation weight": ({"aggregation_weight": 10**5000}, AggregationWeightError),
+    "aggregation weight that underflows": ({"aggregation_weight": Fraction(1, 10**5000)}, AggregationWeightError),
+    "aggregation weight below zero": ({"aggregation_weight": Fraction(-1, 10**5000)}, AggregationWeightError),
+    "metric": ({"metrics": {"accuracy": 10**5000}}, MetricError),
+    "iterations": ({"n_iter": 10**5000}, MetricError),
+    "round": ({"round": -(10**5000)}, RoundError),
+}
+
+
+@pytest.mark.parametrize(("fields", "error"), TOO_LONG_TO_BE_PRINTED.values(), ids=TOO_LONG_TO_BE_PRINTED)
+def test_numbers_too_long_to_be_printed_are_refused_like_any_other(
+    fields: dict[str, Any], error: type[ContributionError]
+) -> None:
+    bad = replace(good("site-2"), **fields)
+    accumulator = Accumulator()
+    accumulator.add(good("site-1"))
+    attempts: tuple[Attempt, ...] = (
+        lambda: weighted_average([good("site-1"), bad]),
+        lambda: accumulator.add(bad),
+    )
+    for attempt in attempts:
+        with pytest.raises(error) as caught:
+            attempt()
+        assert caught.value.contributor == "site-2"
+        assert len(str(caught.value)) < 300
+    assert accumulator.contributors == ("site-1",)
 
 
 def test_zero_contributions_are_an_error_and_never_nan() -> None:

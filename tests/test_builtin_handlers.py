@@ -6,13 +6,25 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from federation import AddingLearner, At, NormEvaluator, TamperingClient, clients_of, initial_weights, noise
+from federation import (
+    AddingLearner,
+    At,
+    NormEvaluator,
+    Recorder,
+    TamperingClient,
+    WeightDict,
+    clients_of,
+    initial_weights,
+    noise,
+)
 from reference import bits
 from safetensors import safe_open
 from safetensors.numpy import load_file
@@ -225,6 +237,19 @@ def test_a_best_model_whose_write_failed_is_written_the_next_time(
     assert bits(load_file(tmp_path / "best.safetensors")) == bits(noise(1))
 
 
+def test_a_variable_with_the_name_that_the_format_reserves_is_refused_and_the_file_stays(tmp_path: Path) -> None:
+    handler, ctx = start_checkpoints(tmp_path)
+    end_round(handler, ctx, 0, noise(0))
+    before = (tmp_path / "global.safetensors").read_bytes()
+    with pytest.raises(fl.HandlerError) as caught:
+        end_round(handler, ctx, 1, {**noise(1), "__metadata__": np.zeros(2)})
+    (error,) = caught.value.exceptions
+    assert isinstance(error, ValueError)
+    assert "'__metadata__'" in str(error)
+    assert os.listdir(tmp_path) == ["global.safetensors"]
+    assert (tmp_path / "global.safetensors").read_bytes() == before
+
+
 def test_without_a_model_nothing_is_written(tmp_path: Path) -> None:
     handler, ctx = start_checkpoints(tmp_path)
     ctx[fl.ContextKey.ROUND] = 0
@@ -350,6 +375,76 @@ def test_numpy_numbers_are_written_as_numbers(tmp_path: Path) -> None:
     assert entry["metrics"]["initial_accuracy"] == 0.25
 
 
+NUMBERS: dict[str, tuple[Any, Any, Any]] = {
+    "Fraction": (Fraction(5, 2), 3, Fraction(1, 4)),
+    "long double": (np.longdouble(2.5), np.int16(3), np.longdouble(0.25)),
+    "8 bits": (np.int8(100), np.int8(100), np.int8(100)),
+    "half": (np.float16(60_000), np.uint8(200), np.float16(0.25)),
+    "large": (10**300, 2**63 - 1, 10**300),
+    "large numpy": (np.uint64(2**63), np.uint64(2**63 - 1), np.uint64(2**63)),
+    "bool": (1, True, 0),
+}
+"""Aggregation weight, iterations and metric, of the types that clients come up with."""
+
+
+@pytest.mark.parametrize(("weight", "n_iter", "metric"), NUMBERS.values(), ids=NUMBERS)
+def test_numbers_of_every_type_are_kept_as_plain_ones_and_written(
+    weight: Any, n_iter: Any, metric: Any, tmp_path: Path
+) -> None:
+    class Measuring(AddingLearner):
+        def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult | None:
+            result = super().train(weights, ctx)
+            return None if result is None else replace(result, metrics={"loss": metric})
+
+    path, recorder = tmp_path / "job.jsonl", Recorder()
+    learner = Measuring(1, aggregation_weight=weight, n_iter=n_iter, score=lambda weights: metric)
+    handlers = [JsonLinesHandler(path), recorder]
+    server = fl.FederatedServer(initial_weights(), num_rounds=1, handlers=handlers, on_bad_contribution="reject")
+    result = server.run(clients_of({"a": learner}))
+
+    expected = {name: float(metric) for name in ("initial_validation_metric", "initial_accuracy", "loss")}
+    (ctx,) = recorder.at(fl.EventType.RECEIVE_CONTRIBUTION)
+    contribution = ctx[fl.ContextKey.CONTRIBUTION]
+    assert ctx[fl.ContextKey.CONTRIBUTIONS] == (contribution,)
+    assert (contribution.aggregation_weight, contribution.n_iter) == (float(weight), int(n_iter))
+    assert contribution.metrics == expected
+    received = [ctx[fl.ContextKey.VALIDATION_RESULTS][-1] for ctx in recorder.at("_receiveValidationResults")]
+    assert tuple(received) == result.validation_results
+    assert [r.n_iter for r in received] == [int(n_iter)] * 2
+    assert all(r.metrics == {k: v for k, v in expected.items() if k != "loss"} for r in received)
+    kept = [*contribution.metrics.values(), *(value for r in received for value in r.metrics.values())]
+    assert {type(number) for number in (contribution.aggregation_weight, *kept)} == {float}
+    assert {type(number) for number in (contribution.n_iter, *(r.n_iter for r in received))} == {int}
+
+    first, *validations = strict_lines(path)
+    entry = first["contributions"]["a"]
+    assert entry == {"aggregation_weight": float(weight), "n_iter": int(n_iter), "metrics": expected}
+    assert first["total_weight"] == result.reports[0].total_weight == float(weight)
+    assert [line["metrics"] for line in validations] == [dict(r.metrics) for r in received]
+
+
+@pytest.mark.parametrize(("weight", "total"), [(np.int8(100), 300.0), (np.float16(60_000), 180_000.0)], ids=repr)
+def test_the_total_weight_of_narrow_numbers_does_not_overflow(weight: Any, total: float, tmp_path: Path) -> None:
+    path = tmp_path / "job.jsonl"
+    server = fl.FederatedServer(initial_weights(), num_rounds=1, handlers=[JsonLinesHandler(path)])
+    (report,) = server.run(clients_of({name: AddingLearner(1, aggregation_weight=weight) for name in "abc"})).reports
+    assert (report.total_weight, type(report.total_weight)) == (total, float)
+    assert strict_lines(path)[0]["total_weight"] == total
+
+
+@pytest.mark.parametrize("number", [Fraction(1, 4), np.longdouble(0.25), np.float16(0.25)], ids=repr)
+def test_a_handler_driven_by_hand_writes_numbers_of_every_type(number: Any, tmp_path: Path) -> None:
+    path = tmp_path / "job.jsonl"
+    handler, ctx = JsonLinesHandler(path), fl.FLContext()
+    fl.fire_event(fl.EventType.STARTUP, [handler], ctx)
+    ctx[fl.ContextKey.REPORT] = fl.RoundReport(0, metrics={"selection": number})
+    ctx[fl.ContextKey.CONTRIBUTIONS] = (fl.Contribution("a", None, number, n_iter=np.int8(4), metrics={"m": number}),)  # type: ignore[arg-type]
+    fl.fire_event(fl.EventType.END_ROUND, [handler], ctx)
+    (line,) = strict_lines(path)
+    assert line["metrics"] == {"selection": 0.25}
+    assert line["contributions"] == {"a": {"aggregation_weight": 0.25, "n_iter": 4, "metrics": {"m": 0.25}}}
+
+
 def test_what_went_wrong_in_a_round_is_in_its_line(tmp_path: Path) -> None:
     path = tmp_path / "job.jsonl"
     server = fl.FederatedServer(
@@ -407,6 +502,12 @@ def test_a_patience_below_one_is_refused(patience: int) -> None:
         EarlyStoppingHandler(patience)
 
 
+@pytest.mark.parametrize("patience", [2.5, 2.0, True, "3", None], ids=repr)
+def test_a_patience_that_is_no_int_is_refused(patience: Any) -> None:
+    with pytest.raises(TypeError, match=f"patience must be an int, not {patience!r}"):
+        EarlyStoppingHandler(patience)
+
+
 def job_with_patience(patience: int, scores: list[float], *, validate_every: int | None) -> fl.JobResult:
     """A job whose k-th global model (0 is the initial one) scores `scores[k]`."""
     selection: fl.Handler = ModelSelectionHandler()
@@ -436,6 +537,24 @@ def test_a_job_that_is_validated_more_seldom_than_the_patience_is_not_stopped_be
     result = job_with_patience(2, list(range(13)), validate_every=4)
     assert len(result.reports) == 12
     assert result.stop_reason is None
+
+
+@pytest.mark.parametrize("validations", [[1.0, 2.0, 3.0], [1.0, 2.0, 1.5]], ids=["better", "worse at the end"])
+def test_where_the_server_validates_the_scores_of_the_clients_stop_nothing(validations: list[float]) -> None:
+    class Scripted(NormEvaluator):
+        def evaluate(self, ctx: fl.FLContext) -> None:
+            self.metric = scores.pop(0)
+
+    scores = list(validations)
+    handlers = [ModelSelectionHandler(), ServerValidationHandler(Scripted(), 5), EarlyStoppingHandler(patience=2)]
+    server = fl.FederatedServer(initial_weights(), num_rounds=12, handlers=handlers)
+    # For the clients each model is worse than the one before it.
+    result = server.run(clients_of({"a": AddingLearner(1, score=lambda weights: -by_value(weights))}))
+    assert [report.round for report in result.reports if "server_validation" in report.metrics] == [4, 9, 11]
+    assert len(result.reports) == 12
+    assert server.ctx[fl.ContextKey.BEST_RECEIVED].round == 0
+    assert result.best is not None
+    assert result.best.metric == max(validations)
 
 
 @pytest.mark.parametrize("patience", [1, 2, 3])

@@ -154,16 +154,22 @@ def test_patience_stops_early_and_says_so(tmp_path: Path) -> None:
         (["simulate", "--dataset", "mnist"], 2, "breast-cancer"),
         (["simulate", "--kernel", "cuda"], 2, "native"),
         (["simulate", "--config", "missing.json"], 2, "missing.json"),
+        (["simulate", "--config"], 2, "--config"),
+        (["simulate", "--bogus"], 2, "--bogus"),
+        (["simulate", "extra"], 2, "extra"),
+        (["info", "--bogus"], 2, "--bogus"),
+        (["--bogus"], 2, "--bogus"),
         (["nonsense"], 2, "nonsense"),
         (["simulate", "--out", "/proc/nowhere"], 1, "/proc/nowhere"),
     ],
     ids=str,
 )
-def test_errors_are_short_and_set_the_exit_code(arguments: list[str], code: int, words: str) -> None:
+def test_errors_are_one_line_and_set_the_exit_code(arguments: list[str], code: int, words: str) -> None:
     done = run(*arguments)
     assert done.returncode == code
     assert words in done.stderr
-    assert "Traceback" not in done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("fed-learn: ")
     assert done.stdout == ""
 
 
@@ -181,10 +187,63 @@ def test_debug_shows_the_traceback() -> None:
     assert "Traceback" in done.stderr
 
 
-def test_an_unknown_kernel_in_the_environment_is_an_error() -> None:
-    done = run("simulate", FED_LEARN_KERNEL="cuda")
-    assert done.returncode != 0
-    assert "FED_LEARN_KERNEL 'cuda' is unknown; valid are auto, native, numpy" in done.stderr
+BAD_SETTINGS = [
+    ("FED_LEARN_KERNEL", "foo", "FED_LEARN_KERNEL 'foo' is unknown; valid are auto, native, numpy"),
+    ("FED_LEARN_NUM_THREADS", "abc", "FED_LEARN_NUM_THREADS must be a number of at least 1, not 'abc'"),
+]
+every_bad_setting = pytest.mark.parametrize(("variable", "value", "problem"), BAD_SETTINGS)
+
+
+@every_bad_setting
+def test_a_bad_setting_in_the_environment_is_wrong_use_in_one_line(
+    variable: str, value: str, problem: str, tmp_path: Path
+) -> None:
+    done = run("simulate", "--out", str(tmp_path / "out"), cwd=None, **{variable: value})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"fed-learn: Invalid value: {problem}\n"
+    assert not (tmp_path / "out").exists()
+
+
+@every_bad_setting
+def test_info_shows_a_bad_setting_in_the_environment_and_succeeds(variable: str, value: str, problem: str) -> None:
+    done = run("info", cwd=None, **{variable: value})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert problem in " ".join(done.stdout.split())
+    facts = json.loads(run("info", "--json", cwd=None, **{variable: value}).stdout)
+    assert facts["problems"] == [problem]
+    assert (facts["kernel"] is None, facts["threads"] is None) == (
+        variable == "FED_LEARN_KERNEL",
+        variable == "FED_LEARN_NUM_THREADS",
+    )
+
+
+def test_info_prints_a_setting_that_looks_like_markup_as_it_is() -> None:
+    done = run("info", FED_LEARN_KERNEL="[/bold]foo[red]")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "FED_LEARN_KERNEL '[/bold]foo[red]' is unknown" in " ".join(done.stdout.split())
+
+
+def test_info_knows_of_no_problem_where_there_is_none() -> None:
+    facts = json.loads(run("info", "--json", FED_LEARN_KERNEL="numpy", FED_LEARN_NUM_THREADS="3").stdout)
+    assert (facts["kernel"], facts["threads"], facts["problems"]) == ("numpy", 3, [])
+
+
+def test_a_second_job_in_the_same_folder_has_no_file_of_the_first_and_leaves_those_of_others(tmp_path: Path) -> None:
+    out, config = tmp_path / "out", tmp_path / "config.json"
+    small = ["simulate", "--rounds", "1", "--clients", "2", "--out", str(out)]
+    assert run(*small).returncode == 0
+    assert "best.safetensors" in summary_of(out)["files"]
+    assert (out / "best.safetensors").exists()
+    (out / "notes.txt").write_text("mine")
+    config.write_text('{"handlers": []}')
+    done = run(*small, "--config", str(config))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "best.safetensors" not in done.stdout
+    summary = summary_of(out)
+    assert summary["best"] is None
+    assert sorted(summary["files"]) == ["global.safetensors", "metrics.jsonl", "metrics.png", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*summary["files"], "notes.txt"])
+    assert (out / "notes.txt").read_text() == "mine"
 
 
 def test_info_tells_versions_kernels_and_frameworks() -> None:
@@ -196,8 +255,8 @@ def test_info_tells_versions_kernels_and_frameworks() -> None:
 
     assert facts["frameworks"]["torch"] == torch.__version__
     assert facts["frameworks"]["flower"] is None or facts["frameworks"]["flower"][0].isdigit()
-    printed = run("info").stdout
-    assert f"fed-learn              {fl.__version__}" in printed
+    printed = " ".join(run("info").stdout.split())
+    assert printed.startswith(f"fed-learn {fl.__version__}, Python ")
     assert torch.__version__ in printed
 
 

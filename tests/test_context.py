@@ -390,6 +390,20 @@ def test_adopt_takes_the_arrays_as_they_are_and_makes_them_read_only() -> None:
         frozen["w"].flags.writeable = True
 
 
+@pytest.mark.parametrize("freeze", [FrozenWeights, FrozenWeights.adopt], ids=["copied", "adopted"])
+@pytest.mark.parametrize("dtype", ["float32", ml_dtypes.bfloat16, ">i8", "bool"], ids=str)
+def test_frozen_arrays_cannot_be_made_writeable_again(
+    freeze: Callable[[dict[str, Any]], FrozenWeights], dtype: Any
+) -> None:
+    frozen = freeze({"matrix": np.ones((2, 3), dtype), "scalar": np.ones((), dtype), "empty": np.ones(0, dtype)})
+    for array in (*frozen.values(), frozen["matrix"].T, frozen["matrix"][0], frozen["matrix"].view()):
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            array.flags.writeable = True
+        with pytest.raises(ValueError, match="WRITEABLE"):
+            array.setflags(write=True)
+        assert not array.flags.writeable
+
+
 def test_the_metrics_of_a_contribution_are_a_read_only_copy() -> None:
     metrics = {"loss": 0.5}
     contribution = fl.Contribution("a", None, 1, metrics=metrics)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
     BFLOAT16,
+    COUNTS,
     DTYPES,
     FLOATS,
     KERNELS,
@@ -240,6 +241,50 @@ def test_ties_of_large_integers_that_cancel_go_to_the_even_one(dtype: np.dtype[A
     assert streamed(pairs).result()["w"].tolist() == [0] * 100
     pairs = [(large, 0.1), ((3 - large).astype(dtype), 0.1)]  # mean 3/2 everywhere
     assert streamed(pairs).result()["w"].tolist() == [2] * 100
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", COUNTS, ids=str)
+@pytest.mark.parametrize("weight", [0.1, 0.3, 1 / 3, 2.0**-100, 1e-3])
+def test_ties_of_counts_with_weights_that_are_no_whole_numbers_go_to_the_even_one(
+    kernel: str, dtype: np.dtype[Any], weight: float
+) -> None:
+    ties = {(1, 0): 0} if dtype.kind == "b" else {(1, 0): 0, (1, 2): 2, (3, 2): 2, (3, 4): 4, (7, 0): 4, (5, 0): 2}
+    firsts, seconds = (np.array(column, dtype) for column in zip(*ties, strict=True))
+    pairs = [(array, weight) for array in (firsts, seconds) for _ in range(5)]
+    assert streamed(pairs, kernel).result()["w"].tolist() == list(ties.values())
+    assert streamed(pairs[::-1], kernel).result()["w"].tolist() == list(ties.values())
+    dicts = [{"w": array} for array, _ in pairs]
+    result = weighted_average(dicts, [weight] * 10, exact=True, kernel=kernel)["w"]
+    assert (result.dtype, result.tolist()) == (dtype, list(ties.values()))
+
+
+def weights_of_counts(rng: np.random.Generator, count: int) -> list[float]:
+    """Aggregation weights of many kinds: equal ones and small multiples make ties likely."""
+    kind = rng.integers(4)
+    if kind == 0:
+        return [float(rng.choice([0.1, 0.3, 0.7, 1 / 3]))] * count
+    if kind == 1:
+        return [0.1 * int(k) for k in rng.integers(1, 5, count)]
+    if kind == 2:
+        return [float(2.0**k) for k in rng.integers(-100, 101, count)]
+    return [float(a) for a in rng.uniform(0.01, 100, count)]
+
+
+@every_kernel
+def test_counts_of_500_random_cases_are_the_exact_rational_rounded_half_to_even(kernel: str) -> None:
+    wrong = []
+    for seed in range(500):
+        rng = np.random.default_rng([31, seed])
+        dtype, count = COUNTS[seed % len(COUNTS)], int(rng.integers(1, 12))
+        arrays = [rng.integers(0, 4, 7).astype(dtype) if seed % 2 else values(rng, dtype, 7) for _ in range(count)]
+        weights = weights_of_counts(rng, count)
+        batch = weighted_average([{"w": array} for array in arrays], weights, exact=True, kernel=kernel)["w"]
+        stream = streamed(list(zip(arrays, weights, strict=True)), kernel).result()["w"]
+        assert stream.tobytes() == batch.tobytes()
+        if batch.tolist() != rounded_mean(arrays, weights):
+            wrong.append(seed)
+    assert wrong == []
 
 
 def test_total_weight_is_the_exact_sum_rounded_once() -> None:

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
+from federation import AddingLearner, At, clients_of, server_of
 from reference import DTYPES, KERNELS, SIZES, Array, bits, num_threads, values
 
 import fed_learn as fl
@@ -114,6 +115,42 @@ except KernelUnavailableError as error:
     print(str(error).split(":")[0])
 """
     assert python(WITHOUT_NATIVE + code) == "kernel 'native' is not available"
+
+
+COUNTED = """
+import importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    count = 0
+
+    def find_spec(self, name, path, target=None):
+        if name == "fed_learn.kernels._native":
+            Missing.count += 1
+            raise ImportError("cannot load it")  # as a broken library would
+        return None
+
+sys.meta_path.insert(0, Missing())
+import numpy as np
+import fed_learn as fl
+
+for _ in range(5):
+    fl.weighted_average([{"w": np.ones(3)}])
+    fl.Accumulator().add({"w": np.ones(3)}, 1)
+    assert fl.kernels.current() == "numpy"
+    assert fl.kernels.available() == ("numpy",)
+    assert "cannot load it" in fl.kernels.unavailable()["native"]
+    try:
+        fl.kernels.resolve("native")
+    except fl.KernelUnavailableError as error:
+        assert "cannot load it" in error.reason
+    else:
+        raise AssertionError("it was found")
+print(Missing.count)
+"""
+
+
+def test_an_extension_that_cannot_be_loaded_is_tried_once_and_not_at_every_call() -> None:
+    assert python(COUNTED) == "1"
 
 
 def test_importing_the_package_neither_chooses_a_kernel_nor_starts_a_thread() -> None:
@@ -225,6 +262,31 @@ def test_argument_of_a_call_beats_use_which_beats_the_environment(monkeypatch: p
         mean()
     mean("auto")
     assert calls == ["native", "numpy", "native", "numpy", "native", "native"]
+
+
+@pytest.mark.parametrize("max_workers", [1, 3])
+def test_choice_around_a_job_reaches_its_learners_and_handlers(max_workers: int) -> None:
+    seen: dict[str, set[str]] = {"train": set(), "validate": set(), "handler": set()}
+
+    def score(weights: WeightDict) -> float:
+        seen["validate"].add(fl.kernels.current())
+        return 0.5
+
+    def handle(ctx: fl.FLContext) -> None:
+        seen["handler"].add(fl.kernels.current())
+
+    learners = {
+        name: AddingLearner(1, score=score, during=lambda ctx: seen["train"].add(fl.kernels.current())) for name in "ab"
+    }
+    server, clients = server_of(2), clients_of(learners, handlers=[At(fl.EventType.RECEIVE_MODEL, handle)])
+    for kernel in KERNELS:
+        with fl.kernels.use(kernel):
+            server.run(clients, max_workers=max_workers)
+        assert list(seen.values()) == [{kernel}] * 3
+        for kernels in seen.values():
+            kernels.clear()
+    server.run(clients, max_workers=max_workers)
+    assert list(seen.values()) == [{fl.kernels.available()[0]}] * 3
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -480,3 +542,148 @@ def test_pool_works_in_a_forked_child_and_still_in_its_parent(kernel: str) -> No
 def test_interpreter_that_used_the_pool_exits() -> None:
     code = FORKED.split("child = ")[0] + "print('fine')"
     assert python(code, "numpy") == "fine"
+
+
+LATE = (
+    FORKED.split("expected = ")[0]
+    + """
+import atexit
+from concurrent.futures import ThreadPoolExecutor
+
+expected = fl.weighted_average(clients, [1, 2, 3, 4, 5], kernel="numpy")["w"].tobytes()
+
+def late():
+    try:
+        ThreadPoolExecutor(1).submit(print)
+    except RuntimeError as error:
+        assert "interpreter shutdown" in str(error)
+    else:
+        raise AssertionError("a thread could be started: the test proves nothing")
+    accumulator = fl.Accumulator()
+    for number, client in enumerate(clients, 1):
+        accumulator.add(client, number)
+    print(mean() == expected, accumulator.result()["w"].tobytes() == expected)
+
+if sys.argv[2] == "after":
+    assert mean() == expected
+atexit.register(late)
+"""
+)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_averaging_while_the_interpreter_exits_works_whether_or_not_the_pool_was_made(when: str, kernel: str) -> None:
+    assert python(LATE, kernel, when, FED_LEARN_KERNEL=kernel) == "True True"
+
+
+def no_thread(*_: Any, **__: Any) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def stream() -> fl.Accumulator:
+    accumulator = fl.Accumulator()
+    for number, client in enumerate(CLIENTS, 1):
+        accumulator.add(client, number)
+    return accumulator
+
+
+@pytest.mark.parametrize("count", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("owner", "method"), [(ThreadPoolExecutor, "submit"), (threading.Thread, "start")], ids=["submit", "start"]
+)
+def test_averaging_works_where_no_thread_can_be_started(
+    owner: type, method: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = bits(mean("numpy"))
+    tried: list[int] = []
+
+    def refuse(*_: Any, **__: Any) -> None:
+        tried.append(1)
+        no_thread()
+
+    monkeypatch.setattr(threads, "_pool", None)
+    with num_threads(count), monkeypatch.context() as patch:
+        patch.setattr(owner, method, refuse)
+        assert bits(mean()) == expected
+        assert bits(stream().result()) == expected
+    assert bool(tried) == (fl.kernels.current() == "native")
+
+
+@needs_native
+def test_a_share_for_which_no_thread_could_be_started_is_not_added_a_second_time_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # The pool has taken a share before it finds that it can start no thread for it.
+    expected = bits(mean("numpy"))
+    monkeypatch.setattr(threads, "_pool", None)
+    with num_threads(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            accumulator = stream()
+        # Now the pool has its thread, which works off what was left behind first.
+        assert bits(mean()) == expected
+        assert bits(accumulator.result()) == expected
+
+
+@needs_native
+def test_a_share_for_which_no_thread_could_be_started_does_not_write_to_the_result_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "_pool", None)
+    with num_threads(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", no_thread)
+            result = mean()
+        for array in result.values():
+            array[...] = 0
+        mean()
+    assert {name: np.count_nonzero(array) for name, array in result.items()} == dict.fromkeys(result, 0)
+
+
+def work_left_in_the_queue(last: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Runs three shares of which the third, which calls `last`, could get no thread of its own.
+
+    The one thread there is takes it from the queue while the calling thread is at the first. Returns those that had
+    ended when `threads.run` returned.
+    """
+    refused, begun = threading.Event(), threading.Event()
+    started: list[threading.Thread] = []
+    ended: list[int] = []
+    start = threading.Thread.start
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            refused.set()
+            no_thread()
+        started.append(thread)
+        start(thread)
+
+    def share(number: int) -> None:
+        if number == 0:
+            begun.wait(60)  # by then it has long begun, or never will
+        elif number == 1:
+            refused.wait(60)
+        else:
+            begun.set()
+            last()
+        ended.append(number)
+
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    fl.kernels.set_num_threads(3)
+    threads.run(share, [0, 1, 2])
+    return ended.copy()
+
+
+def test_a_share_for_which_no_thread_could_be_started_has_ended_when_run_returns(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert sorted(work_left_in_the_queue(lambda: sum(range(3_000_000)), monkeypatch)) == [0, 1, 2]
+
+
+def test_the_failure_of_a_share_for_which_no_thread_could_be_started_reaches_the_caller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(ZeroDivisionError):
+        work_left_in_the_queue(lambda: 1 // 0, monkeypatch)

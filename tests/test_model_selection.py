@@ -448,6 +448,21 @@ def test_the_final_model_is_scored_by_the_same_formula(caplog: pytest.LogCapture
     assert "site-8" in caplog.text
 
 
+@pytest.mark.parametrize("usable", [True, False], ids=["some are usable", "none is usable"])
+def test_each_client_without_a_usable_metric_is_warned_of_once_while_final_results_come_in(
+    usable: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ctx = context()
+    metrics = {"a": math.nan, "b": 0.5 if usable else math.inf, "c": math.nan, "d": 0.25 if usable else -math.inf}
+    receive_results(ModelSelectionHandler(), ctx, metrics)
+    warned = [record.getMessage().split()[0] for record in caplog.records if "is left out" in record.getMessage()]
+    assert warned == (["a", "c"] if usable else ["a", "b", "c", "d"])
+    caplog.clear()
+    receive_results(ModelSelectionHandler(True), ctx, dict.fromkeys("abc", 0.5), n_iter={"b": 3})
+    warned = [record.getMessage().split()[0] for record in caplog.records if "is left out" in record.getMessage()]
+    assert warned == ["a", "c"]
+
+
 def test_the_final_model_obeys_mode_and_min_delta() -> None:
     ctx = context()
     handler = ModelSelectionHandler(mode="min", min_delta=0.25)

@@ -3,6 +3,7 @@ floating-point environment. Every comparison counts differing bytes, and expects
 """
 
 import importlib.util
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from reference import (
     finite_patterns,
     in_all_layouts,
     largest,
+    largest_error,
     num_threads,
     values,
 )
@@ -150,6 +152,26 @@ def test_streaming_gives_the_bits_of_a_batch_down_to_subnormals(kernel: str, dty
         array[::3] |= np.array(sign, patterns)
         batch.append(Contribution(f"{k}", {"w": array.view(dtype)}, 3 * k + 1))
     assert differing_bytes(weighted_average(batch, kernel=kernel), stream(batch, kernel)) == 0
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("weights", [(0.3, 0.7, 2.5), (0.1, 0.1, 0.1), (2.0**-100, 1 / 3, 2.0**100)], ids=str)
+def test_streaming_float64_subnormals_by_fractions_gives_the_bits_of_a_batch(
+    kernel: str, weights: tuple[float, ...]
+) -> None:
+    rng = np.random.default_rng(30)
+    batch = []
+    for k, weight in enumerate(weights):
+        array = rng.integers(0, 1 << 53, 999).view(np.float64)
+        array[500:] = rng.integers(0, 1 << 10, 499).view(np.float64)
+        array[::3] *= -1
+        batch.append(Contribution(f"{k}", {"w": array}, weight))
+    arrays = [c.weights["w"] for c in batch if c.weights is not None]
+    mean = weighted_average(batch, kernel=kernel)
+    assert differing_bytes(mean, stream(batch, kernel)) == 0
+    assert differing_bytes(mean, weighted_average(batch, kernel="numpy")) == 0
+    assert np.count_nonzero(np.abs(mean["w"]) < 2.0**-1022) > 500
+    assert largest_error(mean["w"], arrays, weights) <= 4
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -287,21 +309,18 @@ def test_native_loads_every_dtype_as_numpy_does(dtype: np.dtype[Any]) -> None:
 
 # A process that has changed its floating-point environment
 
-CHANGED_ENVIRONMENT = """
-import ctypes, platform, sys
+CHANGE = """
+import ctypes, json, platform, sys
 import numpy as np
 import fed_learn as fl
 from fed_learn.kernels import threads
 
-change, *paths = sys.argv[1:]
-threads.SMALLEST_SHARE = 64
-fl.kernels.set_num_threads(2)
-clients = [dict(np.load(path)) for path in paths[2:]]
+change, *arguments = sys.argv[1:]
+tiny = np.full(64, 1e-40, np.float32)
+ones = np.ones(64)
 
 if change == "denormals off":
     import torch
-
-    tiny = np.full(64, 1e-40, np.float32)
 
     def changed():
         return not (tiny * np.float32(1)).any()
@@ -309,41 +328,82 @@ if change == "denormals off":
     def switch(on):
         assert torch.set_flush_denormal(on)
 else:
-    upward = {"x86_64": 0x800, "AMD64": 0x800, "aarch64": 0x400000, "arm64": 0x400000}[platform.machine()]
+    x86 = {"rounding upward": 0x800, "rounding downward": 0x400, "rounding toward zero": 0xC00}
+    arm = {"rounding upward": 0x400000, "rounding downward": 0x800000, "rounding toward zero": 0xC00000}
+    mode = {"x86_64": x86, "AMD64": x86, "aarch64": arm, "arm64": arm}[platform.machine()][change]
     libm = ctypes.CDLL(None)
-    ones = np.ones(64)
 
     def changed():
-        return bool((ones + 1e-30 > 1).all())
+        return bool((ones + 1e-30 > 1).all() or (ones - 1e-30 < 1).all())
 
     def switch(on):
-        assert libm.fesetround(upward if on else 0) == 0
+        assert libm.fesetround(mode if on else 0) == 0
 
 assert not changed()
 switch(True)
 assert changed(), "numpy did not notice: the test proves nothing"
-batch = fl.weighted_average(clients, [3, 1, 5], kernel="native")
+"""
+
+AVERAGED_ALL_THE_SAME = (
+    CHANGE
+    + """
+switch(False)
+weights = json.loads(arguments[0])
+threads.SMALLEST_SHARE = 64
+fl.kernels.set_num_threads(2)
+clients = [dict(np.load(path)) for path in arguments[3:]]
+
+switch(True)
+batch = fl.weighted_average(clients, weights, kernel="native")
 assert changed(), "the environment of the process was not restored"
 accumulator = fl.Accumulator(kernel="native")
-for client, weight in zip(clients, [3, 1, 5]):
+for client, weight in zip(clients, weights):
     accumulator.add(client, weight)
-streamed = accumulator.result()
+streamed, total = accumulator.result(), accumulator.total_weight
 assert changed(), "the environment of the process was not restored"
 switch(False)
-np.savez(paths[0], **batch)
-np.savez(paths[1], **streamed)
+np.savez(arguments[1], **batch)
+np.savez(arguments[2], **streamed)
+expected = 0.0
+for weight in weights:
+    expected += weight
+assert total == expected, (total, expected)
 """
+)
+
+
+def skip_if_it_cannot_be_changed(change: str) -> None:
+    if change == "denormals off" and importlib.util.find_spec("torch") is None:
+        pytest.skip("torch, which can switch denormals off, is not installed")
+    if change != "denormals off" and not sys.platform.startswith("linux"):
+        pytest.skip("the rounding is changed by way of the C library of Linux")
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """Runs code in another process, which must succeed and complain of nothing; returns what it printed."""
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
 
 
 @needs_native
-@pytest.mark.parametrize("change", ["denormals off", "rounding upward"])
+@pytest.mark.parametrize(
+    ("change", "weights"),
+    [
+        ("denormals off", (3, 1, 5)),
+        ("denormals off", (0.1, 0.7, 2.3)),
+        ("rounding upward", (3, 1, 5)),
+        ("rounding upward", (0.1, 0.7, 2.3)),
+        ("rounding downward", (0.1, 0.7, 2.3)),
+        ("rounding toward zero", (0.1, 0.7, 2.3)),
+    ],
+    ids=str,
+)
 def test_native_ignores_the_floating_point_environment_of_the_process_and_leaves_it_as_it_was(
-    change: str, tmp_path: Path
+    change: str, weights: tuple[float, ...], tmp_path: Path
 ) -> None:
-    if change == "denormals off" and importlib.util.find_spec("torch") is None:
-        pytest.skip("torch, which can switch denormals off, is not installed")
-    if change == "rounding upward" and not sys.platform.startswith("linux"):
-        pytest.skip("the rounding is changed by way of the C library of Linux")
+    skip_if_it_cannot_be_changed(change)
     rng = np.random.default_rng(27)
     clients: list[dict[str, Array]] = []
     for k in range(3):
@@ -353,11 +413,65 @@ def test_native_ignores_the_floating_point_environment_of_the_process_and_leaves
         np.savez(tmp_path / f"{k}.npz", allow_pickle=False, **clients[-1])
     outputs = [str(tmp_path / "batch.npz"), str(tmp_path / "streamed.npz")]
     inputs = [str(tmp_path / f"{k}.npz") for k in range(3)]
-    command = [sys.executable, "-c", CHANGED_ENVIRONMENT, change, *outputs, *inputs]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    expected = weighted_average(clients, [3, 1, 5], kernel="numpy")
+    assert run_python(AVERAGED_ALL_THE_SAME, change, json.dumps(weights), *outputs, *inputs) == ""
+    expected = weighted_average(clients, weights, kernel="numpy")
     for output in outputs:
         with np.load(output) as result:
             assert differing_bytes(expected, {name: result[name] for name in expected}) == 0
     assert np.count_nonzero(expected["single"] < np.float32(2.0**-126)) > 100
+
+
+REFUSED = (
+    CHANGE
+    + """
+from fed_learn.weights import add_difference, difference
+
+one, other = {"w": tiny}, {"w": 2 * tiny}
+accumulator = fl.Accumulator(kernel="numpy")
+attempts = {
+    "difference": lambda: difference(one, other),
+    "add_difference": lambda: add_difference(one, other),
+    "weighted_average": lambda: fl.weighted_average([one, other], kernel="numpy"),
+    "Accumulator.add": lambda: accumulator.add(one, 1),
+    "exact weighted_average": lambda: fl.weighted_average([one, other], exact=True),
+    "exact Accumulator.add": lambda: fl.Accumulator(exact=True).add(one, 1),
+}
+outcomes = {}
+for name, attempt in attempts.items():
+    try:
+        attempt()
+        outcomes[name] = "nothing"
+    except RuntimeError as error:
+        outcomes[name] = f"{type(error).__name__}: {error}"
+switch(False)
+assert not changed()
+for name in ("difference", "add_difference", "weighted_average"):
+    attempts[name]()  # it is not refused for good
+print(json.dumps(outcomes))
+"""
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("denormals off", "flushes subnormal numbers to zero"),
+        ("rounding upward", "does not round to nearest"),
+        ("rounding downward", "does not round to nearest"),
+        ("rounding toward zero", "does not round to nearest"),
+    ],
+)
+def test_what_numpy_would_compute_otherwise_in_a_changed_environment_is_refused(change: str, says: str) -> None:
+    skip_if_it_cannot_be_changed(change)
+    outcomes: dict[str, str] = json.loads(run_python(REFUSED, change))
+    assert list(outcomes) == [
+        "difference",
+        "add_difference",
+        "weighted_average",
+        "Accumulator.add",
+        "exact weighted_average",
+        "exact Accumulator.add",
+    ]
+    for outcome in outcomes.values():
+        assert outcome.startswith("FloatingPointEnvironmentError: ")
+        assert says in outcome

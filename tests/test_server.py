@@ -89,10 +89,37 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any]) -> None:
         ({"w": [1.0]}, fl.WeightsTypeError),
         ({"w": np.array([math.nan])}, fl.NonFiniteError),
         ({"w": np.array(["a"])}, fl.DtypeError),
+        ({"w": np.array(["a"], np.dtypes.StringDType())}, fl.DtypeError),
         ({"w": np.zeros(1, complex)}, fl.DtypeError),
     ],
-    ids=["None", "list", "NaN", "str", "complex"],
+    ids=["None", "list", "NaN", "str", "StringDType", "complex"],
 )
 def test_initial_weights_that_cannot_be_averaged_are_refused(weights: Any, error: type[fl.FedLearnError]) -> None:
     with pytest.raises(error, match="global model"):
         fl.FederatedServer(weights, num_rounds=1)
+
+
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64"])
+def test_a_model_whose_differences_its_dtypes_cannot_hold_is_refused_for_differences_alone(dtype: str) -> None:
+    weights = {"w": np.zeros(2), "mask": np.zeros(2, dtype)}
+    with pytest.raises(fl.DtypeError, match=r"global model: 'mask'.*cannot hold a difference") as caught:
+        fl.FederatedServer(weights, num_rounds=1, kind=fl.Kind.DIFF)
+    assert (caught.value.name, caught.value.dtype) == ("mask", np.dtype(dtype))
+    assert fl.FederatedServer(weights, num_rounds=1).schema["mask"] == ((2,), np.dtype(dtype))
+
+
+@pytest.mark.parametrize("count", [2.5, 2.0, True, "3", math.nan], ids=repr)
+@pytest.mark.parametrize("argument", ["num_rounds", "min_contributions"])
+def test_a_count_that_is_no_int_is_refused(argument: str, count: Any) -> None:
+    with pytest.raises(TypeError, match=f"{argument} must be an int, not {count!r}"):
+        fl.FederatedServer(initial_weights(), **{"num_rounds": 1, argument: count})
+
+
+@pytest.mark.parametrize("mode", ["maximize", "MAX", "", None], ids=repr)
+def test_a_learner_whose_mode_is_unknown_is_refused_by_its_client(mode: Any) -> None:
+    class Moody(AddingLearner):
+        pass
+
+    Moody.mode = mode
+    with pytest.raises(ValueError, match=f"mode must be 'max' or 'min', not {mode!r}"):
+        fl.FederatedClient("a", Moody())

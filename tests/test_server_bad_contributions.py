@@ -1,7 +1,8 @@
 """Bad contributions in a job: they end it or are left out, are named, and leave no trace in the aggregate."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +36,33 @@ def with_weights(change: Callable[[dict[Any, Any]], object]) -> Tamper:
 
 def with_element(name: str, value: float) -> Tamper:
     return with_weights(lambda weights: weights[name].__setitem__(..., value))
+
+
+class Unreadable(Mapping[str, Array]):
+    """Weights that raise when they are read."""
+
+    def __getitem__(self, name: str) -> Array:
+        raise OSError("the file is gone")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(noise(0))
+
+    def __len__(self) -> int:
+        return len(noise(0))
+
+
+class Uncopied(fl.Contribution):
+    """A contribution that cannot even be written down without its weights."""
+
+    def without_weights(self) -> fl.Contribution:
+        raise OSError("not copied")
+
+
+def unpickled(contribution: fl.Contribution, **fields: Any) -> fl.Contribution:
+    """The contribution as pickle would bring it: with fields that no constructor has seen."""
+    copied = copy.copy(contribution)
+    copied.__dict__.update(fields)
+    return copied
 
 
 BAD: dict[str, tuple[Tamper, type[fl.ContributionError], str | None]] = {
@@ -78,6 +106,31 @@ BAD: dict[str, tuple[Tamper, type[fl.ContributionError], str | None]] = {
     "a bare weight dict": (lambda c: c.weights, fl.WeightsTypeError, None),
     "a string": (lambda c: "contribution", fl.WeightsTypeError, None),
     "a class": (lambda c: fl.Contribution, fl.WeightsTypeError, None),
+    "an array": (lambda c: np.zeros(3), fl.WeightsTypeError, None),
+    "an array of one element": (lambda c: np.ones(1), fl.WeightsTypeError, None),
+    "an empty array": (lambda c: np.zeros(0), fl.WeightsTypeError, None),
+    "a number": (lambda c: 0.0, fl.WeightsTypeError, None),
+    "False": (lambda c: False, fl.WeightsTypeError, None),
+    "an empty string": (lambda c: "", fl.WeightsTypeError, None),
+    "an empty dict": (lambda c: {}, fl.WeightsTypeError, None),
+    "a generator": (lambda c: (one for one in [c]), fl.WeightsTypeError, None),
+    "a list of arrays": (lambda c: [np.zeros(3)], fl.WeightsTypeError, None),
+    "a list in a list": (lambda c: [[c]], fl.WeightsTypeError, None),
+    "strings of variable width": (
+        with_weights(lambda w: w.update(b=np.array(["0", "0", "0"], np.dtypes.StringDType()))),
+        fl.DtypeError,
+        "b",
+    ),
+    "weights that cannot be read": (lambda c: altered(c, weights=Unreadable()), fl.WeightsTypeError, None),
+    "a metric of 5000 digits": (lambda c: altered(c, metrics={"m": 10**5000}), fl.ContributionError, None),
+    "iterations of 5000 digits": (lambda c: altered(c, n_iter=10**5000), fl.ContributionError, None),
+    "an array for a kind": (lambda c: unpickled(c, kind=np.array([1, 2])), fl.ContributionError, None),
+    "a list for metrics": (lambda c: unpickled(c, metrics=[0.5]), fl.ContributionError, None),
+    "a contribution that cannot be copied": (
+        lambda c: Uncopied(c.contributor, c.weights, math.nan, round=c.round),
+        fl.ContributionError,
+        None,
+    ),
 }
 every_bad_kind = pytest.mark.parametrize(("tamper", "error", "name"), BAD.values(), ids=BAD)
 
@@ -196,6 +249,13 @@ def test_a_learner_that_returns_no_arrays_is_told_so_by_client_and_variable(
     (failure,) = (*report.rejected, *report.quits)
     assert isinstance(failure.error, fl.WeightsTypeError)
     assert (failure.error.contributor, failure.error.name) == ("b", name)
+
+
+def test_a_contribution_whose_weights_cannot_be_read_is_refused_with_the_cause() -> None:
+    server, clients = tampering_job(lambda c: altered(c, weights=Unreadable()), on_bad_contribution="reject")
+    (failure,) = server.run(clients).reports[1].rejected
+    assert str(failure.error) == "b: weights cannot be read: OSError: the file is gone"
+    assert isinstance(failure.error.__cause__, OSError)
 
 
 def test_a_second_contribution_of_the_same_client_is_refused() -> None:

@@ -1,5 +1,13 @@
 """Clients that leave a job or sit a round out, and a client by itself."""
 
+import gc
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
 import pytest
 from federation import (
     AddingLearner,
@@ -100,6 +108,95 @@ def test_a_client_can_quit_of_its_own_will() -> None:
     assert failure.error.contributor == "b"
     assert str(failure.error) == "b: going home"
     assert failure.cause == "ClientQuitError"
+
+
+def test_a_learner_that_exits_makes_its_client_leave_and_the_job_gives_its_result() -> None:
+    learners = {"a": AddingLearner(1), "b": AddingLearner(3, during=lambda ctx: sys.exit("no GPU"))}
+    result = server_of(2, min_contributions=1).run(clients_of(learners))
+    assert values(result.weights) == (2.0, 2.0, 2.0)
+    assert [report.accepted for report in result.reports] == [("a",), ("a",)]
+    (failure,) = result.quits
+    assert (failure.contributor, failure.cause) == ("b", "ClientQuitError")
+    assert str(failure.error) == "b: SystemExit: no GPU"
+    assert isinstance(failure.error.__cause__, SystemExit)
+
+
+def raise_plainly() -> None:
+    raise OSError("no disk")
+
+
+def raise_from() -> None:
+    inner = np.zeros(1000)
+    KEPT.append(weakref.ref(inner))
+    try:
+        raise KeyError(inner.shape)
+    except KeyError as error:
+        raise OSError("no disk") from error
+
+
+def raise_in_handling() -> None:
+    inner = np.zeros(1000)
+    KEPT.append(weakref.ref(inner))
+    try:
+        raise KeyError(inner.shape)
+    except KeyError:
+        raise OSError("no disk")  # noqa: B904 - the implicit chain is what is tested
+
+
+def raise_group() -> None:
+    try:
+        raise_from()
+    except OSError as error:
+        raise ExceptionGroup("several", [error, ValueError("another")]) from None
+
+
+def raise_exit() -> None:
+    sys.exit("no disk")
+
+
+KEPT: list[weakref.ref[Any]] = []
+"""To arrays that only the frames of what failed refer to."""
+
+
+def fail_in_a_frame_with_arrays(fail: Callable[[], None]) -> None:
+    weights = np.zeros(1000)
+    KEPT.append(weakref.ref(weights))
+    fail()
+    raise AssertionError(weights)
+
+
+@pytest.mark.parametrize("fail", [raise_plainly, raise_from, raise_in_handling, raise_group, raise_exit])
+@pytest.mark.parametrize("where", ["start", "train", "validate", "a client's handler", "the final model"])
+def test_a_client_that_failed_keeps_no_arrays_alive(
+    where: str, fail: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The records that pytest keeps would hold the traceback.
+    monkeypatch.setattr(logging.getLogger("fed_learn"), "propagate", False)
+    KEPT.clear()
+
+    class Failing(AddingLearner):
+        def validate(self, weights: WeightDict, ctx: fl.FLContext) -> Mapping[str, float]:
+            if where == "validate":
+                fail_in_a_frame_with_arrays(fail)
+            return super().validate(weights, ctx)
+
+    def act(ctx: fl.FLContext) -> None:
+        fail_in_a_frame_with_arrays(fail)
+
+    events = {
+        "start": Event.STARTUP,
+        "a client's handler": Event.RECEIVE_MODEL,
+        "the final model": Event.RECEIVE_VALIDATION_MODEL,
+    }
+    handlers = [At(events[where], act)] if where in events else []
+    learner = Failing(1, during=act if where == "train" else None)
+    clients = [*clients_of({"a": AddingLearner(1)}), fl.FederatedClient("b", learner, handlers=handlers)]
+    result = server_of(1, min_contributions=1).run(clients)
+    assert [failure.contributor for failure in result.quits] == ["b"]
+    if any(reference() is not None for reference in KEPT):
+        gc.collect()  # cycles are for the collector; it takes its time, so only if there are any
+    assert len(KEPT) == (2 if fail in (raise_from, raise_in_handling, raise_group) else 1)
+    assert [reference() for reference in KEPT] == [None] * len(KEPT)
 
 
 @pytest.mark.parametrize("event", [Event.SUBMIT_LOCAL_BEST_MODEL, Event.RECEIVE_VALIDATION_MODEL])

@@ -59,6 +59,45 @@ def test_a_failing_shutdown_is_raised_after_all_is_shut_down() -> None:
     assert [(h.started, h.shut_down) for h in (before, after, of_client)] == [(1, 1)] * 3
 
 
+@pytest.mark.parametrize("event", [Event.CLIENT_QUIT, Event.SHUTDOWN])
+def test_an_error_of_a_job_that_was_over_holds_its_result(event: str) -> None:
+    error = OSError("disk full")
+    with pytest.raises(fl.HandlerError) as caught:
+        server_of(handlers=[fl.ModelSelectionHandler(), broken(event, error)]).run(two_clients())
+    result = caught.value.result
+    assert isinstance(result, fl.JobResult)
+    expected = server_of(handlers=[fl.ModelSelectionHandler()]).run(two_clients())
+    assert values(result.weights) == values(expected.weights) == (5.0, 5.0, 4.0)
+    assert [report.accepted for report in result.reports] == [("a", "b"), ("a", "b")]
+    assert result.cross_site == expected.cross_site
+    assert result.best is not None
+    assert result.best.round == 0
+    assert [(failure.event, failure.exception) for failure in result.handler_failures] == [(event, error)]
+
+
+def test_the_result_in_an_error_has_the_failures_of_the_shutdown_too() -> None:
+    first, second = OSError("disk full"), ValueError("stuck")
+    with pytest.raises(fl.HandlerError) as caught:
+        server_of(handlers=[broken(Event.SHUTDOWN, second), broken(Event.CLIENT_QUIT, first)]).run(two_clients())
+    assert caught.value.exceptions == (first,)
+    assert [failure.exception for failure in caught.value.result.handler_failures] == [first, second]
+
+
+@pytest.mark.parametrize("event", [Event.STARTUP, Event.END_ROUND, Event.RECEIVE_VALIDATION_RESULTS])
+def test_an_error_that_ends_a_job_before_its_end_holds_no_result(event: str) -> None:
+    with pytest.raises(fl.HandlerError) as caught:
+        server_of(handlers=[broken(event, OSError("disk full"))]).run(two_clients())
+    assert caught.value.result is None
+
+
+def test_an_error_when_a_client_leaves_early_holds_no_result() -> None:
+    clients = clients_of({"a": AddingLearner(1), "b": AddingLearner(during=failing(0))})
+    server = server_of(handlers=[broken(Event.CLIENT_QUIT, OSError("disk full"))], min_contributions=1)
+    with pytest.raises(fl.HandlerError) as caught:
+        server.run(clients)
+    assert caught.value.result is None
+
+
 def count_of(event: str) -> int:
     """How often a job of two clients and two rounds fires it."""
     recorder = Recorder()

@@ -1,7 +1,9 @@
 """`ServerValidationHandler`: when it evaluates, what it keeps, and that it shares nothing with model selection."""
 
+import json
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from federation import AddingLearner, At, NormEvaluator, TamperingClient, clients_of, initial_weights
 
 import fed_learn as fl
-from fed_learn.handlers import EarlyStoppingHandler, ModelSelectionHandler, ServerValidationHandler
+from fed_learn.handlers import EarlyStoppingHandler, JsonLinesHandler, ModelSelectionHandler, ServerValidationHandler
 from fed_learn.weights import FrozenWeights
 
 LOGGER = "fed_learn.handlers.server_validation"
@@ -361,6 +363,31 @@ def test_a_last_round_that_fails_does_not_leave_the_job_without_a_validated_mode
     assert by_value(result.weights) == 2.0
     assert result.best is not None
     assert (result.best.metric, by_value(result.best.weights)) == (2.0, 2.0)
+
+
+def test_the_score_of_a_last_round_that_fails_is_in_its_report_and_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    server = fl.FederatedServer(
+        initial_weights(),
+        num_rounds=3,
+        handlers=[ServerValidationHandler(FirstOfB(), 3), JsonLinesHandler(path)],
+        min_contributions=1,
+    )
+    result = server.run(clients_of({"a": AddingLearner(1, absent=[2])}))
+    expected = [{}, {}, {"server_validation": 2.0}]
+    assert [dict(report.metrics) for report in result.reports] == expected
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line["metrics"] for line in lines if line["type"] == "round"] == expected
+    assert result.best is not None
+    assert (result.best.round, result.best.metric) == (1, 2.0)
+
+
+def test_a_metric_that_any_handler_publishes_at_the_end_of_a_round_is_in_the_report() -> None:
+    publish = At(fl.EventType.END_ROUND, lambda ctx: ctx.publish_metric("late", ctx[fl.ContextKey.ROUND]))
+    result = fl.FederatedServer(initial_weights(), num_rounds=2, handlers=[publish]).run(
+        clients_of({"a": AddingLearner(1)})
+    )
+    assert [dict(report.metrics) for report in result.reports] == [{"late": 0.0}, {"late": 1.0}]
 
 
 def test_a_round_that_fails_is_not_validated_again() -> None:

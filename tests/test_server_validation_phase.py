@@ -1,7 +1,8 @@
 """What follows the last round: final scoring and the cross-site validation."""
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from federation import (
     AddingLearner,
+    Array,
     Recorder,
     WeightDict,
     by_value,
@@ -25,6 +27,13 @@ from fed_learn.weights import FrozenWeights
 
 Event = fl.EventType
 Key = fl.ContextKey
+
+
+def unpickled(result: fl.ValidationResult, **fields: Any) -> fl.ValidationResult:
+    """The result as pickle would bring it: with fields that no constructor has seen."""
+    copied = copy.copy(result)
+    copied.__dict__.update(fields)
+    return copied
 
 
 def shifted_score(offset: float) -> Callable[[WeightDict], float]:
@@ -105,9 +114,11 @@ def test_a_client_that_never_trained_validates_but_offers_no_best() -> None:
         {**initial_weights(), "w": np.zeros((3, 2), np.float32)},
         {"w": np.zeros((2, 3), np.float32)},
         {**initial_weights(), "b": [0.0, 0.0, 0.0]},
+        {**initial_weights(), "b": np.array(["0", "0", "0"], np.dtypes.StringDType())},
+        np.zeros(3),
         "no weights",
     ],
-    ids=["NaN", "shape", "names", "list", "str"],
+    ids=["NaN", "shape", "names", "list", "StringDType", "array", "str"],
 )
 def test_a_local_best_that_is_invalid_is_left_out_and_logged(bad: Any, caplog: pytest.LogCaptureFixture) -> None:
     class Bad(fl.FederatedClient):
@@ -131,10 +142,40 @@ def test_a_local_best_that_is_invalid_is_left_out_and_logged(bad: Any, caplog: p
         lambda r: replace(r, metrics={**r.metrics, "other": None}),
         lambda r: replace(r, contributor="a"),
         lambda r: replace(r, model="another"),
+        lambda r: replace(r, metrics={**r.metrics, "initial_validation_metric": np.zeros(2)}),
+        lambda r: replace(r, metrics={**r.metrics, "other": 10**400}),
+        lambda r: replace(r, metrics={**r.metrics, "other": 10**5000}),
+        lambda r: unpickled(r, metrics=0.5),
+        lambda r: replace(r, n_iter="many"),
+        lambda r: replace(r, n_iter=2.5),
+        lambda r: replace(r, n_iter=np.array([1, 2])),
+        lambda r: replace(r, n_iter=10**400),
+        lambda r: replace(r, n_iter=10**5000),
+        lambda r: replace(r, contributor=np.array(["site-7", "a"])),
         lambda r: {"initial_validation_metric": 1.0},
+        lambda r: np.zeros(3),
         lambda r: None,
     ],
-    ids=["no metric", "no number", "another no number", "another's name", "another model", "dict", "None"],
+    ids=[
+        "no metric",
+        "no number",
+        "another no number",
+        "another's name",
+        "another model",
+        "a metric that is an array",
+        "a metric of 400 digits",
+        "a metric of 5000 digits",
+        "metrics that are a number",
+        "iterations that are a str",
+        "iterations that are a float",
+        "iterations that are an array",
+        "iterations of 400 digits",
+        "iterations of 5000 digits",
+        "a name that is an array",
+        "dict",
+        "array",
+        "None",
+    ],
 )
 def test_a_validation_result_that_is_invalid_is_left_out_and_logged(
     tamper: Callable[[fl.ValidationResult], Any], caplog: pytest.LogCaptureFixture
@@ -150,7 +191,58 @@ def test_a_validation_result_that_is_invalid_is_left_out_and_logged(
     assert result.cross_site == {"a": {"a": 1.0}, "site-7": {"a": 1.0}}
     assert {r.contributor for r in result.validation_results} == {"a"}
     assert {ctx[Key.CONTRIBUTOR] for ctx in recorder.at(Event.RECEIVE_VALIDATION_RESULTS)} == {"a"}
-    assert "a validation result is left out: site-7" in caplog.text
+    left_out = [record.getMessage() for record in caplog.records if "is left out" in record.getMessage()]
+    # On the final model and on the two local bests.
+    assert ["site-7" in message for message in left_out] == [True] * 3
+
+
+def test_a_learner_that_counts_its_iterations_in_words_has_no_say_and_the_job_goes_on() -> None:
+    words: Any = "many"
+    learners = {"a": AddingLearner(1, score=by_value), "site-7": AddingLearner(5, score=by_value, n_iter=words)}
+    server = server_of(2, min_contributions=1, on_bad_contribution="reject", handlers=[fl.ModelSelectionHandler()])
+    result = server.run(clients_of(learners))
+    assert [report.accepted for report in result.reports] == [("a",)] * 2
+    assert values(result.weights) == (2.0, 2.0, 2.0)
+    # Its best, which it trained from 1 to 6, is sound: it is scored by the others.
+    assert result.cross_site == {"a": {"a": 2.0}, "site-7": {"a": 6.0}, GLOBAL_BEST: {"a": 2.0}}
+    assert {r.contributor for r in result.validation_results} == {"a"}
+    assert result.quits == ()
+
+
+class Changing(Mapping[str, Array]):
+    """Weights of ones, until they have been read so many times; from then on they are NaN."""
+
+    def __init__(self, reads: int) -> None:
+        self.reads = reads
+
+    def __getitem__(self, name: str) -> Array:
+        self.reads -= 1
+        array = initial_weights()[name]
+        return array + 1 if self.reads >= 0 or array.dtype.kind == "i" else np.full_like(array, math.nan)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(initial_weights())
+
+    def __len__(self) -> int:
+        return len(initial_weights())
+
+
+@pytest.mark.parametrize("reads", range(13))
+def test_a_best_model_that_changes_between_reads_brings_no_nan_into_the_matrix(reads: int) -> None:
+    class Shifty(fl.FederatedClient):
+        def submit_best_model(self) -> FrozenWeights | None:
+            best: Any = Changing(reads)
+            return super().submit_best_model() and best
+
+    def score(weights: WeightDict) -> float:
+        return float(sum(array.sum() for array in weights.values()))
+
+    clients = [*clients_of({"a": AddingLearner(2, score=score)}), Shifty("site-7", AddingLearner(2, score=score))]
+    result = server_of(1).run(clients)
+    good = {"a": {"a": 20.0, "site-7": 20.0}}
+    assert result.cross_site in (good, {**good, "site-7": {"a": 10.0, "site-7": 10.0}})
+    # Only the first two of the three variables can be NaN.
+    assert ("site-7" in result.cross_site) == (reads >= 2)
 
 
 def test_a_score_that_is_not_finite_stays_in_the_matrix_as_it_is() -> None:

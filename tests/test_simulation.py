@@ -425,6 +425,13 @@ class Picky:
         raise ValueError(f"{value} will not do")
 
 
+class Broken:
+    """A component whose constructor has a mistake."""
+
+    def __init__(self) -> None:
+        raise KeyError("forgotten")
+
+
 def test_a_component_is_built_by_its_name() -> None:
     handler = build_component({"name": "ModelSelectionHandler", "args": {"min_delta": 0.25}}, KNOWN)
     assert type(handler) is ModelSelectionHandler
@@ -447,6 +454,40 @@ def test_components_nest_and_plain_objects_stay_plain() -> None:
     wrapper = build_component(entry, KNOWN)
     assert type(wrapper.inner) is ModelSelectionHandler
     assert wrapper.plain == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize(
+    "plain",
+    [
+        {"name": "adam"},
+        {"name": "adam", "args": {"lr": 0.1}},
+        {"name": ["ModelSelectionHandler"]},
+        {"name": None},
+        {"args": {"lr": 0.1}},
+        {"name": "ModelSelectionHandler", "lr": 0.1},
+        {"path": "somewhere/model.pt", "format": "pt"},
+        {},
+    ],
+    ids=str,
+)
+def test_an_argument_that_only_looks_like_a_component_stays_a_dict(plain: dict[str, Any]) -> None:
+    entry = {"path": f"{__name__}.Wrapper", "args": {"inner": [plain], "plain": plain}}
+    wrapper = build_component(json.loads(json.dumps(entry)), KNOWN)
+    assert wrapper.plain == plain
+    assert wrapper.inner == [plain]
+
+
+def test_components_in_lists_are_built_and_the_rest_of_the_lists_stays() -> None:
+    selection = {"name": "ModelSelectionHandler", "args": {"mode": "min"}}
+    wrapped = {"path": f"{__name__}.Wrapper", "args": {"inner": [selection], "plain": {}}}
+    entry = {"path": f"{__name__}.Wrapper", "args": {"inner": [1, selection, [wrapped, "x"], []], "plain": {}}}
+    evaluator = object()
+    number, handler, (wrapper, text), empty = build_component(entry, KNOWN, {"evaluator": evaluator}).inner
+    assert (number, text, empty) == (1, "x", [])
+    assert type(wrapper) is Wrapper
+    assert wrapper.evaluator is evaluator
+    assert isinstance(wrapper.inner, list)
+    assert [(type(built), built.mode) for built in (handler, *wrapper.inner)] == [(ModelSelectionHandler, "min")] * 2
 
 
 def test_what_the_job_supplies_goes_where_it_is_taken_and_not_given() -> None:
@@ -516,6 +557,11 @@ BAD_ENTRIES: dict[str, tuple[Any, str]] = {
     "a missing argument": ({"name": "ServerValidationHandler", "args": {}}, "evaluator"),
     "a bad argument": ({"name": "ModelSelectionHandler", "args": {"mode": "best"}}, "mode must be"),
     "an argument that a user's class refuses": ({"path": f"{__name__}.Picky", "args": {"value": 3}}, "3 will not do"),
+    "a class whose constructor has a mistake": ({"path": f"{__name__}.Broken"}, "Broken cannot be built: KeyError"),
+    "a class in a list whose constructor has a mistake": (
+        {"path": f"{__name__}.Wrapper", "args": {"inner": [{"path": f"{__name__}.Broken"}], "plain": {}}},
+        "Broken cannot be built: KeyError: 'forgotten'",
+    ),
     "an abstract class": ({"path": "fed_learn.components.ModelEvaluator"}, "abstract"),
     "a nested one that is bad": (
         {"name": "ServerValidationHandler", "args": {"evaluator": {"path": "a.B"}, "num_rounds_per_valid": 1}},
@@ -557,6 +603,25 @@ def test_a_configuration_file_can_name_classes_beside_it(tmp_path: Path, monkeyp
     monkeypatch.delitem(sys.modules, "handlers_beside_the_config")
     assert isinstance(handler, RoundLogHandler)
     assert (type(handler).__name__, handler.logger_name) == ("Mine", "mine")
+
+
+@pytest.mark.usefixtures("_own_path")
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [("class Mine(:\n", SyntaxError), ("import no_such_module\n", ImportError), ("{}['key']\n", KeyError)],
+    ids=["syntax error", "import error", "key error"],
+)
+def test_a_module_that_cannot_be_imported_is_a_configuration_error(
+    source: str, cause: type[Exception], tmp_path: Path
+) -> None:
+    (tmp_path / "module_with_a_mistake.py").write_text(source, encoding="utf-8")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"handlers": [{"path": "module_with_a_mistake.Mine"}]}), encoding="utf-8")
+    importlib.invalidate_caches()
+    with pytest.raises(fl.ConfigError, match=r"path 'module_with_a_mistake\.Mine'") as caught:
+        build_component(read_config(path)["handlers"][0], {})
+    assert isinstance(caught.value.__cause__, cause)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("_own_path")

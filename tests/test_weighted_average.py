@@ -228,6 +228,52 @@ def test_float64_subnormals_that_all_share_are_kept(kernel: str) -> None:
 
 
 @every_kernel
+@pytest.mark.parametrize(
+    "weights",
+    [[1e-30, 1e-30], [1e-31, 1e-31], [1e-30, 1e-31], [1e-300, 5e-324], [2.0**-100, 0.3], [1e308, 1e-30]],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [1e-300, 1e-308, 1e-320, 5e-324])
+def test_tiny_float64_with_weights_of_any_scale_do_not_vanish(kernel: str, size: float, weights: list[float]) -> None:
+    arrays = [np.array([size, -size, size]), np.array([size, -size, 3 * size])]
+    result = mean(arrays, weights, kernel)
+    assert result.all()
+    assert result.tolist()[:2] == pytest.approx([size, -size], rel=1e-15, abs=5e-324)
+    assert largest_error(result, arrays, weights) <= 3
+
+
+@every_kernel
+@pytest.mark.parametrize("numbers", [(1.0, 1e300), (1e-300, 1e-300), (1e300, -1e300), (-2.5, 0.0)], ids=str)
+def test_weights_many_orders_of_magnitude_apart_leave_the_mean_to_the_large_one(
+    kernel: str, numbers: tuple[float, float]
+) -> None:
+    arrays = [np.array([number]) for number in numbers]
+    weights = [3e200, 1e-200]
+    result = mean(arrays, weights, kernel)
+    assert result.tolist() == [numbers[0]]
+    assert largest_error(result, arrays, weights) <= 2
+
+
+@every_kernel
+def test_a_small_weight_still_counts_where_the_large_one_has_nothing_to_add(kernel: str) -> None:
+    arrays = [np.array([0.0]), np.array([1e300])]
+    result = mean(arrays, [3e200, 1e-200], kernel)
+    assert result.tolist() == pytest.approx([1e-100 / 3], rel=1e-15, abs=0)
+
+
+@every_kernel
+def test_the_mean_of_a_tiny_float64_does_not_depend_on_its_neighbours(kernel: str) -> None:
+    rng = np.random.default_rng(29)
+    weights = (0.3, 0.7, 2.5)
+    tiny = [rng.integers(1, 1 << 54, 999).view(np.float64) for _ in weights]
+    alone = mean(tiny, weights, kernel)
+    assert largest_error(alone, tiny, weights) <= 4
+    with_large = mean([np.append(array, 1e285) for array in tiny], weights, kernel)
+    assert with_large[-1] == pytest.approx(1e285, rel=1e-15)
+    assert np.count_nonzero(with_large[:-1] != alone) == 0
+
+
+@every_kernel
 @every_float
 def test_negative_zeros_average_to_negative_zero(kernel: str, dtype: np.dtype[Any]) -> None:
     negative, positive = np.full(5, -0.0, dtype), np.zeros(5, dtype)

@@ -85,7 +85,7 @@ class FrozenWeights(FrozenDict):
 
 
 def _sealed(array: Array) -> Array:
-    """A view of the array, which is made read-only: numpy lets nobody make such a view writeable again."""
+    """A view of the array, which is made read-only: numpy refuses to make such a view writeable again."""
     array.flags.writeable = False
     return array.view()
 

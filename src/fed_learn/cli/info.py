@@ -47,7 +47,7 @@ def info(
     if facts["native_variants"]:
         table.add_row("native variants", ", ".join(facts["native_variants"]) + f" (current: {facts['native_variant']})")
     table.add_row("processor", " ".join(facts["instruction_sets"]) or "unknown")
-    table.add_row("threads", f"{facts['threads']} of {facts['processors']} processors")
+    table.add_row("threads", f"{facts['threads'] or 'unknown, out'} of {facts['processors']} processors")
     for problem in facts["problems"]:
         table.add_row("problem", Text(problem, "red"))
     for name, version in facts["dependencies"].items():

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -74,24 +75,35 @@ def threads_for(num_bytes: int) -> int:
     return max(1, min(get_num_threads(), num_bytes // SMALLEST_SHARE))
 
 
-class _Once(Generic[T]):
-    """A share of work that whoever comes first does.
+class _Task(Generic[T]):
+    """A share of work that whoever comes first does, and anybody can wait for.
 
-    A pool may keep a task although it could not start a thread for it, and do it later, when the caller has done it.
+    A pool may keep a task although it could not start a thread for it, and come to it when the caller has done it.
     """
 
     def __init__(self, function: Callable[[T], None], share: T) -> None:
         self._function = function
         self._share = share
         self._claim = threading.Lock()
+        self._outcome: Future[None] = Future()
 
     def __call__(self) -> None:
-        if self._claim.acquire(blocking=False):
+        if not self._claim.acquire(blocking=False):
+            return
+        try:
             self._function(self._share)
+        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+            self._outcome.set_exception(error)
+        else:
+            self._outcome.set_result(None)
+
+    def error(self) -> BaseException | None:
+        """What it raised; waits until it has ended."""
+        return self._outcome.exception()
 
 
 def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
-    """Calls `function` on each share, side by side; on the calling thread the first, and those that get no other.
+    """Calls `function` on each share, side by side; the calling thread takes those that no other has begun.
 
     An interrupt may end the wait for the others: a share must keep alive whatever memory it works on.
 
@@ -99,25 +111,16 @@ def run(function: Callable[[T], None], shares: Sequence[T]) -> None:
         BaseException: What the first failing share raised, once all have ended.
     """
     global _pool
-    if not shares:
-        return
-    tasks = [_Once(function, share) for share in shares]
-    futures: list[Future[None]] = []
-    try:
-        if len(tasks) > 1:
-            with _lock:
-                if _pool is None:
-                    _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
-                for task in tasks[1:]:
-                    try:
-                        futures.append(_pool.submit(task))
-                    except RuntimeError:  # no thread can be started, or the interpreter shuts down
-                        break
-        for task in (tasks[0], *tasks[1 + len(futures) :]):
-            task()
-    finally:
-        errors = [future.exception() for future in futures]
-    for error in errors:
+    tasks = [_Task(function, share) for share in shares]
+    if len(tasks) > 1:
+        with _lock, suppress(RuntimeError):  # no thread can be started, or the interpreter shuts down: see below
+            if _pool is None:
+                _pool = ThreadPoolExecutor(max(1, get_num_threads() - 1), thread_name_prefix="fed_learn-kernel")
+            for task in tasks[1:]:
+                _pool.submit(task)
+    for task in tasks:
+        task()
+    for error in [task.error() for task in tasks]:
         if error is not None:
             raise error
 
