@@ -6,6 +6,7 @@ happen unnoticed, `FED_LEARN_REQUIRE_NATIVE=1` makes a failed build an error.
 
 import os
 import sys
+from glob import glob
 from pathlib import Path
 
 from cffi import FFI
@@ -21,8 +22,10 @@ ffibuilder.cdef("\n".join(line for line in header.splitlines() if not line.start
 ffibuilder.set_source(
     "fed_learn.kernels._native",
     '#include "fl_kernels.h"',
-    sources=["csrc/fl_baseline.c", "csrc/fl_avx2.c", "csrc/fl_dispatch.c"],
-    depends=[f"csrc/fl_{name}" for name in ("kernels.h", "sets.h", "vector.h", "stamp.inc", "weighted_sum.inc")],
+    sources=["csrc/fl_baseline.c", "csrc/fl_avx2.c", "csrc/fl_f16c.c", "csrc/fl_dispatch.c"],
+    depends=[
+        f"csrc/fl_{name}" for name in ("kernels.h", "sets.h", "vector.h", "stamp.inc", "scan.inc", "weighted_sum.inc")
+    ],
     include_dirs=["csrc"],
     # Contraction into fused multiply-adds would change bits from machine to machine.
     extra_compile_args=[] if sys.platform == "win32" else ["-std=c11", "-O3", "-ffp-contract=off", "-Wno-psabi"],

@@ -22,7 +22,7 @@ enum fl_dtype {
 };
 
 /* Instruction sets, from the one that every machine has to the widest. */
-enum fl_set { FL_BASELINE, FL_AVX2, FL_SETS };
+enum fl_set { FL_BASELINE, FL_AVX2, FL_AVX2_F16C, FL_SETS };
 
 /* The name of an instruction set as this build has it ("sse2", "avx2", "neon", "scalar" ...), NULL where it has none. */
 const char *fl_set_name(int set);
@@ -30,16 +30,25 @@ const char *fl_set_name(int set);
 int fl_set_usable(int set);
 
 /* output = round(sum_k a[k] * input_k / total), a: the aggregation weights.
- * Pointers: output, input_0 ... input_{n_inputs-1}. */
+ * Pointers: output, input_0 ... input_{n_inputs-1}. Sets not_finite[i] to 1 where a sum of piece i is not finite, which
+ * it is wherever an input is not; to 0 elsewhere. */
 int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
-                     const int32_t *dtypes, const double *a, double total);
+                     const int32_t *dtypes, const double *a, double total, uint8_t *not_finite);
 
-/* sums += a * input. Pointers: sums (float64), input (of the piece's dtype). */
-int fl_accumulate(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
-                  const int32_t *dtypes, double a);
+/* sums += sum_k a[k] * input_k, in order; with `start`, sums = ... whatever was in them.
+ * Pointers: sums (float64), input_0 ... input_{n_inputs-1} (of the piece's dtype). */
+int fl_accumulate(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
+                  const int32_t *dtypes, const double *a, int start);
 
-/* output = round(sums / total). Pointers: output (of the piece's dtype), sums (float64). */
+/* output = round(sums / total). Pointers: output (of the piece's dtype), sums (float64). not_finite: as above. */
 int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
-              double total);
+              double total, uint8_t *not_finite);
+
+/* Sets not_finite[i] to 1 where piece i holds a NaN or an infinity, else to 0. Pointers: input. */
+int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
+                       const int32_t *dtypes, uint8_t *not_finite);
+
+/* Reads every byte once and returns the sum of the 64-bit words: the limit that benchmarks compare with. */
+uint64_t fl_read(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *sizes);
 
 #endif

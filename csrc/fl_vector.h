@@ -3,8 +3,7 @@
  * compilers get the same code on vectors of one lane, which are plain numbers.
  *
  * Every conversion to float64 is exact. Every store rounds a float64 mean once, float16 and bfloat16 by way of float32,
- * as the numpy kernel does. NaN and infinity stay what they are, so that the caller can tell from a result that an
- * input was not finite.
+ * as the numpy kernel does. NaN and infinity stay what they are, so that a sum tells that an input was not finite.
  */
 #ifndef FL_VECTOR_H
 #define FL_VECTOR_H
@@ -14,6 +13,7 @@
 #include <stdint.h>
 #include <string.h>
 
+
 #ifndef FL_SCALAR
 #if defined(__GNUC__)
 #define FL_SCALAR 0
@@ -21,6 +21,8 @@
 #define FL_SCALAR 1
 #endif
 #endif
+
+#define FL_AVX2 (FL_BYTES == 32 && !FL_SCALAR)
 
 #if FL_SCALAR
 enum { FL_LANES = 1 };
@@ -32,8 +34,11 @@ enum { FL_LANES = FL_BYTES / 8 }; /* float64s in a vector */
 #define FL_INLINE static inline __attribute__((always_inline)) FL_TARGET
 #endif
 
+#if FL_AVX2
+#include <immintrin.h>
+#endif
+
 FL_VECTOR(fl_f64, double, FL_BYTES);
-FL_VECTOR(fl_i64, int64_t, FL_BYTES);
 FL_VECTOR(fl_u64, uint64_t, FL_BYTES);
 FL_VECTOR(fl_f32, float, FL_BYTES / 2);
 FL_VECTOR(fl_i32, int32_t, FL_BYTES / 2);
@@ -42,6 +47,16 @@ FL_VECTOR(fl_i16, int16_t, FL_BYTES / 4);
 FL_VECTOR(fl_u16, uint16_t, FL_BYTES / 4);
 FL_VECTOR(fl_i8, int8_t, FL_BYTES / 8);
 FL_VECTOR(fl_u8, uint8_t, FL_BYTES / 8);
+
+/* Asks for `size` bytes of memory that will soon be read or written; they may lie beyond the end of an array. */
+enum { FL_LINE = 64 };
+#if FL_SCALAR
+#define FL_PREFETCH(start, size, write) ((void)(start))
+#else
+#define FL_PREFETCH(start, size, write)                                                                        \
+    for (uintptr_t fl_line = (uintptr_t)(start); fl_line < (uintptr_t)(start) + (size); fl_line += FL_LINE)     \
+    __builtin_prefetch((const void *)fl_line, write)
+#endif
 
 /* The values of x as another type, lane by lane; and all lanes ones where a condition holds, else zeros. */
 #if FL_SCALAR
@@ -79,7 +94,6 @@ FL_BITS(fl_f32_of_bits, fl_u32, fl_f32)
         memcpy(p, &v, sizeof v);                                                                               \
     }
 FL_MEMORY(fl_f64, double)
-FL_MEMORY(fl_i64, int64_t)
 FL_MEMORY(fl_u64, uint64_t)
 FL_MEMORY(fl_f32, float)
 FL_MEMORY(fl_i32, int32_t)
@@ -89,6 +103,104 @@ FL_MEMORY(fl_u16, uint16_t)
 FL_MEMORY(fl_i8, int8_t)
 FL_MEMORY(fl_u8, uint8_t)
 #undef FL_MEMORY
+
+/* The conversions that change the width of a lane. GCC 12 makes several instructions of what AVX2 has one for. */
+#if FL_AVX2
+#define FL_WIDEN(name, from, to, expression)                                                                   \
+    FL_INLINE to name(from x)                                                                                  \
+    {                                                                                                          \
+        return (to)(expression);                                                                               \
+    }
+FL_INLINE __m128i fl_low(const void *x, size_t size)
+{
+    uint64_t low = 0;
+    memcpy(&low, x, size);
+    return _mm_cvtsi64_si128((long long)low);
+}
+FL_WIDEN(fl_f64_of_f32, fl_f32, fl_f64, _mm256_cvtps_pd((__m128)x))
+FL_WIDEN(fl_f64_of_i32, fl_i32, fl_f64, _mm256_cvtepi32_pd((__m128i)x))
+FL_WIDEN(fl_u64_of_u32, fl_u32, fl_u64, _mm256_cvtepu32_epi64((__m128i)x))
+FL_WIDEN(fl_u32_of_u16, fl_u16, fl_u32, _mm_cvtepu16_epi32(fl_low(&x, sizeof x)))
+FL_WIDEN(fl_i32_of_i16, fl_i16, fl_i32, _mm_cvtepi16_epi32(fl_low(&x, sizeof x)))
+FL_WIDEN(fl_i32_of_u8, fl_u8, fl_i32, _mm_cvtepu8_epi32(fl_low(&x, sizeof x)))
+FL_WIDEN(fl_i32_of_i8, fl_i8, fl_i32, _mm_cvtepi8_epi32(fl_low(&x, sizeof x)))
+#undef FL_WIDEN
+/* Integers keep their low bits, as a C conversion does. */
+FL_INLINE fl_u16 fl_u16_of_u32(fl_u32 x)
+{
+    fl_u16 y;
+    uint64_t low = (uint64_t)_mm_cvtsi128_si64(
+        _mm_shuffle_epi8((__m128i)x, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1)));
+    memcpy(&y, &low, sizeof y);
+    return y;
+}
+FL_INLINE fl_u8 fl_u8_of_i32(fl_i32 x)
+{
+    fl_u8 y;
+    int low = _mm_cvtsi128_si32(
+        _mm_shuffle_epi8((__m128i)x, _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1)));
+    memcpy(&y, &low, sizeof y);
+    return y;
+}
+FL_INLINE fl_u32 fl_u32_of_u64(fl_u64 x)
+{
+    __m256i low = _mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6));
+    return (fl_u32)_mm256_castsi256_si128(low);
+}
+#else
+#define FL_CHANGE(name, from, to)                                                                              \
+    FL_INLINE to name(from x)                                                                                  \
+    {                                                                                                          \
+        return FL_CONVERT(x, to);                                                                              \
+    }
+FL_CHANGE(fl_f64_of_f32, fl_f32, fl_f64)
+FL_CHANGE(fl_f64_of_i32, fl_i32, fl_f64)
+FL_CHANGE(fl_u64_of_u32, fl_u32, fl_u64)
+FL_CHANGE(fl_u32_of_u16, fl_u16, fl_u32)
+FL_CHANGE(fl_i32_of_i16, fl_i16, fl_i32)
+FL_CHANGE(fl_i32_of_u8, fl_u8, fl_i32)
+FL_CHANGE(fl_i32_of_i8, fl_i8, fl_i32)
+FL_CHANGE(fl_u16_of_u32, fl_u32, fl_u16)
+FL_CHANGE(fl_u8_of_i32, fl_i32, fl_u8)
+FL_CHANGE(fl_u32_of_u64, fl_u64, fl_u32)
+#undef FL_CHANGE
+#endif
+
+/* 64-bit integers as float64, rounded once. Few machines have an instruction for it, so the halves are placed in the
+ * fractions of 2^84 and 2^52; the last sum alone rounds. */
+FL_INLINE fl_f64 fl_f64_of_u64(fl_u64 x)
+{
+    fl_f64 high = fl_f64_of_bits((x >> 32) | 0x4530000000000000u);
+    fl_f64 low = fl_f64_of_bits((x & 0xffffffffu) | 0x4330000000000000u);
+    return (high - (0x1p84 + 0x1p52)) + low;
+}
+FL_INLINE fl_f64 fl_f64_of_i64(fl_u64 x)
+{
+    fl_f64 high = fl_f64_of_bits((x >> 32) ^ 0x4530000080000000u);
+    fl_f64 low = fl_f64_of_bits((x & 0xffffffffu) | 0x4330000000000000u);
+    return (high - (0x1p84 + 0x1p63 + 0x1p52)) + low;
+}
+/* A whole number of magnitude up to 2^51 as a 64-bit integer: the fraction of 1.5*2^52 plus it. */
+FL_INLINE fl_u64 fl_u64_of_f64(fl_f64 x)
+{
+    return fl_f64_bits(x + 0x1.8p52) - 0x4338000000000000u;
+}
+
+/* Whether any bit of a vector is set. */
+FL_INLINE int fl_any(fl_u64 v)
+{
+    uint64_t lanes[FL_LANES], any = 0;
+    memcpy(lanes, &v, sizeof v);
+    for (int i = 0; i < FL_LANES; i++)
+        any |= lanes[i];
+    return any != 0;
+}
+
+/* Not zero where x is NaN or infinite. */
+FL_INLINE fl_u64 fl_not_finite(fl_f64 x)
+{
+    return fl_f64_bits(x - x);
+}
 
 /* mask ? a : b, lane by lane. */
 FL_INLINE fl_u32 fl_select_u32(fl_u32 mask, fl_u32 a, fl_u32 b)
@@ -101,12 +213,29 @@ FL_INLINE fl_f64 fl_select_f64(fl_u64 mask, fl_f64 a, fl_f64 b)
     return fl_f64_of_bits((mask & fl_f64_bits(a)) | (~mask & fl_f64_bits(b)));
 }
 
-/* The mean of finite values is finite; only its rounding could leave the range. */
-FL_INLINE fl_f64 fl_mean(fl_f64 sums, double total)
+/* Whether the reciprocal of a finite, positive x is exact. */
+static inline int fl_is_power_of_two(double x)
 {
-    fl_f64 mean = sums / total, largest = (fl_f64){0} + DBL_MAX;
+    uint64_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits & 0x000fffffffffffffu) == 0 && bits != 0 && 1.0 / x <= DBL_MAX;
+}
+
+/* The mean of finite values is finite; only its rounding could leave the range. */
+FL_INLINE fl_f64 fl_within_range(fl_f64 mean)
+{
+    fl_f64 largest = (fl_f64){0} + DBL_MAX;
     mean = fl_select_f64(FL_MASK(mean > largest, fl_u64), largest, mean);
     return fl_select_f64(FL_MASK(mean < -largest, fl_u64), -largest, mean);
+}
+
+/* Ones where `mean`, up to 4 units in the last place off the quotient that it stands for, might not round to the same
+ * float32: near the middle between two of them, and where they are subnormal and lie wider apart. */
+FL_INLINE fl_u64 fl_doubtful(fl_f64 mean)
+{
+    fl_u64 bits = fl_f64_bits(mean);
+    fl_u64 middle = FL_MASK(((bits - (0x10000000u - 8)) & 0x1ffffff0u) == 0, fl_u64);
+    return middle | FL_MASK(fl_f64_of_bits(bits & 0x7fffffffffffffffu) < 0x1p-126, fl_u64);
 }
 
 /* Half to even: adding 2^52 to the magnitude leaves no room for a fraction. Larger values have none. */
@@ -124,12 +253,12 @@ FL_INLINE fl_f64 fl_load_float64(const double *p)
 }
 FL_INLINE void fl_store_float64(double *p, fl_f64 mean)
 {
-    fl_f64_write(p, mean);
+    fl_f64_write(p, fl_within_range(mean));
 }
 
 FL_INLINE fl_f64 fl_load_float32(const float *p)
 {
-    return FL_CONVERT(fl_f32_read(p), fl_f64);
+    return fl_f64_of_f32(fl_f32_read(p));
 }
 FL_INLINE void fl_store_float32(float *p, fl_f64 mean)
 {
@@ -138,24 +267,35 @@ FL_INLINE void fl_store_float32(float *p, fl_f64 mean)
 
 FL_INLINE fl_f64 fl_load_bfloat16(const uint16_t *p)
 {
-    return FL_CONVERT(fl_f32_of_bits(FL_CONVERT(fl_u16_read(p), fl_u32) << 16), fl_f64);
+    return fl_f64_of_f32(fl_f32_of_bits(fl_u32_of_u16(fl_u16_read(p)) << 16));
 }
 FL_INLINE void fl_store_bfloat16(uint16_t *p, fl_f64 mean)
 {
     fl_u32 bits = fl_f32_bits(FL_CONVERT(mean, fl_f32));
     fl_u32 nan = FL_MASK((bits & 0x7fffffffu) > 0x7f800000u, fl_u32); /* rounding could carry into the sign */
     fl_u32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-    fl_u16_write(p, FL_CONVERT(fl_select_u32(nan, bits | 0x00400000u, rounded) >> 16, fl_u16));
+    fl_u16_write(p, fl_u16_of_u32(fl_select_u32(nan, bits | 0x00400000u, rounded) >> 16));
 }
 
+#ifdef FL_F16C
 FL_INLINE fl_f64 fl_load_float16(const uint16_t *p)
 {
-    fl_u32 h = FL_CONVERT(fl_u16_read(p), fl_u32);
+    return fl_f64_of_f32((fl_f32)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));
+}
+FL_INLINE void fl_store_float16(uint16_t *p, fl_f64 mean)
+{
+    __m128i halves = _mm_cvtps_ph((__m128)FL_CONVERT(mean, fl_f32), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm_storel_epi64((__m128i *)p, halves);
+}
+#else
+FL_INLINE fl_f64 fl_load_float16(const uint16_t *p)
+{
+    fl_u32 h = fl_u32_of_u16(fl_u16_read(p));
     fl_u32 magnitude = h & 0x7fffu, shifted = magnitude << 13;
     /* Shifted into place the exponent is too small by 112; multiplying by 2^112 mends normals and subnormals. */
     fl_u32 finite = fl_f32_bits(fl_f32_of_bits(shifted) * 0x1p112f);
     fl_u32 bits = fl_select_u32(FL_MASK(magnitude >= 0x7c00u, fl_u32), shifted | 0x7f800000u, finite);
-    return FL_CONVERT(fl_f32_of_bits(bits | ((h & 0x8000u) << 16)), fl_f64);
+    return fl_f64_of_f32(fl_f32_of_bits(bits | ((h & 0x8000u) << 16)));
 }
 FL_INLINE void fl_store_float16(uint16_t *p, fl_f64 mean)
 {
@@ -168,37 +308,44 @@ FL_INLINE void fl_store_float16(uint16_t *p, fl_f64 mean)
     fl_u32 nan = FL_MASK(magnitude > 0x7f800000u, fl_u32) & 0x0200u;
     fl_u32 half = fl_select_u32(FL_MASK(magnitude < 0x38800000u, fl_u32), tiny, normal);
     half = fl_select_u32(FL_MASK(magnitude >= 0x47800000u, fl_u32), nan | 0x7c00u, half);
-    fl_u16_write(p, FL_CONVERT(half | sign, fl_u16));
+    fl_u16_write(p, fl_u16_of_u32(half | sign));
 }
+#endif
 
 FL_INLINE fl_f64 fl_load_bool(const uint8_t *p)
 {
-    return FL_CONVERT(FL_CONVERT(FL_MASK(fl_u8_read(p) != 0, fl_u8) & 1, fl_i32), fl_f64);
+    return fl_f64_of_i32(fl_i32_of_u8(FL_MASK(fl_u8_read(p) != 0, fl_u8) & 1));
 }
 FL_INLINE void fl_store_bool(uint8_t *p, fl_f64 mean)
 {
-    fl_u64 set = FL_MASK(fl_rint(mean) != 0.0, fl_u64) & 1;
-    fl_u8_write(p, FL_CONVERT(set, fl_u8));
+    fl_i32 set = FL_CONVERT(fl_rint(mean), fl_i32);
+    fl_u8_write(p, fl_u8_of_i32(FL_MASK(set != 0, fl_i32) & 1));
 }
 
-/* Integers by way of an integer type that the machine converts to and from float64. */
-#define FL_INTEGER(name, element, vector, wide)                                                                \
+/* Integers, by way of those that the machine converts. Their callers see to it that a 64-bit mean is at most 2^51. */
+#define FL_INTEGER(name, element, load, store)                                                                 \
     FL_INLINE fl_f64 fl_load_##name(const element *p)                                                          \
     {                                                                                                          \
-        return FL_CONVERT(FL_CONVERT(vector##_read(p), wide), fl_f64);                                         \
+        return load;                                                                                           \
     }                                                                                                          \
     FL_INLINE void fl_store_##name(element *p, fl_f64 mean)                                                    \
     {                                                                                                          \
-        vector##_write(p, FL_CONVERT(FL_CONVERT(fl_rint(mean), wide), vector));                                \
+        fl_f64 whole = fl_rint(mean);                                                                          \
+        store;                                                                                                 \
     }
-FL_INTEGER(int8, int8_t, fl_i8, fl_i32)
-FL_INTEGER(int16, int16_t, fl_i16, fl_i32)
-FL_INTEGER(int32, int32_t, fl_i32, fl_i32)
-FL_INTEGER(int64, int64_t, fl_i64, fl_i64)
-FL_INTEGER(uint8, uint8_t, fl_u8, fl_i32)
-FL_INTEGER(uint16, uint16_t, fl_u16, fl_i32)
-FL_INTEGER(uint32, uint32_t, fl_u32, fl_i64)
-FL_INTEGER(uint64, uint64_t, fl_u64, fl_u64)
+#define FL_I32(x) FL_CONVERT(x, fl_i32)
+FL_INTEGER(int8, int8_t, fl_f64_of_i32(fl_i32_of_i8(fl_i8_read(p))),
+           fl_u8_write((uint8_t *)p, fl_u8_of_i32(FL_I32(whole))))
+FL_INTEGER(uint8, uint8_t, fl_f64_of_i32(fl_i32_of_u8(fl_u8_read(p))), fl_u8_write(p, fl_u8_of_i32(FL_I32(whole))))
+FL_INTEGER(int16, int16_t, fl_f64_of_i32(fl_i32_of_i16(fl_i16_read(p))),
+           fl_u16_write((uint16_t *)p, fl_u16_of_u32((fl_u32)FL_I32(whole))))
+FL_INTEGER(uint16, uint16_t, fl_f64_of_i32((fl_i32)fl_u32_of_u16(fl_u16_read(p))),
+           fl_u16_write(p, fl_u16_of_u32((fl_u32)FL_I32(whole))))
+FL_INTEGER(int32, int32_t, fl_f64_of_i32(fl_i32_read(p)), fl_i32_write(p, FL_I32(whole)))
+FL_INTEGER(uint32, uint32_t, fl_f64_of_u64(fl_u64_of_u32(fl_u32_read(p))), fl_u32_write(p, fl_u32_of_u64(fl_u64_of_f64(whole))))
+FL_INTEGER(int64, int64_t, fl_f64_of_i64(fl_u64_read((const uint64_t *)p)), fl_u64_write((uint64_t *)p, fl_u64_of_f64(whole)))
+FL_INTEGER(uint64, uint64_t, fl_f64_of_u64(fl_u64_read(p)), fl_u64_write(p, fl_u64_of_f64(whole)))
+#undef FL_I32
 #undef FL_INTEGER
 
 #endif

@@ -325,9 +325,9 @@ def test_kernel_is_looked_up_when_the_accumulator_is_made(monkeypatch: pytest.Mo
     reference = type(fl.kernels.resolve("numpy"))
     accumulate = reference.accumulate
 
-    def spy(self: Any, *rest: Any) -> None:
+    def spy(self: Any, *rest: Any, **options: Any) -> None:
         calls.append(self.name)
-        accumulate(self, *rest)
+        accumulate(self, *rest, **options)
 
     monkeypatch.setattr(reference, "accumulate", spy)
     with fl.kernels.use("numpy"):
@@ -535,13 +535,13 @@ def test_overflow_in_a_merge_is_noticed(kernel: str) -> None:
 def test_interrupted_accumulator_refuses_to_go_on(step: str, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     accumulator, other = filled(batch(2), exact=exact), filled(batch(2, 1), exact=exact)
 
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     if exact:
         monkeypatch.setattr(ExactSum, step, interrupted)
     else:
-        monkeypatch.setattr(accumulator, "_kernel", type("Kernel", (), {"accumulate": interrupted}))
+        monkeypatch.setattr(type(accumulator._kernel), "accumulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         accumulator.merge(other) if step == "merge" else accumulator.add(batch(1, 3)[0])
     for use in (accumulator.result, lambda: accumulator.add(batch(1, 4)[0]), lambda: other.merge(accumulator)):
@@ -720,9 +720,9 @@ def test_unpickled_accumulator_goes_on_with_the_kernel_that_is_current_there(
     for name in KERNELS:
         kernel = type(fl.kernels.resolve(name))
 
-        def spy(self: Any, *rest: Any, original: Any = kernel.accumulate) -> None:
+        def spy(self: Any, *rest: Any, original: Any = kernel.accumulate, **options: Any) -> None:
             used.append(self.name)
-            original(self, *rest)
+            original(self, *rest, **options)
 
         monkeypatch.setattr(kernel, "accumulate", spy)
     copied: Accumulator = pickle.loads(data)

@@ -195,8 +195,8 @@ def test_numpy_error_settings_of_the_caller_do_not_matter(kernel: str, exact: bo
 
 def native_load(array: Array) -> Array:
     """`array` as float64, by the C code."""
-    sums = np.full(array.size, -0.0)
-    fl.kernels.resolve("native").accumulate([sums], [array], 1.0)
+    sums = np.empty(array.size)
+    fl.kernels.resolve("native").accumulate([sums], [[array]], np.ones(1), start=True)
     return sums
 
 

@@ -26,7 +26,7 @@ from fed_learn.errors import (
     brief,
 )
 from fed_learn.kernels.base import Float64Array
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, first_of
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, first_of
 
 
 class Accumulator:
@@ -120,6 +120,12 @@ class Accumulator:
             kind=self._kind,
             round=self._round,
             contributors=self._contributors if named else (),
+            scan=False,
+        )
+        columns = {name: flat(array) for name, array in arrays.items()}
+        flags = self._kernel.not_finite(list(columns.values()))
+        check_finite(
+            {name: arrays[name] for name, flag in zip(columns, flags, strict=True) if flag}, contribution.contributor
         )
         if self._exact:
             check_domain(arrays, a, contribution.contributor)
@@ -133,15 +139,14 @@ class Accumulator:
         largest = {name: magnitude(array) for name, array in arrays.items()}
         self._check_integers(largest, self._count + 1, contribution.contributor, arrays)
         schema = Schema.of(arrays) if self._schema is None else self._schema
-        columns = {name: flat(arrays[name]) for name in schema}
 
         self._broken = True
-        self._start(schema)
+        start = self._start(schema)
         if self._exact:
-            for name, x in columns.items():
-                self._exact_sums[name].add(x, a)
+            for name in schema:
+                self._exact_sums[name].add(columns[name], a)
         else:
-            self._kernel.accumulate(list(self._sums.values()), list(columns.values()), math.ldexp(a, LIFT))
+            self._add([[columns[name]] for name in schema], [math.ldexp(a, LIFT)], start)
         self._total = self._total + Fraction(a) if isinstance(self._total, Fraction) else sum_in_order((self._total, a))
         self._count += 1
         self._kind = contribution.kind
@@ -192,12 +197,12 @@ class Accumulator:
         self._check_integers(other._largest, self._count + other._count)
 
         self._broken = True
-        self._start(other._schema if self._schema is None else self._schema)
+        start = self._start(other._schema if self._schema is None else self._schema)
         if self._exact:
             for name, exact in other._exact_sums.items():
                 self._exact_sums[name].merge(exact)
         else:
-            self._kernel.accumulate(list(self._sums.values()), [other._sums[name] for name in self._sums], 1.0)
+            self._add([[other._sums[name]] for name in self._sums], [1.0], start)
         if isinstance(self._total, Fraction):
             self._total += Fraction(other._total)
         else:
@@ -232,14 +237,14 @@ class Accumulator:
         if self._exact:
             self._divide_exact(outputs)
         else:
-            for name, array in self._sums.items():
-                if not np.isfinite(array).all():
+            total = math.ldexp(float(self._total), LIFT)
+            flags = self._kernel.divide(list(self._sums.values()), total, list(outputs.flat.values()))
+            for name, flag in zip(self._sums, flags, strict=True):
+                if flag:
                     raise SumOverflowError(
                         f"{name!r}: the sum left the range of float64; weighted_average can take such values",
                         name=name,
                     )
-            total = math.ldexp(float(self._total), LIFT)
-            self._kernel.divide(list(self._sums.values()), total, list(outputs.flat.values()))
         return outputs.finish()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -260,16 +265,20 @@ class Accumulator:
         sums = [self._exact_sums[name].value() for name in numbers]
         self._kernel.divide(sums, float(total), [outputs.flat[name] for name in numbers])
 
-    def _start(self, schema: Schema) -> None:
+    def _start(self, schema: Schema) -> bool:
+        """Makes the sums if there are none; returns whether it did."""
         self._schema = schema
         if self._sums or self._exact_sums:
-            return
+            return False
         sizes = {name: math.prod(shape) for name, (shape, _) in schema.items()}
         if self._exact:
             self._exact_sums = {name: ExactSum(size) for name, size in sizes.items()}
         else:
-            # -0.0 is the neutral element: sums then have the bits of sums that start from the first product.
-            self._sums = {name: np.full(size, -0.0) for name, size in sizes.items()}
+            self._sums = {name: np.empty(size) for name, size in sizes.items()}
+        return True
+
+    def _add(self, columns: list[list[Array]], aggregation_weights: list[float], start: bool) -> None:
+        self._kernel.accumulate(list(self._sums.values()), columns, np.array(aggregation_weights), start=start)
 
     def _check_usable(self) -> None:
         if self._broken:

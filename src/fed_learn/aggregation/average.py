@@ -92,8 +92,8 @@ def weighted_average(
         sums = [_exact_sum(column, scalars) for column in columns.values()]
         chosen.divide(sums, float(sum(map(Fraction, scalars))), list(results.values()))
     else:
-        _average(chosen, columns, scalars, usual_scale(scalars), results)
-        doubtful = _refuse_non_finite(results, checked)
+        flagged = _average(chosen, columns, scalars, usual_scale(scalars), results)
+        doubtful = _refuse_non_finite({name: results[name] for name in flagged}, checked)
         if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
             small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
             again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
@@ -121,11 +121,16 @@ def _average(
     aggregation_weights: Sequence[float],
     scale: int,
     results: WeightDict,
-) -> None:
-    """The mean of some variables with all aggregation weights multiplied by 2**scale."""
+) -> list[str]:
+    """The mean of some variables with all aggregation weights multiplied by 2**scale.
+
+    Returns:
+        The variables with a sum that is not finite.
+    """
     scaled = [math.ldexp(a, scale) for a in aggregation_weights]
     segments = [Segment(column, results[name]) for name, column in columns.items()]
-    kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled))
+    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled))
+    return [name for name, flag in zip(columns, flags, strict=True) if flag]
 
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None, scan: bool) -> tuple[Schema, Checked]:
@@ -164,23 +169,19 @@ def _checked_weight_dicts(
 
 
 def _refuse_non_finite(results: WeightDict, checked: Checked) -> dict[str, npt.NDArray[np.bool_]]:
-    """Searches the inputs for NaN and infinity, but only those from which a result looks like it.
+    """Refuses NaN and infinity in the inputs of variables with a sum that is not finite.
 
     Returns:
-        Which elements of which variables look like it although all inputs are finite.
+        If the inputs are finite, and so a sum overflowed: which elements of which variables look like it.
     """
     doubtful = {}
     for name, result in results.items():
-        if result.dtype.kind in "biu":
-            continue
+        for contributor, weights, _ in checked:
+            check_finite({name: weights[name]}, contributor)
         # Kernels hold a mean within the range of float64, so there the largest value may hide an infinity.
-        suspicious = ~np.isfinite(result)
+        doubtful[name] = ~np.isfinite(result)
         if result.dtype == np.float64:
-            suspicious |= np.abs(result) == np.finfo(np.float64).max
-        if suspicious.any():
-            for contributor, weights, _ in checked:
-                check_finite({name: weights[name]}, contributor)
-            doubtful[name] = suspicious
+            doubtful[name] |= np.abs(result) == np.finfo(np.float64).max
     return doubtful
 
 

@@ -1,4 +1,4 @@
-"""What a kernel is: three operations on flat arrays that do all the arithmetic of aggregation.
+"""What a kernel is: a few operations on flat arrays that do all the arithmetic of aggregation.
 
 The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.py`, the readable reference):
 
@@ -8,7 +8,7 @@ The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.p
 - one rounding to the output dtype: float32 nearest-even, float16 and bfloat16 by way of float32, integers and
   booleans half to even (of the float64 mean: with aggregation weights that are no whole numbers a tie may not be one).
 
-A kernel checks nothing: names, shapes, dtypes and values have been checked by its caller.
+A kernel checks nothing: names, shapes and dtypes have been checked by its caller. It says where numbers are not finite.
 """
 
 from collections.abc import Sequence
@@ -41,31 +41,50 @@ class Kernel(Protocol):
 
     name: str
 
-    def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
+    def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> list[bool]:
         """`output = round(Σ aggregation_weights[k] · inputs[k] / total)` for each segment.
 
         Args:
             segments: The variables of a model.
             aggregation_weights: One float64 per contribution, scaled by a common power of two.
             total: Their sum.
+
+        Returns:
+            Which segments have a sum that is not finite, because an input is not or because it overflowed.
         """
 
-    def accumulate(self, sums: Sequence[Float64Array], inputs: Sequence[Array], aggregation_weight: float) -> None:
-        """`sums[i] += aggregation_weight · inputs[i]` in place.
-
-        Sums that start from -0.0 give the bits of sums that start from the first product.
+    def accumulate(
+        self,
+        sums: Sequence[Float64Array],
+        inputs: Sequence[Sequence[Array]],
+        aggregation_weights: Float64Array,
+        *,
+        start: bool = False,
+    ) -> None:
+        """`sums[i] += Σ aggregation_weights[k] · inputs[i][k]` in place, term by term in order.
 
         Args:
             sums: Flat float64 arrays.
-            inputs: Flat, contiguous arrays of the same sizes, of any supported dtype.
-            aggregation_weight: The scalar.
+            inputs: For each of them one flat, contiguous array of its size and of one supported dtype per contribution.
+            aggregation_weights: One float64 per contribution.
+            start: Start the sums from the first product, whatever they hold.
         """
 
-    def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> None:
+    def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> list[bool]:
         """`outputs[i] = round(sums[i] / total)`.
 
         Args:
             sums: Flat float64 arrays.
             total: The sum of the aggregation weights.
             outputs: Flat, contiguous arrays of the same sizes, of any supported dtype.
+
+        Returns:
+            Which sums hold something that is not finite.
+        """
+
+    def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
+        """Which arrays hold a NaN or an infinity.
+
+        Args:
+            arrays: Flat, contiguous arrays of any supported dtype.
         """
