@@ -23,9 +23,7 @@ ffibuilder.set_source(
     "fed_learn.kernels._native",
     '#include "fl_kernels.h"',
     sources=["csrc/fl_baseline.c", "csrc/fl_avx2.c", "csrc/fl_f16c.c", "csrc/fl_dispatch.c"],
-    depends=[
-        f"csrc/fl_{name}" for name in ("kernels.h", "sets.h", "vector.h", "stamp.inc", "scan.inc", "weighted_sum.inc")
-    ],
+    depends=sorted(glob("csrc/fl_*.[hi]*")),
     include_dirs=["csrc"],
     # Contraction into fused multiply-adds would change bits from machine to machine.
     extra_compile_args=[] if sys.platform == "win32" else ["-std=c11", "-O3", "-ffp-contract=off", "-Wno-psabi"],
