@@ -1,16 +1,22 @@
 /* From the public functions to those of an instruction set, in the default floating-point environment. */
 #include <fenv.h>
+#include <math.h>
 
 #include "fl_sets.h"
 
 #if FL_HAVE_AVX2
 #include <cpuid.h>
 
-/* Not every compiler's __builtin_cpu_supports knows it. Beside AVX2 the system saves its registers. */
+/* Not every compiler's __builtin_cpu_supports knows it. Beside AVX2 the system saves its registers. Asked once: under a
+ * hypervisor the instruction takes as long as a small model's mean. */
 static int fl_cpu_has_f16c(void)
 {
-    unsigned eax, ebx, ecx, edx;
-    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+    static _Atomic int known; /* 0 not yet, 1 no, 2 yes */
+    if (known == 0) {
+        unsigned eax, ebx, ecx, edx;
+        known = 1 + (__get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0);
+    }
+    return known == 2;
 }
 #endif
 
@@ -130,6 +136,83 @@ int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t 
                                                                      counts[p], total);
     fl_leave(&env);
     return FL_OK;
+}
+
+static int fl_digits_init(struct fl_digits *digits, int top, size_t n_digits, uint8_t *touched)
+{
+    if (n_digits == 0 || n_digits > FL_DIGITS)
+        return FL_BAD_RANGE;
+    digits->n = n_digits;
+    digits->touched = touched;
+    for (size_t b = 0; b < n_digits; b++) {
+        digits->units[b] = ldexp(1.0, FL_DIGIT * (top - (int)b));
+        digits->shifts[b] = 0x1.8p52 * digits->units[b];
+    }
+    return FL_OK;
+}
+
+static void fl_digits_at(struct fl_digits *digits, const uintptr_t *rows, size_t offset)
+{
+    for (size_t b = 0; b < digits->n; b++)
+        digits->rows[b] = (int64_t *)rows[b] + offset;
+}
+
+int fl_deposit(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
+               const int32_t *dtypes, const size_t *offsets, int top, size_t n_digits, const uintptr_t *rows,
+               const double *high, const double *low, uint8_t *touched)
+{
+    struct fl_digits digits;
+    int status = fl_check(set, n_pieces, dtypes);
+    status = status == FL_OK ? fl_digits_init(&digits, top, n_digits, touched) : status;
+    if (status != FL_OK)
+        return status;
+    fenv_t env;
+    fl_enter(&env);
+    for (size_t p = 0; p < n_pieces && status == FL_OK; p++, pointers += n_inputs) {
+        fl_digits_at(&digits, rows, offsets[p]);
+        status = fl_functions(set, dtypes[p])->deposit(&digits, pointers, 0, counts[p], n_inputs, high, low);
+    }
+    fl_leave(&env);
+    return status;
+}
+
+int fl_exact_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+                    const size_t *offsets, int top, size_t n_digits, const uintptr_t *rows, double total)
+{
+    struct fl_digits digits;
+    int status = fl_check(set, n_pieces, dtypes);
+    status = status == FL_OK ? fl_digits_init(&digits, top, n_digits, NULL) : status;
+    if (status != FL_OK)
+        return status;
+    fenv_t env;
+    fl_enter(&env);
+    for (size_t p = 0; p < n_pieces; p++) {
+        fl_digits_at(&digits, rows, offsets[p]);
+        fl_functions(set, dtypes[p])->exact_divide(&digits, (void *)pointers[p], counts[p], total);
+    }
+    fl_leave(&env);
+    return FL_OK;
+}
+
+int fl_exact_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
+                  const int32_t *dtypes, int top, size_t n_digits, int64_t *scratch, const double *high,
+                  const double *low, double total)
+{
+    struct fl_digits digits;
+    uint8_t touched[FL_DIGITS] = {0};
+    int status = fl_check(set, n_pieces, dtypes);
+    status = status == FL_OK ? fl_digits_init(&digits, top, n_digits, touched) : status;
+    if (status != FL_OK)
+        return status;
+    for (size_t b = 0; b < n_digits; b++)
+        digits.rows[b] = scratch + b * FL_EXACT_TILE;
+    fenv_t env;
+    fl_enter(&env);
+    for (size_t p = 0; p < n_pieces && status == FL_OK; p++, pointers += n_inputs + 1)
+        status = fl_functions(set, dtypes[p])->exact_mean(&digits, (void *)pointers[0], pointers + 1, n_inputs, counts[p],
+                                                         high, low, total);
+    fl_leave(&env);
+    return status;
 }
 
 int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,

@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum fl_status { FL_OK = 0, FL_BAD_DTYPE = 1, FL_NO_INPUT = 2, FL_BAD_SET = 3 };
+enum fl_status { FL_OK, FL_BAD_DTYPE, FL_NO_INPUT, FL_BAD_SET, FL_BAD_RANGE };
 
 enum fl_dtype {
     FL_FLOAT16, FL_BFLOAT16, FL_FLOAT32, FL_FLOAT64, FL_BOOL,
@@ -47,6 +47,28 @@ int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t 
 /* Sets not_finite[i] to 1 where piece i holds a NaN or an infinity, else to 0. Pointers: input. */
 int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
                        const int32_t *dtypes, uint8_t *not_finite);
+
+/* Exact sums are kept as digits: 64-bit integers that count multiples of 2^(44 * (top - b)) for digit b, from the highest,
+ * b = 0, to the lowest. Row b holds that digit of all elements; `rows` are the addresses of the rows. Aggregation weights
+ * come as sums of two numbers of at most 26 bits. A call fails with FL_BAD_RANGE, and has then added a part, where the
+ * digits do not reach as far as its products. All values must be finite. */
+enum { FL_EXACT_TILE = 1024 };
+
+/* digits += sum_k (high[k] + low[k]) * input_k. Pointers: input_0 ... input_{n_inputs-1}, at element `offsets[i]` of the
+ * rows. Sets touched[b] to 1 where digit b of anything changed. At most 2^15 inputs before digits are carried. */
+int fl_deposit(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
+               const int32_t *dtypes, const size_t *offsets, int top, size_t n_digits, const uintptr_t *rows,
+               const double *high, const double *low, uint8_t *touched);
+
+/* output = round(digits / total). Pointers: output, at element `offsets[i]` of the rows. */
+int fl_exact_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+                    const size_t *offsets, int top, size_t n_digits, const uintptr_t *rows, double total);
+
+/* output = round(sum_k (high[k] + low[k]) * input_k / total) for at most 2^15 inputs. Pointers: output, input_0 ...;
+ * scratch: n_digits * FL_EXACT_TILE zeros, and zeros again in the end. */
+int fl_exact_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
+                  const int32_t *dtypes, int top, size_t n_digits, int64_t *scratch, const double *high,
+                  const double *low, double total);
 
 /* Reads every byte once and returns the sum of the 64-bit words: the limit that benchmarks compare with. */
 uint64_t fl_read(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *sizes);

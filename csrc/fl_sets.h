@@ -11,13 +11,49 @@
 #error "fed_learn promises the same bits everywhere: do not compile it with -ffast-math"
 #endif
 
-/* Each returns whether it met something that is not finite, where it says so. */
+/* Digits of exact sums, see fl_exact.inc. */
+enum { FL_DIGIT = 44, FL_DIGITS = 48 }; /* bits of a digit; most digits */
+#define FL_BASE 0x1p44
+
+struct fl_digits {
+    size_t n;
+    int64_t *rows[FL_DIGITS]; /* the highest digit first */
+    double units[FL_DIGITS];  /* what a digit counts */
+    double shifts[FL_DIGITS]; /* 1.5*2^52 units */
+    uint8_t *touched;         /* set to 1 for each digit that is changed */
+};
+
+/* The digits from the first to the last that was touched. */
+static inline struct fl_digits fl_touched(const struct fl_digits *digits)
+{
+    struct fl_digits used = *digits;
+    size_t first = 0;
+    while (used.n > 1 && !digits->touched[used.n - 1])
+        used.n--;
+    while (first + 1 < used.n && !digits->touched[first])
+        first++;
+    used.n -= first;
+    for (size_t b = 0; b < used.n; b++) {
+        used.rows[b] = digits->rows[first + b];
+        used.units[b] = digits->units[first + b];
+        used.shifts[b] = digits->shifts[first + b];
+    }
+    return used;
+}
+
+/* Those that return an int say whether they met something that is not finite. */
 struct fl_functions {
     int (*weighted_mean)(void *output, const uintptr_t *inputs, size_t n_inputs, size_t count, const double *a,
                          double total);
     void (*accumulate)(double *sums, const uintptr_t *inputs, size_t n_inputs, size_t count, const double *a,
                        int start);
     int (*divide)(void *output, const double *sums, size_t count, double total);
+    /* These return a status. */
+    int (*exact_mean)(struct fl_digits *digits, void *output, const uintptr_t *inputs, size_t n_inputs, size_t count,
+                      const double *high, const double *low, double total);
+    int (*deposit)(const struct fl_digits *digits, const uintptr_t *inputs, size_t start, size_t n, size_t n_inputs,
+                   const double *high, const double *low);
+    void (*exact_divide)(const struct fl_digits *digits, void *output, size_t n, double total);
 };
 
 /* Indexed by enum fl_dtype. The f16c table has float16 alone: for the others it would be that of avx2. */

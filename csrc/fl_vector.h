@@ -180,6 +180,11 @@ FL_INLINE fl_f64 fl_f64_of_i64(fl_u64 x)
     fl_f64 low = fl_f64_of_bits((x & 0xffffffffu) | 0x4330000000000000u);
     return (high - (0x1p84 + 0x1p63 + 0x1p52)) + low;
 }
+/* A signed 64-bit integer of magnitude up to 2^51. */
+FL_INLINE fl_f64 fl_f64_of_small(fl_u64 x)
+{
+    return fl_f64_of_bits(x + 0x4338000000000000u) - 0x1.8p52;
+}
 /* A whole number of magnitude up to 2^51 as a 64-bit integer: the fraction of 1.5*2^52 plus it. */
 FL_INLINE fl_u64 fl_u64_of_f64(fl_f64 x)
 {

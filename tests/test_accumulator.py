@@ -22,7 +22,7 @@ from reference import (
 
 import fed_learn as fl
 from fed_learn.aggregation import Accumulator, weighted_average
-from fed_learn.aggregation.exact import ExactSum
+from fed_learn.aggregation.exact import ExactSums
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.errors import (
     AggregationWeightError,
@@ -539,7 +539,7 @@ def test_interrupted_accumulator_refuses_to_go_on(step: str, exact: bool, monkey
         raise KeyboardInterrupt
 
     if exact:
-        monkeypatch.setattr(ExactSum, step, interrupted)
+        monkeypatch.setattr(ExactSums, step, interrupted)
     else:
         monkeypatch.setattr(type(accumulator._kernel), "accumulate", interrupted)
     with pytest.raises(KeyboardInterrupt):

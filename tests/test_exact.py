@@ -334,7 +334,7 @@ def test_carrying_early_does_not_change_the_bits(
     rng = np.random.default_rng(8)
     pairs = [(values(rng, dtype, 33), float(rng.uniform(0.01, 100))) for _ in range(20)]
     expected = mean_bits(streamed(pairs))
-    monkeypatch.setattr("fed_learn.aggregation.exact.CARRY_AFTER", after)
+    monkeypatch.setattr("fed_learn.aggregation.exact.MOST_TERMS", after)
     assert mean_bits(streamed(pairs)) == expected
     assert {mean_bits(merged_at_random(pairs, rng)) for _ in range(10)} == {expected}
 
@@ -345,20 +345,20 @@ def test_carrying_early_does_not_change_the_bits_of_any_values(terms: list[tuple
     pairs = [(np.array([number]), weight) for number, weight in terms]
     expected = mean_bits(streamed(pairs))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fed_learn.aggregation.exact.CARRY_AFTER", after)
+        patch.setattr("fed_learn.aggregation.exact.MOST_TERMS", after)
         assert mean_bits(streamed(pairs)) == expected
         assert mean_bits(streamed(pairs[::-1])) == expected
 
 
 def test_more_terms_than_fit_without_a_carry_are_summed_exactly() -> None:
-    term, weight = np.array([2.0**36 - 1, 1 - 2.0**36, 1 / 3]), 1 - 2.0**-53
+    term, weight = np.array([2.0**44 - 1, 1 - 2.0**44, 1 / 3]), 1 - 2.0**-53
     accumulator = Accumulator(exact=True)
-    for _ in range(17_000):
+    for _ in range(33_000):
         accumulator.add({"w": term}, weight)
-    assert accumulator.total_weight == float(17_000 * Fraction(weight))
-    accumulator.add({"w": -term}, 16_999)
+    assert accumulator.total_weight == float(33_000 * Fraction(weight))
+    accumulator.add({"w": -term}, 32_999)
     expected = [
-        Fraction(x) * (17_000 * Fraction(weight) - 16_999) / (17_000 * Fraction(weight) + 16_999) for x in term.tolist()
+        Fraction(x) * (33_000 * Fraction(weight) - 32_999) / (33_000 * Fraction(weight) + 32_999) for x in term.tolist()
     ]
     assert largest_own_error(accumulator.result()["w"], expected) <= 3
 
@@ -381,18 +381,18 @@ def test_sums_of_far_more_terms_than_fit_without_a_carry_keep_their_last_bit(dou
 
 
 def test_merging_two_that_are_about_to_carry_is_exact() -> None:
-    term = np.array([2.0**36 - 1, -(2.0**36 - 1), 2.0**700 - 2.0**648])
+    term = np.array([2.0**44 - 1, -(2.0**44 - 1), 2.0**700 - 2.0**648])
     one = streamed([(term, 1.0)] * 4)
-    for _ in range(12):
+    for _ in range(13):
         one.merge(copy.deepcopy(one))
-    assert len(one) == 1 << 14
+    assert len(one) == 1 << 15
     almost = streamed([])
-    for power in range(14):
+    for power in range(15):
         part = streamed([(term, 1.0)])
         for _ in range(power):
             part.merge(copy.deepcopy(part))
         almost.merge(part)
-    assert len(almost) == (1 << 14) - 1
+    assert len(almost) == (1 << 15) - 1
     almost.merge(copy.deepcopy(almost))
     assert mean_bits(almost) == mean_bits(one) == term.tobytes()
 

@@ -25,9 +25,8 @@ from fed_learn.weights import (
     FrozenWeights,
     Schema,
     WeightDict,
-    as_weight_dict,
     check_differences,
-    check_finite,
+    check_weights,
 )
 
 
@@ -94,6 +93,8 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
         >>> check_aggregation_weight(np.int64(120))
         120.0
     """
+    if type(value) is float and 0 < value < math.inf:
+        return value  # the usual case
     problem = None
     number = _as_float(value)
     if value is None:
@@ -212,14 +213,9 @@ def check_contribution(
     checked_metrics(contribution.metrics, who)
     checked_n_iter(contribution.n_iter, who)
     aggregation_weight = check_aggregation_weight(contribution.aggregation_weight, who)
-    weights = as_weight_dict(contribution.weights, who)
-    if schema is None:
-        schema = Schema.of(weights, who)
-    schema.check(weights, who)
+    weights = check_weights(contribution.weights, schema, who, scan=scan)
     if contribution.kind is Kind.DIFF:
-        check_differences(schema, who)
-    if scan:
-        check_finite(weights, who)
+        check_differences(Schema.of(weights, who), who)
     return weights, aggregation_weight
 
 

@@ -87,6 +87,8 @@ class FrozenWeights(FrozenDict):
 def _sealed(array: Array) -> Array:
     """A view of the array, which is made read-only: numpy refuses to make such a view writeable again."""
     array.flags.writeable = False
+    if isinstance(array.base, np.ndarray):  # a slab that several results share
+        array.base.flags.writeable = False
     return array.view()
 
 
@@ -119,6 +121,10 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
         >>> as_weight_dict({"steps": np.int64(3)})
         {'steps': array(3)}
     """
+    if isinstance(weights, dict) and type(weights) in (dict, FrozenWeights):
+        names, values = set(map(type, weights)), set(map(type, weights.values()))
+        if names <= {str} and values <= {np.ndarray}:
+            return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
         raise WeightsTypeError(
             f"{_who(contributor)}weights are a {type(weights).__name__}, not a dict of numpy arrays",
@@ -179,6 +185,10 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             schema[name] = (array.shape, dtype)
         return schema
 
+    def describes(self, weights: WeightDict) -> bool:
+        """Whether names, shapes and dtypes are just these, byte order included: a fast `check` without reasons."""
+        return self == {name: (array.shape, array.dtype) for name, array in weights.items()}
+
     def check(self, weights: WeightDict, contributor: str | None = None) -> None:
         """Refuses weights whose names, shapes or dtypes differ; byte order and strides do not matter.
 
@@ -216,6 +226,33 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
                     shape=array.shape,
                     expected=shape,
                 )
+
+
+def check_weights(
+    weights: object, schema: Schema | None = None, contributor: str | None = None, *, scan: bool = True
+) -> dict[str, Array]:
+    """Checks weights that came from outside whole.
+
+    Args:
+        weights: Should be a weight dict.
+        schema: What it must have; None: any names and shapes, and dtypes that can be averaged.
+        contributor: Who sent it, for the error.
+        scan: Look for NaN and infinity.
+
+    Returns:
+        A plain dict of the arrays.
+
+    Raises:
+        WeightsTypeError, NamesError, ShapeError, DtypeError, NonFiniteError: What is wrong with it.
+    """
+    arrays = as_weight_dict(weights, contributor)
+    if schema is None:
+        Schema.of(arrays, contributor)
+    elif not schema.describes(arrays):
+        schema.check(arrays, contributor)
+    if scan:
+        check_finite(arrays, contributor)
+    return arrays
 
 
 def check_finite(weights: WeightDict, contributor: str | None = None) -> None:

@@ -7,9 +7,9 @@ from typing import Any, overload
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.aggregation.arrays import Outputs, flat
+from fed_learn.aggregation.arrays import Outputs, contiguous
 from fed_learn.aggregation.average import LIFT
-from fed_learn.aggregation.exact import ExactSum, check_domain
+from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import fits, magnitude
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind, check_contribution
 from fed_learn.environment import sum_in_order
@@ -25,7 +25,7 @@ from fed_learn.errors import (
     SumOverflowError,
     brief,
 )
-from fed_learn.kernels.base import Float64Array
+from fed_learn.kernels.digits import Float64Array
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, first_of
 
 
@@ -57,7 +57,7 @@ class Accumulator:
         self._exact = exact
         self._schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
         self._sums: dict[str, Float64Array] = {}
-        self._exact_sums: dict[str, ExactSum] = {}
+        self._exact_sums: ExactSums | None = None
         self._total: float | Fraction = Fraction() if exact else 0.0
         self._count = 0
         self._largest: dict[str, int] = {}
@@ -122,7 +122,7 @@ class Accumulator:
             contributors=self._contributors if named else (),
             scan=False,
         )
-        columns = {name: flat(array) for name, array in arrays.items()}
+        columns = {name: contiguous(array) for name, array in arrays.items()}
         flags = self._kernel.not_finite(list(columns.values()))
         check_finite(
             {name: arrays[name] for name, flag in zip(columns, flags, strict=True) if flag}, contribution.contributor
@@ -142,9 +142,8 @@ class Accumulator:
 
         self._broken = True
         start = self._start(schema)
-        if self._exact:
-            for name in schema:
-                self._exact_sums[name].add(columns[name], a)
+        if self._exact_sums is not None:
+            self._exact_sums.add(self._kernel, [[columns[name]] for name in schema], [a])
         else:
             self._add([[columns[name]] for name in schema], [math.ldexp(a, LIFT)], start)
         self._total = self._total + Fraction(a) if isinstance(self._total, Fraction) else sum_in_order((self._total, a))
@@ -198,9 +197,8 @@ class Accumulator:
 
         self._broken = True
         start = self._start(other._schema if self._schema is None else self._schema)
-        if self._exact:
-            for name, exact in other._exact_sums.items():
-                self._exact_sums[name].merge(exact)
+        if self._exact_sums is not None and other._exact_sums is not None:
+            self._exact_sums.merge(other._exact_sums)
         else:
             self._add([[other._sums[name]] for name in self._sums], [1.0], start)
         if isinstance(self._total, Fraction):
@@ -238,7 +236,7 @@ class Accumulator:
             self._divide_exact(outputs)
         else:
             total = math.ldexp(float(self._total), LIFT)
-            flags = self._kernel.divide(list(self._sums.values()), total, list(outputs.flat.values()))
+            flags = self._kernel.divide(list(self._sums.values()), total, list(outputs.arrays.values()))
             for name, flag in zip(self._sums, flags, strict=True):
                 if flag:
                     raise SumOverflowError(
@@ -255,24 +253,25 @@ class Accumulator:
         self._kernel = kernels.resolve()
 
     def _divide_exact(self, outputs: Outputs) -> None:
+        assert self._exact_sums is not None
         total = Fraction(self._total)
         numbers = []
-        for name, output in outputs.flat.items():
+        for i, output in enumerate(outputs.arrays.values()):
             if output.dtype.kind in "biu":
-                self._exact_sums[name].integer_mean(total, output)
+                self._exact_sums.integer_mean(i, total, output)
             else:
-                numbers.append(name)
-        sums = [self._exact_sums[name].value() for name in numbers]
-        self._kernel.divide(sums, float(total), [outputs.flat[name] for name in numbers])
+                numbers.append(i)
+        arrays = list(outputs.arrays.values())
+        self._exact_sums.divide(self._kernel, numbers, total, [arrays[i] for i in numbers])
 
     def _start(self, schema: Schema) -> bool:
         """Makes the sums if there are none; returns whether it did."""
         self._schema = schema
-        if self._sums or self._exact_sums:
+        if self._sums or self._exact_sums is not None:
             return False
         sizes = {name: math.prod(shape) for name, (shape, _) in schema.items()}
         if self._exact:
-            self._exact_sums = {name: ExactSum(size) for name, size in sizes.items()}
+            self._exact_sums = ExactSums(list(sizes.values()))
         else:
             self._sums = {name: np.empty(size) for name, size in sizes.items()}
         return True

@@ -1,17 +1,27 @@
-"""From checked weight dicts to what a kernel takes: flat inputs, and outputs that share memory with none of them."""
+"""From checked weight dicts to what a kernel takes: contiguous inputs, and outputs that share no memory with them."""
 
-from collections.abc import Iterable
-from itertools import pairwise
+import math
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 import numpy as np
 
 from fed_learn.errors import OutputError
+from fed_learn.kernels.memory import Addresses, addresses
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, native_dtype
 
+ALIGNMENT = 64
+"""Bytes of a cache line, at which the arrays of a slab begin."""
+SMALLEST_SLAB = 1 << 20
+"""Bytes of a model from which on its new arrays share a slab."""
 
-def flat(array: Array) -> Array:
-    """The array flat, contiguous, aligned and in native byte order: a view where it is so already, else a copy."""
-    return np.require(array, native_dtype(array.dtype), ["C", "A"]).reshape(-1)
+
+def contiguous(array: Array) -> Array:
+    """The array contiguous, aligned and in native byte order: itself where it is so already, else a copy."""
+    flags = array.flags
+    if flags.c_contiguous and flags.aligned and array.dtype.isnative:
+        return array
+    return np.require(array, native_dtype(array.dtype), ["C", "A"])
 
 
 class Outputs:
@@ -28,12 +38,12 @@ class Outputs:
 
     Attributes:
         weights: The result, in the order of the schema; `out` itself where it was given.
-        flat: A flat array per name for the kernel to write to.
+        arrays: A contiguous array per name for the kernel to write to.
     """
 
     def __init__(self, schema: Schema, out: WeightDict | None, inputs: Iterable[Array] = ()) -> None:
         if out is None:
-            self.weights: WeightDict = {n: np.empty(shape, dtype) for n, (shape, dtype) in schema.items()}
+            self.weights: WeightDict = _new(schema)
         else:
             arrays = as_weight_dict(out, "out")
             schema.check(arrays, "out")
@@ -44,30 +54,51 @@ class Outputs:
                     raise OutputError(f"out: {name!r} is read-only", name=name)
             _refuse_overlap(arrays, inputs)
             self.weights = out
-        # What a kernel cannot write to in place is filled by way of a flat copy.
-        self.flat = {name: flat(self.weights[name]) for name in schema}
+        # What a kernel cannot write to in place is filled by way of a copy.
+        self.arrays = {name: contiguous(self.weights[name]) for name in schema}
 
     def finish(self) -> WeightDict:
-        """The result, once the flat arrays have been written."""
-        for name, array in self.weights.items():
-            if not np.may_share_memory(array, self.flat[name]):
-                array[...] = self.flat[name].reshape(array.shape)
+        """The result, once the arrays have been written."""
+        for name, array in self.arrays.items():
+            if array is not self.weights[name]:
+                self.weights[name][...] = array
         return self.weights
 
 
+def _new(schema: Schema) -> dict[str, Array]:
+    """New arrays. Large models lie in one piece of memory: many arrays would cost several times its page faults."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in schema.items()}
+    if sum(sizes.values()) < SMALLEST_SLAB:
+        return {name: np.empty(shape, dtype) for name, (shape, dtype) in schema.items()}
+    ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()))
+    slab = np.empty(ends[-1], np.uint8)
+    return {
+        name: slab[start : start + sizes[name]].view(dtype).reshape(shape)
+        for start, (name, (shape, dtype)) in zip([0, *ends], schema.items(), strict=False)
+    }
+
+
 def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
-    outputs = [(*np.lib.array_utils.byte_bounds(array), name) for name, array in out.items() if array.size]
-    outputs.sort()
-    for (_, stop, first), (start, _, second) in pairwise(outputs):
-        if start < stop:
-            raise OutputError(f"out: {first!r} and {second!r} overlap in memory", name=first)
-    starts = np.array([start for start, _, _ in outputs])
-    for array in inputs:
-        if not array.size or not outputs:
-            continue
-        low, high = np.lib.array_utils.byte_bounds(array)
-        # The last output that begins before the input ends is the one that could reach into it.
-        nearest = int(np.searchsorted(starts, high)) - 1
-        if nearest >= 0 and outputs[nearest][1] > low:
-            name = outputs[nearest][2]
-            raise OutputError(f"out: {name!r} overlaps an input in memory, and inputs are never changed", name=name)
+    names = [name for name, array in out.items() if array.size]
+    if not names:
+        return
+    starts, stops = _bounds([out[name] for name in names])
+    order = np.argsort(starts)
+    starts, stops, names = starts[order], stops[order], [names[i] for i in order]
+    for i in np.flatnonzero(stops[:-1] > starts[1:]):
+        raise OutputError(f"out: {names[i]!r} and {names[i + 1]!r} overlap in memory", name=names[i])
+    lows, highs = _bounds([array for array in inputs if array.size])
+    # The last output that begins before the input ends is the one that could reach into it.
+    nearest = np.searchsorted(starts, highs) - 1
+    for i in np.flatnonzero((nearest >= 0) & (stops[nearest] > lows)):
+        name = names[nearest[i]]
+        raise OutputError(f"out: {name!r} overlaps an input in memory, and inputs are never changed", name=name)
+
+
+def _bounds(arrays: Sequence[Array]) -> tuple[Addresses, Addresses]:
+    """The addresses at which the memory of arrays begins and ends."""
+    if all(array.flags.c_contiguous for array in arrays):
+        starts = addresses(arrays)
+        return starts, starts + np.array([array.nbytes for array in arrays], np.uintp)
+    bounds = np.array([np.lib.array_utils.byte_bounds(array) for array in arrays], np.uintp)
+    return bounds[:, 0], bounds[:, 1]

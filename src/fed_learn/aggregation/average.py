@@ -9,14 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from fed_learn import kernels
-from fed_learn.aggregation.arrays import Outputs, flat
-from fed_learn.aggregation.exact import ExactSum, check_domain
+from fed_learn.aggregation.arrays import Outputs, contiguous
+from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import integer_mean, needs_integers
-from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind, check_contribution
+from fed_learn.contribution import (
+    LARGEST_WEIGHT,
+    SMALLEST_WEIGHT,
+    Contribution,
+    Kind,
+    check_aggregation_weight,
+    check_contribution,
+)
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import AggregationWeightError, EmptyAggregationError, WeightsTypeError
-from fed_learn.kernels.base import Float64Array, Kernel, Segment
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite
+from fed_learn.kernels.base import Kernel, Segment
+from fed_learn.kernels.digits import MOST_TERMS
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, check_weights
 
 LIFT = 100
 """Aggregation weights are multiplied by 2**100 (see `usual_scale`)."""
@@ -81,16 +89,15 @@ def weighted_average(
     else:
         schema, checked = _checked_weight_dicts(batch, aggregation_weights, schema, scan=exact)
     outputs = Outputs(schema, out, (array for _, weights, _ in checked for array in weights.values()))
-    columns = {name: [flat(weights[name]) for _, weights, _ in checked] for name in schema}
+    columns = {name: [contiguous(weights[name]) for _, weights, _ in checked] for name in schema}
     scalars = [a for _, _, a in checked]
     for name in [name for name, column in columns.items() if needs_integers(column, exact)]:
-        integer_mean(columns.pop(name), scalars, outputs.flat[name])
-    results = {name: outputs.flat[name] for name in columns}
+        integer_mean(columns.pop(name), scalars, outputs.arrays[name])
+    results = {name: outputs.arrays[name] for name in columns}
     if exact:
         for contributor, weights, a in checked:
             check_domain(weights, a, contributor)
-        sums = [_exact_sum(column, scalars) for column in columns.values()]
-        chosen.divide(sums, float(sum(map(Fraction, scalars))), list(results.values()))
+        _exact_average(chosen, list(columns.values()), scalars, list(results.values()))
     else:
         flagged = _average(chosen, columns, scalars, usual_scale(scalars), results)
         doubtful = _refuse_non_finite({name: results[name] for name in flagged}, checked)
@@ -161,8 +168,8 @@ def _checked_weight_dicts(
         label = f"contributions[{i}]"
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
-        contribution = Contribution(label, item, a)  # type: ignore[arg-type]
-        checked.append((label, *check_contribution(contribution, schema, scan=scan)))
+        aggregation_weight = check_aggregation_weight(a, label)
+        checked.append((label, check_weights(item, schema, label, scan=scan), aggregation_weight))
         schema = Schema.of(checked[0][1]) if schema is None else schema
     assert schema is not None
     return schema, checked
@@ -185,8 +192,16 @@ def _refuse_non_finite(results: WeightDict, checked: Checked) -> dict[str, npt.N
     return doubtful
 
 
-def _exact_sum(column: Sequence[Array], aggregation_weights: Sequence[float]) -> Float64Array:
-    exact = ExactSum(column[0].size)
-    for x, a in zip(column, aggregation_weights, strict=True):
-        exact.add(x, a)
-    return exact.value()
+def _exact_average(
+    kernel: Kernel, columns: Sequence[list[Array]], aggregation_weights: Sequence[float], outputs: Sequence[Array]
+) -> None:
+    total = sum(map(Fraction, aggregation_weights), Fraction())
+    if len(aggregation_weights) < MOST_TERMS:
+        segments = [Segment(column, output) for column, output in zip(columns, outputs, strict=True)]
+        kernel.exact_mean(segments, np.array(aggregation_weights), float(total))
+        return
+    sums = ExactSums([output.size for output in outputs])
+    for start in range(0, len(aggregation_weights), MOST_TERMS // 2):
+        some = slice(start, start + MOST_TERMS // 2)
+        sums.add(kernel, [column[some] for column in columns], aggregation_weights[some])
+    sums.divide(kernel, range(len(outputs)), total, outputs)

@@ -1,22 +1,16 @@
 """Sums whose bits do not depend on the order of the terms: what `exact=True` means.
 
-Each sum is kept exactly, as digits on a fixed grid of powers of 2**36 ("bins": float64 arrays that hold integers times
-their unit), so addition is associative and any order and any tree of merges end in the same value. A term a·x
-is cut into products that float64 holds exactly, and those into slices that are multiples of a bin's unit; every step
-is exact, so nothing is estimated and nothing needs a proof beyond counting bits. Bins are made where terms have
-bits, which for a trained float32 model are three to five: 24 to 40 bytes an element.
-
-The slicing is that of Demmel & Nguyen, "Parallel Reproducible Summation" (IEEE Trans. Computers, 2015); here no bin is
-ever dropped, so the sum is not merely reproducible but exact.
+Each sum is kept exactly, as digits (see `fed_learn.kernels.digits`), so addition is associative and any order and any
+tree of merges end in the same value. Digits are made where terms have bits, which for a trained float32 model are
+three or four: 24 to 32 bytes an element while contributions stream in. A batch needs no memory for them.
 
 Domain: aggregation weights from 2**-100 to 2**100; float64 values that are 0 or from 2**-700 to 2**700 in magnitude;
 all values of the other dtypes. `check_domain` raises outside of it, before anything is added.
-
-This part is numpy whichever kernel is chosen; the final division is the kernel's.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 
@@ -24,15 +18,21 @@ from fed_learn.aggregation.integers import rounded_quotient
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.environment import check_environment
 from fed_learn.errors import ExactDomainError
-from fed_learn.kernels.base import Float64Array
+from fed_learn.kernels.base import Kernel
+from fed_learn.kernels.digits import (
+    DIGIT_BITS,
+    MOST_TERMS,
+    VALUE_EXPONENT,
+    Digits,
+    Int64Array,
+    carried,
+    digit_range,
+)
 from fed_learn.weights import Array, WeightDict, native_dtype
 
-BIN_BITS = 36
-VALUE_LIMIT = 2.0**700
-TILE = 1 << 14
-"""Elements at a time, so that what is cut into slices stays in the cache."""
-CARRY_AFTER = 1 << 14
-"""Terms after which bins are carried: each adds up to four slices of 2**36 units, and 2**53 units are exact."""
+VALUE_LIMIT = 2.0**VALUE_EXPONENT
+TILE = 1 << 16
+"""Elements at a time, so that what is in between stays small."""
 
 
 def check_domain(weights: WeightDict, aggregation_weight: float, contributor: str | None = None) -> None:
@@ -62,120 +62,96 @@ def check_domain(weights: WeightDict, aggregation_weight: float, contributor: st
             )
 
 
-class ExactSum:
-    """Exact sums of a·x, one per element of a flat array.
+class ExactSums:
+    """Exact sums of a·x for the variables of a model.
 
     Args:
-        size: Number of elements.
+        sizes: Elements of each variable.
 
     Example:
-        >>> total = ExactSum(1)
+        >>> from fed_learn.kernels import resolve
+        >>> total, mean = ExactSums([1]), np.zeros(1)
         >>> for term in (2.0**60, 1.0, 2.0**-60, -(2.0**60), -1.0):
-        ...     total.add(np.array([term]), 1.0)
-        >>> float(total.value()[0]) == 2.0**-60
+        ...     total.add(resolve(), [[np.array([term])]], [1.0])
+        >>> total.divide(resolve(), [0], Fraction(1), [mean])
+        >>> float(mean[0]) == 2.0**-60
         True
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self._bins: dict[int, Float64Array] = {}
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = list(sizes)
+        self._starts = [0, *accumulate(sizes)]
+        self._rows: dict[int, Int64Array] = {}
         self._terms = 0
 
-    def add(self, x: Array, aggregation_weight: float) -> None:
-        """Adds `aggregation_weight · x`, exactly. Both lie in the domain."""
-        for start in range(0, self.size, TILE):
-            tile = slice(start, start + TILE)
-            for part in _exact_products(x[tile], aggregation_weight):
-                self._deposit(part, tile)
-        self._count(1)
+    def add(self, kernel: Kernel, columns: Sequence[Sequence[Array]], aggregation_weights: Sequence[float]) -> None:
+        """Adds `Σ aggregation_weights[k] · columns[i][k]` to the sums of variable i. All lie in the domain.
 
-    def merge(self, other: "ExactSum") -> None:
+        Args:
+            kernel: Does it.
+            columns: For each variable one array per contribution.
+            aggregation_weights: One per contribution; at most `MOST_TERMS - 1`.
+        """
+        self._count(len(aggregation_weights))
+        a = np.array(aggregation_weights, np.float64)
+        top, bottom = digit_range({column[0].dtype for column in columns}, a)
+        # New rows are memory that the system only provides where it is written to; most are never touched.
+        missing = {j: np.zeros(self._starts[-1], np.int64) for j in range(bottom, top + 1) if j not in self._rows}
+        rows = self._rows | missing
+        digits = Digits(top, [rows[j] for j in range(top, bottom - 1, -1)])
+        touched = kernel.deposit(digits, self._starts[:-1], columns, a)
+        for b, changed in enumerate(touched):
+            if changed:
+                self._rows[top - b] = digits.rows[b]
+
+    def merge(self, other: "ExactSums") -> None:
         """Adds the sums of `other`, which stays as it is."""
-        for j, digits in other._bins.items():
-            self._bin(j)[...] += digits
-        self._count(other._terms)
+        self._count(max(1, other._terms))
+        for j, row in other._rows.items():
+            if j in self._rows:
+                self._rows[j] += row
+            else:
+                self._rows[j] = row.copy()
 
-    def value(self) -> Float64Array:
-        """The sums as float64, within a few units of the last place: a function of the exact values alone."""
-        # Canonical digits: of the magnitude, each in [0, 2**36), so that equal sums have equal digits.
-        bins = {j: digits.copy() for j, digits in self._bins.items()}
-        if not bins:
-            return np.zeros(self.size)
-        _carry(bins)
-        sign = np.where(bins[max(bins)] < 0, -1.0, 1.0)
-        for digits in bins.values():
-            digits *= sign
-        _carry(bins)
-        total = np.zeros(self.size)
-        for j in sorted(bins):
-            total += bins[j]
-        return np.asarray(total * sign)
+    def divide(self, kernel: Kernel, variables: Sequence[int], total: Fraction, outputs: Sequence[Array]) -> None:
+        """Writes the sums of some variables, divided by `total`, to outputs of floating-point dtypes."""
+        kernel.exact_divide(self._digits(), [self._starts[i] for i in variables], float(total), outputs)
 
-    def integer_mean(self, total: Fraction, output: Array) -> None:
-        """The sums divided by `total`, rounded half to even, exactly: for integers and booleans."""
-        lowest = min(self._bins, default=0)
-        unit = Fraction(2) ** (BIN_BITS * lowest)
-        sums = np.zeros(self.size, object)
-        for j, digits in self._bins.items():
-            units = (digits / np.ldexp(1.0, BIN_BITS * j)).astype(np.int64)  # exact: integers below 2**53
-            sums += units.astype(object) << (BIN_BITS * (j - lowest))
-        ratio = unit / total
-        output[...] = rounded_quotient(sums * ratio.numerator, ratio.denominator).astype(output.dtype)
+    def integer_mean(self, variable: int, total: Fraction, output: Array) -> None:
+        """The sums of a variable divided by `total`, rounded half to even, exactly: for integers and booleans."""
+        digits = self._digits()
+        bottom = digits.top - len(digits.rows) + 1
+        ratio = Fraction(2) ** (DIGIT_BITS * bottom) / total
+        flat = output.reshape(-1)
+        for start in range(0, flat.size, TILE):
+            tile = flat[start : start + TILE]
+            here = slice(self._starts[variable] + start, self._starts[variable] + start + tile.size)
+            sums = np.zeros(tile.size, object)
+            for row in digits.rows:
+                sums = (sums << DIGIT_BITS) + row[here].astype(object)
+            tile[...] = rounded_quotient(sums * ratio.numerator, ratio.denominator).astype(output.dtype)
 
-    def _bin(self, j: int) -> Float64Array:
-        if j not in self._bins:
-            self._bins[j] = np.zeros(self.size)
-        return self._bins[j]
-
-    def _deposit(self, terms: Float64Array, tile: slice) -> None:
-        largest = float(np.abs(terms).max(initial=0.0))
-        j = int(np.frexp(largest)[1]) // BIN_BITS
-        while terms.any():
-            # Adding and taking away 1.5·2**52 units rounds to a multiple of the unit; the rest is exact.
-            shift = np.ldexp(1.5, 52 + BIN_BITS * j)
-            slices = terms + shift
-            slices -= shift
-            self._bin(j)[tile] += slices
-            terms -= slices
-            j -= 1
+    def _digits(self) -> Digits:
+        """From the highest to the lowest that there is, with zeros for those between that there are not."""
+        top, bottom = max(self._rows, default=0), min(self._rows, default=0)
+        missing = {j: np.zeros(self._starts[-1], np.int64) for j in range(bottom, top + 1) if j not in self._rows}
+        rows = self._rows | missing
+        return Digits(top, [rows[j] for j in range(top, bottom - 1, -1)])
 
     def _count(self, terms: int) -> None:
-        self._terms += terms
-        if self._terms >= CARRY_AFTER:
-            _carry(self._bins)
-            self._terms = 1
-
-
-def _exact_products(x: Array, aggregation_weight: float) -> Iterable[Float64Array]:
-    """Arrays that sum to `aggregation_weight · x` exactly: products of halves of at most 26 bits."""
-    wide = x.astype(np.float64)
-    a_high, a_low = (float(half) for half in _halves(np.float64(aggregation_weight)))
-    # 24 bits times 26 fit; longer values need to be halved as well.
-    long = x.dtype.itemsize == 8 or (x.dtype.kind in "iu" and x.dtype.itemsize == 4)
-    values = _halves(wide) if long else (wide,)
-    for value in values:
-        yield a_high * value
-        if a_low:
-            yield a_low * value
-
-
-def _halves(x: Float64Array | np.float64) -> tuple[Float64Array, Float64Array]:
-    """Veltkamp's splitting: x = high + low, each of at most 26 bits."""
-    scaled = x * 134217729.0  # 2**27 + 1
-    high = scaled - (scaled - x)
-    return np.asarray(high), np.asarray(x - high)
-
-
-def _carry(bins: dict[int, Float64Array]) -> None:
-    """Makes the digits of every bin but the top one lie in [0, 2**36), and the top one's in ±2**36."""
-    j = min(bins, default=0)
-    while bins:
-        unit_above = np.ldexp(1.0, BIN_BITS * (j + 1))
-        carried = np.floor(bins[j] / unit_above) * unit_above
-        if j + 1 not in bins:
-            if j >= max(bins) and bool((np.abs(bins[j]) < unit_above).all()):
-                return
-            bins[j + 1] = np.zeros_like(carried)
-        bins[j] -= carried
-        bins[j + 1] += carried
-        j += 1
+        """Carries the digits in time before they could overflow."""
+        if self._terms + terms < MOST_TERMS:
+            self._terms += terms
+            return
+        digits = self._digits()
+        top = np.zeros(self._starts[-1], np.int64)
+        for start in range(0, self._starts[-1], TILE):
+            here = slice(start, start + TILE)
+            high, *others = carried(Digits(digits.top, [row[here] for row in digits.rows])).rows
+            top[here] = high
+            for row, digit in zip(digits.rows, others, strict=True):
+                row[here] = digit
+        self._rows = {digits.top - b: row for b, row in enumerate(digits.rows)}
+        if top.any():
+            self._rows[digits.top + 1] = top
+        self._terms = 1 + terms

@@ -46,9 +46,9 @@ def integer_mean(column: Sequence[Array], aggregation_weights: Sequence[float], 
     """The weighted mean of integers, exact, rounded half to even.
 
     Args:
-        column: One flat array per contribution.
+        column: One array per contribution.
         aggregation_weights: One per contribution.
-        output: Where the mean goes: flat, of the same dtype.
+        output: Where the mean goes, of the same dtype and shape.
 
     Example:
         >>> output = np.zeros(1, np.int64)
@@ -59,7 +59,7 @@ def integer_mean(column: Sequence[Array], aggregation_weights: Sequence[float], 
     fractions = [Fraction(a) for a in aggregation_weights]
     scale = lcm(*(a.denominator for a in fractions))
     whole = [int(a * scale) for a in fractions]
-    sums = sum((x.astype(object) * a for x, a in zip(column, whole, strict=True)), np.zeros(output.size, object))
+    sums = sum((x.astype(object) * a for x, a in zip(column, whole, strict=True)), np.zeros(output.shape, object))
     output[...] = rounded_quotient(sums, sum(whole)).astype(output.dtype)
 
 
@@ -73,4 +73,4 @@ def rounded_quotient(numerators: npt.NDArray[np.object_], denominator: int) -> n
     quotient = numerators // denominator
     twice = (numerators - quotient * denominator) * 2
     up = (twice > denominator) | ((twice == denominator) & (quotient % 2 == 1))
-    return np.asarray(quotient + up.astype(object))
+    return np.asarray(quotient + up, object)  # operations on 0-d arrays of objects yield scalars

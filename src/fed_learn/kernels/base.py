@@ -1,35 +1,32 @@
-"""What a kernel is: a few operations on flat arrays that do all the arithmetic of aggregation.
+"""What a kernel is: a few operations on arrays that do all the arithmetic of aggregation.
 
 The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.py`, the readable reference):
 
 - sums are kept in float64, whatever the dtype; they start from the first product and add the others in order,
   each product and each sum rounded to nearest, never fused;
 - one float64 division by the total at the end, held within ±the largest float64;
+- with exact sums, digits that hold them (see `digits.py`) and their float64 value in place of the sums;
 - one rounding to the output dtype: float32 nearest-even, float16 and bfloat16 by way of float32, integers and
   booleans half to even (of the float64 mean: with aggregation weights that are no whole numbers a tie may not be one).
 
-A kernel checks nothing: names, shapes and dtypes have been checked by its caller. It says where numbers are not finite.
+All arrays are C-contiguous, aligned and in native byte order; those that belong together have the same number of
+elements, whatever their shapes. A kernel checks nothing, its caller has; the caller also keeps integers so small that
+|x|·(n + 2) ≤ 2**52. A kernel says where numbers are not finite.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
+from fed_learn.kernels.digits import Digits, Float64Array
 from fed_learn.weights import Array
 
-Float64Array: TypeAlias = npt.NDArray[np.float64]
 
-
-@dataclass(frozen=True, eq=False)
-class Segment:
+class Segment(NamedTuple):
     """One variable over all contributions.
 
     Attributes:
-        inputs: One flat, contiguous array in native byte order per contribution, all of one dtype and size.
-        output: Where the mean goes: flat, contiguous, of the same dtype and size.
+        inputs: One array per contribution, all of one dtype.
+        output: Where the mean goes, of the same dtype.
     """
 
     inputs: Sequence[Array]
@@ -64,8 +61,8 @@ class Kernel(Protocol):
         """`sums[i] += Σ aggregation_weights[k] · inputs[i][k]` in place, term by term in order.
 
         Args:
-            sums: Flat float64 arrays.
-            inputs: For each of them one flat, contiguous array of its size and of one supported dtype per contribution.
+            sums: float64 arrays.
+            inputs: For each of them one array per contribution, all of one supported dtype.
             aggregation_weights: One float64 per contribution.
             start: Start the sums from the first product, whatever they hold.
         """
@@ -74,17 +71,49 @@ class Kernel(Protocol):
         """`outputs[i] = round(sums[i] / total)`.
 
         Args:
-            sums: Flat float64 arrays.
+            sums: float64 arrays.
             total: The sum of the aggregation weights.
-            outputs: Flat, contiguous arrays of the same sizes, of any supported dtype.
+            outputs: One array for each of them, of any supported dtype.
 
         Returns:
             Which sums hold something that is not finite.
         """
 
+    def deposit(
+        self,
+        digits: Digits,
+        starts: Sequence[int],
+        inputs: Sequence[Sequence[Array]],
+        aggregation_weights: Float64Array,
+    ) -> list[bool]:
+        """Adds `Σ aggregation_weights[k] · inputs[i][k]` to the digits from `starts[i]` on, exactly.
+
+        Args:
+            digits: Reach from the highest to the lowest of `digit_range`. They are changed in place.
+            starts: For each variable, where its elements begin in the rows.
+            inputs: For each variable one array per contribution, all of one supported dtype; all finite.
+            aggregation_weights: One float64 per contribution, at most `MOST_TERMS` between two calls of `carried`.
+
+        Returns:
+            Which rows were changed.
+        """
+
+    def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
+        """`outputs[i] = round(digits / total)`, of the elements from `starts[i]` on.
+
+        Args:
+            digits: Exact sums.
+            starts: For each output, where its elements begin in the rows.
+            total: The sum of the aggregation weights.
+            outputs: Arrays of floating-point dtypes.
+        """
+
+    def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
+        """The same as `deposit` on no digits and `exact_divide`, for a batch of at most `MOST_TERMS` contributions."""
+
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """Which arrays hold a NaN or an infinity.
 
         Args:
-            arrays: Flat, contiguous arrays of any supported dtype.
+            arrays: Arrays of any supported dtype.
         """

@@ -6,16 +6,20 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fed_learn.errors import KernelNameError
 from fed_learn.kernels import threads
-from fed_learn.kernels._native import ffi, lib
-from fed_learn.kernels.base import Float64Array, Segment
+from fed_learn.kernels.base import Segment
+from fed_learn.kernels.digits import Digits, Float64Array, digit_range, halves
+from fed_learn.kernels.memory import EXTENSION, PROBLEM, Addresses, addresses
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
+
+if PROBLEM is not None:
+    raise PROBLEM
+ffi, lib = EXTENSION.ffi, EXTENSION.lib
 
 CODES = {
     dtype: int(getattr(lib, "FL_" + ("BFLOAT16" if dtype == BFLOAT16 else dtype.name.upper())))
@@ -29,8 +33,6 @@ SETS = {
 
 _forced_set: ContextVar[str | None] = ContextVar("fed_learn_instruction_set", default=None)
 
-Addresses: TypeAlias = npt.NDArray[np.uintp]
-
 
 @dataclass(frozen=True, eq=False)
 class _Share:
@@ -38,7 +40,8 @@ class _Share:
 
     Attributes:
         arrays: Only keep the memory behind the addresses alive, even when an interrupt ends the wait for the thread.
-        first: The row of the first piece; the others follow.
+        rows: The row of each piece.
+        skipped: Elements of the first row that another share has.
         addresses: A row per piece, an address per array.
         counts: Elements per piece.
         codes: The code of its dtype per piece.
@@ -46,7 +49,8 @@ class _Share:
     """
 
     arrays: Sequence[Sequence[Array]]
-    first: int
+    rows: Sequence[int]
+    skipped: int
     addresses: Addresses
     counts: Addresses
     codes: npt.NDArray[np.int32]
@@ -55,11 +59,18 @@ class _Share:
     def __len__(self) -> int:
         return len(self.counts)
 
+    def positions(self, starts: Sequence[int]) -> Addresses:
+        """Where the pieces begin in memory in which the rows begin at `starts`, in elements."""
+        own = np.array([starts[row] for row in self.rows], dtype=np.uintp)
+        own[0] += np.uintp(self.skipped)
+        return own
+
     def arguments(self) -> tuple[object, object, object]:
         return _address(self.addresses), _address(self.counts, "size_t *"), _address(self.codes, "int32_t *")
 
 
 def _address(array: Array, kind: str = "uintptr_t *") -> object:
+    """Where an array lies; the caller keeps it alive, so it must have a name."""
     return ffi.cast(kind, ffi.from_buffer(array))
 
 
@@ -133,6 +144,89 @@ class NativeKernel:
 
         return _run(call, list(zip(outputs, sums, strict=True)), dtype_of=0)
 
+    def deposit(
+        self,
+        digits: Digits,
+        starts: Sequence[int],
+        inputs: Sequence[Sequence[Array]],
+        aggregation_weights: Float64Array,
+    ) -> list[bool]:
+        """See `Kernel.deposit`."""
+        chosen = SETS[current_set()]
+        high, low = (np.ascontiguousarray(half) for half in halves(aggregation_weights))
+        rows = addresses(digits.rows)
+        touched: list[npt.NDArray[np.uint8]] = []
+
+        def call(share: _Share) -> None:
+            own, positions = np.zeros(len(rows), np.uint8), share.positions(starts)
+            touched.append(own)
+            _check(
+                lib.fl_deposit(
+                    chosen,
+                    len(share),
+                    high.size,
+                    *share.arguments(),
+                    _address(positions, "size_t *"),
+                    digits.top,
+                    len(rows),
+                    _address(rows),
+                    _address(high, "double *"),
+                    _address(low, "double *"),
+                    _address(own, "uint8_t *"),
+                )
+            )
+
+        _run(call, inputs)
+        return [any(flags[b] for flags in touched) for b in range(len(rows))]
+
+    def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
+        """See `Kernel.exact_divide`."""
+        chosen = SETS[current_set()]
+        rows = addresses(digits.rows)
+
+        def call(share: _Share) -> None:
+            positions = share.positions(starts)
+            _check(
+                lib.fl_exact_divide(
+                    chosen,
+                    len(share),
+                    *share.arguments(),
+                    _address(positions, "size_t *"),
+                    digits.top,
+                    len(rows),
+                    _address(rows),
+                    total,
+                )
+            )
+
+        _run(call, [(output,) for output in outputs])
+
+    def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
+        """See `Kernel.exact_mean`."""
+        chosen = SETS[current_set()]
+        high, low = (np.ascontiguousarray(half) for half in halves(aggregation_weights))
+        top, bottom = digit_range({segment.output.dtype for segment in segments}, aggregation_weights)
+        n_digits = top - bottom + 1
+
+        def call(share: _Share) -> None:
+            scratch = np.zeros(n_digits * lib.FL_EXACT_TILE, np.int64)
+            _check(
+                lib.fl_exact_mean(
+                    chosen,
+                    len(share),
+                    high.size,
+                    *share.arguments(),
+                    top,
+                    n_digits,
+                    _address(scratch, "int64_t *"),
+                    _address(high, "double *"),
+                    _address(low, "double *"),
+                    total,
+                )
+            )
+
+        _run(call, [(segment.output, *segment.inputs) for segment in segments])
+
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """See `Kernel.not_finite`."""
         chosen = SETS[current_set()]
@@ -147,7 +241,7 @@ def read(arrays: Sequence[Array]) -> int:
     """Reads every byte once, on the kernels' threads, and does nothing with it: the limit of any kernel.
 
     Args:
-        arrays: Flat and contiguous.
+        arrays: C-contiguous.
 
     Returns:
         The sum of their 64-bit words, modulo 2**64: something that depends on every byte.
@@ -158,7 +252,7 @@ def read(arrays: Sequence[Array]) -> int:
     def call(share: _Share) -> None:
         sums.append(lib.fl_read(chosen, len(share), _address(share.addresses), _address(share.counts, "size_t *")))
 
-    _run(call, [(array.view(np.uint8),) for array in arrays])
+    _run(call, [(array.reshape(-1).view(np.uint8),) for array in arrays])
     return sum(sums) % 2**64
 
 
@@ -168,7 +262,7 @@ def _check(status: int) -> None:
 
 
 def _run(call: Callable[[_Share], None], rows: Sequence[Sequence[Array]], dtype_of: int = -1) -> list[bool]:
-    """Calls the kernel on rows of equally long flat arrays, a share of about equal bytes per thread.
+    """Calls the kernel on rows of arrays of the same number of elements, a share of about equal bytes per thread.
 
     Elements are split, never contributions, so the bits do not depend on the number of threads.
 
@@ -181,50 +275,40 @@ def _run(call: Callable[[_Share], None], rows: Sequence[Sequence[Array]], dtype_
         Whether the kernel flagged anything in a row.
     """
     filled = [i for i, row in enumerate(rows) if row[0].size]
-    shares = _split([rows[i] for i in filled], dtype_of) if filled else []
+    shares = _split(rows, filled, dtype_of) if filled else []
     threads.run(call, shares)
     flagged = [False] * len(rows)
     for share in shares:
         for piece in np.flatnonzero(share.flags).tolist():
-            flagged[filled[share.first + piece]] = True
+            flagged[share.rows[piece]] = True
     return flagged
 
 
-def _split(rows: Sequence[Sequence[Array]], dtype_of: int) -> list[_Share]:
-    addresses = _addresses(rows)
-    itemsizes = np.array([[row[0].itemsize, row[-1].itemsize] for row in rows], dtype=np.uintp)
+def _split(all_rows: Sequence[Sequence[Array]], filled: Sequence[int], dtype_of: int) -> list[_Share]:
+    rows = [all_rows[i] for i in filled]
+    others = len(rows[0]) - 1
+    sizes = [row[0].nbytes + others * row[-1].nbytes for row in rows]
+    table = addresses([array for row in rows for array in row]).reshape(len(rows), -1)
     counts = np.array([row[0].size for row in rows], dtype=np.uintp)
     codes = np.array([CODES[row[dtype_of].dtype] for row in rows], dtype=np.int32)
-    others = addresses.shape[1] - 1
-    ends = np.cumsum(counts * (itemsizes[:, 0] + np.uintp(others) * itemsizes[:, 1]))
-    number = threads.threads_for(int(ends[-1]))
+    number = threads.threads_for(sum(sizes))
+    if number == 1:
+        return [_Share(rows, filled, 0, table, counts, codes, np.zeros(len(rows), np.uint8))]
+    ends = np.cumsum(np.array(sizes, dtype=np.uintp))
     shares: list[_Share] = []
     for (first, start), (last, stop) in pairwise(_cuts(ends, counts, number)):
         if (first, start) == (last, stop):
             continue
         here = slice(first, last + 1 if stop else last)
-        own = addresses[here].copy()
-        own[0, 0] += np.uintp(start) * itemsizes[first, 0]
-        own[0, 1:] += np.uintp(start) * itemsizes[first, 1]
-        own_counts = counts[here].copy()
+        own, own_counts = table[here].copy(), counts[here].copy()
+        own[0, 0] += np.uintp(start * rows[first][0].itemsize)
+        own[0, 1:] += np.uintp(start * rows[first][-1].itemsize)
         if stop:
             own_counts[-1] = stop
         own_counts[0] -= np.uintp(start)
-        flags = np.zeros(len(own_counts), np.uint8)
-        shares.append(_Share(rows, first, own, own_counts, codes[here].copy(), flags))
+        flags = np.zeros(len(own), np.uint8)
+        shares.append(_Share(rows, filled[here], start, own, own_counts, codes[here].copy(), flags))
     return shares
-
-
-def _addresses(rows: Sequence[Sequence[Array]]) -> Addresses:
-    """By way of buffers, which take a tenth of the time of `__array_interface__`."""
-    from_buffer = ffi.from_buffer
-    buffers = []
-    for row in rows:
-        for array in row:
-            # numpy gives no buffer of a dtype that is not its own
-            buffers.append(from_buffer(array.view(np.uint16) if array.dtype == BFLOAT16 else array))
-    pointers = np.frombuffer(ffi.buffer(ffi.new("void *[]", buffers)), np.uintp)
-    return pointers.reshape(len(rows), -1)
 
 
 def _cuts(ends: Addresses, counts: Addresses, shares: int) -> list[tuple[int, int]]:

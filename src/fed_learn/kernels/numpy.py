@@ -1,11 +1,12 @@
 """The numpy kernel: the readable reference of the arithmetic, and the one that works everywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from fed_learn.environment import check_environment
-from fed_learn.kernels.base import Float64Array, Segment
+from fed_learn.kernels.base import Segment
+from fed_learn.kernels.digits import Digits, Float64Array, as_float64, digit_range, halves
 from fed_learn.weights import Array
 
 TILE = 1 << 16
@@ -28,14 +29,15 @@ class NumpyKernel:
         check_environment()
         flagged = []
         for segment in segments:
+            inputs, output = [x.reshape(-1) for x in segment.inputs], segment.output.reshape(-1)
             finite = True
-            for start in range(0, segment.output.size, TILE):
+            for start in range(0, output.size, TILE):
                 tile = slice(start, start + TILE)
                 with np.errstate(all="ignore"):
-                    acc = aggregation_weights[0] * segment.inputs[0][tile].astype(np.float64)
-                    for a, x in zip(aggregation_weights[1:], segment.inputs[1:], strict=True):
+                    acc = aggregation_weights[0] * inputs[0][tile].astype(np.float64)
+                    for a, x in zip(aggregation_weights[1:], inputs[1:], strict=True):
                         acc += a * x[tile].astype(np.float64)
-                finite &= _finish(acc, total, segment.output[tile])
+                finite &= _finish(acc, total, output[tile])
             flagged.append(not finite)
         return flagged
 
@@ -49,10 +51,10 @@ class NumpyKernel:
     ) -> None:
         """See `Kernel.accumulate`."""
         check_environment()
-        for acc, column in zip(sums, inputs, strict=True):
+        for acc, column in zip((acc.reshape(-1) for acc in sums), inputs, strict=True):
             if start:
                 acc[...] = -0.0  # the neutral element: what follows has the bits of sums that start from a product
-            for a, x in zip(aggregation_weights, column, strict=True):
+            for a, x in zip(aggregation_weights, (x.reshape(-1) for x in column), strict=True):
                 for begin in range(0, acc.size, TILE):
                     tile = slice(begin, begin + TILE)
                     with np.errstate(all="ignore"):
@@ -66,9 +68,48 @@ class NumpyKernel:
             finite = True
             for start in range(0, acc.size, TILE):
                 tile = slice(start, start + TILE)
-                finite &= _finish(acc[tile], total, output[tile])
+                finite &= _finish(acc.reshape(-1)[tile], total, output.reshape(-1)[tile])
             flagged.append(not finite)
         return flagged
+
+    def deposit(
+        self,
+        digits: Digits,
+        starts: Sequence[int],
+        inputs: Sequence[Sequence[Array]],
+        aggregation_weights: Float64Array,
+    ) -> list[bool]:
+        """See `Kernel.deposit`."""
+        check_environment()
+        touched = [False] * len(digits.rows)
+        for first, column in zip(starts, inputs, strict=True):
+            for a, x in zip(aggregation_weights, (x.reshape(-1) for x in column), strict=True):
+                for start in range(0, x.size, TILE):
+                    tile = x[start : start + TILE]
+                    here = slice(first + start, first + start + tile.size)
+                    for products in _exact_products(tile, a):
+                        _deposit(products, digits, here, touched)
+        return touched
+
+    def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
+        """See `Kernel.exact_divide`."""
+        check_environment()
+        for first, output in zip(starts, (output.reshape(-1) for output in outputs), strict=True):
+            for start in range(0, output.size, TILE):
+                tile = output[start : start + TILE]
+                here = slice(first + start, first + start + tile.size)
+                _finish(as_float64(Digits(digits.top, [row[here] for row in digits.rows])), total, tile)
+
+    def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
+        """See `Kernel.exact_mean`."""
+        for segment in segments:
+            top, bottom = digit_range([segment.output.dtype], aggregation_weights)
+            inputs, output = [x.reshape(-1) for x in segment.inputs], segment.output.reshape(-1)
+            for start in range(0, output.size, TILE):
+                tile = slice(start, start + TILE)
+                digits = Digits(top, list(np.zeros((top - bottom + 1, output[tile].size), np.int64)))
+                self.deposit(digits, [0], [[x[tile] for x in inputs]], aggregation_weights)
+                self.exact_divide(digits, [0], total, [output[tile]])
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """See `Kernel.not_finite`."""
@@ -88,3 +129,29 @@ def _finish(acc: Float64Array, total: float, output: Array) -> bool:
         else:
             output[...] = mean.astype(output.dtype)
     return bool(np.isfinite(acc).all())
+
+
+def _exact_products(x: Array, aggregation_weight: float) -> Iterable[Float64Array]:
+    """Arrays that sum to `aggregation_weight · x` exactly: products of halves."""
+    wide = x.astype(np.float64)
+    # 24 bits times 26 fit; longer values need to be halved as well.
+    long = x.dtype.itemsize == 8 or (x.dtype.kind in "iu" and x.dtype.itemsize == 4)
+    for half in map(float, halves(aggregation_weight)):
+        if half:
+            yield from (half * part for part in (halves(wide) if long else (wide,)))
+
+
+def _deposit(products: Float64Array, digits: Digits, here: slice, touched: list[bool]) -> None:
+    rest = products
+    for b, (row, unit) in enumerate(zip(digits.rows, digits.units(), strict=True)):
+        if not rest.any():
+            return
+        shift = np.float64(1.5 * 2.0**52 * unit)
+        # Adding and taking away 1.5·2**52 units rounds to a multiple of the unit; what is left is exact.
+        rounded = rest + shift
+        counts = rounded.view(np.int64) - shift.view(np.int64)
+        rest = rest - (rounded - shift)
+        if counts.any():
+            row[here] += counts
+            touched[b] = True
+    assert not rest.any(), "the digits do not reach far enough"
