@@ -22,7 +22,7 @@ ffibuilder.cdef("\n".join(line for line in header.splitlines() if not line.start
 ffibuilder.set_source(
     "fed_learn.kernels._native",
     '#include "fl_kernels.h"',
-    sources=["csrc/fl_baseline.c", "csrc/fl_avx2.c", "csrc/fl_f16c.c", "csrc/fl_dispatch.c"],
+    sources=sorted(glob("csrc/fl_*.c")),
     depends=sorted(glob("csrc/fl_*.[hi]*")),
     include_dirs=["csrc"],
     # Contraction into fused multiply-adds would change bits from machine to machine.

@@ -1,7 +1,7 @@
-/* AVX2 on x86-64: 32-byte vectors. Never fused multiply-add: its target is left out, and contraction is off. */
+/* AVX2 on x86-64: 32-byte vectors. */
 #include "fl_sets.h"
 
-#if FL_HAVE_AVX2
+#if FL_HAVE_AVX
 #define FL_SET avx2
 #define FL_BYTES 32
 #define FL_TARGET __attribute__((target("avx2")))

@@ -1,24 +1,33 @@
 /* From the public functions to those of an instruction set, in the default floating-point environment. */
 #include <fenv.h>
 #include <math.h>
+#include <string.h>
 
 #include "fl_sets.h"
 
-#if FL_HAVE_AVX2
+#if FL_HAVE_AVX
 #include <cpuid.h>
-
-/* Not every compiler's __builtin_cpu_supports knows it. Beside AVX2 the system saves its registers. Asked once: under a
- * hypervisor the instruction takes as long as a small model's mean. */
-static int fl_cpu_has_f16c(void)
-{
-    static _Atomic int known; /* 0 not yet, 1 no, 2 yes */
-    if (known == 0) {
-        unsigned eax, ebx, ecx, edx;
-        known = 1 + (__get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0);
-    }
-    return known == 2;
-}
 #endif
+
+/* Instruction sets of the processor. __builtin_cpu_supports asks by XGETBV whether the operating system saves the
+ * registers, but not every compiler's knows F16C, which uses the registers of AVX2. */
+static int fl_cpu_has(int set)
+{
+#if FL_HAVE_AVX
+    unsigned eax, ebx, ecx, edx;
+    __builtin_cpu_init();
+    int avx2 = __builtin_cpu_supports("avx2") != 0;
+    int fma = avx2 && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
+    if (set == FL_AVX2)
+        return avx2;
+    if (set == FL_AVX2_FMA)
+        return fma;
+    if (set == FL_AVX512)
+        return fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return set == FL_BASELINE;
+}
 
 const char *fl_set_name(int set)
 {
@@ -33,11 +42,13 @@ const char *fl_set_name(int set)
 #else
         return "baseline";
 #endif
-#if FL_HAVE_AVX2
+#if FL_HAVE_AVX
     case FL_AVX2:
         return "avx2";
-    case FL_AVX2_F16C:
-        return "avx2+f16c";
+    case FL_AVX2_FMA:
+        return "avx2+fma";
+    case FL_AVX512:
+        return "avx512";
 #endif
     default:
         return NULL;
@@ -46,29 +57,45 @@ const char *fl_set_name(int set)
 
 int fl_set_usable(int set)
 {
-    if (set == FL_BASELINE)
-        return 1;
-#if FL_HAVE_AVX2
-    /* Looks at CPUID and, by XGETBV, at whether the operating system saves the registers. */
-    __builtin_cpu_init();
-    if (set == FL_AVX2)
-        return __builtin_cpu_supports("avx2") != 0;
-    if (set == FL_AVX2_F16C)
-        return __builtin_cpu_supports("avx2") != 0 && fl_cpu_has_f16c();
-#endif
-    return 0;
+    /* Asked once: under a hypervisor the instruction takes as long as a small model's mean. */
+    static _Atomic int known[FL_SETS]; /* 0 not yet, 1 no, 2 yes */
+    if (set < 0 || set >= FL_SETS)
+        return 0;
+    if (known[set] == 0)
+        known[set] = 1 + fl_cpu_has(set);
+    return known[set] == 2;
 }
 
 static const struct fl_functions *fl_functions(int set, int dtype)
 {
-#if FL_HAVE_AVX2
-    if (set == FL_AVX2_F16C && dtype == FL_FLOAT16)
-        return fl_functions_f16c + dtype;
-    if (set != FL_BASELINE)
+#if FL_HAVE_AVX
+    if (set == FL_AVX512)
+        return fl_functions_avx512 + dtype;
+    if (set == FL_AVX2_FMA)
+        return fl_functions_avx2_fma + dtype;
+    if (set == FL_AVX2)
         return fl_functions_avx2 + dtype;
 #endif
     (void)set;
     return fl_functions_baseline + dtype;
+}
+
+/* Products of float64 numbers `a` with inputs of at most so many significant bits are exact; 0 where none are for sure.
+ * Inputs are numbers from 2^-149 to 2^128 in magnitude, so that such products neither underflow nor overflow. */
+static int fl_spare(size_t n, const double *a)
+{
+    int most = 0;
+    for (size_t k = 0; k < n; k++) {
+        uint64_t bits;
+        memcpy(&bits, a + k, sizeof bits);
+        int exponent = (int)(bits >> 52 & 0x7ff) - 1023, used = 53;
+        if (exponent < -800 || exponent > 890)
+            return 0;
+        for (bits |= (uint64_t)1 << 52; (bits & 1) == 0; bits >>= 1)
+            used--;
+        most = used > most ? used : most;
+    }
+    return 53 - most;
 }
 
 /* A process may have switched denormals off or changed the rounding: compute in the default environment, and put
@@ -83,6 +110,16 @@ static void fl_leave(const fenv_t *env)
 {
     fesetenv(env);
 }
+
+/* Elements of a call from which on its output is not worth a place in the caches. */
+enum { FL_STREAMED = 1 << 20 };
+
+/* Stores past the caches are not ordered with those of other threads until there is a fence. */
+#if FL_HAVE_AVX
+#define FL_FENCE() __builtin_ia32_sfence()
+#else
+#define FL_FENCE() ((void)0)
+#endif
 
 static int fl_check(int set, size_t n_pieces, const int32_t *dtypes)
 {
@@ -100,11 +137,16 @@ int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t 
     int status = n_inputs == 0 ? FL_NO_INPUT : fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
         return status;
+    size_t written = 0;
+    int spare = fl_spare(n_inputs, a);
+    for (size_t p = 0; p < n_pieces; p++)
+        written += counts[p];
     fenv_t env;
     fl_enter(&env);
     for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1)
         not_finite[p] = (uint8_t)fl_functions(set, dtypes[p])->weighted_mean(
-            (void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total);
+            (void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total, spare, written >= FL_STREAMED);
+    FL_FENCE();
     fl_leave(&env);
     return FL_OK;
 }
@@ -115,10 +157,11 @@ int fl_accumulate(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *po
     int status = n_inputs == 0 ? FL_NO_INPUT : fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
         return status;
+    int spare = fl_spare(n_inputs, a);
     fenv_t env;
     fl_enter(&env);
     for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1)
-        fl_functions(set, dtypes[p])->accumulate((double *)pointers[0], pointers + 1, n_inputs, counts[p], a, start);
+        fl_functions(set, dtypes[p])->accumulate((double *)pointers[0], pointers + 1, n_inputs, counts[p], a, start, spare);
     fl_leave(&env);
     return FL_OK;
 }
@@ -141,6 +184,9 @@ int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t 
 static int fl_digits_init(struct fl_digits *digits, int top, size_t n_digits, uint8_t *touched)
 {
     if (n_digits == 0 || n_digits > FL_DIGITS)
+        return FL_BAD_RANGE;
+    /* Units and shifts are normal numbers: finite, and exact even where subnormals are switched off. */
+    if (top > 22 || top < (int)n_digits - 24)
         return FL_BAD_RANGE;
     digits->n = n_digits;
     digits->touched = touched;
@@ -221,10 +267,12 @@ int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, cons
     int status = fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
         return status;
-    int (*find)(int, const void *, size_t) = fl_find_not_finite_baseline;
-#if FL_HAVE_AVX2
-    if (set != FL_BASELINE)
-        find = fl_find_not_finite_avx2;
+    fl_find_function *find = fl_find_not_finite_baseline;
+#if FL_HAVE_AVX
+    find = set == FL_AVX512    ? fl_find_not_finite_avx512
+           : set == FL_AVX2_FMA ? fl_find_not_finite_avx2_fma
+           : set == FL_AVX2     ? fl_find_not_finite_avx2
+                                : find;
 #endif
     for (size_t p = 0; p < n_pieces; p++)
         not_finite[p] = (uint8_t)find(dtypes[p], (const void *)pointers[p], counts[p]);
@@ -233,10 +281,14 @@ int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, cons
 
 uint64_t fl_read(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *sizes)
 {
-    uint64_t (*read)(const void *, size_t) = fl_read_baseline, sum = 0;
-#if FL_HAVE_AVX2
-    if (set != FL_BASELINE && fl_set_usable(set))
-        read = fl_read_avx2;
+    fl_read_function *read = fl_read_baseline;
+    uint64_t sum = 0;
+#if FL_HAVE_AVX
+    if (fl_set_usable(set))
+        read = set == FL_AVX512    ? fl_read_avx512
+               : set == FL_AVX2_FMA ? fl_read_avx2_fma
+               : set == FL_AVX2     ? fl_read_avx2
+                                    : read;
 #endif
     (void)set;
     for (size_t p = 0; p < n_pieces; p++)

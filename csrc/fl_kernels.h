@@ -22,7 +22,7 @@ enum fl_dtype {
 };
 
 /* Instruction sets, from the one that every machine has to the widest. */
-enum fl_set { FL_BASELINE, FL_AVX2, FL_AVX2_F16C, FL_SETS };
+enum fl_set { FL_BASELINE, FL_AVX2, FL_AVX2_FMA, FL_AVX512, FL_SETS };
 
 /* The name of an instruction set as this build has it ("sse2", "avx2", "neon", "scalar" ...), NULL where it has none. */
 const char *fl_set_name(int set);
@@ -31,7 +31,7 @@ int fl_set_usable(int set);
 
 /* output = round(sum_k a[k] * input_k / total), a: the aggregation weights.
  * Pointers: output, input_0 ... input_{n_inputs-1}. Sets not_finite[i] to 1 where a sum of piece i is not finite, which
- * it is wherever an input is not; to 0 elsewhere. */
+ * it is wherever an input is not; or, conservatively, where it could not hold 64-bit integers to the unit; else to 0. */
 int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
                      const int32_t *dtypes, const double *a, double total, uint8_t *not_finite);
 

@@ -41,12 +41,13 @@ static inline struct fl_digits fl_touched(const struct fl_digits *digits)
     return used;
 }
 
-/* Those that return an int say whether they met something that is not finite. */
+/* Those that return an int say whether they met something that is not finite. `spare`: products with inputs of at most
+ * so many significant bits are exact. `stream`: write past the caches. */
 struct fl_functions {
     int (*weighted_mean)(void *output, const uintptr_t *inputs, size_t n_inputs, size_t count, const double *a,
-                         double total);
+                         double total, int spare, int stream);
     void (*accumulate)(double *sums, const uintptr_t *inputs, size_t n_inputs, size_t count, const double *a,
-                       int start);
+                       int start, int spare);
     int (*divide)(void *output, const double *sums, size_t count, double total);
     /* These return a status. */
     int (*exact_mean)(struct fl_digits *digits, void *output, const uintptr_t *inputs, size_t n_inputs, size_t count,
@@ -56,20 +57,22 @@ struct fl_functions {
     void (*exact_divide)(const struct fl_digits *digits, void *output, size_t n, double total);
 };
 
-/* Indexed by enum fl_dtype. The f16c table has float16 alone: for the others it would be that of avx2. */
+/* Indexed by enum fl_dtype. */
 extern const struct fl_functions fl_functions_baseline[FL_DTYPES];
 extern const struct fl_functions fl_functions_avx2[FL_DTYPES];
-extern const struct fl_functions fl_functions_f16c[FL_DTYPES];
+extern const struct fl_functions fl_functions_avx2_fma[FL_DTYPES];
+extern const struct fl_functions fl_functions_avx512[FL_DTYPES];
 
-int fl_find_not_finite_baseline(int dtype, const void *input, size_t count);
-int fl_find_not_finite_avx2(int dtype, const void *input, size_t count);
-uint64_t fl_read_baseline(const void *data, size_t size);
-uint64_t fl_read_avx2(const void *data, size_t size);
+typedef int fl_find_function(int dtype, const void *input, size_t count);
+fl_find_function fl_find_not_finite_baseline, fl_find_not_finite_avx2, fl_find_not_finite_avx2_fma,
+    fl_find_not_finite_avx512;
+typedef uint64_t fl_read_function(const void *data, size_t size);
+fl_read_function fl_read_baseline, fl_read_avx2, fl_read_avx2_fma, fl_read_avx512;
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(FL_SCALAR)
-#define FL_HAVE_AVX2 1
+#define FL_HAVE_AVX 1
 #else
-#define FL_HAVE_AVX2 0
+#define FL_HAVE_AVX 0
 #endif
 
 #endif

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from fed_learn import kernels
 from fed_learn.aggregation.arrays import Outputs, contiguous
 from fed_learn.aggregation.exact import ExactSums, check_domain
-from fed_learn.aggregation.integers import integer_mean, needs_integers
+from fed_learn.aggregation.integers import integer_mean, too_large
 from fed_learn.contribution import (
     LARGEST_WEIGHT,
     SMALLEST_WEIGHT,
@@ -91,16 +91,19 @@ def weighted_average(
     outputs = Outputs(schema, out, (array for _, weights, _ in checked for array in weights.values()))
     columns = {name: [contiguous(weights[name]) for _, weights, _ in checked] for name in schema}
     scalars = [a for _, _, a in checked]
-    for name in [name for name, column in columns.items() if needs_integers(column, exact)]:
-        integer_mean(columns.pop(name), scalars, outputs.arrays[name])
-    results = {name: outputs.arrays[name] for name in columns}
     if exact:
         for contributor, weights, a in checked:
             check_domain(weights, a, contributor)
-        _exact_average(chosen, list(columns.values()), scalars, list(results.values()))
+        for name in [name for name in columns if schema[name][1].kind in "biu"]:
+            integer_mean(columns.pop(name), scalars, outputs.arrays[name])
+        _exact_average(chosen, list(columns.values()), scalars, [outputs.arrays[name] for name in columns])
     else:
-        flagged = _average(chosen, columns, scalars, usual_scale(scalars), results)
-        doubtful = _refuse_non_finite({name: results[name] for name in flagged}, checked)
+        flagged = _average(chosen, columns, scalars, usual_scale(scalars), outputs.arrays)
+        for name in flagged:
+            if too_large(columns[name]):
+                integer_mean(columns[name], scalars, outputs.arrays[name])
+        results = {name: outputs.arrays[name] for name in flagged if schema[name][1].kind not in "biu"}
+        doubtful = _refuse_non_finite(results, checked)
         if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
             small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
             again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
@@ -132,7 +135,7 @@ def _average(
     """The mean of some variables with all aggregation weights multiplied by 2**scale.
 
     Returns:
-        The variables with a sum that is not finite.
+        The variables that the kernel reports.
     """
     scaled = [math.ldexp(a, scale) for a in aggregation_weights]
     segments = [Segment(column, results[name]) for name, column in columns.items()]

@@ -32,11 +32,9 @@ def fits(largest: int, count: int) -> bool:
     return largest * (count + 2) <= 2**52
 
 
-def needs_integers(column: Sequence[Array], exact: bool) -> bool:
-    """Whether the arrays of one variable are to be averaged in Python's integers."""
+def too_large(column: Sequence[Array]) -> bool:
+    """Whether a float64 mean of the arrays of one variable could be off by a unit, because they hold such integers."""
     dtype, count = column[0].dtype, len(column)
-    if exact:
-        return dtype.kind in "biu"
     if dtype.kind not in "iu" or fits(np.iinfo(dtype).max, count):
         return False
     return not fits(max(map(magnitude, column)), count)

@@ -10,8 +10,9 @@ The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.p
   booleans half to even (of the float64 mean: with aggregation weights that are no whole numbers a tie may not be one).
 
 All arrays are C-contiguous, aligned and in native byte order; those that belong together have the same number of
-elements, whatever their shapes. A kernel checks nothing, its caller has; the caller also keeps integers so small that
-|x|·(n + 2) ≤ 2**52. A kernel says where numbers are not finite.
+elements, whatever their shapes. A kernel checks nothing, its caller has. It reports where numbers are not finite and
+where 64-bit integers are so large that a mean of n could be off: |x|·(n + 2) > 2**52. Of shorter ones there would
+have to be two million.
 """
 
 from collections.abc import Sequence
@@ -47,7 +48,8 @@ class Kernel(Protocol):
             total: Their sum.
 
         Returns:
-            Which segments have a sum that is not finite, because an input is not or because it overflowed.
+            Which segments have a sum that is not finite, because an input is not or because it overflowed, or 64-bit
+            integers that are too large; the latter may be reported from half of that size on.
         """
 
     def accumulate(

@@ -38,6 +38,9 @@ class NumpyKernel:
                     for a, x in zip(aggregation_weights[1:], inputs[1:], strict=True):
                         acc += a * x[tile].astype(np.float64)
                 finite &= _finish(acc, total, output[tile])
+                if output.dtype.kind in "iu" and output.dtype.itemsize == 8:
+                    largest = 2**52 // (len(inputs) + 2)
+                    finite &= all(int(x[tile].max()) <= largest and int(x[tile].min()) >= -largest for x in inputs)
             flagged.append(not finite)
         return flagged
 
