@@ -28,9 +28,15 @@ from fed_learn.errors import (
 from fed_learn.kernels.digits import Float64Array
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, first_of
 
+MOST_BORROWED = 8
+"""Borrowed contributions that wait to be added at most: the sums are read and written once for all of them."""
+
 
 class Accumulator:
     """Averages contributions one at a time; keeps one float64 sum per element and none of the inputs.
+
+    Sums are read and written with every contribution. Where the caller can leave contributions alone for a while,
+    `add(..., borrow=True)` lets up to `MOST_BORROWED` of them wait and adds them in one pass.
 
     The bits are those of `weighted_average` over the same contributions in the order in which they were added; with
     `exact=True` any order and any tree of merges give the same bits. Not to be shared between threads without a lock.
@@ -62,6 +68,7 @@ class Accumulator:
         self._count = 0
         self._largest: dict[str, int] = {}
         self._broken = False
+        self._borrowed: list[tuple[list[Array], float]] = []
         self._contributors: dict[str, None] = {}
         self._kind: Kind | None = None
         self._round: int | None = None
@@ -81,15 +88,19 @@ class Accumulator:
         return self._count
 
     @overload
-    def add(self, weights: Contribution) -> None: ...
+    def add(self, weights: Contribution, *, borrow: bool = False) -> None: ...
     @overload
-    def add(self, weights: WeightDict, aggregation_weight: float, contributor: str | None = None) -> None: ...
+    def add(
+        self, weights: WeightDict, aggregation_weight: float, contributor: str | None = None, *, borrow: bool = False
+    ) -> None: ...
 
     def add(
         self,
         weights: WeightDict | Contribution,
         aggregation_weight: float | None = None,
         contributor: str | None = None,
+        *,
+        borrow: bool = False,
     ) -> None:
         """Adds one contribution. It is checked whole before anything is added.
 
@@ -97,6 +108,8 @@ class Accumulator:
             weights: A weight dict, or a `Contribution`, which brings the other two.
             aggregation_weight: The scalar by which it counts; a stream has no default for it.
             contributor: Who sent it; the same name twice is refused. None: anonymous.
+            borrow: The accumulator may keep the arrays, and the caller promises to leave them as they are, until it is
+                asked for `flush()`, `result()`, a merge or a copy. At most `MOST_BORROWED` wait. The bits are the same.
 
         Raises:
             ContributionError: It is refused; the class says why, the attributes who and where.
@@ -138,14 +151,12 @@ class Accumulator:
             )
         largest = {name: magnitude(array) for name, array in arrays.items()}
         self._check_integers(largest, self._count + 1, contribution.contributor, arrays)
-        schema = Schema.of(arrays) if self._schema is None else self._schema
+        self._schema = Schema.of(arrays) if self._schema is None else self._schema
 
         self._broken = True
-        start = self._start(schema)
-        if self._exact_sums is not None:
-            self._exact_sums.add(self._kernel, [[columns[name]] for name in schema], [a])
-        else:
-            self._add([[columns[name]] for name in schema], [math.ldexp(a, LIFT)], start)
+        self._borrowed.append(([columns[name] for name in self._schema], a))
+        if not borrow or len(self._borrowed) == MOST_BORROWED:
+            self._add_borrowed()
         self._total = self._total + Fraction(a) if isinstance(self._total, Fraction) else sum_in_order((self._total, a))
         self._count += 1
         self._kind = contribution.kind
@@ -153,6 +164,22 @@ class Accumulator:
         self._note_largest(largest)
         if named:
             self._contributors[contribution.contributor] = None
+        self._broken = False
+
+    def flush(self) -> None:
+        """Adds the borrowed contributions that wait; their arrays are the caller's again.
+
+        Example:
+            >>> mean, received = Accumulator(), np.float32([1, 2])
+            >>> mean.add({"w": received}, 10, "site-1", borrow=True)
+            >>> mean.flush()
+            >>> received[:] = 0
+            >>> mean.result()
+            {'w': array([1., 2.], dtype=float32)}
+        """
+        self._check_usable()
+        self._broken = True
+        self._add_borrowed()
         self._broken = False
 
     def merge(self, other: "Accumulator") -> None:
@@ -175,6 +202,7 @@ class Accumulator:
             raise MergeError("an exact and an ordinary accumulator cannot be merged")
         if not other._count:
             return
+        other.flush()
         assert other._schema is not None
         if self._schema is not None:
             self._schema.check(_placeholders(other._schema), "other")
@@ -196,7 +224,9 @@ class Accumulator:
         self._check_integers(other._largest, self._count + other._count)
 
         self._broken = True
-        start = self._start(other._schema if self._schema is None else self._schema)
+        self._schema = other._schema if self._schema is None else self._schema
+        self._add_borrowed()
+        start = self._start(self._schema)
         if self._exact_sums is not None and other._exact_sums is not None:
             self._exact_sums.merge(other._exact_sums)
         else:
@@ -227,7 +257,7 @@ class Accumulator:
                 limit.
             OutputError: `out` cannot be written to.
         """
-        self._check_usable()
+        self.flush()
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
@@ -246,6 +276,7 @@ class Accumulator:
         return outputs.finish()
 
     def __getstate__(self) -> dict[str, Any]:
+        self.flush()
         return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -264,9 +295,21 @@ class Accumulator:
         arrays = list(outputs.arrays.values())
         self._exact_sums.divide(self._kernel, numbers, total, [arrays[i] for i in numbers])
 
+    def _add_borrowed(self) -> None:
+        if not self._borrowed:
+            return
+        assert self._schema is not None
+        start = self._start(self._schema)
+        columns = [list(column) for column in zip(*(arrays for arrays, _ in self._borrowed), strict=True)]
+        aggregation_weights = [a for _, a in self._borrowed]
+        if self._exact_sums is not None:
+            self._exact_sums.add(self._kernel, columns, aggregation_weights)
+        else:
+            self._add(columns, [math.ldexp(a, LIFT) for a in aggregation_weights], start)
+        self._borrowed.clear()
+
     def _start(self, schema: Schema) -> bool:
         """Makes the sums if there are none; returns whether it did."""
-        self._schema = schema
         if self._sums or self._exact_sums is not None:
             return False
         sizes = {name: math.prod(shape) for name, (shape, _) in schema.items()}
