@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import torch  # noqa: F401 - there is a kernel of its own once torch has been imported
 
 import fed_learn as fl
 from fed_learn.kernels import threads

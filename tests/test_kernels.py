@@ -21,6 +21,8 @@ from fed_learn.errors import FedLearnError, KernelNameError
 from fed_learn.kernels import threads
 from fed_learn.weights import WeightDict
 
+OWN_THREADS = tuple(name for name in KERNELS if name != "torch")
+"""Torch has threads of its own, and may not be imported in the process that is tested."""
 needs_native = pytest.mark.skipif("native" not in KERNELS, reason="the native kernel was not built")
 
 
@@ -293,7 +295,22 @@ def test_choice_around_a_job_reaches_its_learners_and_handlers(max_workers: int)
 def test_environment_variable_chooses(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FED_LEARN_KERNEL", kernel)
     assert fl.kernels.current() == kernel
-    assert python("import fed_learn as fl; print(fl.kernels.current())") == kernel
+    framework = "import torch; " if kernel == "torch" else ""
+    assert python(f"{framework}import fed_learn as fl; print(fl.kernels.current())") == kernel
+
+
+def test_the_torch_kernel_is_there_once_torch_has_been_imported() -> None:
+    code = """
+import fed_learn as fl
+assert "torch" not in fl.kernels.available()
+try:
+    fl.kernels.resolve("torch")
+except fl.KernelUnavailableError as error:
+    print(error)
+import torch
+assert fl.kernels.available()[-1] == "torch" and fl.kernels.resolve("torch").name == "torch"
+"""
+    assert python(code) == "kernel 'torch' is not available: it is there once torch has been imported"
 
 
 @pytest.mark.parametrize("value", ["", "auto"])
@@ -533,7 +550,7 @@ print("fine")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OWN_THREADS)
 def test_pool_works_in_a_forked_child_and_still_in_its_parent(kernel: str) -> None:
     forked = "import warnings; warnings.simplefilter('ignore', DeprecationWarning)" + FORKED
     assert python(forked, kernel, FED_LEARN_KERNEL=kernel) == "fine"
@@ -571,7 +588,7 @@ atexit.register(late)
 )
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", OWN_THREADS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_averaging_while_the_interpreter_exits_works_whether_or_not_the_pool_was_made(when: str, kernel: str) -> None:
     assert python(LATE, kernel, when, FED_LEARN_KERNEL=kernel) == "True True"

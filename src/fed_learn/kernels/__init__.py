@@ -1,7 +1,7 @@
 """Implementations of the arithmetic, and which one is used.
 
-`auto` takes `native` where the extension was built, else `numpy`. All kernels give the same bits, so the choice is
-one of speed. It is made by, in this order: the `kernel=` argument of a call, `use(name)`, `FED_LEARN_KERNEL`, auto.
+`auto` takes `native` where the extension was built, else `numpy`. All kernels give the same bits, so the choice is one
+of speed. It is made by, in this order: the `kernel=` argument of a call, `use(name)`, `FED_LEARN_KERNEL`, auto.
 Nothing falls back silently: a kernel that is named and cannot run is an error.
 
 Example:
@@ -13,9 +13,11 @@ Example:
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 
 from fed_learn.errors import KernelNameError, KernelUnavailableError
 from fed_learn.kernels.base import Kernel, Segment
@@ -59,8 +61,14 @@ def _load_numpy() -> Kernel:
     return NumpyKernel()
 
 
+def _load_torch() -> Kernel:
+    from fed_learn.kernels.torch import TorchKernel
+
+    return TorchKernel()
+
+
 # In the order of preference.
-_LOADERS: dict[str, Callable[[], Kernel]] = {"native": _load_native, "numpy": _load_numpy}
+_LOADERS: dict[str, Callable[[], Kernel]] = {"native": _load_native, "numpy": _load_numpy, "torch": _load_torch}
 
 NAMES = tuple(_LOADERS)
 """All kernels there are, whether they can run here or not."""
@@ -75,6 +83,10 @@ def _attempt(name: str) -> Kernel | KernelUnavailableError:
 
 
 def _load(name: str) -> Kernel:
+    if name == "torch" and "torch" not in sys.modules:  # which may change
+        missing = find_spec("torch") is None
+        reason = "torch is not installed" if missing else "it is there once torch has been imported"
+        raise KernelUnavailableError(f"kernel 'torch' is not available: {reason}", reason=reason)
     found = _attempt(name)
     if isinstance(found, KernelUnavailableError):
         raise found.with_traceback(None)
