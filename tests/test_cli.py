@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fed_learn as fl
+from fed_learn.cli import main
 
 
 def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -158,6 +159,11 @@ def test_patience_stops_early_and_says_so(tmp_path: Path) -> None:
         (["simulate", "--bogus"], 2, "--bogus"),
         (["simulate", "extra"], 2, "extra"),
         (["info", "--bogus"], 2, "--bogus"),
+        (["bench", "--case", "nope"], 2, "no case is called 'nope'; there are resnet50, "),
+        (["bench", "--repetitions", "0"], 2, "--repetitions"),
+        (["bench", "--threads", "0"], 2, "--threads"),
+        (["bench", "--plot", "picture.jpg"], 2, ".png"),
+        (["bench", "--out", "/nowhere/at/all.json"], 2, "/nowhere/at/all.json"),
         (["--bogus"], 2, "--bogus"),
         (["nonsense"], 2, "nonsense"),
         (["simulate", "--out", "/proc/nowhere"], 1, "/proc/nowhere"),
@@ -188,7 +194,7 @@ def test_debug_shows_the_traceback() -> None:
 
 
 BAD_SETTINGS = [
-    ("FED_LEARN_KERNEL", "foo", "FED_LEARN_KERNEL 'foo' is unknown; valid are auto, native, numpy"),
+    ("FED_LEARN_KERNEL", "foo", "FED_LEARN_KERNEL 'foo' is unknown; valid are auto, native, numpy, torch"),
     ("FED_LEARN_NUM_THREADS", "abc", "FED_LEARN_NUM_THREADS must be a number of at least 1, not 'abc'"),
 ]
 every_bad_setting = pytest.mark.parametrize(("variable", "value", "problem"), BAD_SETTINGS)
@@ -250,7 +256,9 @@ def test_info_tells_versions_kernels_and_frameworks() -> None:
     facts = json.loads(run("info", "--json").stdout)
     assert facts["version"] == fl.__version__
     assert facts["kernel"] == fl.kernels.current()
-    assert {name for name, kernel in facts["kernels"].items() if kernel["available"]} == set(fl.kernels.available())
+    available = {name for name, kernel in facts["kernels"].items() if kernel["available"]}
+    assert available == set(fl.kernels.available()) - {"torch"}  # which the command does not import
+    assert facts["kernels"]["torch"]["reason"] == "it is there once torch has been imported"
     import torch
 
     assert facts["frameworks"]["torch"] == torch.__version__
@@ -267,6 +275,121 @@ def test_info_imports_no_framework() -> None:
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert printed.stdout.strip() == "[]"
+
+
+BENCH = ("bench", "--quick", "--case", "small", "--case", "clients-2", "--case", "streaming", "--case", "exact")
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any], Path]:
+    """What a quick benchmark printed, its JSON, and its picture."""
+    folder = tmp_path_factory.mktemp("bench")
+    out, plot = folder / "bench.json", folder / "bench.png"
+    done = run(*BENCH, "--repetitions", "2", "--out", str(out), "--plot", str(plot), COLUMNS="80")
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    return done.stdout, json.loads(out.read_text()), plot
+
+
+def test_bench_tells_the_machine_and_what_a_quick_run_leaves_out(benched: tuple[str, dict[str, Any], Path]) -> None:
+    printed, found, _ = benched
+    assert found["machine"]["versions"]["fed-learn"] == fl.__version__
+    assert f"fed-learn {fl.__version__}, python " in printed
+    assert found["settings"]["quick"] is True
+    assert found["settings"]["repetitions"] == 2
+    assert "A quick run: small models, 2 turns" in printed
+    for module, peer in (("flwr", "Flower aggregate"), ("nvflare", "NVFlare helper")):
+        reason = found["cases"][1]["missing"][peer]
+        assert reason in (f"{module} not installed", f"left out of a quick run: {module} takes seconds to start")
+        assert any(
+            line.startswith("not measured: ") and peer in line and reason in line for line in printed.splitlines()
+        )
+
+
+def test_bench_prints_a_row_per_side_and_no_line_is_too_long(benched: tuple[str, dict[str, Any], Path]) -> None:
+    printed, found, _ = benched
+    lines = printed.splitlines()
+    tables = lines[lines.index(f"clients-2  {found['cases'][0]['about']}") :]
+    assert max(len(line) for line in tables if not line.startswith(("not measured: ", "Picture: "))) <= 100
+    assert [case["name"] for case in found["cases"]] == ["clients-2", "small", "streaming", "exact"]
+    for case in found["cases"]:
+        start = next(i for i, line in enumerate(lines) if line == f"{case['name']}  {case['about']}")
+        assert lines[start + 2].split() == [
+            "side",
+            "×",
+            "limit",
+            "×",
+            "ours",
+            "GB/s",
+            "peak",
+            "MB",
+            "error,",
+            "ulp",
+            "dtype",
+        ]
+        table = lines[start + 3 : start + 3 + len(case["sides"])]
+        for side in case["sides"]:
+            (row,) = [line for line in table if line.startswith(side["name"] + "  ")]
+            cells = row.removeprefix(side["name"]).split()
+            assert len(cells) == 6
+            assert cells[-1] == side["result_dtype"]
+            assert float(cells[-2]) == pytest.approx(side["error_ulp"], abs=5e-4)
+            assert float(cells[0]) == pytest.approx(side["times_limit"], rel=0.01, abs=0.006)
+        assert lines[start + 3 + len(case["sides"])].startswith("bare read ")
+
+
+def test_bench_ends_with_a_summary_row_per_case(benched: tuple[str, dict[str, Any], Path]) -> None:
+    printed, found, _ = benched
+    lines = printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("case ") and "ours ÷ limit" in line)
+    for case, line in zip(found["cases"], lines[start + 1 :], strict=False):
+        assert line.split()[0] == case["name"]
+        assert float(line.split()[1]) == pytest.approx(case["sides"][0]["times_limit"], abs=0.006)
+        assert ("× as fast" in line) == any(not side["ours"] for side in case["sides"])
+
+
+def test_bench_draws_its_results(benched: tuple[str, dict[str, Any], Path]) -> None:
+    assert benched[2].read_bytes().startswith(b"\x89PNG")
+    assert benched[2].stat().st_size > 20_000
+
+
+def test_bench_prints_only_json_where_it_is_asked_for(tmp_path: Path) -> None:
+    arguments = ("bench", "--quick", "--case", "small", "--no-peers", "--repetitions", "1", "--threads", "1", "--json")
+    done = run(*arguments, "--out", str(tmp_path / "bench.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == (tmp_path / "bench.json").read_text()
+    found = json.loads(done.stdout)
+    assert found["settings"]["threads"] == 1
+    (case,) = found["cases"]
+    assert {side["name"] for side in case["sides"]} == {f"fed_learn {name}" for name in found["machine"]["kernels"]}
+    assert case["missing"] == {}
+    assert "fed_learn numpy" in done.stderr
+
+
+def test_bench_lists_its_cases() -> None:
+    lines = run("bench", "--list").stdout.splitlines()
+    names = [case["name"] for case in json.loads(run("bench", "--list", "--json").stdout)]
+    assert [line.split()[0] for line in lines[1:]] == names
+    assert names[0] == "resnet50"
+    assert len(names) > 20
+    chosen = run("bench", "--list", "--case", "clients", "--case", "small").stdout.splitlines()[1:]
+    assert [line.split()[0] for line in chosen] == ["clients-2", "clients-8", "clients-32", "clients-128", "small"]
+
+
+def test_bench_fails_where_this_package_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def unweighted(clients: Any, aggregation_weights: Any, **options: Any) -> Any:
+        return fl.weighted_average(clients)
+
+    monkeypatch.setattr("fed_learn.benchmark.sides.weighted_average", unweighted)
+    arguments = ["bench", "--quick", "--case", "small", "--no-peers", "--repetitions", "1"]
+    with pytest.raises(SystemExit) as left:
+        main([*arguments, "--out", str(tmp_path / "bench.json")])
+    assert left.value.code == 1
+    printed = capsys.readouterr()
+    assert "small: fed_learn numpy is off by" in printed.err
+    assert "WRONG" in printed.out
+    assert all(side["wrong"] for side in json.loads((tmp_path / "bench.json").read_text())["cases"][0]["sides"])
 
 
 def test_version_is_printed() -> None:

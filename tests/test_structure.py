@@ -19,12 +19,25 @@ LAYERS = (
     ("kernels", "adapters", "model_meta"),
     ("aggregation",),
     ("handlers", "components", "server", "client"),
-    ("simulation", "cli"),
+    ("pictures", "simulation", "benchmark", "cli"),
 )
 SEPARATE = {"kernels", "adapters", "model_meta"}
 """Never import one another, although they share a layer."""
 
-FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flwr", "nvflare", "sklearn", "matplotlib", "rich", "typer")
+FRAMEWORKS = (
+    "torch",
+    "tensorflow",
+    "keras",
+    "jax",
+    "flwr",
+    "nvflare",
+    "sklearn",
+    "matplotlib",
+    "rich",
+    "typer",
+    "numba",
+    "numexpr",
+)
 
 
 def layer_of(part: str) -> int:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from fed_learn.cli.bench import bench
 from fed_learn.cli.info import info
 from fed_learn.cli.simulate import simulate
 
@@ -33,4 +34,5 @@ def _options(
 
 
 app.command()(simulate)
+app.command()(bench)
 app.command()(info)

@@ -9,10 +9,10 @@ import numpy as np
 from fed_learn.contribution import GLOBAL_BEST
 from fed_learn.handlers.model_selection import SELECTION_METRIC
 from fed_learn.handlers.server_validation import SERVER_VALIDATION_METRIC
+from fed_learn.pictures import AMBER, BLUE, GREEN, GRID, INK, MUTED, new_figure, without_frame
 from fed_learn.server import JobResult
 
-INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-SERVER, CLIENTS, BEST = "#2563eb", "#d97706", "#059669"
+SERVER, CLIENTS, BEST = BLUE, AMBER, GREEN
 
 
 def plot_job(path: str | os.PathLike[str], result: JobResult, summary: dict[str, Any]) -> None:
@@ -30,13 +30,7 @@ def plot_job(path: str | os.PathLike[str], result: JobResult, summary: dict[str,
     Raises:
         ImportError: matplotlib is not installed (extra `demo`).
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("the plot needs matplotlib: pip install 'fed-learn[demo]'") from error
-    figure = Figure(figsize=(12.5, 5.2), dpi=150, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12.5, 5.2)
     matrix = result.cross_site
     left, right = figure.subplots(1, 2, width_ratios=[1.9, 1])
     _draw_scores(left, result, summary)
@@ -93,9 +87,7 @@ def _draw_scores(axes: Any, result: JobResult, summary: dict[str, Any]) -> None:
     axes.set_xlabel("rounds of training", color=MUTED)
     axes.grid(True, color=GRID, lw=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    without_frame(axes)
     if scores:
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.09), labelcolor=INK, fontsize=10)
 
@@ -127,10 +119,8 @@ def _draw_matrix(axes: Any, matrix: Any) -> None:
     axes.set_yticks(range(len(models)), labels)
     axes.set_xticks(range(len(sites)), sites, rotation=0 if len(sites) <= 5 else 60)
     axes.set_xlabel("validated on the data of", color=MUTED)
-    axes.tick_params(colors=MUTED, length=0)
+    without_frame(axes)
     axes.set_xticks(np.arange(len(sites) + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(len(models) + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="white", lw=2.5)
     axes.tick_params(which="minor", length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
