@@ -1,5 +1,6 @@
 """The streaming mean: its bits, its bookkeeping, merging, pickling, and that a refusal leaves it as it was."""
 
+import copy
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from reference import (
     NARROW_FLOATS,
     Array,
     bits,
+    differing_bytes,
     in_all_layouts,
     largest,
     largest_error,
@@ -22,6 +24,7 @@ from reference import (
 
 import fed_learn as fl
 from fed_learn.aggregation import Accumulator, weighted_average
+from fed_learn.aggregation.accumulator import MOST_BORROWED
 from fed_learn.aggregation.exact import ExactSums
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.errors import (
@@ -740,3 +743,82 @@ def test_empty_accumulator_can_be_pickled_with_its_schema(exact: bool) -> None:
         copied.add({"w": np.zeros(2, np.float32)}, 1)
     copied.add({"w": np.ones(2, BFLOAT16)}, 1)
     assert copied.result()["w"].tolist() == [1.0, 1.0]
+
+
+# Borrowed contributions
+
+
+@every_kernel
+@plain_and_exact
+@every_dtype
+def test_borrowed_contributions_give_the_bits_of_those_that_are_added_at_once(
+    kernel: str, exact: bool, dtype: np.dtype[Any]
+) -> None:
+    rng = np.random.default_rng(17)
+    count = 2 * MOST_BORROWED + 3
+    models = [{"w": values(rng, dtype, 65), "b": values(rng, dtype, (3, 5))} for _ in range(count)]
+    weights = rng.uniform(1, 1000, count).tolist()
+    plain, borrowing, mixed = (Accumulator(kernel=kernel, exact=exact) for _ in range(3))
+    for k, (model, weight) in enumerate(zip(models, weights, strict=True)):
+        plain.add(model, weight)
+        borrowing.add(model, weight, borrow=True)
+        mixed.add(model, weight, borrow=k % 3 > 0)
+    expected = plain.result()
+    for accumulator in (borrowing, mixed):
+        assert len(accumulator) == count
+        assert accumulator.total_weight == plain.total_weight
+        assert differing_bytes(accumulator.result(), expected) == 0
+
+
+def test_at_most_so_many_borrowed_contributions_wait_and_flush_lets_go_of_them() -> None:
+    accumulator = Accumulator()
+    arrays = [np.full(7, k, np.float32) for k in range(MOST_BORROWED + 1)]
+    for k, array in enumerate(arrays[:-1]):
+        accumulator.add({"w": array}, 1, borrow=True)
+        assert len(accumulator._borrowed) == (k + 1) % MOST_BORROWED
+    accumulator.add({"w": arrays[-1]}, 1, borrow=True)
+    accumulator.flush()
+    assert accumulator._borrowed == []
+    for array in arrays:
+        array[:] = np.nan
+    assert accumulator.result()["w"].tolist() == [MOST_BORROWED / 2] * 7
+
+
+@pytest.mark.parametrize("use", ["result", "merge", "be merged", "pickle", "copy", "add"])
+def test_what_asks_for_the_sums_adds_what_was_borrowed(use: str) -> None:
+    accumulator, other = Accumulator(), Accumulator()
+    array = np.array([1, 5], np.float32)
+    accumulator.add({"w": array}, 3, "a", borrow=True)
+    other.add({"w": np.array([5, 1], np.float32)}, 1, "b")
+    if use == "result":
+        assert accumulator.result()["w"].tolist() == [1, 5]
+        other = accumulator
+    elif use == "merge":
+        accumulator.merge(other)
+        other = accumulator
+    elif use == "be merged":
+        other.merge(accumulator)
+    elif use == "pickle":
+        other = pickle.loads(pickle.dumps(accumulator))
+    elif use == "copy":
+        other = copy.deepcopy(accumulator)
+    else:
+        accumulator.add({"w": np.array([5, 1], np.float32)}, 1, "b")
+        other = accumulator
+    array[:] = 99
+    assert other.result()["w"].tolist() == ([2, 4] if len(other) == 2 else [1, 5])
+
+
+def test_a_borrowed_contribution_is_checked_before_it_waits() -> None:
+    accumulator = Accumulator()
+    accumulator.add({"w": np.ones(2)}, 1, "a", borrow=True)
+    for weights, weight, contributor, error in (
+        ({"w": np.array([1, np.nan])}, 1, "b", NonFiniteError),
+        ({"w": np.ones(3)}, 1, "b", ShapeError),
+        ({"w": np.ones(2)}, 0, "b", AggregationWeightError),
+        ({"w": np.ones(2)}, 1, "a", DuplicateContributionError),
+    ):
+        with pytest.raises(error):
+            accumulator.add(weights, weight, contributor, borrow=True)
+    assert len(accumulator) == 1
+    assert accumulator.result()["w"].tolist() == [1, 1]

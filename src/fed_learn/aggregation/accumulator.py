@@ -28,8 +28,9 @@ from fed_learn.errors import (
 from fed_learn.kernels.digits import Float64Array
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, first_of
 
-MOST_BORROWED = 8
-"""Borrowed contributions that wait to be added at most: the sums are read and written once for all of them."""
+MOST_BORROWED = 10
+"""Borrowed contributions that wait to be added at most: the sums are read and written once for all of them, and the
+native kernel reads as many in one sweep."""
 
 
 class Accumulator:

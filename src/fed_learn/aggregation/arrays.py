@@ -46,7 +46,8 @@ class Outputs:
             self.weights: WeightDict = _new(schema)
         else:
             arrays = as_weight_dict(out, "out")
-            schema.check(arrays, "out")
+            if not schema.describes(arrays):
+                schema.check(arrays, "out")
             for name, array in arrays.items():
                 if not isinstance(out[name], np.ndarray):
                     raise OutputError(f"out: {name!r} is a scalar, not an array", name=name)
@@ -97,8 +98,9 @@ def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
 
 def _bounds(arrays: Sequence[Array]) -> tuple[Addresses, Addresses]:
     """The addresses at which the memory of arrays begins and ends."""
-    if all(array.flags.c_contiguous for array in arrays):
+    try:
         starts = addresses(arrays)
-        return starts, starts + np.array([array.nbytes for array in arrays], np.uintp)
-    bounds = np.array([np.lib.array_utils.byte_bounds(array) for array in arrays], np.uintp)
-    return bounds[:, 0], bounds[:, 1]
+    except ValueError:  # not all of them are contiguous
+        bounds = np.array([np.lib.array_utils.byte_bounds(array) for array in arrays], np.uintp)
+        return bounds[:, 0], bounds[:, 1]
+    return starts, starts + np.array([array.nbytes for array in arrays], np.uintp)

@@ -85,14 +85,16 @@ def weighted_average(
                 "aggregation_weights= is for bare weight dicts; Contributions bring their own",
                 value=aggregation_weights,
             )
-        schema, checked = _checked_contributions(batch, schema, scan=exact)  # type: ignore[arg-type]
+        schema, checked = _checked_contributions(batch, schema)  # type: ignore[arg-type]
     else:
-        schema, checked = _checked_weight_dicts(batch, aggregation_weights, schema, scan=exact)
+        schema, checked = _checked_weight_dicts(batch, aggregation_weights, schema)
     outputs = Outputs(schema, out, (array for _, weights, _ in checked for array in weights.values()))
     columns = {name: [contiguous(weights[name]) for _, weights, _ in checked] for name in schema}
     scalars = [a for _, _, a in checked]
     if exact:
-        for contributor, weights, a in checked:
+        for row, (contributor, weights, a) in enumerate(checked):
+            flags = chosen.not_finite([column[row] for column in columns.values()])
+            check_finite({name: weights[name] for name, flag in zip(schema, flags, strict=True) if flag}, contributor)
             check_domain(weights, a, contributor)
         for name in [name for name in columns if schema[name][1].kind in "biu"]:
             integer_mean(columns.pop(name), scalars, outputs.arrays[name])
@@ -143,13 +145,13 @@ def _average(
     return [name for name, flag in zip(columns, flags, strict=True) if flag]
 
 
-def _checked_contributions(batch: list[Contribution], schema: Schema | None, scan: bool) -> tuple[Schema, Checked]:
+def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Checked]:
     """In the order of the contributors' names."""
     newest = max((int(c.round) for c in batch if isinstance(c.round, int | np.integer)), default=None)
     kind = batch[0].kind if isinstance(batch[0].kind, Kind) else None
     seen: dict[str, tuple[dict[str, Array], float]] = {}
     for contribution in batch:
-        weights, a = check_contribution(contribution, schema, kind=kind, round=newest, contributors=seen, scan=scan)
+        weights, a = check_contribution(contribution, schema, kind=kind, round=newest, contributors=seen, scan=False)
         schema = Schema.of(weights) if schema is None else schema
         seen[contribution.contributor] = weights, a
     assert schema is not None
@@ -157,7 +159,7 @@ def _checked_contributions(batch: list[Contribution], schema: Schema | None, sca
 
 
 def _checked_weight_dicts(
-    batch: Sequence[object], aggregation_weights: Sequence[float] | None, schema: Schema | None, scan: bool
+    batch: Sequence[object], aggregation_weights: Sequence[float] | None, schema: Schema | None
 ) -> tuple[Schema, Checked]:
     """In the order of the list."""
     if aggregation_weights is None:
@@ -172,7 +174,7 @@ def _checked_weight_dicts(
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
         aggregation_weight = check_aggregation_weight(a, label)
-        checked.append((label, check_weights(item, schema, label, scan=scan), aggregation_weight))
+        checked.append((label, check_weights(item, schema, label, scan=False), aggregation_weight))
         schema = Schema.of(checked[0][1]) if schema is None else schema
     assert schema is not None
     return schema, checked
