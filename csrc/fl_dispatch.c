@@ -132,7 +132,7 @@ static int fl_check(int set, size_t n_pieces, const int32_t *dtypes)
 }
 
 int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
-                     const int32_t *dtypes, const double *a, double total, uint8_t *not_finite)
+                     const int32_t *dtypes, const double *a, double total, double *scratch, uint8_t *not_finite)
 {
     int status = n_inputs == 0 ? FL_NO_INPUT : fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
@@ -145,7 +145,7 @@ int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t 
     fl_enter(&env);
     for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1)
         not_finite[p] = (uint8_t)fl_functions(set, dtypes[p])->weighted_mean(
-            (void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total, spare, written >= FL_STREAMED);
+            (void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total, scratch, spare, written >= FL_STREAMED);
     FL_FENCE();
     fl_leave(&env);
     return FL_OK;

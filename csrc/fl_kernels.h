@@ -2,7 +2,7 @@
  *
  * Every function is single-threaded, allocates nothing, touches no Python object and may be called from any
  * thread. The arithmetic is that of src/fed_learn/kernels/numpy.py, to the bit: float64 sums that start from the
- * first product, products and sums rounded separately, one division, one rounding to the output dtype.
+ * first product, products and sums rounded separately (or fused where the product is exact, which is the same), one division, one rounding to the output dtype.
  *
  * Work comes as pieces. A piece is a run of `counts[i]` elements of one variable of dtype `dtypes[i]`; its
  * addresses are consecutive entries of `pointers`, the output first.
@@ -29,11 +29,16 @@ const char *fl_set_name(int set);
 /* Whether the processor and the operating system can run it. */
 int fl_set_usable(int set);
 
-/* output = round(sum_k a[k] * input_k / total), a: the aggregation weights.
+/* Elements of which sums stay in the cache between groups of inputs, and the size of a group: hardware follows no more
+ * streams at once. */
+enum { FL_TILE = 16384, FL_GROUP = 10 };
+
+/* output = round(sum_k a[k] * input_k / total), a: the aggregation weights. With more than FL_GROUP inputs `scratch` are
+ * FL_TILE numbers, else it is not used.
  * Pointers: output, input_0 ... input_{n_inputs-1}. Sets not_finite[i] to 1 where a sum of piece i is not finite, which
  * it is wherever an input is not; or, conservatively, where it could not hold 64-bit integers to the unit; else to 0. */
 int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
-                     const int32_t *dtypes, const double *a, double total, uint8_t *not_finite);
+                     const int32_t *dtypes, const double *a, double total, double *scratch, uint8_t *not_finite);
 
 /* sums += sum_k a[k] * input_k, in order; with `start`, sums = ... whatever was in them.
  * Pointers: sums (float64), input_0 ... input_{n_inputs-1} (of the piece's dtype). */
@@ -55,7 +60,7 @@ int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, cons
 enum { FL_EXACT_TILE = 1024 };
 
 /* digits += sum_k (high[k] + low[k]) * input_k. Pointers: input_0 ... input_{n_inputs-1}, at element `offsets[i]` of the
- * rows. Sets touched[b] to 1 where digit b of anything changed. At most 2^15 inputs before digits are carried. */
+ * rows. Sets touched[b] to 1 where digit b of anything may have changed. At most 2^15 inputs before digits are carried. */
 int fl_deposit(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *pointers, const size_t *counts,
                const int32_t *dtypes, const size_t *offsets, int top, size_t n_digits, const uintptr_t *rows,
                const double *high, const double *low, uint8_t *touched);

@@ -45,7 +45,7 @@ static inline struct fl_digits fl_touched(const struct fl_digits *digits)
  * so many significant bits are exact. `stream`: write past the caches. */
 struct fl_functions {
     int (*weighted_mean)(void *output, const uintptr_t *inputs, size_t n_inputs, size_t count, const double *a,
-                         double total, int spare, int stream);
+                         double total, double *scratch, int spare, int stream);
     void (*accumulate)(double *sums, const uintptr_t *inputs, size_t n_inputs, size_t count, const double *a,
                        int start, int spare);
     int (*divide)(void *output, const double *sums, size_t count, double total);

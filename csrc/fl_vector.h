@@ -13,7 +13,6 @@
 #include <stdint.h>
 #include <string.h>
 
-
 #ifndef FL_SCALAR
 #if defined(__GNUC__)
 #define FL_SCALAR 0
@@ -22,8 +21,8 @@
 #endif
 #endif
 
-#define FL_AVX2 (FL_BYTES == 32 && !FL_SCALAR)
-#define FL_AVX512 (FL_BYTES == 64 && !FL_SCALAR)
+#define FL_IS_AVX2 (FL_BYTES == 32 && !FL_SCALAR)
+#define FL_IS_AVX512 (FL_BYTES == 64 && !FL_SCALAR)
 #ifndef FL_FMA
 #define FL_FMA 0
 #endif
@@ -38,7 +37,7 @@ enum { FL_LANES = FL_BYTES / 8 }; /* float64s in a vector */
 #define FL_INLINE static inline __attribute__((always_inline)) FL_TARGET
 #endif
 
-#if FL_AVX2 || FL_AVX512
+#if FL_IS_AVX2 || FL_IS_AVX512
 #include <immintrin.h>
 #endif
 
@@ -72,18 +71,18 @@ enum { FL_LINE = 64 };
 #endif
 
 /* The bits of x as another type of the same size. */
-#define FL_BITS(name, from, to)                                                                                \
+#define FL_BIT_CAST(name, from, to)                                                                                \
     FL_INLINE to name(from x)                                                                                  \
     {                                                                                                          \
         to y;                                                                                                  \
         memcpy(&y, &x, sizeof y);                                                                              \
         return y;                                                                                              \
     }
-FL_BITS(fl_f64_bits, fl_f64, fl_u64)
-FL_BITS(fl_f64_of_bits, fl_u64, fl_f64)
-FL_BITS(fl_f32_bits, fl_f32, fl_u32)
-FL_BITS(fl_f32_of_bits, fl_u32, fl_f32)
-#undef FL_BITS
+FL_BIT_CAST(fl_f64_bits, fl_f64, fl_u64)
+FL_BIT_CAST(fl_f64_of_bits, fl_u64, fl_f64)
+FL_BIT_CAST(fl_f32_bits, fl_f32, fl_u32)
+FL_BIT_CAST(fl_f32_of_bits, fl_u32, fl_f32)
+#undef FL_BIT_CAST
 
 /* Arrays are aligned to their elements, not to vectors: memcpy is the unaligned load and store. */
 #define FL_MEMORY(vector, element)                                                                             \
@@ -116,7 +115,7 @@ FL_MEMORY(fl_u8, uint8_t)
 #include <emmintrin.h>
 FL_INLINE void fl_stream(void *p, const void *v, size_t size)
 {
-#if FL_AVX512
+#if FL_IS_AVX512
     if (size == 64) {
         __m512i all;
         memcpy(&all, v, 64);
@@ -124,7 +123,7 @@ FL_INLINE void fl_stream(void *p, const void *v, size_t size)
         return;
     }
 #endif
-#if FL_AVX512 || FL_AVX2
+#if FL_IS_AVX512 || FL_IS_AVX2
     if (size == 32) {
         __m256i all;
         memcpy(&all, v, 32);
@@ -150,7 +149,7 @@ FL_INLINE void fl_stream(void *p, const void *v, size_t size)
     {                                                                                                          \
         return (to)(expression);                                                                               \
     }
-#if FL_AVX2 || FL_AVX512
+#if FL_IS_AVX2 || FL_IS_AVX512
 /* The bytes of half a register or less in a whole one, and back. */
 FL_INLINE __m128i fl_widen(const void *x, size_t size)
 {
@@ -167,7 +166,7 @@ FL_INLINE __m128i fl_widen(const void *x, size_t size)
         return y;                                                                                              \
     }
 #endif
-#if FL_AVX512
+#if FL_IS_AVX512
 FL_CONVERSION(fl_f64_of_f32, fl_f32, fl_f64, _mm512_cvtps_pd((__m256)x))
 FL_CONVERSION(fl_f32_of_f64, fl_f64, fl_f32, _mm512_cvtpd_ps((__m512d)x))
 FL_CONVERSION(fl_f64_of_i32, fl_i32, fl_f64, _mm512_cvtepi32_pd((__m256i)x))
@@ -180,7 +179,7 @@ FL_CONVERSION(fl_i32_of_u8, fl_u8, fl_i32, _mm256_cvtepu8_epi32(fl_widen(&x, siz
 FL_CONVERSION(fl_i32_of_i8, fl_i8, fl_i32, _mm256_cvtepi8_epi32(fl_widen(&x, sizeof x)))
 FL_NARROWING(fl_u16_of_u32, fl_u32, fl_u16, _mm256_cvtepi32_epi16((__m256i)x))
 FL_NARROWING(fl_u8_of_i32, fl_i32, fl_u8, _mm256_cvtepi32_epi8((__m256i)x))
-#elif FL_AVX2
+#elif FL_IS_AVX2
 FL_CONVERSION(fl_f64_of_f32, fl_f32, fl_f64, _mm256_cvtps_pd((__m128)x))
 FL_CONVERSION(fl_f32_of_f64, fl_f64, fl_f32, _mm256_cvtpd_ps((__m256d)x))
 FL_CONVERSION(fl_f64_of_i32, fl_i32, fl_f64, _mm256_cvtepi32_pd((__m128i)x))
@@ -211,7 +210,7 @@ FL_CONVERSION(fl_u16_of_u32, fl_u32, fl_u16, FL_CONVERT(x, fl_u16))
 FL_CONVERSION(fl_u8_of_i32, fl_i32, fl_u8, FL_CONVERT(x, fl_u8))
 #endif
 
-#if FL_AVX512
+#if FL_IS_AVX512
 FL_CONVERSION(fl_f64_of_u64, fl_u64, fl_f64, _mm512_cvtepu64_pd((__m512i)x))
 FL_CONVERSION(fl_f64_of_i64, fl_u64, fl_f64, _mm512_cvtepi64_pd((__m512i)x))
 #else
@@ -244,9 +243,9 @@ FL_INLINE fl_u64 fl_u64_of_f64(fl_f64 x)
 /* acc + a * x where the product is exact, so that it is no matter whether it is rounded by itself. */
 FL_INLINE fl_f64 fl_add_exact_product(double a, fl_f64 x, fl_f64 acc)
 {
-#if FL_FMA && FL_AVX512
+#if FL_FMA && FL_IS_AVX512
     return (fl_f64)_mm512_fmadd_pd(_mm512_set1_pd(a), (__m512d)x, (__m512d)acc);
-#elif FL_FMA && FL_AVX2
+#elif FL_FMA && FL_IS_AVX2
     return (fl_f64)_mm256_fmadd_pd(_mm256_set1_pd(a), (__m256d)x, (__m256d)acc);
 #else
     return acc + a * x;
@@ -256,9 +255,9 @@ FL_INLINE fl_f64 fl_add_exact_product(double a, fl_f64 x, fl_f64 acc)
 /* Whether any bit of a vector is set. */
 FL_INLINE int fl_any(fl_u64 v)
 {
-#if FL_AVX512
+#if FL_IS_AVX512
     return _mm512_test_epi64_mask((__m512i)v, (__m512i)v) != 0;
-#elif FL_AVX2
+#elif FL_IS_AVX2
     return !_mm256_testz_si256((__m256i)v, (__m256i)v);
 #else
     uint64_t lanes[FL_LANES], any = 0;
@@ -302,7 +301,7 @@ FL_INLINE fl_f64 fl_within_range(fl_f64 mean)
     return fl_select_f64(FL_MASK(mean < -largest, fl_u64), -largest, mean);
 }
 
-/* Of how many bits integers may be so that their sum in float64 is right to the unit: |x| * (n + 2) <= 2^52. */
+/* Of how many bits integers may be so that their mean in float64 is right to the unit: |x| * (n + 2) <= 2^52. */
 static inline int fl_room(size_t n_inputs)
 {
     int room = 52;
@@ -367,11 +366,11 @@ FL_INLINE void fl_store_float32(float *p, fl_f64 mean, int stream)
 /* A bfloat16 is the upper half of a float32. */
 FL_INLINE fl_f64 fl_load_bfloat16(const uint16_t *p)
 {
-#if FL_AVX512
+#if FL_IS_AVX512
     const __m256i odd = _mm256_setr_epi16(0, 0, 0, 1, 0, 2, 0, 3, 0, 4, 0, 5, 0, 6, 0, 7);
     __m256i halves = _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)p));
     return (fl_f64)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_maskz_permutexvar_epi16(0xaaaa, odd, halves)));
-#elif FL_AVX2
+#elif FL_IS_AVX2
     const __m128i upper = _mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7);
     __m128i halves = _mm_loadl_epi64((const __m128i *)p);
     return (fl_f64)_mm256_cvtps_pd(_mm_castsi128_ps(_mm_shuffle_epi8(halves, upper)));
@@ -394,7 +393,7 @@ FL_INLINE void fl_store_bfloat16(uint16_t *p, fl_f64 mean, int stream)
     fl_store_half(p, fl_u16_of_u32(fl_select_u32(nan, bits | 0x00400000u, rounded) >> 16), stream);
 }
 
-#if FL_FMA && FL_AVX512
+#if FL_FMA && FL_IS_AVX512
 FL_INLINE fl_f64 fl_load_float16(const uint16_t *p)
 {
     return fl_f64_of_f32((fl_f32)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)));
@@ -404,7 +403,7 @@ FL_INLINE void fl_store_float16(uint16_t *p, fl_f64 mean, int stream)
     __m128i halves = _mm256_cvtps_ph((__m256)fl_f32_of_f64(mean), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     fl_store_half(p, (fl_u16)halves, stream);
 }
-#elif FL_FMA && FL_AVX2
+#elif FL_FMA && FL_IS_AVX2
 FL_INLINE fl_f64 fl_load_float16(const uint16_t *p)
 {
     return fl_f64_of_f32((fl_f32)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)));

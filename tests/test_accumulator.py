@@ -2,11 +2,14 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from reference import (
     BFLOAT16,
     DTYPES,
@@ -36,6 +39,7 @@ from fed_learn.errors import (
     EmptyAggregationError,
     ExactDomainError,
     FedLearnError,
+    FloatingPointEnvironmentError,
     KernelNameError,
     KindError,
     MergeError,
@@ -784,7 +788,7 @@ def test_at_most_so_many_borrowed_contributions_wait_and_flush_lets_go_of_them()
     assert accumulator.result()["w"].tolist() == [MOST_BORROWED / 2] * 7
 
 
-@pytest.mark.parametrize("use", ["result", "merge", "be merged", "pickle", "copy", "add"])
+@pytest.mark.parametrize("use", ["result", "merge", "be merged", "pickle", "copy", "deepcopy", "add"])
 def test_what_asks_for_the_sums_adds_what_was_borrowed(use: str) -> None:
     accumulator, other = Accumulator(), Accumulator()
     array = np.array([1, 5], np.float32)
@@ -801,6 +805,9 @@ def test_what_asks_for_the_sums_adds_what_was_borrowed(use: str) -> None:
     elif use == "pickle":
         other = pickle.loads(pickle.dumps(accumulator))
     elif use == "copy":
+        other = copy.copy(accumulator)
+        accumulator.add({"w": np.array([7, 7], np.float32)}, 1, "c")
+    elif use == "deepcopy":
         other = copy.deepcopy(accumulator)
     else:
         accumulator.add({"w": np.array([5, 1], np.float32)}, 1, "b")
@@ -822,3 +829,45 @@ def test_a_borrowed_contribution_is_checked_before_it_waits() -> None:
             accumulator.add(weights, weight, contributor, borrow=True)
     assert len(accumulator) == 1
     assert accumulator.result()["w"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "native"])
+def test_an_accumulator_goes_on_after_the_environment_was_refused(kernel: str) -> None:
+    accumulator, other = Accumulator(kernel=kernel), Accumulator(kernel=kernel)
+    accumulator.add(model(1.0), 1, "a")
+    accumulator.add(model(3.0), 1, "b", borrow=True)
+    other.add(model(5.0), 1, "c")
+    calls: list[Callable[[], object]] = [
+        lambda: accumulator.add(model(7.0), 1, "d"),
+        accumulator.flush,
+        accumulator.result,
+        lambda: accumulator.merge(other),
+    ]
+    for call in calls:
+        torch.set_flush_denormal(True)
+        try:
+            with pytest.raises(FloatingPointEnvironmentError):
+                call()
+        finally:
+            torch.set_flush_denormal(False)
+    accumulator.merge(other)
+    assert accumulator.result()["w"].tolist() == [3.0]
+
+
+def test_threads_of_torch_that_flush_subnormals_are_noticed() -> None:
+    code = """
+import numpy as np, torch, fed_learn as fl
+torch.set_num_threads(2)
+torch.set_flush_denormal(True)
+torch.ones(10_000_000).mul_(2.0)  # makes the threads
+torch.set_flush_denormal(False)
+x = np.full(4_000_000, 1e-40, np.float32)
+try:
+    mean = fl.weighted_average([{"w": x}, {"w": x}], kernel="torch")["w"]
+except fl.FloatingPointEnvironmentError:
+    print("noticed")
+else:
+    print("right" if (mean == x).all() else "wrong")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() in ("noticed", "right")

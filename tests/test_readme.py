@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fed_learn import EventType
@@ -46,10 +47,16 @@ def test_averaging_and_refusing_snippets_run() -> None:
 
 
 def test_torch_snippet_averages_models() -> None:
+    # The snippet changes the first client, so it is run with models whose values are kept aside.
     names: dict[str, Any] = {}
-    execute(TORCH, names)
-    first = names["clients"][0].state_dict()
-    assert first["weight"].numpy().tobytes() == names["mean"]["weight"].tobytes()
+    *setup, average, load = TORCH.strip().splitlines()
+    execute("\n".join(setup), names)
+    before = [model.weight.detach().double().numpy() for model in names["clients"]]
+    execute(f"{average}\n{load}", names)
+    expected = (120 * before[0] + 80 * before[1] + 200 * before[2]) / 400
+    loaded = names["clients"][0].state_dict()["weight"].numpy()
+    assert loaded.dtype == np.float32
+    assert np.abs(loaded - expected).max() < 1e-7
 
 
 def test_keras_snippet_averages_models() -> None:

@@ -178,7 +178,8 @@ static void test_weighted_mean(const struct call *c)
 {
     uintptr_t *pointers = with_outputs(c, 0, 0, c->n_inputs);
     uint8_t *not_finite = room(c->n_pieces, 1);
-    CHECK(RUN(fl_weighted_mean, set, c->n_pieces, c->n_inputs, pointers, c->counts, c->dtypes, c->a, c->total,
+    double *scratch = c->n_inputs > FL_GROUP ? room(FL_TILE, sizeof *scratch) : NULL;
+    CHECK(RUN(fl_weighted_mean, set, c->n_pieces, c->n_inputs, pointers, c->counts, c->dtypes, c->a, c->total, scratch,
               not_finite) == FL_OK);
     check_outputs(c, pointers, 1 + c->n_inputs);
     check_flags(c, not_finite, 1);
@@ -351,7 +352,7 @@ static void test_refusals(const struct call *c)
     CHECK(RUN(fl_exact_mean, set, n, n_inputs, pointers, c->counts, dtypes, top, n_digits, scratch, c->high, c->low,   \
               1.0) == status)
 #define REFUSED(set, status)                                                                                           \
-    CHECK(RUN(fl_weighted_mean, set, n, n_inputs, pointers, c->counts, dtypes, c->a, 1.0, flags) == status);           \
+    CHECK(RUN(fl_weighted_mean, set, n, n_inputs, pointers, c->counts, dtypes, c->a, 1.0, NULL, flags) == status);     \
     CHECK(RUN(fl_accumulate, set, n, n_inputs, pointers, c->counts, dtypes, c->a, 1) == status);                       \
     CHECK(RUN(fl_divide, set, n, pointers, c->counts, dtypes, 1.0, flags) == status);                                  \
     CHECK(RUN(fl_find_not_finite, set, n, pointers, c->counts, dtypes, flags) == status);                              \
@@ -368,7 +369,7 @@ static void test_refusals(const struct call *c)
         dtypes[n - 1] = bad_dtypes[i];
         REFUSED(set, FL_BAD_DTYPE);
     }
-    CHECK(RUN(fl_weighted_mean, set, n, 0, pointers, c->counts, c->dtypes, c->a, 1.0, flags) == FL_NO_INPUT);
+    CHECK(RUN(fl_weighted_mean, set, n, 0, pointers, c->counts, c->dtypes, c->a, 1.0, NULL, flags) == FL_NO_INPUT);
     CHECK(RUN(fl_accumulate, set, n, 0, pointers, c->counts, c->dtypes, c->a, 1) == FL_NO_INPUT);
     for (size_t p = 0; p < n; p++) {
         CHECK(flags[p] == GARBAGE);

@@ -1,5 +1,6 @@
 """The weighted mean of contributions as they stream in, in the memory of one."""
 
+import copy
 import math
 from fractions import Fraction
 from typing import Any, overload
@@ -7,6 +8,7 @@ from typing import Any, overload
 import numpy as np
 
 from fed_learn import kernels
+from fed_learn.aggregation import tensors
 from fed_learn.aggregation.arrays import Outputs, contiguous
 from fed_learn.aggregation.average import LIFT
 from fed_learn.aggregation.exact import ExactSums, check_domain
@@ -25,8 +27,9 @@ from fed_learn.errors import (
     SumOverflowError,
     brief,
 )
+from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import Float64Array
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, first_of
+from fed_learn.weights import Array, Schema, WeightDict, check_finite, first_of
 
 MOST_BORROWED = 10
 """Borrowed contributions that wait to be added at most: the sums are read and written once for all of them, and the
@@ -41,7 +44,8 @@ class Accumulator:
 
     The bits are those of `weighted_average` over the same contributions in the order in which they were added; with
     `exact=True` any order and any tree of merges give the same bits. Not to be shared between threads without a lock.
-    Can be pickled; unpickled, it uses the kernel that is current there.
+    Can be pickled; unpickled, it uses the kernel that is current there. Weights may be torch tensors, and the result is
+    where those of the first contribution are: see `fed_learn.aggregation.tensors`.
 
     Args:
         like: The global model: sets names, shapes, dtypes and order. None: the first contribution does.
@@ -60,9 +64,11 @@ class Accumulator:
     """
 
     def __init__(self, *, like: WeightDict | None = None, exact: bool = False, kernel: str | None = None) -> None:
-        self._kernel = kernels.resolve(kernel)
+        self._requested = kernels.requested(kernel)
+        self._kernel = kernels.resolve(self._requested)
         self._exact = exact
-        self._schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
+        self._place: tensors.Place | None = None
+        self._schema = None if like is None else tensors.schema_of(like, "like")
         self._sums: dict[str, Float64Array] = {}
         self._exact_sums: ExactSums | None = None
         self._total: float | Fraction = Fraction() if exact else 0.0
@@ -128,6 +134,11 @@ class Accumulator:
             contribution = Contribution(name, weights, aggregation_weight)  # type: ignore[arg-type]
         named = isinstance(weights, Contribution) or contributor is not None
         self._check_usable()
+        contribution, found = tensors.opened_contribution(
+            contribution, self._device if self._count else None, on_host=self._exact
+        )
+        kernel = self._kernel_for(found.device)
+        stays = found.resident and kernel.name == "torch" and not self._exact
         arrays, a = check_contribution(
             contribution,
             self._schema,
@@ -136,11 +147,8 @@ class Accumulator:
             contributors=self._contributors if named else (),
             scan=False,
         )
-        columns = {name: contiguous(array) for name, array in arrays.items()}
-        flags = self._kernel.not_finite(list(columns.values()))
-        check_finite(
-            {name: arrays[name] for name, flag in zip(columns, flags, strict=True) if flag}, contribution.contributor
-        )
+        who = contribution.contributor
+        columns, largest = tensors.scanned(found, who) if stays else _scanned(kernel, arrays, who)
         if self._exact:
             check_domain(arrays, a, contribution.contributor)
         elif not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
@@ -150,11 +158,12 @@ class Accumulator:
                 contributor=contribution.contributor,
                 value=a,
             )
-        largest = {name: magnitude(array) for name, array in arrays.items()}
-        self._check_integers(largest, self._count + 1, contribution.contributor, arrays)
+        self._check_integers(largest, self._count + 1, contribution.contributor, None if stays else arrays)
         self._schema = Schema.of(arrays) if self._schema is None else self._schema
 
         self._broken = True
+        if not self._count:
+            self._place, self._kernel = found.place, kernel
         self._borrowed.append(([columns[name] for name in self._schema], a))
         if not borrow or len(self._borrowed) == MOST_BORROWED:
             self._add_borrowed()
@@ -179,6 +188,9 @@ class Accumulator:
             {'w': array([1., 2.], dtype=float32)}
         """
         self._check_usable()
+        if not self._borrowed:
+            return
+        self._refuse_environment()
         self._broken = True
         self._add_borrowed()
         self._broken = False
@@ -193,7 +205,8 @@ class Accumulator:
             DuplicateContributionError: A contributor is in both.
             KindError, RoundError: They hold contributions of different kinds or rounds.
             IntegerRangeError: Together they could not be averaged to the unit.
-            MergeError: One is exact and the other is not, or `other` is this accumulator.
+            MergeError: One is exact and the other is not, their sums lie on different devices, or `other` is this
+                accumulator.
         """
         self._check_usable()
         other._check_usable()
@@ -203,6 +216,9 @@ class Accumulator:
             raise MergeError("an exact and an ordinary accumulator cannot be merged")
         if not other._count:
             return
+        if self._count and self._device != other._device:
+            raise MergeError(f"other holds sums on {other._device}, and this accumulator on {self._device}")
+        kernel = self._kernel_for(other._device)
         other.flush()
         assert other._schema is not None
         if self._schema is not None:
@@ -223,15 +239,19 @@ class Accumulator:
                 expected=self._round,
             )
         self._check_integers(other._largest, self._count + other._count)
+        self._refuse_environment()
 
         self._broken = True
+        if not self._count:
+            self._place, self._kernel = other._place, kernel
         self._schema = other._schema if self._schema is None else self._schema
         self._add_borrowed()
         start = self._start(self._schema)
         if self._exact_sums is not None and other._exact_sums is not None:
             self._exact_sums.merge(other._exact_sums)
         else:
-            self._add([[other._sums[name]] for name in self._sums], [1.0], start)
+            sums = other._sums if self._kernel.name == "torch" else tensors.as_arrays(other._sums)
+            self._add([[sums[name]] for name in self._sums], [1.0], start)
         if isinstance(self._total, Fraction):
             self._total += Fraction(other._total)
         else:
@@ -250,7 +270,7 @@ class Accumulator:
             out: A weight dict of the same schema to write the result to.
 
         Returns:
-            A new dict in the order of the schema, or `out`.
+            A new dict in the order of the schema, of tensors where the first contribution had them; or `out`.
 
         Raises:
             EmptyAggregationError: Nothing was added.
@@ -262,7 +282,7 @@ class Accumulator:
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
-        outputs = Outputs(self._schema, out)
+        outputs = tensors.outputs_for(self._schema, self._place, out, resident=self._resident)
         if self._exact:
             self._divide_exact(outputs)
         else:
@@ -276,15 +296,37 @@ class Accumulator:
                     )
         return outputs.finish()
 
+    def __copy__(self) -> "Accumulator":
+        return copy.deepcopy(self)  # one that shared the sums would add to those of both
+
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {key: value for key, value in self.__dict__.items() if key != "_kernel"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kernel", "_requested")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._kernel = kernels.resolve()
+        self._requested = kernels.requested()
+        self._kernel = kernels.resolve(device="cpu" if self._exact else self._device)
+        if self._kernel.name != "torch":
+            self._sums = tensors.as_arrays(self._sums)
 
-    def _divide_exact(self, outputs: Outputs) -> None:
+    @property
+    def _device(self) -> str:
+        return "cpu" if self._place is None else self._place.device
+
+    @property
+    def _resident(self) -> bool:
+        """Whether the sums are tensors where the contributions are."""
+        return self._place is not None and self._kernel.name == "torch" and not self._exact
+
+    def _kernel_for(self, device: str) -> Kernel:
+        """The kernel for weights on a device; exact sums are taken of copies on the host."""
+        if device == "cpu":
+            return self._kernel
+        on_device = kernels.resolve(self._requested, device=device)
+        return self._kernel if self._exact else on_device
+
+    def _divide_exact(self, outputs: Outputs | tensors.TensorOutputs) -> None:
         assert self._exact_sums is not None
         total = Fraction(self._total)
         numbers = []
@@ -316,12 +358,18 @@ class Accumulator:
         sizes = {name: math.prod(shape) for name, (shape, _) in schema.items()}
         if self._exact:
             self._exact_sums = ExactSums(list(sizes.values()))
+        elif self._place is not None and self._resident:
+            self._sums = tensors.new_sums(schema, self._place)
         else:
             self._sums = {name: np.empty(size) for name, size in sizes.items()}
         return True
 
     def _add(self, columns: list[list[Array]], aggregation_weights: list[float], start: bool) -> None:
         self._kernel.accumulate(list(self._sums.values()), columns, np.array(aggregation_weights), start=start)
+
+    def _refuse_environment(self) -> None:
+        """Lets the kernel refuse to compute before anything is changed, for then the accumulator goes on."""
+        self._kernel.not_finite([])
 
     def _check_usable(self) -> None:
         if self._broken:
@@ -348,6 +396,14 @@ class Accumulator:
                 index=index,
                 value=size,
             )
+
+
+def _scanned(kernel: Kernel, arrays: dict[str, Array], who: str) -> tuple[dict[str, Array], dict[str, int]]:
+    """What a kernel takes, without NaN and infinity, and the largest integer of each variable."""
+    columns = {name: contiguous(array) for name, array in arrays.items()}
+    flags = zip(columns, kernel.not_finite(list(columns.values())), strict=True)
+    check_finite({name: arrays[name] for name, flag in flags if flag}, who)
+    return columns, {name: magnitude(array) for name, array in arrays.items()}
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:

@@ -87,13 +87,15 @@ def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
     order = np.argsort(starts)
     starts, stops, names = starts[order], stops[order], [names[i] for i in order]
     for i in np.flatnonzero(stops[:-1] > starts[1:]):
-        raise OutputError(f"out: {names[i]!r} and {names[i + 1]!r} overlap in memory", name=names[i])
+        raise OutputError(f"out: {names[i]!r} and {names[i + 1]!r} overlap in memory or interleave", name=names[i])
     lows, highs = _bounds([array for array in inputs if array.size])
     # The last output that begins before the input ends is the one that could reach into it.
     nearest = np.searchsorted(starts, highs) - 1
     for i in np.flatnonzero((nearest >= 0) & (stops[nearest] > lows)):
         name = names[nearest[i]]
-        raise OutputError(f"out: {name!r} overlaps an input in memory, and inputs are never changed", name=name)
+        raise OutputError(
+            f"out: {name!r} overlaps an input in memory or interleaves with it, and inputs are never changed", name=name
+        )
 
 
 def _bounds(arrays: Sequence[Array]) -> tuple[Addresses, Addresses]:

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from fed_learn import kernels
+from fed_learn.adapters import hold_tensors
 from fed_learn.aggregation.arrays import Outputs, contiguous
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import integer_mean, too_large
@@ -49,6 +50,8 @@ def weighted_average(
     `Contribution`s, the order of the list: they are summed in the order of their contributors' names. Bare weight
     dicts are summed in list order.
 
+    Weights may be torch tensors, as `state_dict()` gives them: see `fed_learn.aggregation.tensors`.
+
     Args:
         contributions: Weight dicts, or `Contribution`s, all of one kind and round.
         aggregation_weights: One positive number per weight dict; None: they count equally. `Contribution`s bring
@@ -60,7 +63,8 @@ def weighted_average(
         kernel: Name of the kernel; None: the current one.
 
     Returns:
-        A new dict in the order of `like`, arrays in native byte order; or `out`.
+        A new dict in the order of `like`, arrays in native byte order, or tensors where the first contribution has
+        them; or `out`.
 
     Raises:
         ContributionError: Something is wrong with one of them; the class says what, the attributes who and where.
@@ -76,18 +80,11 @@ def weighted_average(
     """
     chosen = kernels.resolve(kernel)
     batch = list(contributions)
-    if not batch:
-        raise EmptyAggregationError("no contributions to average")
-    schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
-    if all(isinstance(item, Contribution) for item in batch):
-        if aggregation_weights is not None:
-            raise AggregationWeightError(
-                "aggregation_weights= is for bare weight dicts; Contributions bring their own",
-                value=aggregation_weights,
-            )
-        schema, checked = _checked_contributions(batch, schema)  # type: ignore[arg-type]
-    else:
-        schema, checked = _checked_weight_dicts(batch, aggregation_weights, schema)
+    if hold_tensors(like, out, *(item.weights if isinstance(item, Contribution) else item for item in batch)):
+        from fed_learn.aggregation.average_tensors import average_tensors  # which builds upon this module
+
+        return average_tensors(batch, aggregation_weights, like=like, out=out, exact=exact, kernel=kernel)
+    schema, checked = checked_batch(batch, aggregation_weights, like)
     outputs = Outputs(schema, out, (array for _, weights, _ in checked for array in weights.values()))
     columns = {name: [contiguous(weights[name]) for _, weights, _ in checked] for name in schema}
     scalars = [a for _, _, a in checked]
@@ -143,6 +140,26 @@ def _average(
     segments = [Segment(column, results[name]) for name, column in columns.items()]
     flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled))
     return [name for name, flag in zip(columns, flags, strict=True) if flag]
+
+
+def checked_batch(
+    batch: list[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
+) -> tuple[Schema, Checked]:
+    """Checks all but whether values are finite.
+
+    Returns:
+        The schema, and the contributions in the order of the sums.
+    """
+    if not batch:
+        raise EmptyAggregationError("no contributions to average")
+    schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
+    if not all(isinstance(item, Contribution) for item in batch):
+        return _checked_weight_dicts(batch, aggregation_weights, schema)
+    if aggregation_weights is not None:
+        raise AggregationWeightError(
+            "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
+        )
+    return _checked_contributions(batch, schema)
 
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Checked]:

@@ -1,8 +1,9 @@
 """Integers so large that float64 sums would not hold them to the unit.
 
-The float64 mean of n integers is off by less than half a unit as long as |x|·(n + 2) ≤ 2**52, which every counter
-satisfies. Beyond that a batch is averaged in Python's integers, slowly and exactly, and a stream is refused. With
-`exact=True` all integers and booleans are.
+The float64 mean of n integers is right to within a unit as long as |x|·(n + 2) ≤ 2**52, which every counter satisfies;
+and rounded half to even, with whole aggregation weights a, as long as Σ a·|x| < 2**53. Beyond the former a batch is
+averaged in Python's integers, slowly and exactly, and a stream is refused. With `exact=True` all integers and booleans
+are.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """Implementations of the arithmetic, and which one is used.
 
-`auto` takes `native` where the extension was built, else `numpy`. All kernels give the same bits, so the choice is one
-of speed. It is made by, in this order: the `kernel=` argument of a call, `use(name)`, `FED_LEARN_KERNEL`, auto.
-Nothing falls back silently: a kernel that is named and cannot run is an error.
+`auto` takes `native` where the extension was built, else `numpy`; for tensors that are not on the CPU it takes `torch`,
+the only one that can. All kernels give the same bits, so the choice is one of speed. It is made by, in this order: the
+`kernel=` argument of a call, `use(name)`, `FED_LEARN_KERNEL`, auto. Nothing falls back silently: a kernel that is named
+and cannot run is an error.
 
 Example:
     >>> import fed_learn as fl
@@ -32,6 +33,7 @@ __all__ = [
     "current_instruction_set",
     "get_num_threads",
     "instruction_sets",
+    "requested",
     "resolve",
     "set_num_threads",
     "unavailable",
@@ -115,15 +117,20 @@ def available() -> tuple[str, ...]:
     return tuple(name for name in _LOADERS if name not in missing)
 
 
-def resolve(kernel: str | None = None) -> Kernel:
-    """The kernel to use: the one named, else the one set by `use`, else by `FED_LEARN_KERNEL`, else auto.
+def _preferred() -> Kernel:
+    """The first kernel that can run here: `available` asks for all of them, which takes as long as a small mean."""
+    for name in _LOADERS:
+        found = _attempt(name)
+        if not isinstance(found, KernelUnavailableError):
+            return found
+    raise AssertionError("numpy is always there")
 
-    Args:
-        kernel: A name, `"auto"` or None.
+
+def requested(kernel: str | None = None) -> str:
+    """The name that is asked for, which may be `"auto"`: the one given, else by `use`, else by `FED_LEARN_KERNEL`.
 
     Raises:
         KernelNameError: No kernel has this name; says which have.
-        KernelUnavailableError: It cannot run here; says why.
     """
     source, name = "kernel", kernel
     if name is None:
@@ -133,7 +140,27 @@ def resolve(kernel: str | None = None) -> Kernel:
     valid = ("auto", *_LOADERS)
     if name not in valid:
         raise KernelNameError(f"{source} {name!r} is unknown; valid are {', '.join(valid)}", valid=valid)
-    return _load(available()[0] if name == "auto" else name)
+    return name
+
+
+def resolve(kernel: str | None = None, *, device: str = "cpu") -> Kernel:
+    """The kernel to use: the one named, else the one set by `use`, else by `FED_LEARN_KERNEL`, else auto.
+
+    Args:
+        kernel: A name, `"auto"` or None.
+        device: Where the numbers are.
+
+    Raises:
+        KernelNameError: No kernel has this name; says which have.
+        KernelUnavailableError: It cannot run here, or not on that device; says why.
+    """
+    name = requested(kernel)
+    if device == "cpu":
+        return _preferred() if name == "auto" else _load(name)
+    if name not in ("auto", "torch"):
+        reason = f"it runs on the CPU, and the tensors are on {device}; valid are auto, torch"
+        raise KernelUnavailableError(f"kernel {name!r} cannot be used: {reason}", reason=reason)
+    return _load("torch")
 
 
 def current() -> str:

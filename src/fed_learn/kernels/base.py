@@ -3,7 +3,7 @@
 The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.py`, the readable reference):
 
 - sums are kept in float64, whatever the dtype; they start from the first product and add the others in order,
-  each product and each sum rounded to nearest, never fused;
+  each product and each sum rounded to nearest, never fused unless the product is exact;
 - one float64 division by the total at the end, held within ±the largest float64;
 - with exact sums, digits that hold them (see `digits.py`) and their float64 value in place of the sums;
 - one rounding to the output dtype: float32 nearest-even, float16 and bfloat16 by way of float32, integers and

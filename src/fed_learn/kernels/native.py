@@ -111,8 +111,9 @@ class NativeKernel:
 
         def call(share: _Share) -> None:
             flags = _address(share.flags, "uint8_t *")
-            arguments = share.arguments()
-            _check(lib.fl_weighted_mean(chosen, len(share), a.size, *arguments, _address(a, "double *"), total, flags))
+            scratch = np.empty(lib.FL_TILE if a.size > lib.FL_GROUP else 0)
+            sums, numbers = _address(scratch, "double *"), _address(a, "double *")
+            _check(lib.fl_weighted_mean(chosen, len(share), a.size, *share.arguments(), numbers, total, sums, flags))
 
         return _run(call, [(segment.output, *segment.inputs) for segment in segments])
 

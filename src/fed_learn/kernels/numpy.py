@@ -116,6 +116,7 @@ class NumpyKernel:
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """See `Kernel.not_finite`."""
+        check_environment()
         with np.errstate(invalid="ignore"):  # a signalling NaN
             return [array.dtype.kind not in "biu" and not bool(np.isfinite(array).all()) for array in arrays]
 

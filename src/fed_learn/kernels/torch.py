@@ -12,12 +12,15 @@ import numpy as np
 import torch
 
 from fed_learn.environment import check_environment
+from fed_learn.errors import FloatingPointEnvironmentError
 from fed_learn.kernels.base import Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, Float64Array, digit_range, halves
 from fed_learn.weights import BFLOAT16, Array
 
 TILE = 1 << 20
 """Elements at a time: bounds the memory of the intermediate float64 tensors to a few times 8 MiB."""
+PARALLEL = 1 << 15
+"""Elements for which torch starts another thread."""
 LARGEST = float(np.finfo(np.float64).max)
 
 Tensor: TypeAlias = torch.Tensor
@@ -36,7 +39,7 @@ class TorchKernel:
 
     def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> list[bool]:
         """See `Kernel.weighted_mean`."""
-        check_environment()
+        _check_environment()
         flagged = []
         for segment in segments:
             inputs, output = list(map(_tensor, segment.inputs)), _tensor(segment.output)
@@ -59,7 +62,7 @@ class TorchKernel:
         start: bool = False,
     ) -> None:
         """See `Kernel.accumulate`."""
-        check_environment()
+        _check_environment()
         for acc, column in zip(map(_tensor, sums), inputs, strict=True):
             tensors = list(map(_tensor, column))
             for begin in range(0, acc.numel(), TILE):
@@ -68,7 +71,7 @@ class TorchKernel:
 
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> list[bool]:
         """See `Kernel.divide`."""
-        check_environment()
+        _check_environment()
         flagged = []
         for acc, output in zip(map(_tensor, sums), map(_tensor, outputs), strict=True):
             bad = False
@@ -86,7 +89,7 @@ class TorchKernel:
         aggregation_weights: Float64Array,
     ) -> list[bool]:
         """See `Kernel.deposit`."""
-        check_environment()
+        _check_environment()
         touched = [False] * len(digits.rows)
         rows = list(map(_tensor, digits.rows))
         for first, column in zip(starts, inputs, strict=True):
@@ -100,7 +103,7 @@ class TorchKernel:
 
     def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
         """See `Kernel.exact_divide`."""
-        check_environment()
+        _check_environment()
         rows = list(map(_tensor, digits.rows))
         for first, output in zip(starts, map(_tensor, outputs), strict=True):
             for start in range(0, output.numel(), TILE):
@@ -110,7 +113,7 @@ class TorchKernel:
 
     def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
         """See `Kernel.exact_mean`."""
-        check_environment()
+        _check_environment()
         for segment in segments:
             top, bottom = digit_range([segment.output.dtype], aggregation_weights)
             inputs, output = list(map(_tensor, segment.inputs)), _tensor(segment.output)
@@ -126,8 +129,20 @@ class TorchKernel:
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """See `Kernel.not_finite`."""
+        _check_environment()
         tensors = list(map(_tensor, arrays))
         return [x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in tensors]
+
+
+def _check_environment() -> None:
+    """Asks this thread, and those on which torch spreads work on the CPU: they keep the mode in which they were made."""
+    check_environment()
+    tiny = torch.full((PARALLEL * torch.get_num_threads(),), 2.0**-1040, dtype=torch.float64)
+    if not bool(torch.mul(tiny, 1.0).all()):
+        raise FloatingPointEnvironmentError(
+            "threads of torch flush subnormal numbers to zero (torch.set_flush_denormal when they were made?), so "
+            "torch would give other bits; the native kernel does not mind"
+        )
 
 
 class _Writeable:

@@ -1,0 +1,115 @@
+"""The weighted mean of a batch of contributions that hold tensors; see `fed_learn.aggregation.tensors`."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fed_learn import kernels
+from fed_learn.adapters import Framework
+from fed_learn.aggregation.average import checked_batch, usual_scale, weighted_average
+from fed_learn.aggregation.integers import integer_mean, too_large
+from fed_learn.aggregation.tensors import (
+    TensorOutputs,
+    Tensors,
+    as_tensors,
+    check_device,
+    check_output,
+    label_of,
+    opened,
+    refuse_non_finite,
+)
+from fed_learn.contribution import Contribution
+from fed_learn.environment import sum_in_order
+from fed_learn.errors import EmptyAggregationError
+from fed_learn.kernels.base import Kernel, Segment
+from fed_learn.weights import Schema, WeightDict
+
+
+def average_tensors(
+    batch: list[Any],
+    aggregation_weights: Sequence[float] | None,
+    *,
+    like: WeightDict | None,
+    out: WeightDict | None,
+    exact: bool,
+    kernel: str | None,
+) -> WeightDict:
+    """`weighted_average` where some of the weight dicts hold tensors."""
+    if not batch:
+        raise EmptyAggregationError("no contributions to average")
+    labels = [
+        label_of(c.contributor) if isinstance(c, Contribution) else f"contributions[{i}]" for i, c in enumerate(batch)
+    ]
+    found = [
+        opened(item.weights if isinstance(item, Contribution) else item, label)
+        for item, label in zip(batch, labels, strict=True)
+    ]
+    place, device = found[0].place, found[0].device
+    for one, label in zip(found, labels, strict=True):
+        check_device(one, device, label)
+    shape_of = None if like is None else opened(like, "like").weights
+    target = None if out is None else opened(out, "out")
+    if target is not None:
+        check_output(target, device)
+    chosen = kernels.resolve(kernel, device=device)
+    tensors_only = all(one.resident for one in found) and (target is None or target.resident)
+    if place is not None and not exact and tensors_only and chosen.name == "torch":
+        views = [_with_weights(item, one.weights) for item, one in zip(batch, found, strict=True)]
+        schema, checked = checked_batch(views, aggregation_weights, shape_of)
+        tensors = {label: one.tensors for label, one in zip(labels, found, strict=True)}
+        rows = [(who, tensors[who], a) for who, _, a in checked]
+        outputs = TensorOutputs(schema, place, out, (tensor for _, held, _ in rows for tensor in held.values()))
+        _average(chosen, place.framework, rows, outputs.arrays)
+        return outputs.finish()
+    views = [_with_weights(item, one.on_host()) for item, one in zip(batch, found, strict=True)]
+    inner = target.weights if target is not None and device == "cpu" else None
+    mean = weighted_average(views, aggregation_weights, like=shape_of, out=inner, exact=exact, kernel=kernel)
+    if out is not None and inner is not None:
+        return out
+    if place is None:
+        return mean
+    if out is None:
+        return as_tensors(mean, place)
+    inputs = (tensor for one in found for tensor in one.tensors.values())
+    return TensorOutputs(Schema.of(mean), place, out, inputs).write(mean)
+
+
+def _with_weights(item: Any, weights: Any) -> Any:
+    return replace(item, weights=weights) if isinstance(item, Contribution) else weights
+
+
+def _average(kernel: Kernel, framework: Framework, rows: list[tuple[str, Tensors, float]], results: Tensors) -> None:
+    """What `weighted_average` does with arrays, on tensors where they are."""
+    scalars = [a for _, _, a in rows]
+    columns = {name: [held[name] for _, held, _ in rows] for name in results}
+    doubtful: Tensors = {}
+    for name in _mean(kernel, columns, scalars, usual_scale(scalars), results):
+        if np.dtype(framework.check(results[name], "", name)).kind in "iu":
+            host = list(map(framework.view, columns[name]))
+            if too_large(host):
+                mean = np.empty_like(host[0])
+                integer_mean(host, scalars, mean)
+                framework.write(results[name], mean)
+            continue
+        for who, held, _ in rows:
+            refuse_non_finite(framework, {name: held[name]}, who)
+        doubtful[name] = framework.overflowed(results[name])
+    if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
+        small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
+        again = {name: results[name].clone() for name in doubtful}
+        _mean(kernel, {name: columns[name] for name in doubtful}, scalars, small, again)
+        for name, elements in doubtful.items():
+            results[name][elements] = again[name][elements]
+
+
+def _mean(
+    kernel: Kernel, columns: Mapping[str, list[Any]], scalars: Sequence[float], scale: int, results: Tensors
+) -> list[str]:
+    """The mean with all aggregation weights multiplied by 2**scale; returns the variables that the kernel reports."""
+    scaled = [math.ldexp(a, scale) for a in scalars]
+    segments = [Segment(column, results[name]) for name, column in columns.items()]
+    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled))
+    return [name for name, flag in zip(columns, flags, strict=True) if flag]
