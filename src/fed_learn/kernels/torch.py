@@ -135,7 +135,7 @@ class TorchKernel:
 
 
 def _check_environment() -> None:
-    """Asks this thread, and those on which torch spreads work on the CPU: they keep the mode in which they were made."""
+    """Asks this thread, and those on which torch spreads work on the CPU: they keep the mode they were made in."""
     check_environment()
     tiny = torch.full((PARALLEL * torch.get_num_threads(),), 2.0**-1040, dtype=torch.float64)
     if not bool(torch.mul(tiny, 1.0).all()):
