@@ -80,6 +80,9 @@ def _new(schema: Schema) -> dict[str, Array]:
 
 
 def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
+    inputs = list(inputs)
+    if _own_their_memory(out, inputs):
+        return
     names = [name for name, array in out.items() if array.size]
     if not names:
         return
@@ -96,6 +99,12 @@ def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
         raise OutputError(
             f"out: {name!r} overlaps an input in memory or interleaves with it, and inputs are never changed", name=name
         )
+
+
+def _own_their_memory(out: WeightDict, inputs: Sequence[Array]) -> bool:
+    """Whether each is an array for itself, with memory that numpy allocated for it alone: the usual case, soon told."""
+    own = {id(array) for array in out.values() if array.base is None and array.flags.owndata}
+    return len(own) == len(out) and all(array.base is None and id(array) not in own for array in inputs)
 
 
 def _bounds(arrays: Sequence[Array]) -> tuple[Addresses, Addresses]:
