@@ -376,7 +376,7 @@ class Accumulator:
             raise BrokenAccumulatorError("this accumulator was interrupted while it was adding; begin a new one")
 
     def _note_largest(self, largest: dict[str, int]) -> None:
-        self._largest = {name: max(size, self._largest.get(name, 0)) for name, size in largest.items()}
+        self._largest.update({name: max(size, self._largest.get(name, 0)) for name, size in largest.items()})
 
     def _check_integers(
         self, largest: dict[str, int], count: int, contributor: str | None = None, arrays: WeightDict | None = None
@@ -399,11 +399,11 @@ class Accumulator:
 
 
 def _scanned(kernel: Kernel, arrays: dict[str, Array], who: str) -> tuple[dict[str, Array], dict[str, int]]:
-    """What a kernel takes, without NaN and infinity, and the largest integer of each variable."""
+    """What a kernel takes, without NaN and infinity, and the largest integer of each variable of integers."""
     columns = {name: contiguous(array) for name, array in arrays.items()}
     flags = zip(columns, kernel.not_finite(list(columns.values())), strict=True)
     check_finite({name: arrays[name] for name, flag in flags if flag}, who)
-    return columns, {name: magnitude(array) for name, array in arrays.items()}
+    return columns, {name: magnitude(array) for name, array in arrays.items() if array.dtype.kind in "iu"}
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:
