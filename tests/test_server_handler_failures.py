@@ -2,6 +2,7 @@
 
 import _thread
 import logging
+import signal
 import threading
 from collections.abc import Callable
 
@@ -281,10 +282,15 @@ def test_an_interrupt_in_one_clients_shutdown_does_not_keep_the_others_from_thei
 
 
 def test_every_started_handler_is_shut_down_once_when_the_user_interrupts_while_clients_work() -> None:
-    # As Ctrl-C does: the interrupt reaches the main thread, which waits for the clients.
+    # As Ctrl-C does: the interrupt reaches the main thread, which waits for the clients. A process that was started in
+    # the background ignores it.
     watched, server, clients = watched_job(learner=AddingLearner(during=lambda ctx: _thread.interrupt_main()))
-    with pytest.raises(KeyboardInterrupt):
-        server.run(clients)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            server.run(clients)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert watched.unbalanced() == {}
     assert [watched.started(name) for name in ("server", "a", "b", "c")] == [[1, 1]] * 4
 
