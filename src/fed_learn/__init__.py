@@ -11,6 +11,7 @@ Example:
 """
 
 from fed_learn import kernels
+from fed_learn.adapters import get_weights, set_weights
 from fed_learn.aggregation import Accumulator, weighted_average
 from fed_learn.client import FederatedClient
 from fed_learn.components import Learner, ModelEvaluator, TrainingResult
@@ -34,12 +35,14 @@ from fed_learn.errors import (
     KindError,
     MergeError,
     MetricError,
+    ModelError,
     NamesError,
     NonFiniteError,
     OutputError,
     RoundError,
     ShapeError,
     SumOverflowError,
+    TiedVariablesError,
     TooFewContributionsError,
     UnknownContributorError,
     WeightsTypeError,
@@ -83,6 +86,7 @@ __all__ = [
     "MergeError",
     "MetricError",
     "ModelData",
+    "ModelError",
     "ModelEvaluator",
     "ModelSelectionHandler",
     "NamesError",
@@ -93,12 +97,15 @@ __all__ = [
     "ServerValidationHandler",
     "ShapeError",
     "SumOverflowError",
+    "TiedVariablesError",
     "TooFewContributionsError",
     "TrainingResult",
     "UnknownContributorError",
     "ValidationResult",
     "WeightsTypeError",
     "fire_event",
+    "get_weights",
     "kernels",
+    "set_weights",
     "weighted_average",
 ]

@@ -107,6 +107,10 @@ class DuplicateContributionError(ContributionError, ValueError):
     """The contributor already contributed to this aggregate."""
 
 
+class TiedVariablesError(ContributionError, ValueError):
+    """Names that a model has for one variable come with different values. Attribute: `names`."""
+
+
 class UnknownContributorError(ContributionError, ValueError):
     """The contributor's name is none, or not that of the client that sent the contribution."""
 
@@ -153,6 +157,10 @@ class KernelNameError(FedLearnError, ValueError):
 
 class KernelUnavailableError(FedLearnError, RuntimeError):
     """The kernel exists but cannot run here. Attribute: `reason`."""
+
+
+class ModelError(FedLearnError, TypeError):
+    """No adapter knows the model, or it is in a state in which it has no weights to read or load."""
 
 
 class ConfigError(FedLearnError, ValueError):

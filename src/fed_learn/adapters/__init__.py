@@ -1,49 +1,33 @@
-"""Tensors of other frameworks as arrays, and back: what aggregation needs in order to take any framework's tensors.
+"""Models and tensors of other frameworks as arrays, and back.
 
-A framework is found by the type of the object at hand, in `sys.modules`: nothing is imported that the caller has not
-imported. What tensors are averaged with is left to `fed_learn.aggregation.tensors`.
+`models` turns whole models into weight dicts, `tensors` finds the framework of a single tensor, `layout` maps between
+the weight dicts of models of two frameworks; there is one module per framework.
 """
 
-from collections.abc import Mapping
+from fed_learn.adapters.base import Adapter, Framework, Variable
+from fed_learn.adapters.models import (
+    ADAPTERS,
+    adapter_of,
+    get_weights,
+    register,
+    set_weights,
+    unregister,
+    variables,
+)
+from fed_learn.adapters.tensors import FRAMEWORKS, framework_of, hold_tensors
 
-import numpy as np
-
-from fed_learn.adapters.base import Framework
-from fed_learn.adapters.torch import TorchTensors
-
-__all__ = ["FRAMEWORKS", "Framework", "framework_of", "hold_tensors"]
-
-FRAMEWORKS: tuple[Framework, ...] = (TorchTensors(),)
-
-
-def framework_of(kind: type) -> Framework | None:
-    """The framework whose tensors are of this type; None where none is.
-
-    Example:
-        >>> framework_of(np.ndarray) is None
-        True
-    """
-    for framework in FRAMEWORKS:
-        tensor = framework.tensor_type()
-        if tensor is not None and issubclass(kind, tensor):
-            return framework
-    return None
-
-
-def hold_tensors(*weights: object) -> bool:
-    """Whether there is a tensor of a framework in any of these weight dicts. Fast, and false for what is no dict.
-
-    Example:
-        >>> hold_tensors({"w": np.zeros(2)}, None)
-        False
-    """
-    if all(framework.tensor_type() is None for framework in FRAMEWORKS):
-        return False
-    kinds: set[type] = set()
-    for one in weights:
-        try:
-            kinds.update(map(type, one.values()) if isinstance(one, Mapping) else ())
-        except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-            continue
-    kinds.discard(np.ndarray)
-    return any(framework_of(kind) is not None for kind in kinds)
+__all__ = [
+    "ADAPTERS",
+    "FRAMEWORKS",
+    "Adapter",
+    "Framework",
+    "Variable",
+    "adapter_of",
+    "framework_of",
+    "get_weights",
+    "hold_tensors",
+    "register",
+    "set_weights",
+    "unregister",
+    "variables",
+]

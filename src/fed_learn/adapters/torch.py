@@ -1,4 +1,5 @@
-"""Tensors of torch. Those on the CPU share their memory with arrays, both ways; bfloat16 by reinterpretation.
+"""Tensors and models of torch. What is on the CPU shares its memory with arrays, both ways; bfloat16 by
+reinterpretation.
 
 Nothing here imports torch: it is there when there are tensors.
 """
@@ -6,11 +7,13 @@ Nothing here imports torch: it is there when there are tensors.
 import functools
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fed_learn.errors import DtypeError, WeightsTypeError
+from fed_learn.adapters.base import Variable, given
+from fed_learn.errors import DtypeError, ModelError, WeightsTypeError
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
 
 DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
@@ -135,6 +138,118 @@ class TorchTensors:
         if tensor.element_size() == 8:
             doubtful |= tensor.abs() == LARGEST
         return doubtful
+
+
+class TorchModels:
+    """`Adapter` for `torch.nn.Module`s and plain `state_dict`s.
+
+    Buffers that are not persistent are not in a `state_dict`, nor here; neither is "extra state" that is no tensor.
+    """
+
+    name = "torch"
+    models = "torch.nn.Module, a state_dict"
+
+    def __init__(self) -> None:
+        self._tensors = TorchTensors()
+
+    def accepts(self, model: object) -> bool:
+        """See `Adapter.accepts`."""
+        tensor = self._tensors.tensor_type()
+        if tensor is None:
+            return False
+        if isinstance(model, Mapping):
+            return any(isinstance(value, tensor) for value in model.values())
+        module = getattr(getattr(sys.modules["torch"], "nn", None), "Module", None)
+        return module is not None and isinstance(model, module)
+
+    def variables(self, model: Any) -> list[Variable]:
+        """See `Adapter.variables`."""
+        parameters: set[int] | None = None
+        if isinstance(model, Mapping):
+            found = dict(model)
+        else:
+            module = unwrapped(model)
+            own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+            parameters = {id(tensor) for tensor in module.parameters()}
+            found = {name.replace("_orig_mod.", ""): value for name, value in module.state_dict(keep_vars=True).items()}
+        described = []
+        for name, tensor in found.items():
+            if not isinstance(tensor, _torch().Tensor):
+                continue
+            if parameters is not None and id(tensor) not in own:
+                raise ModelError(
+                    f"model: {name!r} of its state_dict is not one of its parameters or buffers", name=name
+                )
+            described.append(self._variable(name, tensor, parameters))
+        return described
+
+    def _variable(self, name: str, tensor: Any, parameters: set[int] | None) -> Variable:
+        if _is_uninitialized(tensor):
+            raise ModelError(f"model: {name!r} is not initialized; run a batch through the model first", name=name)
+        dtype = self._tensors.check(tensor, "model", name)
+        identity = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
+        return Variable(
+            name,
+            tuple(tensor.shape),
+            dtype,
+            tensor,
+            trainable=None if parameters is None else bool(tensor.requires_grad),
+            role=None if parameters is None else "parameter" if id(tensor) in parameters else "buffer",
+            # Empty tensors have no address of their own.
+            identity=identity if tensor.numel() else id(tensor),
+        )
+
+    def get(self, variable: Variable, *, copy: bool) -> Array:
+        """See `Adapter.get`. Tensors that are not on the CPU are given as tensors, where they are."""
+        tensor = variable.tensor.detach()
+        if not tensor.is_cpu:
+            there: Array = tensor.clone() if copy else tensor
+            return there
+        return given(self._tensors.view(tensor, "model", variable.name), copy=copy)
+
+    def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
+        """See `Adapter.load`."""
+        for name, (variable, _) in values.items():
+            if self._tensors.overlaps_itself(variable.tensor):
+                raise ModelError(f"model: {name!r} is expanded: its elements share memory", name=name)
+        for variable, value in values.values():
+            self._write(variable.tensor.detach(), value)
+        return model
+
+    def _write(self, tensor: Any, value: Any) -> None:
+        torch = _torch()
+        if tensor.is_cpu and isinstance(value, np.ndarray):
+            # Takes any strides and byte order, and is no matter for autograd but for the count of changes.
+            np.copyto(self._tensors.view(tensor), value)
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+            return
+        with torch.inference_mode(tensor.is_inference()):
+            tensor.copy_(self._tensors.tensor(np.array(value)) if isinstance(value, np.ndarray) else value.detach())
+
+
+def unwrapped(model: Any) -> Any:
+    """The module inside of `torch.compile`, `DataParallel` and `DistributedDataParallel`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> unwrapped(torch.compile(torch.nn.DataParallel(model))) is model
+        True
+    """
+    parallel = _torch().nn.parallel
+    compiled = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    while True:
+        if isinstance(model, compiled):
+            model = model._orig_mod
+        elif isinstance(model, parallel.DataParallel | parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _is_uninitialized(tensor: Any) -> bool:
+    return isinstance(tensor, _torch().nn.parameter.UninitializedTensorMixin)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fed_learn import kernels
-from fed_learn.adapters import hold_tensors
+from fed_learn.adapters.tensors import hold_tensors
 from fed_learn.aggregation.arrays import Outputs, contiguous
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import integer_mean, too_large

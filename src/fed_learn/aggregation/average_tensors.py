@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.adapters import Framework
+from fed_learn.adapters.base import Framework
 from fed_learn.aggregation.average import checked_batch, usual_scale, weighted_average
 from fed_learn.aggregation.integers import integer_mean, too_large
 from fed_learn.aggregation.tensors import (

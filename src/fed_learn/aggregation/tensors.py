@@ -26,7 +26,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from fed_learn.adapters import Framework, framework_of, hold_tensors
+from fed_learn.adapters.base import Framework
+from fed_learn.adapters.tensors import framework_of, hold_tensors
 from fed_learn.aggregation.arrays import Outputs
 from fed_learn.contribution import Contribution
 from fed_learn.errors import NonFiniteError, OutputError, WeightsTypeError, brief

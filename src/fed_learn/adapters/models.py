@@ -1,0 +1,207 @@
+"""A model's weights as a weight dict, and back: `get_weights`, `set_weights`, and the registry of adapters.
+
+An adapter is found by the type of the model, in `sys.modules`: nothing is imported that the caller has not imported.
+Here is what all frameworks have in common: which variables, the checks, and that a model is loaded whole or not at all.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from fed_learn.adapters.base import Adapter, Variable
+from fed_learn.adapters.tensors import framework_of
+from fed_learn.adapters.torch import TorchModels
+from fed_learn.errors import ModelError, NamesError, TiedVariablesError
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
+
+M = TypeVar("M")
+Only: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
+"""Which variables: those in whose names the regular expression is found (`re.search`), or for which it is true."""
+
+ADAPTERS: list[Adapter] = [TorchModels()]
+"""Asked in this order."""
+
+
+def register(adapter: Adapter) -> None:
+    """Makes `get_weights` and `set_weights` know one more kind of model.
+
+    It is asked before all others, so it may also take over some models of a framework that is known already. One that
+    has its name is replaced.
+
+    Args:
+        adapter: See `fed_learn.adapters.base.Adapter`.
+    """
+    ADAPTERS[:] = [adapter, *(other for other in ADAPTERS if other.name != adapter.name)]
+
+
+def unregister(name: str) -> None:
+    """Undoes `register`.
+
+    Raises:
+        KeyError: There is no adapter of this name.
+    """
+    if name not in [adapter.name for adapter in ADAPTERS]:
+        raise KeyError(name)
+    ADAPTERS[:] = [adapter for adapter in ADAPTERS if adapter.name != name]
+
+
+def adapter_of(model: object) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        ModelError: No adapter knows such a model; says which are known.
+    """
+    for adapter in ADAPTERS:
+        if adapter.accepts(model):
+            return adapter
+    known = "; ".join(f"{adapter.name}: {adapter.models}" for adapter in ADAPTERS)
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    raise ModelError(f"a {kind} is no model that is known here. Known are {known}", model=kind)
+
+
+def variables(model: object, only: Only | None = None) -> tuple[Variable, ...]:
+    """The variables of a model, in the order of its weight dict: names, shapes, dtypes, and which can be trained.
+
+    Args:
+        model: See `get_weights`.
+        only: See `get_weights`.
+
+    Raises:
+        ModelError, NamesError: See `get_weights`.
+
+    Example:
+        >>> import torch
+        >>> [(v.name, v.trainable) for v in variables(torch.nn.BatchNorm1d(2))][1:3]
+        [('bias', True), ('running_mean', False)]
+    """
+    return _chosen(adapter_of(model).variables(model), only)
+
+
+def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -> dict[str, Array]:
+    """The weights of a model as a weight dict.
+
+    - `torch.nn.Module`, also compiled or wrapped in (Distributed)DataParallel: names of `state_dict()`, without the
+      prefixes of the wrappers. With `copy=False` live views, which change as the model does.
+    - a torch `state_dict`: its names. With `copy=False` live views.
+    - `keras.Model`, built: `variable.path`; metrics and random seeds are left out. With `copy=False` snapshots (on the
+      torch back end live views).
+    - `tf.Module`: paths of attributes; a list of `tf.Variable`: index and name. With `copy=False` snapshots.
+    - a JAX pytree (Flax, Equinox, dicts): key paths. With `copy=False` its arrays, which never change.
+
+    Tensors on another device than the CPU stay there, as tensors that `weighted_average` and `Accumulator` take.
+
+    Args:
+        model: What to read.
+        copy: The caller may keep and change the arrays: they are its own. Else nothing is copied where the framework
+            allows that, and the arrays are read-only.
+        only: Which variables: a regular expression (`re.search`) or a predicate on names, for parts such as LoRA's.
+
+    Returns:
+        A new dict, in the model's order, which does not depend on anything but its architecture.
+
+    Raises:
+        ModelError: No adapter knows the model, or it has no variables yet.
+        NamesError: `only` fits none of the names.
+        DtypeError, WeightsTypeError: A variable has a dtype that cannot be averaged, or no values.
+
+    Example:
+        >>> import torch
+        >>> {name: array.shape for name, array in get_weights(torch.nn.Linear(3, 2)).items()}
+        {'weight': (2, 3), 'bias': (2,)}
+    """
+    adapter = adapter_of(model)
+    return {variable.name: adapter.get(variable, copy=copy) for variable in _chosen(adapter.variables(model), only)}
+
+
+def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Only | None = None) -> M:
+    """Loads a weight dict into a model: all of it, or nothing if anything is wrong with it.
+
+    Values are copied in place: optimizers keep their hold on the variables, and what is frozen stays frozen. A JAX
+    pytree cannot be changed; a new one is returned.
+
+    Args:
+        model: What to load into; see `get_weights`.
+        weights: Arrays, or tensors of any framework, with just the names, shapes and dtypes of the model.
+        strict: The names must be all of the model's (all that `only` chooses). Else variables may be missing, and stay
+            as they are; a name that the model does not have is refused all the same.
+        only: Which variables are meant; see `get_weights`.
+
+    Returns:
+        The model; for a JAX pytree the new one.
+
+    Raises:
+        NamesError, ShapeError, DtypeError, WeightsTypeError: The weights do not fit; names the variable.
+        TiedVariablesError: Two names of one variable have different values.
+        ModelError: See `get_weights`.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(1, 1)
+        >>> set_weights(model, {"weight": np.float32([[2]]), "bias": np.float32([1])})(torch.ones(1)).item()
+        3.0
+    """
+    adapter = adapter_of(model)
+    known = {variable.name: variable for variable in _chosen(adapter.variables(model), only)}
+    values, arrays = _opened(weights)
+    expected = Schema((name, (v.shape, v.dtype)) for name, v in known.items() if strict or name in arrays)
+    expected.check(arrays, "weights")
+    _refuse_untied([known[name] for name in arrays], values)
+    loaded: M = adapter.load(model, {name: (known[name], _for(adapter, values[name])) for name in arrays})
+    return loaded
+
+
+def _for(adapter: Adapter, value: Any) -> Any:
+    """The value as it is, but tensors of another framework than the model's as arrays."""
+    framework = framework_of(type(value))
+    return value if framework is None or framework.name == adapter.name else framework.view(value)
+
+
+def _chosen(found: list[Variable], only: Only | None) -> tuple[Variable, ...]:
+    if only is None:
+        return tuple(found)
+    fits = only if callable(only) else re.compile(only).search
+    chosen = tuple(variable for variable in found if fits(variable.name))
+    if not chosen:
+        some = ", ".join(repr(variable.name) for variable in found[:3])
+        raise NamesError(f"only={only!r} fits none of the model's {len(found)} variables ({some} …)")
+    return chosen
+
+
+def _opened(weights: object) -> tuple[dict[str, Any], dict[str, Array]]:
+    """The values to load, and for the checks an array or placeholder of each."""
+    if not isinstance(weights, Mapping):
+        arrays = as_weight_dict(weights, "weights")
+        return dict(arrays), arrays
+    values: dict[Any, Any] = dict(weights)
+    shown = dict(values)
+    for name, value in values.items():
+        framework = framework_of(type(value))
+        if framework is not None:
+            dtype = framework.check(value, "weights", name)
+            shown[name] = np.broadcast_to(np.empty((), dtype), tuple(value.shape))
+    arrays = as_weight_dict(shown, "weights")
+    tensors = {name for name, value in values.items() if shown[name] is not value}
+    return {name: values[name] if name in tensors else array for name, array in arrays.items()}, arrays
+
+
+def _refuse_untied(loaded: list[Variable], values: Mapping[str, Any]) -> None:
+    seen: dict[object, str] = {}
+    for variable in loaded:
+        first = seen.setdefault(variable.identity, variable.name)
+        if first == variable.name:
+            continue
+        one, other = (_bytes(values[name]) for name in (first, variable.name))
+        if one != other:
+            raise TiedVariablesError(
+                f"weights: {first!r} and {variable.name!r} are one variable in the model, and differ",
+                name=variable.name,
+                names=(first, variable.name),
+            )
+
+
+def _bytes(value: Any) -> bytes:
+    framework = framework_of(type(value))
+    array: Array = np.ascontiguousarray(value if framework is None else framework.view(value))
+    return array.astype(array.dtype.newbyteorder("="), copy=False).tobytes()

@@ -1,0 +1,47 @@
+"""The frameworks whose tensors can be averaged: found by the type of a tensor.
+
+A framework is looked for in `sys.modules`: nothing is imported that the caller has not imported. What tensors are
+averaged with is left to `fed_learn.aggregation.tensors`, and whole models to `fed_learn.adapters.models`.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fed_learn.adapters.base import Framework
+from fed_learn.adapters.torch import TorchTensors
+
+FRAMEWORKS: tuple[Framework, ...] = (TorchTensors(),)
+
+
+def framework_of(kind: type) -> Framework | None:
+    """The framework whose tensors are of this type; None where none is.
+
+    Example:
+        >>> framework_of(np.ndarray) is None
+        True
+    """
+    for framework in FRAMEWORKS:
+        tensor = framework.tensor_type()
+        if tensor is not None and issubclass(kind, tensor):
+            return framework
+    return None
+
+
+def hold_tensors(*weights: object) -> bool:
+    """Whether there is a tensor of a framework in any of these weight dicts. Fast, and false for what is no dict.
+
+    Example:
+        >>> hold_tensors({"w": np.zeros(2)}, None)
+        False
+    """
+    if all(framework.tensor_type() is None for framework in FRAMEWORKS):
+        return False
+    kinds: set[type] = set()
+    for one in weights:
+        try:
+            kinds.update(map(type, one.values()) if isinstance(one, Mapping) else ())
+        except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+            continue
+    kinds.discard(np.ndarray)
+    return any(framework_of(kind) is not None for kind in kinds)
