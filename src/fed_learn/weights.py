@@ -5,6 +5,7 @@ kernels or frameworks; who sent a weight dict is only passed through into the er
 """
 
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any, NoReturn, Self, TypeAlias
 
 import ml_dtypes
@@ -30,6 +31,7 @@ WeightDict: TypeAlias = Mapping[str, Array]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = tuple(map(np.dtype, ("float16", BFLOAT16, "float32", "float64")))
 INTEGERS = tuple(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")))
+SHAPE_AND_DTYPE = attrgetter("shape", "dtype")
 SUPPORTED_DTYPES = frozenset((*FLOATS, *INTEGERS, np.dtype(bool)))
 
 
@@ -185,9 +187,17 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             schema[name] = (array.shape, dtype)
         return schema
 
-    def describes(self, weights: WeightDict) -> bool:
-        """Whether names, shapes and dtypes are just these, byte order included: a fast `check` without reasons."""
-        return self == {name: (array.shape, array.dtype) for name, array in weights.items()}
+    def describes(self, *weights: WeightDict) -> bool:
+        """Whether all of these hold plain arrays of just these names, shapes and dtypes.
+
+        In this order and in native byte order too: a fast `check` that gives no reasons.
+        """
+        arrays = [array for one in weights for array in one.values()]
+        return (
+            [*map(list, weights)].count(list(self)) == len(weights)
+            and [*map(type, arrays)].count(np.ndarray) == len(arrays)
+            and [*map(SHAPE_AND_DTYPE, arrays)] == list(self.values()) * len(weights)
+        )
 
     def check(self, weights: WeightDict, contributor: str | None = None) -> None:
         """Refuses weights whose names, shapes or dtypes differ; byte order and strides do not matter.
@@ -240,16 +250,18 @@ def check_weights(
         scan: Look for NaN and infinity.
 
     Returns:
-        A plain dict of the arrays.
+        A plain dict of the arrays, in the order of the schema; those in foreign byte order as native copies.
 
     Raises:
         WeightsTypeError, NamesError, ShapeError, DtypeError, NonFiniteError: What is wrong with it.
     """
-    arrays = as_weight_dict(weights, contributor)
-    if schema is None:
-        Schema.of(arrays, contributor)
-    elif not schema.describes(arrays):
+    if schema is not None and type(weights) is dict and schema.describes(weights):
+        arrays = weights.copy()
+    else:
+        arrays = as_weight_dict(weights, contributor)
+        schema = Schema.of(arrays, contributor) if schema is None else schema
         schema.check(arrays, contributor)
+        arrays = {name: np.asarray(arrays[name], dtype) for name, (_, dtype) in schema.items()}
     if scan:
         check_finite(arrays, contributor)
     return arrays

@@ -1,8 +1,9 @@
 """From checked weight dicts to what a kernel takes: contiguous inputs, and outputs that share no memory with them."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
+from types import NoneType
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, native_
 
 ALIGNMENT = 64
 """Bytes of a cache line, at which the arrays of a slab begin."""
+STRICTEST_ALIGNMENT = 8
+"""Bytes that an address is a multiple of where any dtype is aligned."""
 SMALLEST_SLAB = 1 << 20
 """Bytes of a model from which on its new arrays share a slab."""
 
@@ -24,13 +27,52 @@ def contiguous(array: Array) -> Array:
     return np.require(array, native_dtype(array.dtype), ["C", "A"])
 
 
+class Columns:
+    """For each variable the arrays of all contributions, as a kernel takes them.
+
+    Args:
+        rows: Weights that were checked: of one schema, in its order, in native byte order.
+
+    Attributes:
+        given: All arrays as they came.
+        arrays: Name → an array per contribution, contiguous and aligned.
+        addresses: Where they lie, a row per name.
+    """
+
+    def __init__(self, rows: Sequence[WeightDict]) -> None:
+        given = [array for row in rows for array in row.values()]
+        self.given = taken = given
+        try:
+            self.addresses = addresses(given)
+            plain = not (self.addresses % STRICTEST_ALIGNMENT).any()
+        except ValueError:  # not all of them are contiguous
+            plain = False
+        if not plain:
+            taken = [contiguous(array) for array in given]
+            self.addresses = addresses(taken)
+        self.addresses = self.addresses.reshape(len(rows), -1).T
+        n = len(rows[0])
+        self.arrays: dict[str, Sequence[Array]] = {name: taken[i::n] for i, name in enumerate(rows[0])}
+        self._copied = any(one is not other for one, other in zip(taken, given, strict=True)) if not plain else False
+
+    def bounds(self, sizes: Addresses) -> tuple[Addresses, Addresses]:
+        """The addresses at which the memory begins and ends that the caller gave.
+
+        Args:
+            sizes: Bytes of each variable.
+        """
+        if self._copied:
+            return _bounds(self.given)
+        return self.addresses.ravel(), (self.addresses + sizes[:, None]).ravel()
+
+
 class Outputs:
     """Where results go: fresh arrays, or those of `out=`.
 
     Args:
         schema: Names, shapes and dtypes of the result.
         out: A weight dict to write to, or None.
-        inputs: Arrays that must not be written to.
+        inputs: What must not be written to.
 
     Raises:
         ContributionError: `out` has other names, shapes or dtypes (one of its children).
@@ -39,24 +81,29 @@ class Outputs:
     Attributes:
         weights: The result, in the order of the schema; `out` itself where it was given.
         arrays: A contiguous array per name for the kernel to write to.
+        addresses: Where those lie.
     """
 
-    def __init__(self, schema: Schema, out: WeightDict | None, inputs: Iterable[Array] = ()) -> None:
-        if out is None:
-            self.weights: WeightDict = _new(schema)
+    def __init__(self, schema: Schema, out: WeightDict | None, inputs: Columns | None = None) -> None:
+        self.weights: WeightDict = _new(schema) if out is None else out
+        usual = out is None or (type(out) is dict and schema.describes(out))
+        if usual and [array.flags.carray for array in self.weights.values()].count(True) == len(schema):
+            self.arrays = self.weights
         else:
-            arrays = as_weight_dict(out, "out")
-            if not schema.describes(arrays):
-                schema.check(arrays, "out")
-            for name, array in arrays.items():
-                if not isinstance(out[name], np.ndarray):
-                    raise OutputError(f"out: {name!r} is a scalar, not an array", name=name)
-                if not array.flags.writeable:
-                    raise OutputError(f"out: {name!r} is read-only", name=name)
-            _refuse_overlap(arrays, inputs)
-            self.weights = out
+            self.arrays = self._checked(schema)
+        self.addresses = addresses(list(self.arrays.values()))
+        if out is not None and not self._own_their_memory([] if inputs is None else inputs.given):
+            self._refuse_overlap(inputs)
+
+    def _checked(self, schema: Schema) -> WeightDict:
+        schema.check(as_weight_dict(self.weights, "out"), "out")
+        for name, array in self.weights.items():
+            if not isinstance(array, np.ndarray):
+                raise OutputError(f"out: {name!r} is a scalar, not an array", name=name)
+            if not array.flags.writeable:
+                raise OutputError(f"out: {name!r} is read-only", name=name)
         # What a kernel cannot write to in place is filled by way of a copy.
-        self.arrays = {name: contiguous(self.weights[name]) for name in schema}
+        return {name: contiguous(self.weights[name]) for name in schema}
 
     def finish(self) -> WeightDict:
         """The result, once the arrays have been written."""
@@ -64,6 +111,37 @@ class Outputs:
             if array is not self.weights[name]:
                 self.weights[name][...] = array
         return self.weights
+
+    def _own_their_memory(self, given: Sequence[Array]) -> bool:
+        """Whether each is an array for itself, in memory that numpy allocated for it alone: usual, and soon told."""
+        own = {id(array) for array in self.weights.values() if array.base is None and array.flags.owndata}
+        whole = {type(array.base) for array in given} <= {NoneType}
+        return whole and len(own) == len(self.weights) and own.isdisjoint(map(id, given))
+
+    def _refuse_overlap(self, inputs: Columns | None) -> None:
+        names, arrays = list(self.arrays), list(self.arrays.values())
+        sizes = np.array([array.nbytes for array in arrays], np.uintp)
+        if all(self.weights[name] is array for name, array in self.arrays.items()):
+            starts, stops = self.addresses, self.addresses + sizes
+        else:
+            starts, stops = _bounds([self.weights[name] for name in names])
+        order = np.argsort(starts)
+        order = order[stops[order] > starts[order]]
+        starts, stops = starts[order], stops[order]
+        for i in np.flatnonzero(stops[:-1] > starts[1:]):
+            one, other = names[order[i]], names[order[i + 1]]
+            raise OutputError(f"out: {one!r} and {other!r} overlap in memory or interleave", name=one)
+        if inputs is None or not order.size:
+            return
+        lows, highs = inputs.bounds(sizes)
+        # The last output that begins before the input ends is the one that could reach into it.
+        nearest = np.searchsorted(starts, highs) - 1
+        for i in np.flatnonzero((nearest >= 0) & (stops[nearest] > lows) & (highs > lows)):
+            name = names[order[nearest[i]]]
+            raise OutputError(
+                f"out: {name!r} overlaps an input in memory or interleaves with it, and inputs are never changed",
+                name=name,
+            )
 
 
 def _new(schema: Schema) -> dict[str, Array]:
@@ -79,39 +157,8 @@ def _new(schema: Schema) -> dict[str, Array]:
     }
 
 
-def _refuse_overlap(out: WeightDict, inputs: Iterable[Array]) -> None:
-    inputs = list(inputs)
-    if _own_their_memory(out, inputs):
-        return
-    names = [name for name, array in out.items() if array.size]
-    if not names:
-        return
-    starts, stops = _bounds([out[name] for name in names])
-    order = np.argsort(starts)
-    starts, stops, names = starts[order], stops[order], [names[i] for i in order]
-    for i in np.flatnonzero(stops[:-1] > starts[1:]):
-        raise OutputError(f"out: {names[i]!r} and {names[i + 1]!r} overlap in memory or interleave", name=names[i])
-    lows, highs = _bounds([array for array in inputs if array.size])
-    # The last output that begins before the input ends is the one that could reach into it.
-    nearest = np.searchsorted(starts, highs) - 1
-    for i in np.flatnonzero((nearest >= 0) & (stops[nearest] > lows)):
-        name = names[nearest[i]]
-        raise OutputError(
-            f"out: {name!r} overlaps an input in memory or interleaves with it, and inputs are never changed", name=name
-        )
-
-
-def _own_their_memory(out: WeightDict, inputs: Sequence[Array]) -> bool:
-    """Whether each is an array for itself, with memory that numpy allocated for it alone: the usual case, soon told."""
-    own = {id(array) for array in out.values() if array.base is None and array.flags.owndata}
-    return len(own) == len(out) and all(array.base is None and id(array) not in own for array in inputs)
-
-
 def _bounds(arrays: Sequence[Array]) -> tuple[Addresses, Addresses]:
-    """The addresses at which the memory of arrays begins and ends."""
-    try:
-        starts = addresses(arrays)
-    except ValueError:  # not all of them are contiguous
-        bounds = np.array([np.lib.array_utils.byte_bounds(array) for array in arrays], np.uintp)
-        return bounds[:, 0], bounds[:, 1]
-    return starts, starts + np.array([array.nbytes for array in arrays], np.uintp)
+    """The addresses at which the memory of arrays begins and ends, contiguous or not."""
+    pairs = [np.lib.array_utils.byte_bounds(array) if array.size else (0, 0) for array in arrays]
+    bounds = np.array(pairs, np.uintp).reshape(-1, 2)
+    return bounds[:, 0], bounds[:, 1]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from fed_learn import kernels
 from fed_learn.adapters.tensors import hold_tensors
-from fed_learn.aggregation.arrays import Outputs, contiguous
+from fed_learn.aggregation.arrays import Columns, Outputs
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import integer_mean, too_large
 from fed_learn.contribution import (
@@ -25,6 +25,7 @@ from fed_learn.environment import sum_in_order
 from fed_learn.errors import AggregationWeightError, EmptyAggregationError, WeightsTypeError
 from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import MOST_TERMS
+from fed_learn.kernels.memory import Addresses
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, check_weights
 
 LIFT = 100
@@ -85,30 +86,28 @@ def weighted_average(
 
         return average_tensors(batch, aggregation_weights, like=like, out=out, exact=exact, kernel=kernel)
     schema, checked = checked_batch(batch, aggregation_weights, like)
-    outputs = Outputs(schema, out, (array for _, weights, _ in checked for array in weights.values()))
-    columns = {name: [contiguous(weights[name]) for _, weights, _ in checked] for name in schema}
+    inputs = Columns([weights for _, weights, _ in checked])
+    outputs = Outputs(schema, out, inputs)
     scalars = [a for _, _, a in checked]
     if exact:
-        for row, (contributor, weights, a) in enumerate(checked):
-            flags = chosen.not_finite([column[row] for column in columns.values()])
-            check_finite({name: weights[name] for name, flag in zip(schema, flags, strict=True) if flag}, contributor)
-            check_domain(weights, a, contributor)
-        for name in [name for name in columns if schema[name][1].kind in "biu"]:
-            integer_mean(columns.pop(name), scalars, outputs.arrays[name])
-        _exact_average(chosen, list(columns.values()), scalars, [outputs.arrays[name] for name in columns])
-    else:
-        flagged = _average(chosen, columns, scalars, usual_scale(scalars), outputs.arrays)
-        for name in flagged:
-            if too_large(columns[name]):
-                integer_mean(columns[name], scalars, outputs.arrays[name])
-        results = {name: outputs.arrays[name] for name in flagged if schema[name][1].kind not in "biu"}
-        doubtful = _refuse_non_finite(results, checked)
-        if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
-            small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
-            again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
-            _average(chosen, {name: columns[name] for name in doubtful}, scalars, small, again)
-            for name, elements in doubtful.items():
-                results[name][elements] = again[name][elements]
+        _exact_average(chosen, schema, checked, inputs.arrays, outputs.arrays)
+        return outputs.finish()
+    table = np.empty((len(schema), len(checked) + 1), np.uintp)
+    table[:, 0], table[:, 1:] = outputs.addresses, inputs.addresses
+    flagged = _average(chosen, inputs.arrays, scalars, usual_scale(scalars), outputs.arrays, table)
+    results = {}
+    for name in flagged:
+        if schema[name][1].kind not in "biu":
+            results[name] = outputs.arrays[name]
+        elif too_large(inputs.arrays[name]):
+            integer_mean(inputs.arrays[name], scalars, outputs.arrays[name])
+    doubtful = _refuse_non_finite(results, checked)
+    if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
+        small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
+        again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
+        _average(chosen, {name: inputs.arrays[name] for name in doubtful}, scalars, small, again)
+        for name, elements in doubtful.items():
+            results[name][elements] = again[name][elements]
     return outputs.finish()
 
 
@@ -126,19 +125,28 @@ def usual_scale(aggregation_weights: Sequence[float]) -> int:
 
 def _average(
     kernel: Kernel,
-    columns: Mapping[str, list[Array]],
+    columns: Mapping[str, Sequence[Array]],
     aggregation_weights: Sequence[float],
     scale: int,
     results: WeightDict,
+    addresses: Addresses | None = None,
 ) -> list[str]:
     """The mean of some variables with all aggregation weights multiplied by 2**scale.
+
+    Args:
+        kernel: What computes it.
+        columns: An array per contribution of each variable.
+        aggregation_weights: One per contribution.
+        scale: See above.
+        results: Where it goes.
+        addresses: See `Kernel.weighted_mean`.
 
     Returns:
         The variables that the kernel reports.
     """
     scaled = [math.ldexp(a, scale) for a in aggregation_weights]
     segments = [Segment(column, results[name]) for name, column in columns.items()]
-    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled))
+    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled), addresses)
     return [name for name, flag in zip(columns, flags, strict=True) if flag]
 
 
@@ -176,7 +184,7 @@ def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> 
 
 
 def _checked_weight_dicts(
-    batch: Sequence[object], aggregation_weights: Sequence[float] | None, schema: Schema | None
+    batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
 ) -> tuple[Schema, Checked]:
     """In the order of the list."""
     if aggregation_weights is None:
@@ -185,16 +193,17 @@ def _checked_weight_dicts(
         raise AggregationWeightError(
             f"{len(aggregation_weights)} aggregation weights for {len(batch)} weight dicts", value=aggregation_weights
         )
-    checked: Checked = []
-    for i, (item, a) in enumerate(zip(batch, aggregation_weights, strict=True)):
-        label = f"contributions[{i}]"
+    labels = [f"contributions[{i}]" for i in range(len(batch))]
+    for label, item in zip(labels, batch, strict=True):
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
-        aggregation_weight = check_aggregation_weight(a, label)
-        checked.append((label, check_weights(item, schema, label, scan=False), aggregation_weight))
-        schema = Schema.of(checked[0][1]) if schema is None else schema
-    assert schema is not None
-    return schema, checked
+    schema = Schema.of(as_weight_dict(batch[0], labels[0]), labels[0]) if schema is None else schema
+    scalars = [check_aggregation_weight(a, label) for a, label in zip(aggregation_weights, labels, strict=True)]
+    if [*map(type, batch)].count(dict) == len(batch) and schema.describes(*batch):  # the usual case, soon told
+        rows = [item.copy() for item in batch]
+    else:
+        rows = [check_weights(item, schema, label, scan=False) for item, label in zip(batch, labels, strict=True)]
+    return schema, list(zip(labels, rows, scalars, strict=True))
 
 
 def _refuse_non_finite(results: WeightDict, checked: Checked) -> dict[str, npt.NDArray[np.bool_]]:
@@ -215,15 +224,27 @@ def _refuse_non_finite(results: WeightDict, checked: Checked) -> dict[str, npt.N
 
 
 def _exact_average(
-    kernel: Kernel, columns: Sequence[list[Array]], aggregation_weights: Sequence[float], outputs: Sequence[Array]
+    kernel: Kernel, schema: Schema, checked: Checked, columns: Mapping[str, Sequence[Array]], results: WeightDict
 ) -> None:
+    for row, (contributor, weights, a) in enumerate(checked):
+        flags = kernel.not_finite([column[row] for column in columns.values()])
+        check_finite({name: weights[name] for name, flag in zip(schema, flags, strict=True) if flag}, contributor)
+        check_domain(weights, a, contributor)
+    aggregation_weights = [a for _, _, a in checked]
+    numbers = []
+    for name, (_, dtype) in schema.items():
+        if dtype.kind in "biu":
+            integer_mean(columns[name], aggregation_weights, results[name])
+        else:
+            numbers.append(name)
+    outputs = [results[name] for name in numbers]
     total = sum(map(Fraction, aggregation_weights), Fraction())
     if len(aggregation_weights) < MOST_TERMS:
-        segments = [Segment(column, output) for column, output in zip(columns, outputs, strict=True)]
+        segments = [Segment(columns[name], results[name]) for name in numbers]
         kernel.exact_mean(segments, np.array(aggregation_weights), float(total))
         return
     sums = ExactSums([output.size for output in outputs])
     for start in range(0, len(aggregation_weights), MOST_TERMS // 2):
         some = slice(start, start + MOST_TERMS // 2)
-        sums.add(kernel, [column[some] for column in columns], aggregation_weights[some])
+        sums.add(kernel, [columns[name][some] for name in numbers], aggregation_weights[some])
     sums.divide(kernel, range(len(outputs)), total, outputs)

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from fed_learn.kernels.digits import Digits, Float64Array
+from fed_learn.kernels.memory import Addresses
 from fed_learn.weights import Array
 
 
@@ -39,13 +40,21 @@ class Kernel(Protocol):
 
     name: str
 
-    def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> list[bool]:
+    def weighted_mean(
+        self,
+        segments: Sequence[Segment],
+        aggregation_weights: Float64Array,
+        total: float,
+        addresses: Addresses | None = None,
+    ) -> list[bool]:
         """`output = round(Σ aggregation_weights[k] · inputs[k] / total)` for each segment.
 
         Args:
             segments: The variables of a model.
             aggregation_weights: One float64 per contribution, scaled by a common power of two.
             total: Their sum.
+            addresses: Where the output and then the inputs of each segment lie, where the caller knows it: in memory of
+                the host.
 
         Returns:
             Which segments have a sum that is not finite, because an input is not or because it overflowed, or 64-bit

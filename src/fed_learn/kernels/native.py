@@ -34,7 +34,7 @@ SETS = {
 _forced_set: ContextVar[str | None] = ContextVar("fed_learn_instruction_set", default=None)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Share:
     """What one thread does: pieces, which are runs of the elements of some rows of arrays.
 
@@ -104,7 +104,13 @@ class NativeKernel:
 
     name = "native"
 
-    def weighted_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> list[bool]:
+    def weighted_mean(
+        self,
+        segments: Sequence[Segment],
+        aggregation_weights: Float64Array,
+        total: float,
+        addresses: Addresses | None = None,
+    ) -> list[bool]:
         """See `Kernel.weighted_mean`."""
         chosen = SETS[current_set()]
         a = np.ascontiguousarray(aggregation_weights, dtype=np.float64)
@@ -115,7 +121,7 @@ class NativeKernel:
             sums, numbers = _address(scratch, "double *"), _address(a, "double *")
             _check(lib.fl_weighted_mean(chosen, len(share), a.size, *share.arguments(), numbers, total, sums, flags))
 
-        return _run(call, [(segment.output, *segment.inputs) for segment in segments])
+        return _run(call, [(segment.output, *segment.inputs) for segment in segments], table=addresses)
 
     def accumulate(
         self,
@@ -262,7 +268,12 @@ def _check(status: int) -> None:
         raise RuntimeError(f"the native kernel refused its arguments (status {status}); please report this")
 
 
-def _run(call: Callable[[_Share], None], rows: Sequence[Sequence[Array]], dtype_of: int = -1) -> list[bool]:
+def _run(
+    call: Callable[[_Share], None],
+    rows: Sequence[Sequence[Array]],
+    dtype_of: int = -1,
+    table: Addresses | None = None,
+) -> list[bool]:
     """Calls the kernel on rows of arrays of the same number of elements, a share of about equal bytes per thread.
 
     Elements are split, never contributions, so the bits do not depend on the number of threads.
@@ -271,25 +282,31 @@ def _run(call: Callable[[_Share], None], rows: Sequence[Sequence[Array]], dtype_
         call: Makes the C call.
         rows: One per variable; the arrays after the first are of one dtype.
         dtype_of: Which array of a row has the dtype that the kernel is to know.
+        table: Where the arrays lie, a row per row, if that is known.
 
     Returns:
         Whether the kernel flagged anything in a row.
     """
     filled = [i for i, row in enumerate(rows) if row[0].size]
-    shares = _split(rows, filled, dtype_of) if filled else []
+    shares = _split(rows, filled, dtype_of, table) if filled else []
     threads.run(call, shares)
     flagged = [False] * len(rows)
     for share in shares:
-        for piece in np.flatnonzero(share.flags).tolist():
+        for piece in share.flags.nonzero()[0].tolist():
             flagged[share.rows[piece]] = True
     return flagged
 
 
-def _split(all_rows: Sequence[Sequence[Array]], filled: Sequence[int], dtype_of: int) -> list[_Share]:
-    rows = [all_rows[i] for i in filled]
+def _split(
+    all_rows: Sequence[Sequence[Array]], filled: Sequence[int], dtype_of: int, table: Addresses | None
+) -> list[_Share]:
+    rows = all_rows
+    if table is None:
+        table = addresses([array for row in rows for array in row]).reshape(len(rows), -1)
+    if len(filled) < len(rows):
+        rows, table = [rows[i] for i in filled], table[filled]
     others = len(rows[0]) - 1
     sizes = [row[0].nbytes + others * row[-1].nbytes for row in rows]
-    table = addresses([array for row in rows for array in row]).reshape(len(rows), -1)
     counts = np.array([row[0].size for row in rows], dtype=np.uintp)
     codes = np.array([CODES[row[dtype_of].dtype] for row in rows], dtype=np.int32)
     number = threads.threads_for(sum(sizes))

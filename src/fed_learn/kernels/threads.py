@@ -72,7 +72,8 @@ def usable_processors() -> int:
 
 def threads_for(num_bytes: int) -> int:
     """How many threads pay for work that reads and writes `num_bytes`."""
-    return max(1, min(get_num_threads(), num_bytes // SMALLEST_SHARE))
+    shares = num_bytes // SMALLEST_SHARE
+    return 1 if shares <= 1 else min(get_num_threads(), shares)
 
 
 class _Task(Generic[T]):
