@@ -12,6 +12,7 @@ Example:
 
 from fed_learn import kernels
 from fed_learn.adapters import get_weights, set_weights
+from fed_learn.adapters.layout import LayoutMap, align
 from fed_learn.aggregation import Accumulator, weighted_average
 from fed_learn.client import FederatedClient
 from fed_learn.components import Learner, ModelEvaluator, TrainingResult
@@ -33,6 +34,7 @@ from fed_learn.errors import (
     KernelNameError,
     KernelUnavailableError,
     KindError,
+    LayoutError,
     MergeError,
     MetricError,
     ModelError,
@@ -82,6 +84,8 @@ __all__ = [
     "KernelUnavailableError",
     "Kind",
     "KindError",
+    "LayoutError",
+    "LayoutMap",
     "Learner",
     "MergeError",
     "MetricError",
@@ -103,6 +107,7 @@ __all__ = [
     "UnknownContributorError",
     "ValidationResult",
     "WeightsTypeError",
+    "align",
     "fire_event",
     "get_weights",
     "kernels",

@@ -163,6 +163,18 @@ class ModelError(FedLearnError, TypeError):
     """No adapter knows the model, or it is in a state in which it has no weights to read or load."""
 
 
+class LayoutError(FedLearnError, ValueError):
+    """Two models do not correspond, so that no map between their weights exists, or none can be told for sure.
+
+    Attributes: `source_layer`, `target_layer` (where they are in their models; None on the side that has no such
+    layer), `reason`.
+    """
+
+    source_layer: str | None = None
+    target_layer: str | None = None
+    reason: str = ""
+
+
 class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
 
