@@ -6,7 +6,10 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from fed_learn.weights import Array
+from fed_learn.errors import DtypeError, FedLearnError
+from fed_learn.weights import SUPPORTED_DTYPES, Array
+
+DTYPES = {dtype.name: dtype for dtype in SUPPORTED_DTYPES}
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,6 +24,7 @@ class Variable:
         trainable: Whether training changes it; None where that cannot be known, as of a torch `state_dict`.
         role: A parameter, or a buffer that training only keeps account in (BatchNorm); None where it is not known.
         identity: Equal for two names of one variable (tied weights).
+        problem: Why it cannot be averaged or read, to be raised if it is asked for; None for all others.
     """
 
     name: str
@@ -30,10 +34,15 @@ class Variable:
     trainable: bool | None
     role: Literal["parameter", "buffer"] | None
     identity: object
+    problem: FedLearnError | None = None
 
 
 class Adapter(Protocol):
-    """The models of one framework. Whatever is told of a model depends on its architecture alone."""
+    """The models of one framework. Whatever is told of a model depends on its architecture alone.
+
+    It may also have a method `hint(missing, extra)`, which says in a sentence what to do when these names are missing
+    and too many, or returns an empty string.
+    """
 
     name: str
     """That of the `Framework`, if its models hold such tensors."""
@@ -47,8 +56,7 @@ class Adapter(Protocol):
         """The variables, in an order that does not change.
 
         Raises:
-            ModelError: The model has no variables yet; says what to do.
-            DtypeError, WeightsTypeError: A variable that cannot be averaged, or has no values.
+            ModelError: The model has no variables yet, or two of one name; says what to do.
         """
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
@@ -81,13 +89,35 @@ def given(array: Array, *, copy: bool) -> Array:
     return view
 
 
+def averageable(dtype: str, name: str) -> tuple[np.dtype[Any], DtypeError | None]:
+    """The dtype of this name as numpy has it, and what is wrong with it.
+
+    Args:
+        dtype: As in `"bfloat16"`.
+        name: The variable that has it.
+
+    Example:
+        >>> averageable("float8_e4m3fn", "w")[1]
+        DtypeError("model: 'w' has dtype float8_e4m3fn, which cannot be averaged")
+    """
+    known = DTYPES.get(dtype)
+    if known is not None:
+        return known, None
+    message = f"model: {name!r} has dtype {dtype}, which cannot be averaged"
+    return np.dtype(np.void), DtypeError(message, contributor="model", name=name, dtype=dtype, expected=None)
+
+
 class Framework(Protocol):
     """The tensors of one framework. Tensors are `Any` here, since none of their types can be named."""
 
     name: str
 
-    def tensor_type(self) -> type | None:
-        """The class of its tensors; None as long as the framework has not been imported."""
+    @property
+    def resident(self) -> "Resident | None":
+        """The same, if a kernel computes with its tensors themselves; None: they always go the way of arrays."""
+
+    def tensor_type(self) -> type | tuple[type, ...] | None:
+        """The class or classes of its tensors; None as long as the framework has not been imported."""
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
         """The dtype of a tensor that can be averaged.
@@ -98,29 +128,46 @@ class Framework(Protocol):
         """
 
     def device(self, tensor: Any) -> str:
-        """Where it lies: `"cpu"` for the memory of the host."""
+        """Where it is averaged: `"cpu"` where it goes the way of arrays, else the device where it lies and stays."""
+
+    def placement(self, tensor: Any) -> Any:
+        """What `tensor()` takes to put an array where this tensor lies: a str, if it means the same everywhere."""
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
         """An array that shares the memory of a tensor on the CPU; a copy of one on another device.
+
+        One of a tensor on the CPU is read-only if the tensor is not to be written to in that way.
 
         Raises:
             WeightsTypeError: Its memory cannot be had.
         """
 
-    def tensor(self, array: Array, device: str = "cpu") -> Any:
-        """The reverse: a tensor that shares the memory of the array, or a copy on another device."""
+    def tensor(self, array: Array, placement: Any = None) -> Any:
+        """The reverse. What lies on the CPU may share the memory of the array, which is left alone from then on.
+
+        Args:
+            array: Contiguous, in native byte order.
+            placement: As from `placement()`; None: the CPU, or what is usual in the framework.
+        """
+
+    def unwritable(self, tensor: Any) -> str | None:
+        """Why nothing can be written to it, in words that follow its name."""
+
+    def write(self, target: Any, source: Any) -> None:
+        """Copies an array or a tensor into a tensor, past its gradient."""
+
+
+class Resident(Framework, Protocol):
+    """A framework whose tensors a kernel computes with where they lie."""
+
+    kernel: str
+    """The name of that kernel."""
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
         """A new contiguous tensor."""
 
     def contiguous(self, tensor: Any) -> Any:
         """The tensor without its gradient, contiguous: the same memory where it is so already, else a copy."""
-
-    def write(self, target: Any, source: Any) -> None:
-        """Copies an array or a tensor into a tensor, past its gradient."""
-
-    def overlaps_itself(self, tensor: Any) -> bool:
-        """Whether several elements share memory, so that it cannot be written to."""
 
     def span(self, tensor: Any) -> tuple[int, int]:
         """The addresses at which its memory begins and ends."""

@@ -5,13 +5,16 @@ Here is what all frameworks have in common: which variables, the checks, and tha
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from fed_learn.adapters.base import Adapter, Variable
-from fed_learn.adapters.tensors import framework_of
+from fed_learn.adapters.jax import JaxModels
+from fed_learn.adapters.keras import KerasModels
+from fed_learn.adapters.tensorflow import TensorFlowModels
+from fed_learn.adapters.tensors import framework_of, plain
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.errors import ModelError, NamesError, TiedVariablesError
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
@@ -20,8 +23,8 @@ M = TypeVar("M")
 Only: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
 """Which variables: those in whose names the regular expression is found (`re.search`), or for which it is true."""
 
-ADAPTERS: list[Adapter] = [TorchModels()]
-"""Asked in this order."""
+ADAPTERS: list[Adapter] = [KerasModels(), TorchModels(), TensorFlowModels(), JaxModels()]
+"""Asked in this order: a Keras model on the torch back end is also a `torch.nn.Module`."""
 
 
 def register(adapter: Adapter) -> None:
@@ -76,7 +79,7 @@ def variables(model: object, only: Only | None = None) -> tuple[Variable, ...]:
         >>> [(v.name, v.trainable) for v in variables(torch.nn.BatchNorm1d(2))][1:3]
         [('bias', True), ('running_mean', False)]
     """
-    return _chosen(adapter_of(model).variables(model), only)
+    return _sound(_chosen(adapter_of(model).variables(model), only))
 
 
 def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -> dict[str, Array]:
@@ -85,12 +88,13 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     - `torch.nn.Module`, also compiled or wrapped in (Distributed)DataParallel: names of `state_dict()`, without the
       prefixes of the wrappers. With `copy=False` live views, which change as the model does.
     - a torch `state_dict`: its names. With `copy=False` live views.
-    - `keras.Model`, built: `variable.path`; metrics and random seeds are left out. With `copy=False` snapshots (on the
-      torch back end live views).
+    - `keras.Model` or `keras.Layer`, built, or a list of `keras.Variable`: `variable.path`; metrics and random seeds
+      are left out. With `copy=False` snapshots (on the torch back end live views).
     - `tf.Module`: paths of attributes; a list of `tf.Variable`: index and name. With `copy=False` snapshots.
     - a JAX pytree (Flax, Equinox, dicts): key paths. With `copy=False` its arrays, which never change.
 
-    Tensors on another device than the CPU stay there, as tensors that `weighted_average` and `Accumulator` take.
+    Tensors of torch on another device than the CPU stay there, as tensors that `weighted_average` and `Accumulator`
+    take; those of TensorFlow and JAX are copied to the host.
 
     Args:
         model: What to read.
@@ -112,14 +116,16 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
         {'weight': (2, 3), 'bias': (2,)}
     """
     adapter = adapter_of(model)
-    return {variable.name: adapter.get(variable, copy=copy) for variable in _chosen(adapter.variables(model), only)}
+    chosen = _sound(_chosen(adapter.variables(model), only))
+    return {variable.name: adapter.get(variable, copy=copy) for variable in chosen}
 
 
 def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Only | None = None) -> M:
     """Loads a weight dict into a model: all of it, or nothing if anything is wrong with it.
 
     Values are copied in place: optimizers keep their hold on the variables, and what is frozen stays frozen. A JAX
-    pytree cannot be changed; a new one is returned.
+    pytree cannot be changed; a new one is returned, an `nnx.Module` as well. It shares with the old one what was not
+    loaded.
 
     Args:
         model: What to load into; see `get_weights`.
@@ -145,11 +151,23 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
     adapter = adapter_of(model)
     known = {variable.name: variable for variable in _chosen(adapter.variables(model), only)}
     values, arrays = _opened(weights)
-    expected = Schema((name, (v.shape, v.dtype)) for name, v in known.items() if strict or name in arrays)
-    expected.check(arrays, "weights")
+    meant = _sound(v for name, v in known.items() if strict or name in arrays)
+    expected = Schema((v.name, (v.shape, v.dtype)) for v in meant)
+    try:
+        expected.check(arrays, "weights")
+    except NamesError as error:
+        raise _hinted(error, adapter) from None
     _refuse_untied([known[name] for name in arrays], values)
     loaded: M = adapter.load(model, {name: (known[name], _for(adapter, values[name])) for name in arrays})
     return loaded
+
+
+def _hinted(error: NamesError, adapter: Adapter) -> NamesError:
+    """The same error, with what the adapter has to say of it."""
+    hint = getattr(adapter, "hint", None)
+    said = hint(error.missing, error.extra) if hint is not None else ""
+    message = f"{error}. {said}" if said else str(error)
+    return NamesError(message, contributor=error.contributor, name=error.name, missing=error.missing, extra=error.extra)
 
 
 def _for(adapter: Adapter, value: Any) -> Any:
@@ -169,12 +187,21 @@ def _chosen(found: list[Variable], only: Only | None) -> tuple[Variable, ...]:
     return chosen
 
 
+def _sound(chosen: Iterable[Variable]) -> tuple[Variable, ...]:
+    """The same variables, if nothing is wrong with any of them."""
+    chosen = tuple(chosen)
+    for variable in chosen:
+        if variable.problem is not None:
+            raise variable.problem
+    return chosen
+
+
 def _opened(weights: object) -> tuple[dict[str, Any], dict[str, Array]]:
     """The values to load, and for the checks an array or placeholder of each."""
     if not isinstance(weights, Mapping):
         arrays = as_weight_dict(weights, "weights")
         return dict(arrays), arrays
-    values: dict[Any, Any] = dict(weights)
+    values: dict[Any, Any] = {name: plain(value) for name, value in weights.items()}
     shown = dict(values)
     for name, value in values.items():
         framework = framework_of(type(value))

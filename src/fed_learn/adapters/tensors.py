@@ -4,14 +4,18 @@ A framework is looked for in `sys.modules`: nothing is imported that the caller 
 averaged with is left to `fed_learn.aggregation.tensors`, and whole models to `fed_learn.adapters.models`.
 """
 
+import sys
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from fed_learn.adapters.base import Framework
+from fed_learn.adapters.jax import JaxTensors
+from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchTensors
 
-FRAMEWORKS: tuple[Framework, ...] = (TorchTensors(),)
+FRAMEWORKS: tuple[Framework, ...] = (TorchTensors(), TensorFlowTensors(), JaxTensors())
 
 
 def framework_of(kind: type) -> Framework | None:
@@ -28,8 +32,25 @@ def framework_of(kind: type) -> Framework | None:
     return None
 
 
+def plain(value: Any) -> Any:
+    """Of a Keras variable what its back end holds: a tensor or variable; anything else as it is.
+
+    Example:
+        >>> plain(3)
+        3
+    """
+    return value.value if _is_keras(type(value)) else value
+
+
+def _is_keras(kind: type) -> bool:
+    variable = getattr(sys.modules.get("keras"), "Variable", None)
+    return variable is not None and issubclass(kind, variable)
+
+
 def hold_tensors(*weights: object) -> bool:
     """Whether there is a tensor of a framework in any of these weight dicts. Fast, and false for what is no dict.
+
+    Variables of Keras count as tensors.
 
     Example:
         >>> hold_tensors({"w": np.zeros(2)}, None)
@@ -44,4 +65,4 @@ def hold_tensors(*weights: object) -> bool:
         except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
             continue
     kinds.discard(np.ndarray)
-    return any(framework_of(kind) is not None for kind in kinds)
+    return any(framework_of(kind) is not None or _is_keras(kind) for kind in kinds)

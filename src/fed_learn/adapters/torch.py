@@ -8,7 +8,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,7 +21,7 @@ LARGEST = float(np.finfo(np.float64).max)
 
 
 class TorchTensors:
-    """`Framework` for torch.
+    """`Framework` and `Resident` for torch.
 
     Example:
         >>> import torch
@@ -31,7 +31,12 @@ class TorchTensors:
         tensor([7., 7.], requires_grad=True)
     """
 
-    name = "torch"
+    name = kernel = "torch"
+
+    @property
+    def resident(self) -> Self:
+        """See `Framework.resident`."""
+        return self
 
     def tensor_type(self) -> type | None:
         """See `Framework.tensor_type`."""
@@ -63,6 +68,10 @@ class TorchTensors:
         """See `Framework.device`."""
         return "cpu" if tensor.is_cpu else str(tensor.device)
 
+    def placement(self, tensor: Any) -> str:
+        """See `Framework.placement`."""
+        return self.device(tensor)
+
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
         """See `Framework.view`."""
         torch = _torch()
@@ -80,20 +89,24 @@ class TorchTensors:
             ) from error
         return array
 
-    def tensor(self, array: Array, device: str = "cpu") -> Any:
+    def tensor(self, array: Array, placement: Any = None) -> Any:
         """See `Framework.tensor`."""
-        torch = _torch()
+        torch, device = _torch(), placement or "cpu"
         if array.dtype == BFLOAT16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
         return torch.from_numpy(array).to(device)
 
+    def unwritable(self, tensor: Any) -> str | None:
+        """See `Framework.unwritable`."""
+        return "is expanded: its elements share memory" if self.overlaps_itself(tensor) else None
+
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
-        """See `Framework.empty`."""
+        """See `Resident.empty`."""
         torch = _torch()
         return torch.empty(shape, dtype=getattr(torch, dtype.name), device=device)
 
     def contiguous(self, tensor: Any) -> Any:
-        """See `Framework.contiguous`."""
+        """See `Resident.contiguous`."""
         return tensor.detach().contiguous()
 
     def write(self, target: Any, source: Any) -> None:
@@ -101,12 +114,12 @@ class TorchTensors:
         target.detach().copy_(self.tensor(source) if isinstance(source, np.ndarray) else source)
 
     def overlaps_itself(self, tensor: Any) -> bool:
-        """See `Framework.overlaps_itself`."""
+        """Whether several elements share memory, so that it cannot be written to."""
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         return bool(tensor.numel()) and any(step == 0 and size > 1 for size, step in steps)
 
     def span(self, tensor: Any) -> tuple[int, int]:
-        """See `Framework.span`."""
+        """See `Resident.span`."""
         start = int(tensor.data_ptr())
         if not tensor.numel():
             return start, start
@@ -114,7 +127,7 @@ class TorchTensors:
         return start, start + (last + 1) * int(tensor.element_size())
 
     def first_not_finite(self, tensor: Any) -> tuple[tuple[int, ...], float] | None:
-        """See `Framework.first_not_finite`."""
+        """See `Resident.first_not_finite`."""
         if not tensor.is_floating_point():
             return None
         flat = tensor.detach().reshape(-1)
@@ -125,7 +138,7 @@ class TorchTensors:
         return tuple(int(i) for i in np.unravel_index(first, tuple(tensor.shape))), float(flat[first])
 
     def magnitude(self, tensor: Any) -> int:
-        """See `Framework.magnitude`."""
+        """See `Resident.magnitude`."""
         if tensor.is_floating_point() or str(tensor.dtype) == "torch.bool" or not tensor.numel():
             return 0
         # Operations on the longer unsigned integers are few, so those are looked at on the host.
@@ -133,7 +146,7 @@ class TorchTensors:
         return max(-int(numbers.min()), int(numbers.max()))
 
     def overflowed(self, tensor: Any) -> Any:
-        """See `Framework.overflowed`."""
+        """See `Resident.overflowed`."""
         doubtful = ~tensor.isfinite()
         if tensor.element_size() == 8:
             doubtful |= tensor.abs() == LARGEST
@@ -186,17 +199,23 @@ class TorchModels:
     def _variable(self, name: str, tensor: Any, parameters: set[int] | None) -> Variable:
         if _is_uninitialized(tensor):
             raise ModelError(f"model: {name!r} is not initialized; run a batch through the model first", name=name)
-        dtype = self._tensors.check(tensor, "model", name)
-        identity = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
+        dtype, identity, problem = np.dtype(np.void), None, None
+        try:
+            dtype = self._tensors.check(tensor, "model", name)
+        except (DtypeError, WeightsTypeError) as error:
+            problem = error
+        else:
+            identity = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
         return Variable(
             name,
-            tuple(tensor.shape),
+            () if problem else tuple(tensor.shape),  # nested tensors have none
             dtype,
             tensor,
             trainable=None if parameters is None else bool(tensor.requires_grad),
             role=None if parameters is None else "parameter" if id(tensor) in parameters else "buffer",
             # Empty tensors have no address of their own.
-            identity=identity if tensor.numel() else id(tensor),
+            identity=identity if identity and tensor.numel() else id(tensor),
+            problem=problem,
         )
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
@@ -234,7 +253,7 @@ def unwrapped(model: Any) -> Any:
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(1, 1)
-        >>> unwrapped(torch.compile(torch.nn.DataParallel(model))) is model
+        >>> unwrapped(torch.compile(torch.nn.DataParallel(model), backend="eager")) is model
         True
     """
     parallel = _torch().nn.parallel

@@ -1,0 +1,257 @@
+"""Arrays and models of JAX. Nothing here imports JAX or Flax: they are there when there are arrays."""
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+
+from fed_learn.adapters.base import Variable, averageable, given
+from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeError
+from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
+
+
+class JaxTensors:
+    """`Framework` for JAX: concrete arrays, also those that are sharded over several devices of this process.
+
+    Arrays on one CPU device share their memory with numpy's, both ways; of all others numpy gets a copy. Nobody can
+    change them, so they are never written to. A result lies where the array of the first contribution does, on the
+    same devices with the same sharding, and is committed to them if that was. Its dtype is kept, also a 64-bit one
+    without `jax_enable_x64`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tensors = JaxTensors()
+        >>> tensors.view(jnp.ones(2))
+        array([1., 1.], dtype=float32)
+        >>> tensors.tensor(np.float32([3]))
+        Array([3.], dtype=float32)
+    """
+
+    name = "jax"
+    resident = None
+
+    def tensor_type(self) -> tuple[type, ...] | None:
+        """See `Framework.tensor_type`."""
+        jax = sys.modules.get("jax")
+        # While JAX is being imported, it is in sys.modules without its names.
+        array, tracer = getattr(jax, "Array", None), getattr(getattr(jax, "core", None), "Tracer", None)
+        return None if array is None or tracer is None else (array, tracer)
+
+    def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
+        """See `Framework.check`."""
+        problem = None
+        if isinstance(tensor, _jax().core.Tracer):
+            problem = "has no values inside of a function that JAX traces (jit, grad, vmap); average outside of it"
+        elif tensor.is_deleted():
+            problem = "has no values any more: it was donated or deleted"
+        elif tensor.dtype not in SUPPORTED_DTYPES:
+            raise DtypeError(
+                f"{contributor}: {name!r} has dtype {tensor.dtype}, which cannot be averaged",
+                contributor=contributor,
+                name=name,
+                dtype=tensor.dtype,
+                expected=None,
+            )
+        elif not tensor.is_fully_addressable:
+            problem = "lies partly in other processes"
+        if problem is not None:
+            raise WeightsTypeError(f"{contributor}: {name!r} {problem}", contributor=contributor, name=name)
+        dtype: np.dtype[Any] = tensor.dtype
+        return dtype
+
+    def device(self, tensor: Any) -> str:
+        """See `Framework.device`."""
+        return "cpu"
+
+    def placement(self, tensor: Any) -> Any:
+        """See `Framework.placement`: a sharding; a device, if JAX may move the array away from it."""
+        return tensor.sharding if tensor.committed else tensor.device
+
+    def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
+        """See `Framework.view`."""
+        devices = tensor.sharding.device_set
+        if len(devices) == 1 and next(iter(devices)).platform == "cpu":
+            return np.asarray(tensor)
+        gathered: Array = np.empty(tensor.shape, tensor.dtype)
+        for shard in tensor.addressable_shards:  # the array as a whole would keep its copy for as long as it lives
+            if shard.replica_id == 0:
+                gathered[shard.index] = np.asarray(shard.data)
+        gathered.flags.writeable = False
+        return gathered
+
+    def tensor(self, array: Array, placement: Any = None) -> Any:
+        """See `Framework.tensor`."""
+        jax, movable = _jax(), None
+        if isinstance(placement, jax.Device):
+            movable, placement = placement, None
+        with ExitStack() as settings:
+            if array.dtype.itemsize == 8:  # JAX would make a shorter one of it
+                settings.enter_context(_x64())
+            if movable is not None:
+                settings.enter_context(jax.default_device(movable))
+            return jax.device_put(array, placement)
+
+    def unwritable(self, tensor: Any) -> str | None:
+        """See `Framework.unwritable`."""
+        return "is a JAX array, which cannot be changed; use what is returned"
+
+    def write(self, target: Any, source: Any) -> None:
+        """See `Framework.write`: never, for it is `unwritable`."""
+        raise TypeError(self.unwritable(target))
+
+
+class JaxModels:
+    """`Adapter` for JAX pytrees: dicts, Flax linen and nnx, Equinox; by their key paths.
+
+    Variables are the arrays, also numpy's. Left out are functions, Python's numbers, typed random keys and the
+    `RngState` of nnx; of a random key of the old kind nobody can tell that it is one: use `only=`. Arrays can not be
+    changed: `load` returns a new tree. It shares with the old one what is not loaded.
+    """
+
+    name = "jax"
+    models = "a pytree with a jax.Array in it (a dict, Flax, Equinox)"
+
+    def __init__(self) -> None:
+        self._tensors = JaxTensors()
+
+    def accepts(self, model: object) -> bool:
+        """See `Adapter.accepts`."""
+        jax = sys.modules.get("jax")
+        tree, array = getattr(jax, "tree_util", None), getattr(jax, "Array", None)
+        if tree is None or array is None:  # not imported, or not yet whole
+            return False
+        if isinstance(model, _flax("nnx", "Module")):
+            return True
+        try:
+            leaves = tree.tree_leaves(model)
+        except (TypeError, ValueError):  # a dict whose keys have no order is no pytree
+            return False
+        kinds = (array, _jax().ShapeDtypeStruct)
+        return any(isinstance(leaf, kinds) for leaf in leaves if leaf is not model)
+
+    def variables(self, model: Any) -> list[Variable]:
+        """See `Adapter.variables`."""
+        tree, _ = _opened(model)
+        found = _leaves(tree)
+        known: dict[str, Variable] = {}
+        for path, leaf, box in found:
+            if not _is_variable(leaf, box):
+                continue
+            name = _jax().tree_util.keystr(path, simple=True, separator="/")
+            if name in known:
+                raise ModelError(f"model: two variables have the path {name!r}", name=name)
+            dtype, problem = self._dtype(name, leaf)
+            trainable, role = _role(tree, path, box)
+            known[name] = Variable(name, tuple(leaf.shape), dtype, leaf, trainable, role, name, problem)
+        return list(known.values())
+
+    def get(self, variable: Variable, *, copy: bool) -> Array:
+        """See `Adapter.get`. Without a copy the memory of the array, which JAX neither changes nor donates; of one that
+        is not on one CPU device a copy.
+        """
+        leaf = variable.tensor
+        array = leaf if isinstance(leaf, np.ndarray) else self._tensors.view(leaf, "model", variable.name)
+        return given(array, copy=copy)
+
+    def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
+        """See `Adapter.load`."""
+        jax = _jax()
+        tree, closed = _opened(model)
+        leaves, structure = jax.tree_util.tree_flatten(tree)
+        places = {
+            jax.tree_util.keystr(path, simple=True, separator="/"): place
+            for place, (path, leaf, box) in enumerate(_leaves(tree))
+            if _is_variable(leaf, box)
+        }
+        for name, (variable, value) in values.items():
+            leaves[places[name]] = copied_like(variable.tensor, value)
+        return closed(jax.tree_util.tree_unflatten(structure, leaves))
+
+    def _dtype(self, name: str, leaf: Any) -> tuple[np.dtype[Any], FedLearnError | None]:
+        """Its dtype, and why it cannot be read or averaged."""
+        jax = _jax()
+        if isinstance(leaf, np.ndarray):
+            return averageable(leaf.dtype.name, name)
+        try:
+            if isinstance(leaf, jax.Array):
+                return self._tensors.check(leaf, "model", name), None
+        except (DtypeError, WeightsTypeError) as error:
+            return np.dtype(np.void), error
+        why = "has no values: it is what eval_shape tells of an array"
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            why = "is a Ref, which can change; freeze it first"
+        return np.dtype(np.void), WeightsTypeError(f"model: {name!r} {why}", contributor="model", name=name)
+
+
+def _opened(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """The pytree of a model, and what makes a model of such a tree again."""
+    if isinstance(model, _flax("nnx", "Module")):
+        # As a pytree, a layer that is used in two places would become two.
+        nnx = sys.modules["flax.nnx"]
+        definition, state = nnx.split(model)
+        return state, lambda new: nnx.merge(definition, new)
+    return model, lambda new: new
+
+
+def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any, Any]]:
+    """Path, leaf and the box of Flax that it is in, as the pytree has them; boxes leave no trace in the path."""
+    flatten = _jax().tree_util.tree_flatten_with_path
+    boxes = (*_flax("nnx", "Variable"), *_flax("core.meta", "AxisMetadata"))
+    found: list[tuple[tuple[Any, ...], Any, Any]] = []
+    for path, node in flatten(tree, is_leaf=lambda node: isinstance(node, boxes))[0]:
+        if isinstance(node, boxes):
+            found += [((*path, *inner[1:]), leaf, node) for inner, leaf in flatten(node)[0]]
+        else:
+            found.append((path, node, None))
+    return found
+
+
+def _is_variable(leaf: Any, box: Any) -> bool:
+    jax = _jax()
+    if isinstance(box, _flax("nnx", "RngState")):
+        return False
+    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        return not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return isinstance(leaf, (np.ndarray, getattr(jax, "Ref", ())))
+
+
+def _role(tree: Any, path: tuple[Any, ...], box: Any) -> tuple[bool | None, Literal["parameter", "buffer"] | None]:
+    """Whether it is trained, and its role, where nnx or the collections of linen tell it."""
+    collection = getattr(path[0], "key", None) if isinstance(tree, Mapping) and "params" in tree else None
+    if isinstance(box, _flax("nnx", "Param")) or collection == "params":
+        return True, "parameter"
+    if isinstance(box, _flax("nnx", "BatchStat")) or collection == "batch_stats":
+        return False, "buffer"
+    return None, None
+
+
+def copied_like(leaf: Any, value: Any) -> Any:
+    """A copy of the value where and as the leaf is."""
+    if isinstance(leaf, np.ndarray):
+        return np.array(value, dtype=leaf.dtype)
+    jax = _jax()
+    with _x64() if leaf.dtype.itemsize == 8 else nullcontext():  # JAX would make a shorter one of it
+        # device_put would go on to use the memory of an array.
+        own = jax.numpy.array(value.astype(native_dtype(value.dtype), copy=False), copy=True)
+        # To be committed to a device matters to what may be computed with what.
+        return own if not leaf.committed and own.sharding == leaf.sharding else jax.device_put(own, leaf.sharding)
+
+
+def _flax(module: str, kind: str) -> tuple[type, ...]:
+    """A class of Flax, for `isinstance`; none where Flax is not imported."""
+    found = getattr(sys.modules.get(f"flax.{module}"), kind, None)
+    return () if found is None else (found,)
+
+
+def _x64() -> Any:
+    """A context in which JAX makes arrays of 64-bit dtypes."""
+    there = getattr(_jax(), "enable_x64", None)  # in earlier versions, a submodule has it
+    return there(True) if there is not None else importlib.import_module("jax.experimental").enable_x64()
+
+
+def _jax() -> Any:
+    # Imported already wherever there is an array; not where an accumulator of arrays has just been unpickled.
+    return sys.modules.get("jax") or importlib.import_module("jax")

@@ -1,0 +1,148 @@
+"""Models of Keras 3, on whichever back end. Nothing here imports Keras: it is there when there is a model."""
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fed_learn.adapters.base import Framework, Variable, averageable, given
+from fed_learn.adapters.jax import JaxTensors, copied_like
+from fed_learn.adapters.tensorflow import TensorFlowTensors
+from fed_learn.adapters.torch import TorchModels
+from fed_learn.errors import DtypeError, ModelError
+from fed_learn.weights import Array, native_dtype
+
+NUMBER = re.compile(r"_\d+(?=/|$)")
+
+
+class KerasModels:
+    """`Adapter` for `keras.Model`, `keras.Layer` and lists of `keras.Variable`, by `variable.path`.
+
+    What `model.weights` has: not the state of metrics, random seeds and optimizers. In mixed precision values have the
+    dtype in which they are stored, not the one in which layers compute.
+    """
+
+    name = "keras"
+    models = "keras.Model, keras.Layer, a list of keras.Variable"
+
+    def __init__(self) -> None:
+        self._torch = TorchModels()
+        self._tensors: dict[str, Framework] = {"tensorflow": TensorFlowTensors(), "jax": JaxTensors()}
+
+    def accepts(self, model: object) -> bool:
+        """See `Adapter.accepts`."""
+        keras = sys.modules.get("keras")
+        layer, variable = getattr(keras, "Layer", None), getattr(keras, "Variable", None)
+        if layer is None or variable is None:  # not imported, or not yet whole
+            return False
+        if isinstance(model, list | tuple):
+            return bool(model) and all(isinstance(one, variable) for one in model)
+        return isinstance(model, layer)
+
+    def variables(self, model: Any) -> list[Variable]:
+        """See `Adapter.variables`."""
+        if isinstance(model, list | tuple):
+            found = [_variable(one, one.trainable, None) for one in model]
+        else:
+            found = _of_layer(model)
+        paths: dict[str, Variable] = {}
+        for variable in found:
+            if paths.setdefault(variable.name, variable).identity != variable.identity:
+                raise ModelError(
+                    f"model: two variables have the path {variable.name!r}; give the layers names of their own",
+                    name=variable.name,
+                )
+        return list(paths.values())
+
+    def get(self, variable: Variable, *, copy: bool) -> Array:
+        """See `Adapter.get`. Without a copy a snapshot: a variable that is assigned to takes other memory. On the torch
+        back end as in `TorchModels`.
+        """
+        value, backend = variable.tensor.value, _backend()
+        if backend == "torch":
+            return self._torch.get(replace(variable, tensor=value), copy=copy)
+        tensors = self._tensors.get(backend)
+        array = np.asarray(value) if tensors is None else tensors.view(value, "model", variable.name)
+        return given(array, copy=copy)
+
+    def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
+        """See `Adapter.load`."""
+        backend = _backend()
+        if backend == "torch":
+            inner = {name: (replace(v, tensor=v.tensor.value), value) for name, (v, value) in values.items()}
+            self._torch.load(None, inner)
+            return model
+        for variable, value in values.values():
+            if backend == "jax":  # which might go on to use the memory of an array
+                variable.tensor.assign(copied_like(variable.tensor.value, value))
+            else:
+                variable.tensor.assign(value.astype(native_dtype(value.dtype), copy=False))
+        return model
+
+    def hint(self, missing: Sequence[str], extra: Sequence[str]) -> str:
+        """See `Adapter`.
+
+        Example:
+            >>> KerasModels().hint(["dense/kernel"], ["dense_3/kernel"])[:41]
+            'Only the numbers differ that Keras gives '
+            >>> KerasModels().hint(["dense/kernel"], ["dense/bias"])
+            ''
+        """
+        if sorted(NUMBER.sub("", name) for name in missing) != sorted(NUMBER.sub("", name) for name in extra):
+            return ""
+        return (
+            "Only the numbers differ that Keras gives to layers without a name, as the process makes them: "
+            "name the layers, call keras.utils.clear_session() before the model is made, or map with fl.align"
+        )
+
+
+def _of_layer(model: Any) -> list[Variable]:
+    # Keras tells in no public way which variables were made to be trained, once a layer is frozen.
+    layers = model._flatten_layers()
+    keras = sys.modules["keras"]
+    for layer in layers:
+        # Parts that make no variables themselves need not have been called: an augmentation that only training uses.
+        makes = layer is model or type(layer).build not in (keras.Layer.build, keras.Model.build)
+        if makes and not layer.built:
+            raise ModelError(
+                f"model: layer {layer.name!r} is not built, and may have no variables yet; "
+                "call the model on a batch first, or its build(input_shape)",
+                name=layer.name,
+            )
+    trained = {id(variable) for variable in model.trainable_weights}
+    parameters = {id(variable) for layer in layers for variable in layer._trainable_variables}
+    codes = {
+        id(variable): layer
+        for layer in layers
+        if getattr(layer, "quantization_mode", None) not in (None, "float8")
+        for variable in (*layer._trainable_variables, *layer._non_trainable_variables)
+        if variable.dtype.startswith(("int", "uint"))
+    }
+    return [
+        _variable(one, id(one) in trained, "parameter" if id(one) in parameters else "buffer", codes.get(id(one)))
+        for one in model.weights
+    ]
+
+
+def _variable(variable: Any, trainable: bool, role: Any, quantized: Any = None) -> Variable:
+    # Its own dtype may be one that the back end does not have: JAX makes shorter ones of 64 bits.
+    name, stored = variable.path, sys.modules["keras"].backend.standardize_dtype(variable.value.dtype)
+    dtype, problem = averageable(stored, name)
+    if quantized is not None:
+        problem = DtypeError(
+            f"model: {name!r} has the codes of a layer quantized to {quantized.quantization_mode}, "
+            "which cannot be averaged",
+            contributor="model",
+            name=name,
+            dtype=dtype,
+            expected=None,
+        )
+    return Variable(name, tuple(variable.shape), dtype, variable, bool(trainable), role, id(variable), problem)
+
+
+def _backend() -> str:
+    backend: str = sys.modules["keras"].config.backend()
+    return backend

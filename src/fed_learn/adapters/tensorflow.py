@@ -1,0 +1,191 @@
+"""Tensors and models of TensorFlow. Nothing here imports TensorFlow: it is there when there are tensors."""
+
+import functools
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from fed_learn.adapters.base import DTYPES, Variable, averageable, given
+from fed_learn.errors import DtypeError, ModelError, WeightsTypeError
+from fed_learn.weights import BFLOAT16, Array, native_dtype
+
+MEMORY_ALIGNMENT = 64
+"""Bytes at which memory must begin that TensorFlow is to use: its operations end the process over any other."""
+
+
+class TensorFlowTensors:
+    """`Framework` for TensorFlow: eager tensors, and `tf.Variable`s, which are read as they are at the moment.
+
+    What comes back is an eager tensor, which `variable.assign` takes. Tensors on the CPU share their memory with
+    arrays, and so does what was read of a variable: a later change of it takes other memory.
+
+    Example:
+        >>> import tensorflow as tf
+        >>> tensors, weight = TensorFlowTensors(), tf.Variable([1.0, 2.0])
+        >>> tensors.view(weight)
+        array([1., 2.], dtype=float32)
+        >>> tensors.tensor(np.float32([3])).numpy()
+        array([3.], dtype=float32)
+    """
+
+    name = "tensorflow"
+    resident = None
+
+    def tensor_type(self) -> tuple[type, ...] | None:
+        """See `Framework.tensor_type`."""
+        tensorflow = sys.modules.get("tensorflow")
+        # While TensorFlow is being imported, it is in sys.modules without its names.
+        tensor, variable = getattr(tensorflow, "Tensor", None), getattr(tensorflow, "Variable", None)
+        return None if tensor is None or variable is None else (tensor, variable)
+
+    def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
+        """See `Framework.check`."""
+        if not _tensorflow().executing_eagerly() or not hasattr(tensor, "numpy"):
+            raise WeightsTypeError(
+                f"{contributor}: {name!r} has no values inside of a tf.function or graph; average outside of it",
+                contributor=contributor,
+                name=name,
+            )
+        dtype = _dtype(tensor.dtype)
+        if dtype is None:
+            raise DtypeError(
+                f"{contributor}: {name!r} has dtype {tensor.dtype.name}, which cannot be averaged",
+                contributor=contributor,
+                name=name,
+                dtype=tensor.dtype,
+                expected=None,
+            )
+        return dtype
+
+    def device(self, tensor: Any) -> str:
+        """See `Framework.device`."""
+        return "cpu"
+
+    def placement(self, tensor: Any) -> str | None:
+        """See `Framework.placement`."""
+        device = str(tensor.device)
+        return None if device.endswith("device:CPU:0") else device
+
+    def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
+        """See `Framework.view`."""
+        tensorflow = _tensorflow()
+        try:
+            if isinstance(tensor, tensorflow.Variable):  # a third of the time of read_value()
+                tensor = tensorflow.raw_ops.ReadVariableOp(resource=tensor.handle, dtype=tensor.dtype)
+            # A single bfloat16 comes as a scalar, and np.asarray(tensor) refuses that.
+            array = np.asarray(tensor if tensor.ndim else tensor.numpy())
+        except (AttributeError, tensorflow.errors.OpError) as error:  # a variable that is gone, or without a handle
+            raise WeightsTypeError(
+                f"{contributor}: {name!r} is a {type(tensor).__name__} that cannot be read: {error}",
+                contributor=contributor,
+                name=name,
+            ) from error
+        array.flags.writeable = False
+        return array
+
+    def tensor(self, array: Array, placement: Any = None) -> Any:
+        """See `Framework.tensor`."""
+        tensorflow = _tensorflow()
+        with tensorflow.device("CPU:0"):  # where there is a GPU, it would take what it is not kept from
+            if array.ctypes.data % MEMORY_ALIGNMENT or not array.size:
+                tensor = tensorflow.constant(array)
+            else:
+                known = array.view(np.int16) if array.dtype == BFLOAT16 else array  # what DLPack knows
+                tensor = tensorflow.experimental.dlpack.from_dlpack(known.__dlpack__())
+                if known is not array:
+                    tensor = tensorflow.bitcast(tensor, tensorflow.bfloat16)
+        if placement is None:
+            return tensor
+        with tensorflow.device(placement):
+            return tensorflow.identity(tensor)
+
+    def unwritable(self, tensor: Any) -> str | None:
+        """See `Framework.unwritable`."""
+        if isinstance(tensor, _tensorflow().Variable):
+            return None
+        return "is a TensorFlow tensor, which cannot be changed, as a tf.Variable can"
+
+    def write(self, target: Any, source: Any) -> None:
+        """See `Framework.write`."""
+        target.assign(self.tensor(source) if isinstance(source, np.ndarray) else source, read_value=False)
+
+
+class TensorFlowModels:
+    """`Adapter` for `tf.Module`s, by the paths of their attributes, and lists of `tf.Variable`, by index and name."""
+
+    name = "tensorflow"
+    models = "tf.Module, a list of tf.Variable"
+
+    def __init__(self) -> None:
+        self._tensors = TensorFlowTensors()
+
+    def accepts(self, model: object) -> bool:
+        """See `Adapter.accepts`."""
+        tensorflow = sys.modules.get("tensorflow")
+        module, variable = getattr(tensorflow, "Module", None), getattr(tensorflow, "Variable", None)
+        if module is None or variable is None:  # not imported, or not yet whole
+            return False
+        if isinstance(model, list | tuple):
+            return bool(model) and all(isinstance(one, variable) for one in model)
+        return isinstance(model, module)
+
+    def variables(self, model: Any) -> list[Variable]:
+        """See `Adapter.variables`."""
+        if isinstance(model, list | tuple):
+            named = {f"{index}/{one.name.removesuffix(':0')}": one for index, one in enumerate(model)}
+        else:
+            named = _attributes(model)
+        return [_variable(name, variable) for name, variable in named.items()]
+
+    def get(self, variable: Variable, *, copy: bool) -> Array:
+        """See `Adapter.get`. Without a copy a snapshot: a variable is not written to where a tensor read from it lies,
+        but takes other memory.
+        """
+        return given(self._tensors.view(variable.tensor, "model", variable.name), copy=copy)
+
+    def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
+        """See `Adapter.load`."""
+        for variable, value in values.values():
+            # A tensor would be shared with the variable, and may have the memory of somebody's array.
+            array = np.asarray(value)
+            variable.tensor.assign(array.astype(native_dtype(array.dtype), copy=False))
+        return model
+
+
+def _attributes(module: Any) -> dict[str, Any]:
+    """The variables of a `tf.Module` by path. TensorFlow has no public function that tells the paths."""
+    kinds = [getattr(sys.modules.get("keras"), kind, ()) for kind in ("Layer", "Variable")]
+    named: dict[str, Any] = {}
+    wanted = (sys.modules["tensorflow"].Variable, *(kind for kind in kinds if kind != ()))
+    for path, leaf in module._flatten(predicate=lambda leaf: isinstance(leaf, wanted), with_path=True):
+        name = "/".join(map(str, path))
+        if not isinstance(leaf, wanted[0]):
+            raise ModelError(
+                f"model: {name!r} is a {type(leaf).__name__} of Keras, whose variables are not those of a tf.Module; "
+                "make the whole a keras.Model, or give a list of its variables",
+                name=name,
+            )
+        if named.setdefault(name, leaf) is not leaf:
+            raise ModelError(f"model: two variables have the path {name!r}", name=name)
+    return named
+
+
+def _variable(name: str, variable: Any) -> Variable:
+    dtype, problem = averageable(variable.dtype.name, name)
+    # Some variables may change their shape.
+    shape = variable.shape if variable.shape.is_fully_defined() else variable.read_value().shape
+    role: Literal["parameter"] | None = "parameter" if variable.trainable else None
+    return Variable(name, tuple(shape), dtype, variable, bool(variable.trainable), role, id(variable), problem)
+
+
+@functools.cache
+def _dtype(dtype: Any) -> np.dtype[Any] | None:
+    return DTYPES.get(dtype.name)
+
+
+def _tensorflow() -> Any:
+    # Imported already wherever there is a tensor; not where an accumulator of tensors has just been unpickled.
+    return sys.modules.get("tensorflow") or importlib.import_module("tensorflow")
