@@ -25,6 +25,7 @@ from fed_learn.weights import (
     FrozenWeights,
     Schema,
     WeightDict,
+    as_weight_dict,
     check_differences,
     check_weights,
 )
@@ -75,8 +76,14 @@ class Contribution:
             object.__setattr__(self, "kind", Kind(self.kind))
 
     def frozen(self) -> "Contribution":
-        """The same with an own, read-only copy of the weights."""
-        return replace(self, weights=None if self.weights is None else FrozenWeights(self.weights))
+        """The same with an own, read-only copy of the weights.
+
+        Raises:
+            WeightsTypeError: The weights are no weight dict, such as a dict of tensors.
+        """
+        if self.weights is None or isinstance(self.weights, FrozenWeights):
+            return replace(self)
+        return replace(self, weights=FrozenWeights(as_weight_dict(self.weights, self.contributor)))
 
     def without_weights(self) -> "Contribution":
         """The same with `weights=None`."""

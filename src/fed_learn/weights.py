@@ -63,6 +63,9 @@ class FrozenWeights(FrozenDict):
     Args:
         weights: Any weight dict. Its arrays are copied.
 
+    Raises:
+        WeightsTypeError: It is none, such as a dict of tensors.
+
     Example:
         >>> mine = {"w": np.zeros(2, np.float32)}
         >>> kept = FrozenWeights(mine)
@@ -75,7 +78,8 @@ class FrozenWeights(FrozenDict):
         if isinstance(weights, FrozenWeights):
             super().__init__(weights)
             return
-        own = {name: np.array(a, dtype=native_dtype(a.dtype), order="C") for name, a in weights.items()}
+        arrays = as_weight_dict(weights)
+        own = {name: np.array(a, dtype=native_dtype(a.dtype), order="C") for name, a in arrays.items()}
         super().__init__({name: _sealed(array) for name, array in own.items()})
 
     @classmethod
@@ -146,8 +150,10 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
                 contributor=contributor,
             )
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
+            tensor = hasattr(value, "shape") and not isinstance(value, np.ndarray)
             raise WeightsTypeError(
-                f"{_who(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, not a numpy array",
+                f"{_who(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, not a numpy array"
+                + ("; get_weights() of its model gives arrays" if tensor else ""),
                 contributor=contributor,
                 name=name,
             )

@@ -13,6 +13,7 @@ from fed_learn.aggregation.arrays import Outputs, contiguous
 from fed_learn.aggregation.average import LIFT
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import fits, magnitude
+from fed_learn.aggregation.tensor_outputs import TensorOutputs, outputs_for
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind, check_contribution
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import (
@@ -44,8 +45,8 @@ class Accumulator:
 
     The bits are those of `weighted_average` over the same contributions in the order in which they were added; with
     `exact=True` any order and any tree of merges give the same bits. Not to be shared between threads without a lock.
-    Can be pickled; unpickled, it uses the kernel that is current there. Weights may be torch tensors, and the result is
-    where those of the first contribution are: see `fed_learn.aggregation.tensors`.
+    Can be pickled; unpickled, it uses the kernel that is current there. Weights may be tensors of a framework, and the
+    result is where those of the first contribution are: see `fed_learn.aggregation.tensors`.
 
     Args:
         like: The global model: sets names, shapes, dtypes and order. None: the first contribution does.
@@ -138,7 +139,7 @@ class Accumulator:
             contribution, self._device if self._count else None, on_host=self._exact
         )
         kernel = self._kernel_for(found.device)
-        stays = found.resident and kernel.name == "torch" and not self._exact
+        resident = None if self._exact else found.resident(kernel.name)
         arrays, a = check_contribution(
             contribution,
             self._schema,
@@ -148,7 +149,10 @@ class Accumulator:
             scan=False,
         )
         who = contribution.contributor
-        columns, largest = tensors.scanned(found, who) if stays else _scanned(kernel, arrays, who)
+        if resident is not None:
+            columns, largest = tensors.scanned(resident, found.tensors, who)
+        else:
+            columns, largest = _scanned(kernel, arrays, who)
         if self._exact:
             check_domain(arrays, a, contribution.contributor)
         elif not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
@@ -158,7 +162,7 @@ class Accumulator:
                 contributor=contribution.contributor,
                 value=a,
             )
-        self._check_integers(largest, self._count + 1, contribution.contributor, None if stays else arrays)
+        self._check_integers(largest, self._count + 1, who, arrays if resident is None else None)
         self._schema = Schema.of(arrays) if self._schema is None else self._schema
 
         self._broken = True
@@ -282,7 +286,7 @@ class Accumulator:
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
-        outputs = tensors.outputs_for(self._schema, self._place, out, resident=self._resident)
+        outputs = outputs_for(self._schema, self._place, out, resident=self._resident)
         if self._exact:
             self._divide_exact(outputs)
         else:
@@ -315,9 +319,11 @@ class Accumulator:
         return "cpu" if self._place is None else self._place.device
 
     @property
-    def _resident(self) -> bool:
-        """Whether the sums are tensors where the contributions are."""
-        return self._place is not None and self._kernel.name == "torch" and not self._exact
+    def _resident(self) -> str | None:
+        """The kernel, if the sums are tensors where the contributions are."""
+        if self._exact or self._place is None or self._place.resident(self._kernel.name) is None:
+            return None
+        return self._kernel.name
 
     def _kernel_for(self, device: str) -> Kernel:
         """The kernel for weights on a device; exact sums are taken of copies on the host."""
@@ -326,7 +332,7 @@ class Accumulator:
         on_device = kernels.resolve(self._requested, device=device)
         return self._kernel if self._exact else on_device
 
-    def _divide_exact(self, outputs: Outputs | tensors.TensorOutputs) -> None:
+    def _divide_exact(self, outputs: Outputs | TensorOutputs) -> None:
         assert self._exact_sums is not None
         total = Fraction(self._total)
         numbers = []

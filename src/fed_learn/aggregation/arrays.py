@@ -85,7 +85,7 @@ class Outputs:
     """
 
     def __init__(self, schema: Schema, out: WeightDict | None, inputs: Columns | None = None) -> None:
-        self.weights: WeightDict = _new(schema) if out is None else out
+        self.weights: WeightDict = new_arrays(schema) if out is None else out
         usual = out is None or (type(out) is dict and schema.describes(out))
         if usual and [array.flags.carray for array in self.weights.values()].count(True) == len(schema):
             self.arrays = self.weights
@@ -144,13 +144,14 @@ class Outputs:
             )
 
 
-def _new(schema: Schema) -> dict[str, Array]:
+def new_arrays(schema: Schema) -> dict[str, Array]:
     """New arrays. Large models lie in one piece of memory: many arrays would cost several times its page faults."""
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in schema.items()}
     if sum(sizes.values()) < SMALLEST_SLAB:
         return {name: np.empty(shape, dtype) for name, (shape, dtype) in schema.items()}
     ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()))
-    slab = np.empty(ends[-1], np.uint8)
+    slab = np.empty(ends[-1] + ALIGNMENT, np.uint8)
+    slab = slab[-slab.ctypes.data % ALIGNMENT :]
     return {
         name: slab[start : start + sizes[name]].view(dtype).reshape(shape)
         for start, (name, (shape, dtype)) in zip([0, *ends], schema.items(), strict=False)

@@ -51,7 +51,8 @@ def weighted_average(
     `Contribution`s, the order of the list: they are summed in the order of their contributors' names. Bare weight
     dicts are summed in list order.
 
-    Weights may be torch tensors, as `state_dict()` gives them: see `fed_learn.aggregation.tensors`.
+    Weights may be tensors of torch, as `state_dict()` gives them, TensorFlow tensors and variables, or JAX arrays: see
+    `fed_learn.aggregation.tensors`.
 
     Args:
         contributions: Weight dicts, or `Contribution`s, all of one kind and round.

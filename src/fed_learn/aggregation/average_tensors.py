@@ -8,24 +8,16 @@ from typing import Any
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.adapters.base import Framework
+from fed_learn.adapters.base import Resident
 from fed_learn.aggregation.average import checked_batch, usual_scale, weighted_average
 from fed_learn.aggregation.integers import integer_mean, too_large
-from fed_learn.aggregation.tensors import (
-    TensorOutputs,
-    Tensors,
-    as_tensors,
-    check_device,
-    check_output,
-    label_of,
-    opened,
-    refuse_non_finite,
-)
+from fed_learn.aggregation.tensor_outputs import Target, TensorOutputs, as_tensors
+from fed_learn.aggregation.tensors import Tensors, check_device, label_of, opened, refuse_non_finite
 from fed_learn.contribution import Contribution
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import EmptyAggregationError
 from fed_learn.kernels.base import Kernel, Segment
-from fed_learn.weights import Schema, WeightDict
+from fed_learn.weights import WeightDict
 
 
 def average_tensors(
@@ -47,41 +39,45 @@ def average_tensors(
         opened(item.weights if isinstance(item, Contribution) else item, label)
         for item, label in zip(batch, labels, strict=True)
     ]
-    place, device = found[0].place, found[0].device
+    device = found[0].device
     for one, label in zip(found, labels, strict=True):
         check_device(one, device, label)
     shape_of = None if like is None else opened(like, "like").weights
-    target = None if out is None else opened(out, "out")
-    if target is not None:
-        check_output(target, device)
     chosen = kernels.resolve(kernel, device=device)
-    tensors_only = all(one.resident for one in found) and (target is None or target.resident)
-    if place is not None and not exact and tensors_only and chosen.name == "torch":
+    inputs = [tensor for one in found for tensor in one.tensors.values()]
+    place, framework = found[0].place, None if exact else found[0].resident(chosen.name)
+    if device == "cpu":  # where all can go the way of arrays
+        others = found[1:] if out is None else [*found[1:], opened(out, "out")]
+        if any(one.resident(chosen.name) is None for one in others):
+            framework = None
+    if framework is not None and place is not None:
         views = [_with_weights(item, one.weights) for item, one in zip(batch, found, strict=True)]
         schema, checked = checked_batch(views, aggregation_weights, shape_of)
         tensors = {label: one.tensors for label, one in zip(labels, found, strict=True)}
         rows = [(who, tensors[who], a) for who, _, a in checked]
-        outputs = TensorOutputs(schema, place, out, (tensor for _, held, _ in rows for tensor in held.values()))
-        _average(chosen, place.framework, rows, outputs.arrays)
+        outputs = TensorOutputs(schema, place, out, inputs)
+        _average(chosen, framework, rows, outputs.arrays)
         return outputs.finish()
     views = [_with_weights(item, one.on_host()) for item, one in zip(batch, found, strict=True)]
-    inner = target.weights if target is not None and device == "cpu" else None
-    mean = weighted_average(views, aggregation_weights, like=shape_of, out=inner, exact=exact, kernel=kernel)
-    if out is not None and inner is not None:
-        return out
-    if place is None:
-        return mean
-    if out is None:
-        return as_tensors(mean, place)
-    inputs = (tensor for one in found for tensor in one.tensors.values())
-    return TensorOutputs(Schema.of(mean), place, out, inputs).write(mean)
+    target = None if out is None else Target(out, device, inputs)
+    mean = weighted_average(
+        views,
+        aggregation_weights,
+        like=shape_of,
+        out=None if target is None else target.arrays,
+        exact=exact,
+        kernel=kernel,
+    )
+    if target is not None:
+        return target.finish()
+    return mean if place is None else as_tensors(mean, place)
 
 
 def _with_weights(item: Any, weights: Any) -> Any:
     return replace(item, weights=weights) if isinstance(item, Contribution) else weights
 
 
-def _average(kernel: Kernel, framework: Framework, rows: list[tuple[str, Tensors, float]], results: Tensors) -> None:
+def _average(kernel: Kernel, framework: Resident, rows: list[tuple[str, Tensors, float]], results: Tensors) -> None:
     """What `weighted_average` does with arrays, on tensors where they are."""
     scalars = [a for _, _, a in rows]
     columns = {name: [held[name] for _, held, _ in rows] for name in results}

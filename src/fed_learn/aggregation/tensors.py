@@ -1,14 +1,27 @@
 """Tensors of a framework straight into the averages: the same kind comes out, on the same device.
 
-Tensors on the CPU are viewed as arrays without a copy and go the way of arrays, whatever the kernel; with the torch
-kernel they stay tensors. Tensors on another device stay there: the torch kernel averages them (`kernel="native"` or
-`"numpy"` is an error), their float64 sums lie beside them, and what is checked of names, shapes and dtypes is checked
-on placeholders. Two things go by way of copies in the memory of the host: `exact=True`, and 64-bit integers too large
-for float64 sums.
+What is taken, and what comes back:
 
-The weights of one batch or stream lie on one device. Arrays count as tensors on the CPU, and mix with them freely; the
-result is tensors where those of the first contribution are, in the framework of its first tensor. `like=` may be
-anything that has names, shapes and dtypes; `out=` is written to in place, gradients or not, and returned.
+- torch: any dense tensor; tensors without gradients.
+- TensorFlow: eager tensors and `tf.Variable`s; eager tensors, which `variable.assign` takes.
+- JAX: concrete arrays, also sharded ones; arrays with the sharding of the first contribution's.
+- `keras.Variable`s: as what their back end holds, for which see there.
+
+Tensors on the CPU are viewed as arrays without a copy and go the way of arrays, whatever the kernel; those of torch
+stay tensors with the torch kernel. On another device
+
+- those of torch stay there: the torch kernel averages them (`kernel="native"` or `"numpy"` is an error), their float64
+  sums lie beside them, and what is checked of names, shapes and dtypes is checked on placeholders. Two things go by way
+  of copies in the memory of the host: `exact=True`, and 64-bit integers too large for float64 sums. All weights of a
+  batch or stream must lie on this one device.
+- those of TensorFlow and JAX are copied to the host, and the result is put where each variable of the first
+  contribution was; where the others lie does not matter. A stream that was unpickled has forgotten the devices of JAX
+  arrays, and puts its result on the default one.
+
+Arrays, and tensors of any framework that go the way of arrays, mix freely; the result is tensors where those of the
+first contribution are, in the framework of its first tensor. `like=` may be anything that has names, shapes and dtypes;
+`out=` is written to in place, gradients or not, and returned; TensorFlow's tensors and JAX arrays cannot be, but
+variables can.
 
 Example:
     >>> import torch
@@ -20,61 +33,86 @@ Example:
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-from fed_learn.adapters.base import Framework
-from fed_learn.adapters.tensors import framework_of, hold_tensors
-from fed_learn.aggregation.arrays import Outputs
+from fed_learn.adapters.base import Framework, Resident
+from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
-from fed_learn.errors import NonFiniteError, OutputError, WeightsTypeError, brief
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
+from fed_learn.errors import NonFiniteError, WeightsTypeError, brief
+from fed_learn.weights import Array, Schema, as_weight_dict
 
 Tensors: TypeAlias = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Place:
-    """Where tensors lie, and whose they are."""
+    """Where tensors lie, and whose they are.
+
+    Attributes:
+        framework: Whose they are.
+        device: Where they are averaged; see `Framework.device`.
+        placements: By name where each of them lies; see `Framework.placement`.
+    """
 
     framework: Framework
     device: str
+    placements: Mapping[str, Any]
+
+    def resident(self, kernel: str) -> Resident | None:
+        """The framework, if this kernel computes with its tensors themselves."""
+        found = self.framework.resident
+        return found if found is not None and found.kernel == kernel else None
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        there = {name: where for name, where in self.placements.items() if isinstance(where, str)}
+        return Place, (self.framework, self.device, there)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Opened:
     """A weight dict as the checks take it.
 
     Attributes:
-        weights: Arrays in the place of tensors: views of those on the CPU, placeholders of the others. What is no
-            tensor is left as it is, for the checks to judge.
+        weights: Arrays in the place of tensors: views or copies of those that are averaged on the CPU, placeholders
+            of the others. What is no tensor is left as it is, for the checks to judge.
         tensors: The tensors.
-        place: Where they lie, by the first of them; None where there are none.
+        owners: Their frameworks.
+        device: Where they are averaged.
     """
 
     weights: Any
     tensors: Tensors
-    place: Place | None
+    owners: dict[str, Framework]
+    device: str = "cpu"
 
     @property
-    def device(self) -> str:
-        """Where the weights lie."""
-        return "cpu" if self.place is None else self.place.device
+    def place(self) -> Place | None:
+        """Where a result like these lies, by the first tensor; None where there are none."""
+        if not self.owners:
+            return None
+        framework = next(iter(self.owners.values()))
+        own = (name for name, owner in self.owners.items() if owner is framework)
+        return Place(framework, self.device, {name: framework.placement(self.tensors[name]) for name in own})
 
-    @property
-    def resident(self) -> bool:
-        """Whether all of them are tensors."""
-        return self.place is not None and len(self.tensors) == len(self.weights)
+    def resident(self, kernel: str) -> Resident | None:
+        """The framework, if all of the weights are its tensors, and this kernel computes with those themselves."""
+        if not self.owners or len(self.owners) < len(self.weights) or len(set(map(id, self.owners.values()))) > 1:
+            return None
+        found = next(iter(self.owners.values())).resident
+        return found if found is not None and found.kernel == kernel else None
 
     def on_host(self) -> Any:
         """The same without placeholders: copies of tensors that are not on the CPU."""
-        if self.place is None or self.place.device == "cpu":
+        if self.device == "cpu":
             return self.weights
-        view = self.place.framework.view
-        return self.weights | {name: view(tensor) for name, tensor in self.tensors.items()}
+        return self.weights | {name: self.owners[name].view(tensor) for name, tensor in self.tensors.items()}
 
 
 def opened(weights: object, who: str) -> Opened:
@@ -85,33 +123,47 @@ def opened(weights: object, who: str) -> Opened:
         DtypeError: A tensor has a dtype that cannot be averaged.
     """
     if not isinstance(weights, Mapping):
-        return Opened(weights, {}, None)
-    arrays: dict[Any, Any] = {}
-    tensors: Tensors = {}
-    place = None
+        return Opened(weights, {}, {})
     try:
-        items = list(weights.items())
+        arrays: dict[Any, Any] = dict(weights.items())
     except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-        return Opened(weights, {}, None)
-    for name, value in items:
-        arrays[name] = value
-        framework = None if type(value) is np.ndarray else framework_of(type(value))
+        return Opened(weights, {}, {})
+    tensors: Tensors = {}
+    owners: dict[str, Framework] = {}
+    device = "cpu"
+    known: dict[type, Framework | None] = {np.ndarray: None}
+    for name, value in arrays.items():
+        if type(value) not in known:
+            value = arrays[name] = plain(value)
+        kind = type(value)
+        if kind not in known:
+            known[kind] = framework_of(kind)
+        framework = known[kind]
         if framework is None:
             continue
-        dtype = framework.check(value, who, name)
-        device = framework.device(value)
-        place = Place(framework, device) if place is None else place
-        if device != place.device:
-            _refuse_devices(f"{who}: {name!r} is", who, name, device, place.device)
-        if device == "cpu":
+        dtype, there = framework.check(value, who, name), framework.device(value)
+        if not owners:
+            device = there
+        elif there != device:
+            _refuse_devices(f"{who}: {name!r} is", who, name, there, device)
+        tensors[name], owners[name] = value, framework
+        if there == "cpu":
             arrays[name] = framework.view(value, who, name)
         else:
             arrays[name] = np.broadcast_to(np.empty((), dtype), tuple(value.shape))
-        tensors[name] = value
-    if place is not None and place.device != "cpu" and len(tensors) < len(arrays):
-        name = next(name for name in arrays if name not in tensors)
-        _refuse_devices(f"{who}: {name!r} is", who, name, "cpu", place.device)
-    return Opened(arrays, tensors, place)
+    if device != "cpu" and len(owners) < len(arrays):
+        name = next(name for name in arrays if name not in owners)
+        _refuse_devices(f"{who}: {name!r} is", who, name, "cpu", device)
+    return Opened(arrays, tensors, owners, device)
+
+
+def without_tensors(weights: Any, who: str) -> Any:
+    """What should be a weight dict, with arrays in the place of tensors: views of those on the CPU, copies of others.
+
+    Raises:
+        WeightsTypeError, DtypeError: See `opened`.
+    """
+    return opened(weights, who).on_host() if hold_tensors(weights) else weights
 
 
 def schema_of(weights: object, who: str) -> Schema:
@@ -137,9 +189,9 @@ def opened_contribution(
         WeightsTypeError, DtypeError: See `opened`; or they lie on another device.
     """
     who, weights = label_of(contribution.contributor), contribution.weights
-    found = opened(weights, who) if hold_tensors(weights) else Opened(weights, {}, None)
+    found = opened(weights, who) if hold_tensors(weights) else Opened(weights, {}, {})
     check_device(found, device, who)
-    if found.place is None:
+    if not found.owners:
         return contribution, found
     return replace(contribution, weights=found.on_host() if on_host else found.weights), found
 
@@ -170,7 +222,7 @@ def _refuse_devices(what: str, who: str, name: str | None, device: str, expected
     )
 
 
-def refuse_non_finite(framework: Framework, tensors: Tensors, who: str) -> None:
+def refuse_non_finite(framework: Resident, tensors: Tensors, who: str) -> None:
     """Refuses NaN and infinity, found where the tensors are.
 
     Raises:
@@ -189,141 +241,24 @@ def refuse_non_finite(framework: Framework, tensors: Tensors, who: str) -> None:
             )
 
 
-def scanned(found: Opened, who: str) -> tuple[Tensors, dict[str, int]]:
+def scanned(framework: Resident, tensors: Tensors, who: str) -> tuple[Tensors, dict[str, int]]:
     """Tensors without NaN and infinity, and the largest integer of each variable.
 
     Raises:
         NonFiniteError: Says which value of which variable is not finite.
     """
-    assert found.place is not None
-    refuse_non_finite(found.place.framework, found.tensors, who)
-    return found.tensors, {name: found.place.framework.magnitude(tensor) for name, tensor in found.tensors.items()}
-
-
-def check_output(target: Opened, device: str) -> None:
-    """Refuses tensors of `out=` that cannot be written to, or lie elsewhere than the result.
-
-    Raises:
-        OutputError: Names the variable.
-    """
-    if target.device != device:
-        name = next(iter(target.weights), None)
-        raise OutputError(f"out: {name!r} is on {target.device}, the result on {device}", name=name)
-    for name, tensor in target.tensors.items():
-        assert target.place is not None
-        if target.place.framework.overlaps_itself(tensor):
-            raise OutputError(f"out: {name!r} is expanded: its elements share memory", name=name)
-
-
-class TensorOutputs:
-    """`Outputs` for results that are written to as tensors.
-
-    Args:
-        schema: Names, shapes and dtypes of the result.
-        place: Where it is to lie.
-        out: A dict of tensors to write to, or None.
-        inputs: Tensors that must not be written to.
-
-    Raises:
-        ContributionError: `out` has other names, shapes or dtypes (one of its children).
-        OutputError: It lies elsewhere, or a tensor of it cannot be written to, or shares memory with an input or
-            another.
-    """
-
-    def __init__(self, schema: Schema, place: Place, out: Any, inputs: Iterable[Any] = ()) -> None:
-        self._framework = place.framework
-        if out is None:
-            self.weights = {name: place.framework.empty(*item, place.device) for name, item in schema.items()}
-        else:
-            target = opened(out, "out")
-            check_output(target, place.device)
-            schema.check(target.weights, "out")
-            _refuse_overlap(place.framework, target.tensors, inputs)
-            self.weights = out
-        self.arrays: Tensors = {name: place.framework.contiguous(self.weights[name]) for name in schema}
-
-    def finish(self) -> WeightDict:
-        """The result, once the tensors have been written."""
-        return self.write(self.arrays)
-
-    def write(self, weights: Mapping[str, Any]) -> WeightDict:
-        """The result, with the values of arrays or tensors."""
-        for name, values in weights.items():
-            target = self.weights[name]
-            if isinstance(values, np.ndarray) or values.data_ptr() != target.data_ptr():
-                self._framework.write(target, values)
-        return self.weights
-
-
-class ViewOutputs(Outputs):
-    """`Outputs` for results that are written to as arrays, where they or those of `out=` are tensors."""
-
-    def __init__(self, schema: Schema, place: Place | None, out: Any) -> None:
-        self._place, self._out = place, out
-        self._copied = place is not None and place.device != "cpu"
-        target = None if out is None else opened(out, "out")
-        if target is not None:
-            check_output(target, "cpu" if place is None else place.device)
-            schema.check(target.weights, "out")
-        super().__init__(schema, None if target is None or self._copied else target.weights)
-
-    def finish(self) -> WeightDict:
-        """The result, once the arrays have been written."""
-        arrays = super().finish()
-        if self._place is None or (self._out is not None and not self._copied):
-            return arrays if self._out is None else self._out
-        if self._out is None:
-            return as_tensors(arrays, self._place)
-        return TensorOutputs(Schema.of(arrays), self._place, self._out).write(arrays)
-
-
-def _refuse_overlap(framework: Framework, out: Tensors, inputs: Iterable[Any]) -> None:
-    spans = [(*framework.span(tensor), True, name) for name, tensor in out.items()]
-    spans += [(*framework.span(tensor), False, "") for tensor in inputs]
-    written = read = 0  # up to where the outputs and inputs reach that begin before
-    last = ""
-    for start, stop, is_output, name in sorted(span for span in spans if span[1] > span[0]):
-        if is_output and start < written:
-            raise OutputError(f"out: {last!r} and {name!r} overlap in memory", name=last)
-        if start < (read if is_output else written):
-            name = name if is_output else last
-            raise OutputError(f"out: {name!r} overlaps an input in memory, and inputs are never changed", name=name)
-        if is_output:
-            written, last = stop, name
-        else:
-            read = max(read, stop)
-
-
-def outputs_for(schema: Schema, place: Place | None, out: Any, *, resident: bool) -> Outputs | TensorOutputs:
-    """Where the result of a stream goes.
-
-    Args:
-        schema: Names, shapes and dtypes of the result.
-        place: Where tensors are to lie; None for arrays.
-        out: What to write to, or None.
-        resident: The sums are tensors.
-    """
-    if place is None and not hold_tensors(out):
-        return Outputs(schema, out)
-    if resident and place is not None and (out is None or place.device != "cpu" or opened(out, "out").resident):
-        return TensorOutputs(schema, place, out)
-    return ViewOutputs(schema, place, out)
+    refuse_non_finite(framework, tensors, who)
+    return tensors, {name: framework.magnitude(tensor) for name, tensor in tensors.items()}
 
 
 def new_sums(schema: Schema, place: Place) -> Tensors:
     """float64 sums of a stream, not yet set."""
-    dtype = np.dtype(np.float64)
-    return {
-        name: place.framework.empty((math.prod(shape),), dtype, place.device) for name, (shape, _) in schema.items()
-    }
+    framework, dtype = place.framework.resident, np.dtype(np.float64)
+    assert framework is not None
+    return {name: framework.empty((math.prod(shape),), dtype, place.device) for name, (shape, _) in schema.items()}
 
 
 def as_arrays(sums: Mapping[str, Any]) -> dict[str, Array]:
     """Sums that lie on the CPU, as arrays."""
     frameworks = {name: framework_of(type(acc)) for name, acc in sums.items()}
     return {name: acc if (f := frameworks[name]) is None else f.view(acc) for name, acc in sums.items()}
-
-
-def as_tensors(weights: WeightDict, place: Place) -> Tensors:
-    """Tensors of arrays, on the CPU in the same memory."""
-    return {name: place.framework.tensor(array, place.device) for name, array in weights.items()}

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
+from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.components.learner import Learner
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
 from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, MetricError
@@ -101,7 +102,7 @@ class FederatedClient:
         result = self.learner.train(model, self.ctx)
         if result is None:
             return None
-        trained = FrozenWeights(as_weight_dict(result.weights, self.name))
+        trained = FrozenWeights(as_weight_dict(without_tensors(result.weights, self.name), self.name))
         self._keep_best(number, trained)
         self._n_iter = result.n_iter
         weights = trained if self.kind is Kind.FULL else self._difference(trained, received)

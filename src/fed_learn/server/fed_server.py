@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fed_learn import kernels
+from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
 from fed_learn.errors import HandlerError
@@ -83,7 +84,7 @@ class FederatedServer:
             raise ValueError(f"on_bad_contribution must be 'raise' or 'reject', not {on_bad_contribution!r}")
         if on_handler_error not in ("raise", "log"):
             raise ValueError(f"on_handler_error must be 'raise' or 'log', not {on_handler_error!r}")
-        arrays = as_weight_dict(weights, "global model")
+        arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
         self.schema = Schema.of(arrays, "global model")
         if Kind(kind) is Kind.DIFF:
             check_differences(self.schema, "global model")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from fed_learn.aggregation import weighted_average
 from fed_learn.aggregation.exact import check_domain
+from fed_learn.aggregation.tensors import opened_contribution
 from fed_learn.contribution import (
     ClientFailure,
     Contribution,
@@ -129,6 +130,7 @@ def _checked(job: Job, name: str, number: int, sent: object, accepted: Sequence[
         raise UnknownContributorError(
             f"{name}: sent a contribution in the name of {brief(sent.contributor)}", contributor=name
         )
+    sent, _ = opened_contribution(sent, None, on_host=True)
     weights, aggregation_weight = check_contribution(
         sent,
         job.server.schema,

@@ -2,6 +2,7 @@
 
 import logging
 
+from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.contribution import (
     FINAL_MODEL,
     GLOBAL_BEST,
@@ -61,7 +62,7 @@ def _collect_local_bests(job: Job) -> dict[str, FrozenWeights]:
         if answer is None:
             continue
         try:
-            weights = as_weight_dict(answer, name)
+            weights = as_weight_dict(without_tensors(answer, name), name)
             job.server.schema.check(weights, name)
             frozen = FrozenWeights(weights)  # what is checked below is what is kept
             check_finite(frozen, name)
