@@ -111,6 +111,38 @@ def test_json_is_all_that_is_printed(options: list[str], tmp_path: Path) -> None
     assert len([line for line in done.stderr.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"])]) == 3
 
 
+@pytest.mark.parametrize("framework", ["torch", "tensorflow", "jax", "mixed"])
+def test_every_framework_trains_and_says_nothing_of_its_own(framework: str, tmp_path: Path) -> None:
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith("TF_")}
+    command = [str(Path(sys.executable).parent / "fed-learn"), "simulate", "--framework", framework, "--seed", "1"]
+    clients = 2 if framework == "jax" else 6  # JAX compiles a step for each size of batch
+    options = ["--rounds", "3", "--clients", str(clients), "--local-epochs", "2", "--out", str(tmp_path)]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False, env=quiet)
+    assert (done.returncode, done.stderr) == (0, "")
+    summary = summary_of(tmp_path)
+    assert summary["settings"]["framework"] == framework
+    assert summary["best"]["test_accuracy"] > 0.8
+    sites = [f"site-{i}" for i in range(1, clients + 1)]
+    kinds = ["torch", "tensorflow"] * 3 if framework == "mixed" else [framework] * clients
+    assert summary["frameworks"] == dict(zip(sites, kinds, strict=True))
+    assert all(len(norms) == 3 and min(norms) > 0 for norms in summary["update_norms"].values())
+    names = [f"{site} ({kind})" if framework == "mixed" else site for site, kind in zip(sites, kinds, strict=True)]
+    for name, site in zip(names, sites, strict=True):
+        last = f"{summary['update_norms'][site][-1]:.4f}"
+        assert any(line.strip().startswith(name) and last in line for line in done.stdout.splitlines())
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[2]["metrics"]["update_norm/site-2"] == summary["update_norms"]["site-2"][2]
+    assert (tmp_path / "metrics.png").stat().st_size > 20_000
+
+
+def test_a_framework_that_is_missing_is_one_line_and_names_its_extra(tmp_path: Path) -> None:
+    (tmp_path / "jax.py").write_text("raise ImportError('it is not here')")
+    done = run("simulate", "--framework", "jax", "--out", str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "fed-learn: jax cannot be imported (it is not here): pip install 'fed-learn[jax]'\n"
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_configuration_file_sets_handlers_and_rounds(tmp_path: Path) -> None:
     (tmp_path / "my_handlers.py").write_text(
         "from fed_learn import Handler\n"
@@ -153,6 +185,7 @@ def test_patience_stops_early_and_says_so(tmp_path: Path) -> None:
         (["simulate", "--clients", "0"], 2, "--clients"),
         (["simulate", "--clients", "500"], 2, "too few for 500 clients"),
         (["simulate", "--dataset", "mnist"], 2, "breast-cancer"),
+        (["simulate", "--framework", "mxnet"], 2, "tensorflow"),
         (["simulate", "--kernel", "cuda"], 2, "native"),
         (["simulate", "--config", "missing.json"], 2, "missing.json"),
         (["simulate", "--config"], 2, "--config"),

@@ -19,7 +19,7 @@ LAYERS = (
     ("kernels", "adapters", "model_meta"),
     ("aggregation",),
     ("handlers", "components", "server", "client"),
-    ("pictures", "simulation", "benchmark", "cli"),
+    ("pictures", "integrations", "simulation", "benchmark", "cli"),
 )
 SEPARATE = {"kernels", "adapters", "model_meta"}
 """Never import one another, although they share a layer."""

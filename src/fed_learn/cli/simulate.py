@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from fed_learn.contribution import GLOBAL_BEST, Kind
 from fed_learn.errors import ConfigError
 from fed_learn.simulation.datasets import Dataset
+from fed_learn.simulation.frameworks import Framework
 
 DEFAULT_ROUNDS = 20
 T = TypeVar("T")
@@ -22,6 +24,10 @@ FILES = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.jso
 
 def simulate(
     dataset: Annotated[Dataset, typer.Option(help="Real data that scikit-learn ships.")] = Dataset.DIGITS,
+    framework: Annotated[
+        Framework,
+        typer.Option(help="In what clients train; mixed: torch and TensorFlow clients in turn, in one job."),
+    ] = Framework.NUMPY,
     clients: Annotated[int, typer.Option(min=1, help="Number of clients.")] = 4,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Number of rounds.", show_default=str(DEFAULT_ROUNDS))
@@ -52,7 +58,7 @@ def simulate(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
-    """Train a federation of perceptrons on real data, split unequally over clients, and report on it."""
+    """Train a federation on real data, split unequally over clients, and report on it."""
     from rich.console import Console
 
     from fed_learn import kernels
@@ -66,8 +72,10 @@ def simulate(
     from fed_learn.simulation.demo import build_demo
     from fed_learn.simulation.plot import plot_job
     from fed_learn.simulation.summary import summarize
+    from fed_learn.simulation.update_norms import UpdateNormHandler
 
     _configure_logging(debug)
+    _quiet_tensorflow()
     settings = read_config(config) if config is not None else {}
     for key in sorted(set(settings) - {"handlers", "num_rounds", "min_num_clients"}):
         logging.getLogger("fed_learn").warning("%s: unknown key %r is ignored", config, key)
@@ -77,6 +85,7 @@ def simulate(
     demo = _as_wrong_use(
         lambda: build_demo(
             dataset.value,
+            framework=framework.value,
             num_clients=clients,
             num_rounds=rounds or _positive(settings, "num_rounds") or DEFAULT_ROUNDS,
             alpha=alpha,
@@ -86,6 +95,7 @@ def simulate(
             configured_handlers=_list(settings, "handlers"),
             reporters=[
                 *([EarlyStoppingHandler(patience)] if patience is not None else []),
+                UpdateNormHandler(),
                 JsonLinesHandler(out / "metrics.jsonl"),
                 CheckpointHandler(out),
                 ProgressHandler(stderr=as_json),
@@ -102,6 +112,7 @@ def simulate(
     summary = summarize(demo, result)
     summary["settings"] = {
         "dataset": dataset.value,
+        "framework": framework.value,
         "clients": clients,
         "rounds": demo.server.num_rounds,
         "alpha": alpha,
@@ -136,6 +147,8 @@ def _as_wrong_use(function: Callable[[], T]) -> T:
 def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     from rich.table import Table
 
+    from fed_learn.simulation.summary import site_labels
+
     best, final = summary["best"], summary["final"]
     console.print()
     if summary["stop_reason"]:
@@ -148,18 +161,36 @@ def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     console.print(f"Final model  test accuracy {final['test_accuracy']:.4f}")
     matrix = summary["cross_site"]
     sites = list(dict.fromkeys(site for row in matrix.values() for site in row))
+    labels = site_labels(summary)
     table = Table(title="\nCross-site validation: accuracy of each best model on each client's data", box=None)
     table.title_justify = "left"
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for site in sites:
         table.add_column(f"on {site}", justify="right")
     for model, row in matrix.items():
         cells = [f"{row[site]:.4f}" if site in row else "–" for site in sites]
-        table.add_row(model, *cells, style="bold" if model == GLOBAL_BEST else None)
+        table.add_row(labels.get(model, model), *cells, style="bold" if model == GLOBAL_BEST else None)
     console.print(table)
+    if summary["update_norms"]:
+        console.print(_norms_table(summary, labels))
     console.print(f"\n{summary['seconds']:.1f} s. Files:")
     for path in summary["files"].values():
         console.print(f"  {path}")
+
+
+def _norms_table(summary: dict[str, Any], labels: dict[str, str]) -> Any:
+    from rich.table import Table
+
+    title = "\nHow far each client moved the global model: ‖contribution − global‖₂ over what is trained"
+    table = Table(title=title, box=None, title_justify="left")
+    table.add_column("client")
+    for column in ("rounds", "first", "last", "least", "most"):
+        table.add_column(column, justify="right")
+    for client, norms in summary["update_norms"].items():
+        known = [norm for norm in norms if norm is not None]
+        shown = [f"{norm:.4f}" for norm in (known[0], known[-1], min(known), max(known))] if known else ["–"] * 4
+        table.add_row(labels[client], str(len(known)), *shown)
+    return table
 
 
 def _positive(settings: dict[str, Any], key: str) -> int | None:
@@ -196,3 +227,16 @@ def _configure_logging(debug: bool) -> None:
     logger.propagate = False
     # Failed handlers end the job, and are named in its one line.
     logging.getLogger("fed_learn.events").setLevel(logging.NOTSET if debug else logging.CRITICAL)
+
+
+def _quiet_tensorflow() -> None:
+    """Keeps TensorFlow from talking of itself; what the user has set stays."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # announces itself, and rounds as it likes
+
+    class NoRetracing(logging.Filter):
+        # The model of each client is traced once, as it should be; TensorFlow counts them all as one function.
+        def filter(self, record: logging.LogRecord) -> bool:
+            return "triggered tf.function retracing" not in record.getMessage()
+
+    logging.getLogger("tensorflow").addFilter(NoRetracing())

@@ -1,7 +1,7 @@
-"""The demo job: a federation of perceptrons on a real data set, put together from the library's parts."""
+"""The demo job: a federation on a real data set, put together from the library's parts."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ from fed_learn.errors import ConfigError
 from fed_learn.events import EventHandler
 from fed_learn.handlers import ModelSelectionHandler, ServerValidationHandler
 from fed_learn.server import FederatedServer, JobResult
-from fed_learn.simulation.datasets import Split, load_split
-from fed_learn.simulation.mlp import Perceptron, PerceptronEvaluator, PerceptronLearner
-from fed_learn.weights import WeightDict
+from fed_learn.simulation.datasets import Dataset, Split, load_split
+from fed_learn.simulation.frameworks import Network, networks
+from fed_learn.weights import FrozenDict, WeightDict
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,25 +27,41 @@ class Demo:
         server: The server.
         clients: The clients.
         split: The data they work on.
+        networks: What the clients train, in turn; the first is also the server's. None given: the perceptron.
     """
 
     server: FederatedServer
     clients: tuple[FederatedClient, ...]
     split: Split
+    networks: tuple[Network, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.networks:
+            object.__setattr__(self, "networks", networks("numpy", Dataset.DIGITS, self.split, seed=0))
+
+    @property
+    def frameworks(self) -> Mapping[str, str]:
+        """Client → the framework it trains in."""
+        count = len(self.networks)
+        return FrozenDict({c.name: self.networks[i % count].framework for i, c in enumerate(self.clients)})
 
     def run(self) -> JobResult:
         """Runs the job; clients train side by side, each on one BLAS thread, which also keeps the bits the same."""
-        with _one_blas_thread():
+        with ExitStack() as threads:
+            threads.enter_context(_one_blas_thread())
+            for network in self.networks:
+                threads.enter_context(network.one_thread())
             return self.server.run(self.clients)
 
     def test(self, weights: WeightDict) -> dict[str, float]:
         """Accuracy and loss on the test part, which nothing else has seen."""
-        return Perceptron.score(weights, self.split.test)
+        return self.networks[0].score(weights, self.split.test)
 
 
 def build_demo(
     dataset: str = "digits",
     *,
+    framework: str = "numpy",
     num_clients: int = 4,
     num_rounds: int = 20,
     alpha: float = 0.5,
@@ -62,6 +78,9 @@ def build_demo(
 
     Args:
         dataset: `"digits"` or `"breast-cancer"`.
+        framework: In what the clients train: `"numpy"` (a perceptron), `"torch"`, `"tensorflow"`, `"jax"` (the same
+            network with BatchNorm in each, convolutional for images), or `"mixed"`: clients with torch and with
+            TensorFlow in turn, in one job.
         num_clients: Clients, named `site-1`, `site-2` ….
         num_rounds: Rounds.
         alpha: How alike the clients' data are (see `load_split`).
@@ -76,7 +95,7 @@ def build_demo(
         **server_arguments: Passed on to `FederatedServer` (`min_contributions=`, `kernel=`, …).
 
     Raises:
-        ImportError: scikit-learn is not installed (extra `demo`).
+        ImportError: scikit-learn (extra `demo`) or the framework is not installed.
         ValueError: An argument is out of its range.
         ConfigError: A configured handler cannot be built.
 
@@ -86,23 +105,24 @@ def build_demo(
         (['site-1', 'site-2'], 359)
     """
     split = load_split(dataset, num_clients, alpha, seed)
-    evaluator = PerceptronEvaluator(split.server)
+    kinds = networks(framework, dataset, split, seed)
+    evaluator = kinds[0].evaluator(split.server)
     if configured_handlers is not None:
         chosen: Sequence[EventHandler] = [_configured(entry, evaluator) for entry in configured_handlers]
     elif handlers is not None:
         chosen = handlers
     else:
         chosen = [ModelSelectionHandler(), ServerValidationHandler(evaluator, num_rounds_per_valid=1)]
-    model = Perceptron(split.test.x.shape[1], split.num_classes)
     server = FederatedServer(
-        model.init(seed), num_rounds=num_rounds, handlers=[*chosen, *reporters], kind=kind, **server_arguments
+        kinds[0].init(), num_rounds=num_rounds, handlers=[*chosen, *reporters], kind=kind, **server_arguments
     )
     clients = []
     for i, (train, selection) in enumerate(zip(split.train, split.selection, strict=True)):
         name = f"site-{i + 1}"
-        learner = PerceptronLearner(train, selection, local_epochs=local_epochs, seed=seed * 1000 + i)
+        network = kinds[i % len(kinds)]
+        learner = network.learner(train, selection, local_epochs=local_epochs, seed=seed * 1000 + i)
         clients.append(FederatedClient(name, learner, handlers=client_handlers(name), kind=kind))
-    return Demo(server, tuple(clients), split)
+    return Demo(server, tuple(clients), split, kinds)
 
 
 def _configured(entry: Any, evaluator: ModelEvaluator) -> EventHandler:

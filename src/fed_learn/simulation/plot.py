@@ -11,6 +11,7 @@ from fed_learn.handlers.model_selection import SELECTION_METRIC
 from fed_learn.handlers.server_validation import SERVER_VALIDATION_METRIC
 from fed_learn.pictures import AMBER, BLUE, GREEN, GRID, INK, MUTED, new_figure, without_frame
 from fed_learn.server import JobResult
+from fed_learn.simulation.summary import site_labels
 
 SERVER, CLIENTS, BEST = BLUE, AMBER, GREEN
 
@@ -20,7 +21,7 @@ def plot_job(path: str | os.PathLike[str], result: JobResult, summary: dict[str,
 
     Left: the scores of each global model, placed at the number of rounds of training behind it, so that what the
     server measured after a round and what clients measured at the start of the next lie above each other. Right: the
-    cross-site matrix.
+    cross-site matrix. Beneath, where there is more than one framework: how far each client moved the global model.
 
     Args:
         path: Where to.
@@ -30,14 +31,17 @@ def plot_job(path: str | os.PathLike[str], result: JobResult, summary: dict[str,
     Raises:
         ImportError: matplotlib is not installed (extra `demo`).
     """
-    figure = new_figure(12.5, 5.2)
-    matrix = result.cross_site
-    left, right = figure.subplots(1, 2, width_ratios=[1.9, 1])
-    _draw_scores(left, result, summary)
-    _draw_matrix(right, matrix)
-    settings = summary["settings"]
+    settings, labels = summary["settings"], site_labels(summary)
+    norms = summary["update_norms"] if len(set(summary["frameworks"].values())) > 1 else {}
+    figure = new_figure(12.5, 8.6 if norms else 5.2)
+    grid = figure.add_gridspec(2 if norms else 1, 2, width_ratios=[1.9, 1], height_ratios=[1.5, 1] if norms else [1])
+    _draw_scores(figure.add_subplot(grid[0, 0]), result, summary)
+    _draw_matrix(figure.add_subplot(grid[0, 1]), result.cross_site, labels)
+    if norms:
+        _draw_norms(figure.add_subplot(grid[1, :]), norms, summary["frameworks"])
+    of = "" if settings["framework"] == "numpy" else f", {settings['framework']}"
     figure.suptitle(
-        f"{settings['dataset']}: {settings['clients']} clients, α = {settings['alpha']:g}, seed {settings['seed']}",
+        f"{settings['dataset']}: {settings['clients']} clients{of}, α = {settings['alpha']:g}, seed {settings['seed']}",
         x=0.01,
         ha="left",
         color=INK,
@@ -92,7 +96,28 @@ def _draw_scores(axes: Any, result: JobResult, summary: dict[str, Any]) -> None:
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.09), labelcolor=INK, fontsize=10)
 
 
-def _draw_matrix(axes: Any, matrix: Any) -> None:
+def _draw_norms(axes: Any, norms: Any, frameworks: Any) -> None:
+    colours = dict(zip(dict.fromkeys(frameworks.values()), (SERVER, CLIENTS), strict=False))
+    axes.set_title(
+        "How far each client moved the global model (‖contribution − global‖₂)", loc="left", color=INK, fontsize=11
+    )
+    named: set[str] = set()
+    for client, row in norms.items():
+        framework = frameworks[client]
+        points = [(number, norm) for number, norm in enumerate(row) if norm is not None]
+        if points:
+            label = None if framework in named else framework
+            axes.plot(*zip(*points, strict=True), color=colours[framework], lw=1.4, marker="o", ms=3.5, label=label)
+            named.add(framework)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("round", color=MUTED)
+    axes.grid(True, color=GRID, lw=0.8)
+    without_frame(axes)
+    axes.legend(frameon=False, loc="upper right", labelcolor=INK, fontsize=10)
+
+
+def _draw_matrix(axes: Any, matrix: Any, names: dict[str, str]) -> None:
     axes.set_title("Cross-site validation", loc="left", color=INK, fontsize=11, pad=10)
     models = list(matrix)
     sites = list(dict.fromkeys(site for row in matrix.values() for site in row))
@@ -115,7 +140,7 @@ def _draw_matrix(axes: Any, matrix: Any) -> None:
                     fontsize=10,
                     fontweight="bold" if model == GLOBAL_BEST else "normal",
                 )
-    labels = ["global best" if model == GLOBAL_BEST else f"{model}'s best" for model in models]
+    labels = ["global best" if model == GLOBAL_BEST else f"{names.get(model, model)}'s best" for model in models]
     axes.set_yticks(range(len(models)), labels)
     axes.set_xticks(range(len(sites)), sites, rotation=0 if len(sites) <= 5 else 60)
     axes.set_xlabel("validated on the data of", color=MUTED)

@@ -7,6 +7,7 @@ from fed_learn.handlers.model_selection import SELECTION_METRIC
 from fed_learn.model_meta import ContextKey
 from fed_learn.server import JobResult
 from fed_learn.simulation.demo import Demo
+from fed_learn.simulation.update_norms import PREFIX
 
 
 def summarize(demo: Demo, result: JobResult) -> dict[str, Any]:
@@ -15,8 +16,9 @@ def summarize(demo: Demo, result: JobResult) -> dict[str, Any]:
     Returns:
         `best` (`round`, `source`: aggregated or received, `metric_name`, `metric`, `test_accuracy`, `test_loss`; None
         if no handler selected a model), `final` (`test_accuracy`, `test_loss`, `selection`), `cross_site` (model →
-        client → accuracy), `rounds` (a dict per round, as `RoundReport.as_dict`), `quits`, `handler_failures`,
-        `stop_reason`.
+        client → accuracy), `frameworks` (client → framework), `update_norms` (client → per round how far it moved the
+        global model, None where it contributed nothing; empty without an `UpdateNormHandler`), `rounds` (a dict per
+        round, as `RoundReport.as_dict`), `quits`, `handler_failures`, `stop_reason`.
     """
     best = None
     if result.best is not None:
@@ -40,6 +42,8 @@ def summarize(demo: Demo, result: JobResult) -> dict[str, Any]:
                 "selection": result.metrics.get(SELECTION_METRIC),
             },
             "cross_site": {model: dict(row) for model, row in result.cross_site.items()},
+            "frameworks": demo.frameworks,
+            "update_norms": _update_norms(demo, result),
             "rounds": [report.as_dict() for report in result.reports],
             "quits": [failure.as_dict() for failure in result.quits],
             "handler_failures": [str(failure) for failure in result.handler_failures],
@@ -47,3 +51,20 @@ def summarize(demo: Demo, result: JobResult) -> dict[str, Any]:
         }
     )
     return summary
+
+
+def site_labels(summary: dict[str, Any]) -> dict[str, str]:
+    """What to call the clients: with their frameworks, where these differ.
+
+    Example:
+        >>> site_labels({"frameworks": {"site-1": "torch", "site-2": "tensorflow"}})
+        {'site-1': 'site-1 (torch)', 'site-2': 'site-2 (tensorflow)'}
+    """
+    frameworks = summary["frameworks"]
+    differ = len(set(frameworks.values())) > 1
+    return {client: f"{client} ({name})" if differ else client for client, name in frameworks.items()}
+
+
+def _update_norms(demo: Demo, result: JobResult) -> dict[str, list[float | None]]:
+    norms = {client: [r.metrics.get(PREFIX + client) for r in result.reports] for client in demo.frameworks}
+    return norms if any(value is not None for row in norms.values() for value in row) else {}

@@ -1,0 +1,65 @@
+"""Between the global weights and a model of one's own: what is loaded into it, and what comes back.
+
+The global weights decide which variables take part. Those that the model has beside them stay local.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fed_learn.adapters import get_weights, set_weights
+from fed_learn.adapters.layout import LayoutMap
+from fed_learn.adapters.tensors import framework_of
+from fed_learn.errors import ModelError
+from fed_learn.model_meta import FLContext
+from fed_learn.weights import Array, WeightDict
+
+
+def weights_in(ctx: FLContext) -> WeightDict:
+    """The weights of the context's model.
+
+    Raises:
+        ModelError: The context holds no model.
+    """
+    if ctx.model is None or ctx.model.weights is None:
+        raise ModelError("the context holds no model to evaluate")
+    return ctx.model.weights
+
+
+def load(model: Any, weights: WeightDict, layout: LayoutMap | None) -> None:
+    """Loads global weights into a model, in place; variables that the global model lacks stay as they are.
+
+    Args:
+        model: The model.
+        weights: The global weights.
+        layout: The map from the global weights to the model's; None where both have the same names and shapes.
+
+    Raises:
+        NamesError, ShapeError, DtypeError, WeightsTypeError, TiedVariablesError: The weights do not fit.
+    """
+    set_weights(model, weights if layout is None else layout(weights), strict=False)
+
+
+def read(model: Any, weights: WeightDict, layout: LayoutMap | None) -> dict[str, Array]:
+    """The model's weights as a contribution: new arrays under the names of the global weights.
+
+    Args:
+        model: The model.
+        weights: The global weights from which it started.
+        layout: See `load`.
+    """
+    if layout is None:
+        found = get_weights(model, only=weights.__contains__)
+        return {name: _array(found[name]) for name in weights}
+    # The base supplies what the model lacks; what the global weights lack as well is needed only for its shape.
+    lacking = {name: np.zeros(*layout.source[name]) for name in layout.left_out}
+    local = get_weights(model, copy=False, only=layout.target.__contains__)
+    returned = layout.inverse(local, base={**lacking, **weights})
+    return {name: returned[name] for name in weights}
+
+
+def _array(value: Any) -> Array:
+    """The value, which is a tensor where the model is on a device, as an array."""
+    framework = framework_of(type(value))
+    array: Array = value if framework is None else framework.view(value)
+    return array

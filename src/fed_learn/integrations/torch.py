@@ -1,0 +1,340 @@
+"""A torch model in a federation: `TorchEvaluator` scores the global model, `TorchLearner` is the work of a client.
+
+Server validation takes three lines:
+
+    evaluator = TorchEvaluator(model, DataLoader(validation_data, batch_size=256))
+    handlers = [ServerValidationHandler(evaluator, num_rounds_per_valid=1)]
+    server = fl.FederatedServer(fl.get_weights(model), num_rounds=20, handlers=handlers)
+
+An evaluator and each learner need a model of their own: the weights in it are overwritten.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from fed_learn.adapters.layout import LayoutMap
+from fed_learn.components import Learner, ModelEvaluator, TrainingResult
+from fed_learn.integrations.batches import (
+    Mean,
+    check_batch_size,
+    check_repeatable,
+    in_order,
+    pair_of,
+    score_name,
+    shuffled,
+)
+from fed_learn.integrations.exchange import load, read, weights_in
+from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.weights import WeightDict
+
+Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Iterable[Any]"
+"""A `Dataset` of `(input, target)`, or what yields batches `(inputs, targets)` each time it is iterated over."""
+
+Metric: TypeAlias = Any
+"""`"accuracy"`, `"loss"`, a function of outputs and targets, or an object with `reset`, `update` and `compute`."""
+
+
+class TorchEvaluator(ModelEvaluator):
+    """Scores the global model in a torch model, on the server's data.
+
+    The model is put into `eval` mode, without gradients, and back into the modes it was in.
+
+    Args:
+        model: What the weights are loaded into. Variables that the global model lacks stay as they are.
+        data: A `Dataset` (then `batch_size` counts), a `DataLoader`, or any iterable of batches `(inputs, targets)`
+            that can be read again and again. Where inputs are a tuple, list or dict, the model gets them as arguments.
+        metric: `"accuracy"` (of classes, dimension 1 of the outputs), `"loss"`, or a function of outputs and targets
+            that gives a number for each example or their mean; the score is the mean over all examples. Or an object
+            with `reset()`, `update(outputs, targets)` and `compute()`, as those of torchmetrics.
+        loss: The function behind `"loss"`, with the signature of a metric.
+        batch_size: Examples in a batch of a `Dataset`.
+        device: Where the model goes, and the batches with it; None: where the model is.
+        layout: The map of `fl.align` from the global model to this one, if they are not alike.
+
+    Raises:
+        ValueError: The metric is a name that is not known, or `batch_size` is not at least 1.
+        TypeError: `data` can be read once only.
+
+    Example:
+        >>> from fed_learn import FLContext, ModelData
+        >>> data = TensorDataset(torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([0, 0, 1]))
+        >>> evaluator = TorchEvaluator(torch.nn.Linear(1, 2, bias=False), data)
+        >>> evaluator.evaluate(FLContext(model=ModelData({"weight": np.float32([[1], [0]])})))
+        >>> round(evaluator.get_metric(), 4)
+        0.3333
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: Data,
+        metric: Metric = "accuracy",
+        *,
+        loss: Callable[[Any, Any], Any] = functional.cross_entropy,
+        batch_size: int = 256,
+        device: torch.device | str | None = None,
+        layout: LayoutMap | None = None,
+    ) -> None:
+        _check_data(data, batch_size)
+        _check_metric(metric)
+        self.model = model if device is None else model.to(device)
+        self.data = data
+        self.metric = metric
+        self.loss = loss
+        self.batch_size = batch_size
+        self.device = device
+        self.layout = layout
+        self.metric_name = score_name(metric)
+        self._score = float("nan")
+
+    def evaluate(self, ctx: FLContext) -> None:
+        """See `ModelEvaluator.evaluate`.
+
+        Raises:
+            ModelError: The context holds no model.
+            NamesError, ShapeError, DtypeError: The global model does not fit the model.
+        """
+        load(self.model, weights_in(ctx), self.layout)
+        scores = evaluate(self.model, self.data, {"score": self.metric}, loss=self.loss, batch_size=self.batch_size)
+        self._score = scores["score"]
+
+    def get_metric(self) -> float:
+        """See `ModelEvaluator.get_metric`; NaN before the first evaluation."""
+        return self._score
+
+
+class TorchLearner(Learner):
+    """Trains and validates a torch model, as the work of a client.
+
+    Each round starts from the global weights, with a new optimizer. The order of a `Dataset`'s examples depends on the
+    seed and the round alone; a `DataLoader` keeps its own (give it a `generator`). A model that draws at random, by
+    dropout, draws from torch's generator, which clients in one process share: for the same bits in every run these take
+    turns, `server.run(clients, max_workers=1)`.
+
+    Args:
+        model: This client's own. Variables that the global model lacks stay local.
+        data: To train on; see `TorchEvaluator`.
+        validation_data: To select models by: not the same.
+        optimizer: Makes the optimizer of a round from the parameters that need gradients; None: plain SGD, `lr=0.01`.
+        loss: A function of outputs and targets, the mean over the batch.
+        epochs: Passes over the data in a round.
+        batch_size: Examples in a step, where `data` is a `Dataset`.
+        metrics: What `validate` scores: names, or a dict of names to metrics as `TorchEvaluator` takes.
+        validation_metric: The one by which models are selected.
+        mode: `"max"`, or `"min"` where less of it is better.
+        device: See `TorchEvaluator`.
+        layout: See `TorchEvaluator`.
+        seed: Of the order of the examples; give each client its own.
+
+    Raises:
+        ValueError: A number is out of its range, a metric is not known, or `validation_metric` is not one of them.
+        TypeError: Data can be read once only.
+
+    Example:
+        >>> import fed_learn as fl
+        >>> x = torch.linspace(-1, 1, 40)[:, None]
+        >>> data = TensorDataset(x, (x[:, 0] > 0).long())
+        >>> model = torch.nn.Linear(1, 2)
+        >>> learner = TorchLearner(model, data, data, epochs=20, optimizer=lambda p: torch.optim.SGD(p, lr=1.0))
+        >>> server = fl.FederatedServer(fl.get_weights(model), num_rounds=2)
+        >>> result = server.run([fl.FederatedClient("site-1", learner)])
+        >>> learner.validate(result.weights, fl.FLContext())["accuracy"] > 0.9
+        True
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        data: Data,
+        validation_data: Data,
+        *,
+        optimizer: Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer] | None = None,
+        loss: Callable[[Any, Any], Any] = functional.cross_entropy,
+        epochs: int = 1,
+        batch_size: int = 32,
+        metrics: Sequence[str] | Mapping[str, Metric] = ("accuracy", "loss"),
+        validation_metric: str = "accuracy",
+        mode: str = "max",
+        device: torch.device | str | None = None,
+        layout: LayoutMap | None = None,
+        seed: int = 0,
+    ) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {epochs}")
+        _check_data(data, batch_size)
+        _check_data(validation_data, batch_size)
+        self.model = model if device is None else model.to(device)
+        self.data = data
+        self.validation_data = validation_data
+        self.optimizer = optimizer
+        self.loss = loss
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.metrics = metrics
+        self.validation_metric = validation_metric
+        self.mode = mode
+        self.device = device
+        self.layout = layout
+        self.seed = seed
+        named = self._named_metrics()
+        for metric in named.values():
+            _check_metric(metric)
+        if validation_metric not in named:
+            raise ValueError(f"validation_metric {validation_metric!r} is not one of the metrics: {sorted(named)}")
+
+    def train(self, weights: WeightDict, ctx: FLContext) -> TrainingResult:
+        """See `Learner.train`. The aggregation weight is the number of examples; `train_loss` their mean loss.
+
+        Raises:
+            NamesError, ShapeError, DtypeError: The global model does not fit the model.
+            ValueError: There are no examples.
+        """
+        load(self.model, weights, self.layout)
+        device = _device_of(self.model)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.SGD(parameters, lr=0.01) if self.optimizer is None else self.optimizer(parameters)
+        rng = np.random.default_rng([self.seed, ctx[ContextKey.ROUND]])
+        losses, steps = Mean(), 0
+        self.model.train()
+        for _ in range(self.epochs):
+            for batch in _batches(self.data, self.batch_size, rng):
+                x, y = _moved(pair_of(batch), device)
+                optimizer.zero_grad()
+                loss = self.loss(_outputs(self.model, x), y)
+                loss.backward()
+                optimizer.step()
+                losses.add(float(loss.detach()), len(y))
+                steps += 1
+        train_loss = losses.value()
+        trained = read(self.model, weights, self.layout)
+        return TrainingResult(trained, losses.count / self.epochs, steps, {"train_loss": train_loss})
+
+    def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
+        """See `Learner.validate`: the metrics, each a mean over the validation data."""
+        load(self.model, weights, self.layout)
+        batch_size = max(self.batch_size, 256)
+        named = self._named_metrics()
+        return evaluate(self.model, self.validation_data, named, loss=self.loss, batch_size=batch_size)
+
+    def _named_metrics(self) -> Mapping[str, Metric]:
+        return self.metrics if isinstance(self.metrics, Mapping) else {name: name for name in self.metrics}
+
+
+def evaluate(
+    model: torch.nn.Module,
+    data: Data,
+    metrics: Mapping[str, Metric],
+    *,
+    loss: Callable[[Any, Any], Any] = functional.cross_entropy,
+    batch_size: int = 256,
+) -> dict[str, float]:
+    """Scores a model as it is; arguments as of `TorchEvaluator`.
+
+    Returns:
+        The score by the name of each metric.
+
+    Raises:
+        ValueError: There are no examples, or outputs and targets are nothing of which `"accuracy"` can be told.
+    """
+    means = {name: Mean() for name, metric in metrics.items() if not _keeps_state(metric)}
+    for name in metrics.keys() - means.keys():
+        metrics[name].reset()
+    device, count = _device_of(model), Mean()
+    with _evaluating(model), torch.no_grad():
+        for batch in _batches(data, batch_size, None):
+            x, y = _moved(pair_of(batch), device)
+            outputs = _outputs(model, x)
+            count.add(0.0, len(y))
+            for name, metric in metrics.items():
+                if name not in means:
+                    metric.update(outputs, y)
+                    continue
+                function = {"accuracy": _hits, "loss": loss}[metric] if isinstance(metric, str) else metric
+                means[name].add(_mean(function(outputs, y)), len(y))
+    count.value()  # refuses to score on nothing
+    return {name: means[name].value() if name in means else float(m.compute()) for name, m in metrics.items()}
+
+
+def _hits(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    if outputs.ndim != targets.ndim + 1 or outputs.shape[1] < 2 or targets.is_floating_point():
+        raise ValueError(
+            f"'accuracy' is that of outputs (examples, classes, …) and targets (examples, …), not of "
+            f"{tuple(outputs.shape)} and {tuple(targets.shape)}; give a function as the metric"
+        )
+    return outputs.argmax(dim=1) == targets
+
+
+def _mean(value: Any) -> float:
+    """The mean in float64, on the host, where every device has it."""
+    return float(torch.as_tensor(value).detach().cpu().double().mean())
+
+
+def _batches(data: Data, batch_size: int, rng: np.random.Generator | None) -> Iterator[Any]:
+    """Batches of the data; in a random order where they can be had in any, and `rng` is given."""
+    if not isinstance(data, Dataset):
+        yield from data
+        return
+    own = torch.Generator()  # a loader without one draws from the generator of the whole process
+    if isinstance(data, IterableDataset):
+        yield from DataLoader(data, batch_size, generator=own)
+        return
+    count = len(data)  # type: ignore[arg-type] # Dataset has no __len__, those with an order have
+    chosen: Iterable[Any] = in_order(count, batch_size) if rng is None else shuffled(count, batch_size, rng)
+    if type(data) is TensorDataset:
+        yield from (data[torch.from_numpy(c) if isinstance(c, np.ndarray) else c] for c in chosen)
+        return
+    listed = [list(range(count))[c] if isinstance(c, slice) else c.tolist() for c in chosen]
+    yield from DataLoader(data, batch_sampler=listed, generator=own)
+
+
+def _outputs(model: torch.nn.Module, x: Any) -> Any:
+    if isinstance(x, dict):
+        return model(**x)
+    return model(*x) if isinstance(x, tuple | list) else model(x)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    return tuple(_moved(item, device) for item in value) if isinstance(value, tuple | list) else value
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """`eval` mode; afterwards each module is in its own mode again, since parts may be frozen in another."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _keeps_state(metric: Metric) -> bool:
+    return all(callable(getattr(metric, name, None)) for name in ("reset", "update", "compute"))
+
+
+def _check_metric(metric: Metric) -> None:
+    known = metric in ("accuracy", "loss") if isinstance(metric, str) else _keeps_state(metric) or callable(metric)
+    if not known:
+        raise ValueError(f"a metric must be 'accuracy', 'loss' or a function, not {metric!r}")
+
+
+def _check_data(data: Data, batch_size: int) -> None:
+    check_batch_size(batch_size)
+    if not isinstance(data, Dataset):
+        check_repeatable(data)
