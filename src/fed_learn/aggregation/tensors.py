@@ -43,7 +43,7 @@ from fed_learn.adapters.base import Framework, Resident
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
 from fed_learn.errors import NonFiniteError, WeightsTypeError, brief
-from fed_learn.weights import Array, Schema, as_weight_dict
+from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict
 
 Tensors: TypeAlias = dict[str, Any]
 
@@ -163,6 +163,11 @@ def without_tensors(weights: Any, who: str) -> Any:
     Raises:
         WeightsTypeError, DtypeError: See `opened`.
     """
+    if isinstance(weights, Mapping) and type(weights) not in (dict, FrozenWeights):
+        try:
+            weights = dict(weights.items())  # read once: what is looked at is what is kept
+        except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+            return weights
     return opened(weights, who).on_host() if hold_tensors(weights) else weights
 
 
