@@ -103,8 +103,13 @@ def averageable(dtype: str, name: str) -> tuple[np.dtype[Any], DtypeError | None
     known = DTYPES.get(dtype)
     if known is not None:
         return known, None
-    message = f"model: {name!r} has dtype {dtype}, which cannot be averaged"
-    return np.dtype(np.void), DtypeError(message, contributor="model", name=name, dtype=dtype, expected=None)
+    return np.dtype(np.void), not_averageable(dtype, "model", name)
+
+
+def not_averageable(dtype: object, contributor: str, name: str) -> DtypeError:
+    """The error for a dtype that no kernel takes."""
+    message = f"{contributor}: {name!r} has dtype {dtype}, which cannot be averaged"
+    return DtypeError(message, contributor=contributor, name=name, dtype=dtype, expected=None)
 
 
 class Framework(Protocol):

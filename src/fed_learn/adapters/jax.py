@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fed_learn.adapters.base import Variable, averageable, given
+from fed_learn.adapters.base import Variable, averageable, given, not_averageable
 from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeError
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
@@ -48,13 +48,7 @@ class JaxTensors:
         elif tensor.is_deleted():
             problem = "has no values any more: it was donated or deleted"
         elif tensor.dtype not in SUPPORTED_DTYPES:
-            raise DtypeError(
-                f"{contributor}: {name!r} has dtype {tensor.dtype}, which cannot be averaged",
-                contributor=contributor,
-                name=name,
-                dtype=tensor.dtype,
-                expected=None,
-            )
+            raise not_averageable(tensor.dtype, contributor, name)
         elif not tensor.is_fully_addressable:
             problem = "lies partly in other processes"
         if problem is not None:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fed_learn.adapters.base import DTYPES, Variable, averageable, given
-from fed_learn.errors import DtypeError, ModelError, WeightsTypeError
+from fed_learn.adapters.base import DTYPES, Variable, averageable, given, not_averageable
+from fed_learn.errors import ModelError, WeightsTypeError
 from fed_learn.weights import BFLOAT16, Array, native_dtype
 
 MEMORY_ALIGNMENT = 64
@@ -51,13 +51,7 @@ class TensorFlowTensors:
             )
         dtype = _dtype(tensor.dtype)
         if dtype is None:
-            raise DtypeError(
-                f"{contributor}: {name!r} has dtype {tensor.dtype.name}, which cannot be averaged",
-                contributor=contributor,
-                name=name,
-                dtype=tensor.dtype,
-                expected=None,
-            )
+            raise not_averageable(tensor.dtype.name, contributor, name)
         return dtype
 
     def device(self, tensor: Any) -> str:

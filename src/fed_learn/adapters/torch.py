@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fed_learn.adapters.base import Variable, given
+from fed_learn.adapters.base import Variable, given, not_averageable
 from fed_learn.errors import DtypeError, ModelError, WeightsTypeError
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
 
@@ -55,13 +55,7 @@ class TorchTensors:
         if problem is not None:
             raise WeightsTypeError(f"{contributor}: {name!r} {problem}", contributor=contributor, name=name)
         if dtype is None:
-            raise DtypeError(
-                f"{contributor}: {name!r} has dtype {tensor.dtype}, which cannot be averaged",
-                contributor=contributor,
-                name=name,
-                dtype=tensor.dtype,
-                expected=None,
-            )
+            raise not_averageable(tensor.dtype, contributor, name)
         return dtype
 
     def device(self, tensor: Any) -> str:
@@ -182,8 +176,8 @@ class TorchModels:
             found = dict(model)
         else:
             module = unwrapped(model)
-            own = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
             parameters = {id(tensor) for tensor in module.parameters()}
+            own = parameters | {id(tensor) for tensor in module.buffers()}
             found = {name.replace("_orig_mod.", ""): value for name, value in module.state_dict(keep_vars=True).items()}
         described = []
         for name, tensor in found.items():
