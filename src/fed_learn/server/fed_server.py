@@ -1,21 +1,19 @@
 """`FederatedServer`: the server's side of a job, from the first event to the last."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import closing
 
 from fed_learn import kernels
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
-from fed_learn.errors import HandlerError
-from fed_learn.events import EventHandler, EventType, check_handlers, fire_event
+from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.scoring import check_count
-from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.model_meta import FLContext
 from fed_learn.server.job import Job
 from fed_learn.server.result import JobResult
 from fed_learn.server.roster import Roster
-from fed_learn.server.rounds import run_round
-from fed_learn.server.validation import cross_validate, score_final_model
+from fed_learn.server.rounds import run_job
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_differences, check_finite
 
 
@@ -38,6 +36,8 @@ class FederatedServer:
         on_bad_contribution: `"raise"` ends the job at the first refused contribution; `"reject"` goes on without it.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
         exact: Average with exact sums (see `fed_learn.weighted_average`).
+        stream: Add up contributions as they arrive, and keep none: the memory of one sum, whatever the number of
+            clients. Sums are then taken in the order of arrival, and handlers see contributions without weights.
         kernel: Name of the kernel; None: the current one, looked up now.
 
     Raises:
@@ -75,6 +75,7 @@ class FederatedServer:
         on_bad_contribution: str = "raise",
         on_handler_error: str = "raise",
         exact: bool = False,
+        stream: bool = False,
         kernel: str | None = None,
     ) -> None:
         check_count("num_rounds", num_rounds)
@@ -97,6 +98,7 @@ class FederatedServer:
         self.on_bad_contribution = on_bad_contribution
         self.on_handler_error = on_handler_error
         self.exact = exact
+        self.stream = stream
         self.kernel = kernels.resolve(kernel).name
         self.ctx = FLContext()
 
@@ -114,54 +116,27 @@ class FederatedServer:
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
             ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none.
         """
-        roster = Roster(clients, max_workers)
-        if self.min_contributions is not None and self.min_contributions > len(roster):
-            roster.close()
-            raise ValueError(f"min_contributions is {self.min_contributions}, but there are {len(roster)} clients")
-        self.ctx = FLContext({ContextKey.NUM_ROUNDS: self.num_rounds})
-        job = Job(self, roster, self.ctx)
-        try:
-            fire_event(EventType.STARTUP, self.handlers, self.ctx)
-        except BaseException:
-            roster.close()
-            raise
-        result: JobResult | None = None
-        try:
-            result = _run(job)
-            job.unregister()
-        except BaseException as error:
-            failures = job.shut_down()
-            for failure in failures:
-                error.add_note(f"during shutdown: {failure}")
-            if isinstance(error, HandlerError) and result is not None:
-                error.result = replace(result, handler_failures=(*job.handler_failures, *failures))
-            raise
-        failures = job.shut_down()
-        result = replace(result, handler_failures=(*job.handler_failures, *failures))
-        if failures and self.on_handler_error == "raise":
-            late = HandlerError(failures)
-            late.result = result
-            raise late
-        return result
+        with closing(Roster(clients, max_workers)) as roster:
+            if self.min_contributions is not None and self.min_contributions > len(roster):
+                raise ValueError(f"min_contributions is {self.min_contributions}, but there are {len(roster)} clients")
+            with self.begin(num_clients=len(roster)) as job:
+                try:
+                    run_job(job, roster)
+                finally:
+                    roster.stop(job.record_late)
+            return job.result()
 
+    def begin(self, num_clients: int | None = None) -> Job:
+        """STARTUP of a job whose messages something else carries: another stack, a loop of one's own.
 
-def _run(job: Job) -> JobResult:
-    job.register()
-    for number in range(job.server.num_rounds):
-        run_round(job, number)
-        if job.ctx.get_prop(ContextKey.STOP) is not None:
-            break
-    results = score_final_model(job)
-    metrics = job.ctx[ContextKey.METRICS]
-    cross_site, more = cross_validate(job)
-    return JobResult(
-        weights=job.weights,
-        best=job.ctx.best_model,
-        reports=tuple(job.reports),
-        metrics=metrics,
-        cross_site=cross_site,
-        validation_results=(*results, *more),
-        quits=tuple(job.quits),
-        handler_failures=tuple(job.handler_failures),
-        stop_reason=job.ctx.get_prop(ContextKey.STOP),
-    )
+        Args:
+            num_clients: How many contributions a round needs if `min_contributions` is None; None: one of each client
+                that was sent the model.
+
+        Raises:
+            HandlerError: A handler could not start; those before it have been shut down.
+        """
+        job = Job(self, num_clients)
+        self.ctx = job.ctx
+        job.start()
+        return job

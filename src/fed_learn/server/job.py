@@ -1,17 +1,33 @@
-"""`Job`: the moving parts of a running job that its rounds and its validation share."""
+"""`Job`: one run of a server, event by event, whatever carries the messages."""
 
 import logging
+import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
-from fed_learn.contribution import ClientFailure, RoundReport
-from fed_learn.errors import HandlerError, HandlerFailure, TooFewContributionsError, without_tracebacks
+from fed_learn.contribution import (
+    FINAL_MODEL,
+    INITIAL_VALIDATION_METRIC,
+    ClientFailure,
+    Contribution,
+    RoundReport,
+    ValidationResult,
+)
+from fed_learn.errors import (
+    ContributionError,
+    HandlerError,
+    HandlerFailure,
+    MetricError,
+    TooFewContributionsError,
+    without_tracebacks,
+)
 from fed_learn.events import EventType, fire_event, shut_down
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.server.roster import Roster
-from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict, check_finite
+from fed_learn.server.receiving import Receiver, Refusal, checked_result
+from fed_learn.server.result import JobResult
+from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
 
 if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer
@@ -20,53 +36,342 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """One run of a server: its context, its clients, the global model, and the record of what failed.
+    """One run of a server: the context, the global model, the contributions of the round, and the record of it all.
+
+    `FederatedServer.begin` makes one. Who carries the messages calls its methods at the moments they are named
+    after, and each fires the event of that moment. As a context manager it shuts the handlers down, whatever fails.
 
     Args:
         server: The settings.
-        roster: The clients.
-        ctx: The server's context.
+        num_clients: How many clients a round needs if the server says nothing; None: all that were sent its model.
+
+    Attributes:
+        ctx: The context of the job.
+        reports: One report per round that ended.
+        quits: Clients that left, and why.
+        handler_failures: Every handler that raised, in order.
+        clients: Names of the clients that have registered and not quit.
+
+    Example:
+        >>> import numpy as np, fed_learn as fl
+        >>> server = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=1)
+        >>> with server.begin() as job:
+        ...     job.start_round(0)
+        ...     for name, w in {"site-1": 1.0, "site-2": 3.0}.items():
+        ...         job.send_model(name)
+        ...         accepted = job.receive(name, fl.Contribution(name, {"w": np.array([w])}, 10, round=0))
+        ...     averaged, report = job.aggregate(), job.end_round()
+        >>> averaged, report.accepted, job.weights["w"]
+        (True, ('site-1', 'site-2'), array([2.]))
     """
 
-    def __init__(self, server: "FederatedServer", roster: Roster, ctx: FLContext) -> None:
+    def __init__(self, server: "FederatedServer", num_clients: int | None = None) -> None:
         self.server = server
-        self.roster = roster
-        self.ctx = ctx
-        self.required = len(roster) if server.min_contributions is None else server.min_contributions
+        self.ctx = FLContext({ContextKey.NUM_ROUNDS: server.num_rounds})
         self.reports: list[RoundReport] = []
         self.quits: list[ClientFailure] = []
         self.handler_failures: list[HandlerFailure] = []
-        self.local_bests: dict[str, FrozenWeights] = {}
-        self.set_weights(server.weights)
+        self.cross_site: dict[str, dict[str, float]] = {}
+        self.validation_results: list[ValidationResult] = []
+        self.clients: dict[str, None] = {}
+        self._num_clients = num_clients
+        self._receiver = Receiver(server)
+        self._asked: set[str] = set()
+        self._round_started = 0.0
+        self._validated: str | None = None
+        self._final_metrics: FrozenDict | None = None
+        self._result: JobResult | None = None
+        self._late: list[HandlerFailure] = []
+        self._over = False
+        self._adopt(server.weights)
 
     @property
     def weights(self) -> FrozenWeights:
         """The global model."""
         return self._weights
 
-    def set_weights(self, weights: FrozenWeights) -> None:
+    @property
+    def schema(self) -> Schema:
+        """Names, shapes and dtypes of the global model."""
+        return self.server.schema
+
+    @property
+    def report(self) -> RoundReport:
+        """The report of the round, as the context has it."""
+        report: RoundReport = self.ctx[ContextKey.REPORT]
+        return report
+
+    @property
+    def required(self) -> int:
+        """How many accepted contributions a round needs."""
+        if self.server.min_contributions is not None:
+            return self.server.min_contributions
+        return self._num_clients if self._num_clients is not None else max(1, len(self._asked))
+
+    def start(self) -> None:
+        """STARTUP.
+
+        Raises:
+            HandlerError: A handler could not start; those before it have been shut down.
+        """
+        fire_event(EventType.STARTUP, self.server.handlers, self.ctx)
+
+    def register(self, name: str) -> None:
+        """CLIENT_REGISTER: a client takes part from now on.
+
+        Raises:
+            HandlerError: With `on_handler_error="raise"`, here and in all that follow.
+        """
+        self.clients[name] = None
+        self._fire_about(EventType.CLIENT_REGISTER, name)
+
+    def start_round(self, number: int) -> None:
+        """START_ROUND; a handler may replace the global model.
+
+        Raises:
+            ContributionError: By a model that is not of the job's schema.
+        """
+        self._round_started = time.perf_counter()
+        self._asked.clear()
+        self._receiver.clear(self._weights)
+        for key in (ContextKey.CONTRIBUTION, ContextKey.REJECTION):
+            self.ctx.pop(key, None)
+        self.ctx.set_props(
+            {
+                ContextKey.ROUND: number,
+                ContextKey.CONTRIBUTIONS: (),
+                ContextKey.METRICS: FrozenDict(),
+                ContextKey.REPORT: RoundReport(number, kernel=self.server.kernel),
+            }
+        )
+        self._fire_and_adopt(EventType.START_ROUND)
+
+    def send_model(self, name: str) -> None:
+        """SEND_MODEL: the client is about to be sent the global model (or that which is to be validated)."""
+        self._asked.add(name)
+        self._fire_about(EventType.SEND_MODEL, name)
+
+    def receive(self, name: str, sent: object) -> Contribution | None:
+        """RECEIVE_CONTRIBUTION: checks what a client sent, whole, and accepts or refuses it.
+
+        Args:
+            name: The client that was asked.
+            sent: A `Contribution`; or what went wrong: a `ContributionError` means that it could not make one, and is
+                a refusal; any other exception, that the client failed: it leaves the job (CLIENT_QUIT). Anything else
+                is refused. A streaming server has used the weights when this returns.
+
+        Returns:
+            The contribution as accepted, or None.
+
+        Raises:
+            ContributionError: It is refused, with `on_bad_contribution="raise"`.
+        """
+        if isinstance(sent, Exception) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
+            self.quit(name, sent)
+            return None
+        accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
+        contribution, refusal = self._receiver.receive(name, sent, self.report.round, accepted)
+        if refusal is None and contribution is not None:
+            accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
+        elif refusal is not None:
+            self._update_report(rejected=(*self.report.rejected, ClientFailure(name, refusal)))
+        self.ctx.set_props(
+            {
+                ContextKey.CONTRIBUTION: contribution,
+                ContextKey.CONTRIBUTIONS: accepted,
+                ContextKey.REJECTION: refusal,
+            }
+        )
+        self._update_report(accepted=tuple(c.contributor for c in accepted))
+        self._fire_about(EventType.RECEIVE_CONTRIBUTION, name)
+        if refusal is None:
+            return contribution
+        if self.server.on_bad_contribution == "raise":
+            raise refusal
+        return None
+
+    def absent(self, name: str) -> None:
+        """Notes in the report that a client sits the round out, or did not answer in time."""
+        self._update_report(absent=(*self.report.absent, name))
+
+    def aggregate(self) -> bool:
+        """BEFORE_AGGREGATION, the average into the global model, END_AGGREGATION.
+
+        Handlers may take contributions out of the context before, except where the server streams, and replace the
+        global model after. With too few contributions, or if the new model left the range of a dtype, the global
+        model stands, and log and report say why.
+
+        Returns:
+            Whether there is a new global model.
+        """
+        if not self._enough():
+            return False
+        self._fire_about(EventType.BEFORE_AGGREGATION)
+        if not self._enough():
+            return False
+        contributions: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
+        started = time.perf_counter()
+        try:
+            mean = self._receiver.aggregate(contributions, self._weights)
+        except Refusal as refusal:
+            logger.error("round %d: %s: the global model stands", self.report.round, refusal.error)
+            self._update_report(error=without_tracebacks(refusal.error))
+            return False
+        self._adopt(mean)
+        self._update_report(
+            accepted=tuple(c.contributor for c in contributions),
+            total_weight=float(sum(c.aggregation_weight for c in contributions)),
+            aggregation_seconds=time.perf_counter() - started,
+            aggregation_bytes=len(contributions) * sum(array.nbytes for array in self._weights.values()),
+        )
+        self._fire_and_adopt(EventType.END_AGGREGATION)
+        return True
+
+    def end_round(self) -> RoundReport:
+        """END_ROUND; returns the report of the round."""
+        self._update_report(seconds=time.perf_counter() - self._round_started)
+        self._fire_and_adopt(EventType.END_ROUND)
+        self.reports.append(self.report)
+        return self.report
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a handler made this round the last (`ContextKey.STOP`)."""
+        return self.ctx.get_prop(ContextKey.STOP) is not None
+
+    def begin_validation(self, model: str = FINAL_MODEL, weights: FrozenWeights | None = None) -> None:
+        """From now on results on this model come in; the model in the context is the one that is validated.
+
+        Args:
+            model: `FINAL_MODEL`, the first one: the global model after the last round. The round in the context is
+                then the one in which clients would have received it: the number of rounds run. Or a client's name,
+                for its local best, or `GLOBAL_BEST`.
+            weights: Its weights; None: the global model's.
+        """
+        if model == FINAL_MODEL:
+            self.ctx.set_props({ContextKey.ROUND: len(self.reports), ContextKey.METRICS: FrozenDict()})
+            for key in (ContextKey.CONTRIBUTION, ContextKey.CONTRIBUTIONS, ContextKey.REJECTION, ContextKey.REPORT):
+                self.ctx.pop(key, None)
+        else:
+            self._close_final()
+            self.cross_site.setdefault(model, {})
+        self.ctx.pop(ContextKey.VALIDATION_RESULTS, None)
+        self._validated = model
+        self.ctx.set_model(self._model if weights is None else ModelData(weights))
+
+    def receive_validation_result(self, name: str, result: object) -> ValidationResult | None:
+        """RECEIVE_VALIDATION_RESULTS: one client's numbers on the model of `begin_validation`.
+
+        Args:
+            name: The client.
+            result: A `ValidationResult`; an exception means that the client failed, and leaves the job. A bad result is
+                left out, and logged.
+        """
+        if isinstance(result, Exception):
+            self.quit(name, result)
+            return None
+        assert self._validated is not None, "begin_validation comes first"
+        try:
+            checked = checked_result(name, self._validated, result)
+        except Exception as error:  # noqa: BLE001 - whatever a client sent must not end the job
+            reason = error if isinstance(error, MetricError) else f"{name}: {type(error).__name__}: {error}"
+            logger.error("a validation result is left out: %s", reason)
+            return None
+        self.validation_results.append(checked)
+        results = (*self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ()), checked)
+        self.ctx.set_prop(ContextKey.VALIDATION_RESULTS, results)
+        self._fire_about(EventType.RECEIVE_VALIDATION_RESULTS, name)
+        if self._validated != FINAL_MODEL:
+            self.cross_site[self._validated][name] = checked.metrics[INITIAL_VALIDATION_METRIC]
+        return checked
+
+    def quit(self, name: str, error: Exception | None = None) -> None:
+        """CLIENT_QUIT: a client leaves, because it is done (no error) or because it failed."""
+        if error is not None:
+            self.note_failure(name, error, "leaves the job")
+        self.clients.pop(name, None)
+        self._fire_about(EventType.CLIENT_QUIT, name)
+
+    def note_failure(self, name: str, error: Exception, what: str) -> None:
+        """Logs and records that a client failed, without an event."""
+        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
+        failure = ClientFailure(name, without_tracebacks(error))
+        self.quits.append(failure)
+        if ContextKey.REPORT in self.ctx:
+            self._update_report(quits=(*self.report.quits, failure))
+        if isinstance(error, HandlerError):
+            self.record(error.failures)
+
+    def record(self, failures: Sequence[HandlerFailure]) -> None:
+        """Keeps failures of handlers for the report and the result."""
+        self.handler_failures += failures
+        if ContextKey.REPORT in self.ctx:
+            self._update_report(handler_failures=(*self.report.handler_failures, *failures))
+
+    def record_late(self, failures: Sequence[HandlerFailure]) -> None:
+        """Keeps failures of handlers while a job shuts down: they do not stop it from doing so."""
+        self._late += failures
+
+    def finish(self) -> None:
+        """The work is done: what handlers put into the context from here on is not in the result."""
+        self._close_final()
+        self.ctx.set_model(self._model)
+        self._result = self._so_far()
+
+    def result(self) -> JobResult:
+        """What the job leaves behind, or has so far."""
+        return replace(
+            self._so_far() if self._result is None else self._result,
+            handler_failures=(*self.handler_failures, *self._late),
+        )
+
+    def shut_down(self) -> tuple[HandlerFailure, ...]:
+        """SHUTDOWN of every handler, once; returns what failed, which has been logged."""
+        if self._over:
+            return ()
+        self._over = True
+        self.ctx.pop(ContextKey.CONTRIBUTOR, None)
+        failures = shut_down(self.server.handlers, self.ctx)
+        self.record_late(failures)
+        return failures
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, _: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shut_down()
+        if error is not None:
+            for failure in self._late:
+                error.add_note(f"during shutdown: {failure}")
+            if isinstance(error, HandlerError) and self._result is not None:
+                error.result = self.result()
+        elif self._late and self.server.on_handler_error == "raise":
+            late = HandlerError(tuple(self._late))
+            late.result = self.result()
+            raise late
+
+    def check_enough_clients(self) -> None:
+        """Ends the job once too many clients have left.
+
+        Raises:
+            TooFewContributionsError: Fewer are left than are required.
+        """
+        if len(self.clients) < self.required:
+            left = "; ".join(f"{quit.contributor} left ({quit.cause}: {quit.error})" for quit in self.quits)
+            raise TooFewContributionsError(
+                f"{len(self.clients)} clients are left, {self.required} required: {left}",
+                count=len(self.clients),
+                required=self.required,
+                round=self.ctx.get_prop(ContextKey.ROUND),
+            )
+
+    def _adopt(self, weights: FrozenWeights) -> None:
         """Replaces the global model, in the context too."""
         self._weights = weights
         self._model = ModelData(weights)
         self.ctx.set_model(self._model)
-
-    def fire(self, event: str, contributor: str | None = None) -> None:
-        """Fires an event on the server's context. Failures are recorded, and raised or not as the server was told.
-
-        Args:
-            event: The event.
-            contributor: The client that it is about, if it is about one.
-
-        Raises:
-            HandlerError: With `on_handler_error="raise"`.
-        """
-        if contributor is None:
-            self.ctx.pop(ContextKey.CONTRIBUTOR, None)
-        else:
-            self.ctx.set_prop(ContextKey.CONTRIBUTOR, contributor)
-        model = self.ctx.get_model()
-        self._fire(event)
-        self.ctx.set_model(model)  # only some events may replace the global model
 
     def _fire(self, event: str) -> None:
         try:
@@ -76,13 +381,18 @@ class Job:
             if self.server.on_handler_error == "raise":
                 raise
 
-    def fire_and_adopt(self, event: str) -> None:
-        """Fires an event in which a handler may replace the global model; checks and keeps what it put there.
+    def _fire_about(self, event: str, contributor: str | None = None) -> None:
+        """Fires an event that may not replace the global model."""
+        if contributor is None:
+            self.ctx.pop(ContextKey.CONTRIBUTOR, None)
+        else:
+            self.ctx.set_prop(ContextKey.CONTRIBUTOR, contributor)
+        model = self.ctx.get_model()
+        self._fire(event)
+        self.ctx.set_model(model)
 
-        Raises:
-            ContributionError: It is not a model of the job's schema.
-            HandlerError: As in `fire`.
-        """
+    def _fire_and_adopt(self, event: str) -> None:
+        """Fires an event in which a handler may replace the global model; checks and keeps what it put there."""
         self.ctx.pop(ContextKey.CONTRIBUTOR, None)
         self._fire(event)
         model = self.ctx.get_model()
@@ -90,82 +400,40 @@ class Job:
             return
         who = f"model set by a handler at {event}"
         arrays: WeightDict = as_weight_dict(None if model is None else model.weights, who)
-        self.server.schema.check(arrays, who)
+        self.schema.check(arrays, who)
         check_finite(arrays, who)
-        self.set_weights(FrozenWeights({name: arrays[name] for name in self.server.schema}))
+        self._adopt(FrozenWeights({name: arrays[name] for name in self.schema}))
 
-    @property
-    def report(self) -> RoundReport:
-        """The report of the round, as the context has it."""
-        report: RoundReport = self.ctx[ContextKey.REPORT]
-        return report
-
-    def update_report(self, **changes: Any) -> None:
-        """Binds a report with some fields replaced."""
+    def _update_report(self, **changes: Any) -> None:
         self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
 
-    def record(self, failures: Sequence[HandlerFailure]) -> None:
-        """Keeps failures of handlers for the report and the result."""
-        self.handler_failures += failures
-        if ContextKey.REPORT in self.ctx:
-            self.update_report(handler_failures=(*self.report.handler_failures, *failures))
+    def _enough(self) -> bool:
+        number, count = self.report.round, len(self.ctx[ContextKey.CONTRIBUTIONS])
+        if count >= self.required:
+            return True
+        error = TooFewContributionsError(
+            f"round {number}: {count} accepted contributions, {self.required} required; the global model stands",
+            count=count,
+            required=self.required,
+            round=number,
+        )
+        logger.error("%s", error)
+        self._update_report(error=error)
+        return False
 
-    def register(self) -> None:
-        """Starts the clients; CLIENT_REGISTER for each.
+    def _close_final(self) -> None:
+        if self._validated == FINAL_MODEL and self._final_metrics is None:
+            self._final_metrics = self.ctx[ContextKey.METRICS]
 
-        Raises:
-            TooFewContributionsError: Not enough of them could start.
-        """
-        for name, answer in self.roster.ask(lambda client: client.start(self.server.num_rounds)):
-            if isinstance(answer, Exception):
-                self._leave(name, answer, "could not start")
-            else:
-                self.fire(EventType.CLIENT_REGISTER, name)
-        self.check_enough_clients()
-
-    def quit(self, name: str, error: Exception) -> None:
-        """Takes a client that failed off the job: CLIENT_QUIT, and the client's own SHUTDOWN."""
-        self._leave(name, error, "leaves the job")
-        self.fire(EventType.CLIENT_QUIT, name)
-
-    def _leave(self, name: str, error: Exception, what: str) -> None:
-        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
-        failure = ClientFailure(name, without_tracebacks(error))
-        self.quits.append(failure)
-        if ContextKey.REPORT in self.ctx:
-            self.update_report(quits=(*self.report.quits, failure))
-        if isinstance(error, HandlerError):
-            self.record(error.failures)
-        self.record(self.roster.remove(name).stop())
-
-    def unregister(self) -> None:
-        """The job is over: CLIENT_QUIT for each client, and its SHUTDOWN."""
-        for name in self.roster:
-            self.fire(EventType.CLIENT_QUIT, name)
-            self.record(self.roster.remove(name).stop())
-
-    def check_enough_clients(self) -> None:
-        """Ends the job once too many clients have left.
-
-        Raises:
-            TooFewContributionsError: Fewer are left than are required.
-        """
-        if len(self.roster) < self.required:
-            left = "; ".join(f"{quit.contributor} left ({quit.cause}: {quit.error})" for quit in self.quits)
-            raise TooFewContributionsError(
-                f"{len(self.roster)} clients are left, {self.required} required: {left}",
-                count=len(self.roster),
-                required=self.required,
-                round=self.ctx.get_prop(ContextKey.ROUND),
-            )
-
-    def shut_down(self) -> tuple[HandlerFailure, ...]:
-        """Ends the pool, the clients and the handlers, whatever fails in between."""
-        failures: list[HandlerFailure] = []
-        self.ctx.pop(ContextKey.CONTRIBUTOR, None)
-        with ExitStack() as last_first:  # goes on whatever is raised, an interrupt included
-            last_first.callback(lambda: failures.extend(shut_down(self.server.handlers, self.ctx)))
-            for name in reversed(tuple(self.roster)):
-                last_first.callback(lambda client: failures.extend(client.stop()), self.roster.remove(name))
-            last_first.callback(self.roster.close)
-        return tuple(failures)
+    def _so_far(self) -> JobResult:
+        return JobResult(
+            weights=self._weights,
+            best=self.ctx.best_model,
+            reports=tuple(self.reports),
+            metrics=self._final_metrics or FrozenDict(),
+            cross_site=self.cross_site,
+            validation_results=tuple(self.validation_results),
+            quits=tuple(self.quits),
+            handler_failures=(),
+            stop_reason=self.ctx.get_prop(ContextKey.STOP),
+        )

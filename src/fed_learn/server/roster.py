@@ -3,11 +3,12 @@
 import contextvars
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TypeVar
 
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import ClientQuitError
+from fed_learn.errors import ClientQuitError, HandlerFailure
 from fed_learn.kernels.threads import usable_processors
 
 T = TypeVar("T")
@@ -69,6 +70,17 @@ class Roster:
     def remove(self, name: str) -> FederatedClient:
         """Takes a client off the roster."""
         return self._clients.pop(name)
+
+    def stop(self, record: Callable[[Sequence[HandlerFailure]], None]) -> None:
+        """Ends the pool and stops the clients that are left, whatever fails in between.
+
+        Args:
+            record: Is given the handlers that failed.
+        """
+        with ExitStack() as last_first:  # goes on whatever is raised, an interrupt included
+            for name in reversed(tuple(self)):
+                last_first.callback(lambda client: record(client.stop()), self.remove(name))
+            last_first.callback(self.close)
 
     def close(self) -> None:
         """Waits for what is running, which nothing can interrupt in a thread, and drops what is not."""

@@ -1,193 +1,106 @@
-"""One round of a job: send, receive, check, average."""
+"""A whole job with clients in this process: rounds, the final model, the cross-site validation."""
 
 import logging
-import time
-from collections.abc import Sequence
 
-from fed_learn.aggregation import weighted_average
-from fed_learn.aggregation.exact import check_domain
-from fed_learn.aggregation.tensors import opened_contribution
-from fed_learn.contribution import (
-    ClientFailure,
-    Contribution,
-    Kind,
-    RoundReport,
-    check_contribution,
-    checked_metrics,
-    checked_n_iter,
-)
-from fed_learn.errors import (
-    ContributionError,
-    ExactDomainError,
-    IntegerRangeError,
-    MetricError,
-    NonFiniteError,
-    TooFewContributionsError,
-    UnknownContributorError,
-    WeightsTypeError,
-    brief,
-    without_tracebacks,
-)
-from fed_learn.events import EventType
-from fed_learn.model_meta import ContextKey
+from fed_learn.aggregation.tensors import without_tensors
+from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
+from fed_learn.errors import ContributionError
 from fed_learn.server.job import Job
-from fed_learn.weights import FrozenDict, FrozenWeights, add_difference, check_finite
+from fed_learn.server.roster import Roster
+from fed_learn.weights import FrozenWeights, as_weight_dict, check_finite
 
 logger = logging.getLogger(__name__)
 
 
-def run_round(job: Job, number: int) -> None:
-    """START_ROUND … END_ROUND.
+def run_job(job: Job, roster: Roster) -> None:
+    """Every moment of a job that has begun, up to the last CLIENT_QUIT.
 
     Raises:
         ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
         HandlerError: A handler raised, with `on_handler_error="raise"`.
         TooFewContributionsError: Too few clients are left for another round.
     """
-    started = time.perf_counter()
-    for key in (ContextKey.CONTRIBUTION, ContextKey.REJECTION):
-        job.ctx.pop(key, None)
-    job.ctx.set_props(
-        {
-            ContextKey.ROUND: number,
-            ContextKey.CONTRIBUTIONS: (),
-            ContextKey.METRICS: FrozenDict(),
-            ContextKey.REPORT: RoundReport(number, kernel=job.server.kernel),
-        }
-    )
-    job.fire_and_adopt(EventType.START_ROUND)
-    weights = job.weights
-    for name in job.roster:
-        job.fire(EventType.SEND_MODEL, name)
-    for name, answer in job.roster.ask(lambda client: client.train_round(number, lambda: weights)):
-        _take(job, name, number, answer)
-    if _enough(job, number):
-        job.fire(EventType.BEFORE_AGGREGATION)
-        # A handler may have taken contributions out.
-        if _enough(job, number) and _aggregate(job):
-            job.fire_and_adopt(EventType.END_AGGREGATION)
-    job.update_report(seconds=time.perf_counter() - started)
-    job.fire_and_adopt(EventType.END_ROUND)
-    job.reports.append(job.report)
+    _register(job, roster)
+    for number in range(job.server.num_rounds):
+        _run_round(job, roster, number)
+        if job.stopped:
+            break
+    _score_final_model(job, roster)
+    job.finish()
+    for name in roster:
+        job.quit(name)
+        job.record(roster.remove(name).stop())
+
+
+def _register(job: Job, roster: Roster) -> None:
+    for name, answer in roster.ask(lambda client: client.start(job.server.num_rounds)):
+        if isinstance(answer, Exception):
+            job.note_failure(name, answer, "could not start")
+            job.record(roster.remove(name).stop())
+        else:
+            job.register(name)
     job.check_enough_clients()
 
 
-def _take(job: Job, name: str, number: int, answer: object) -> None:
-    """Sorts out what came of asking a client to train."""
-    if isinstance(answer, ContributionError) and not isinstance(answer, MetricError):
-        _receive(job, name, number, answer)  # it could not make a contribution of what it trained
-    elif isinstance(answer, Exception):
-        job.quit(name, answer)
-    elif answer is None or (isinstance(answer, list | tuple) and not answer):
-        job.update_report(absent=(*job.report.absent, name))
-    else:
+def _run_round(job: Job, roster: Roster, number: int) -> None:
+    job.start_round(number)
+    weights = job.weights
+    for name in roster:
+        job.send_model(name)
+    for name, answer in roster.ask(lambda client: client.train_round(number, lambda: weights)):
         # Clients send one contribution; what a faulty one sends on top is received and refused.
-        for contribution in answer if isinstance(answer, list | tuple) else (answer,):
-            _receive(job, name, number, contribution)
+        sent = list(answer) if isinstance(answer, list | tuple) else [answer] if answer is not None else []
+        if not sent:
+            job.absent(name)
+        for contribution in sent:
+            job.receive(name, contribution)
+        _stop_if_it_left(job, roster, name)
+    job.aggregate()
+    job.end_round()
+    job.check_enough_clients()
 
 
-def _receive(job: Job, name: str, number: int, sent: object) -> None:
-    """Accepts or refuses a contribution, and tells the handlers."""
-    accepted: tuple[Contribution, ...] = job.ctx[ContextKey.CONTRIBUTIONS]
-    contribution: Contribution | None = None
-    refusal: ContributionError | ExactDomainError | None = None
-    try:
-        # What handlers see of a refused contribution: everything but its weights.
-        contribution = sent.without_weights() if isinstance(sent, Contribution) else None
-        contribution = _checked(job, name, number, sent, accepted)
-        accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
-    except Exception as error:
-        if isinstance(error, ContributionError | ExactDomainError):
-            refusal = error
-        else:
-            refusal = WeightsTypeError(
-                f"{name}: sent something unreadable: {type(error).__name__}: {error}", contributor=name
-            )
-            refusal.__cause__ = error
-            logger.error("%s", refusal, exc_info=error)
-        without_tracebacks(refusal)
-        job.update_report(rejected=(*job.report.rejected, ClientFailure(name, refusal)))
-    job.ctx.set_props(
-        {
-            ContextKey.CONTRIBUTION: contribution,
-            ContextKey.CONTRIBUTIONS: accepted,
-            ContextKey.REJECTION: refusal,
-        }
-    )
-    job.update_report(accepted=tuple(c.contributor for c in accepted))
-    job.fire(EventType.RECEIVE_CONTRIBUTION, name)
-    if refusal is not None and job.server.on_bad_contribution == "raise":
-        raise refusal
+def _stop_if_it_left(job: Job, roster: Roster, name: str) -> None:
+    if name not in job.clients:
+        job.record(roster.remove(name).stop())
 
 
-def _checked(job: Job, name: str, number: int, sent: object, accepted: Sequence[Contribution]) -> Contribution:
-    """The contribution with an own copy of its weights, which is what has been checked."""
-    if isinstance(sent, ContributionError):
-        raise sent
-    if not isinstance(sent, Contribution):
-        raise WeightsTypeError(f"{name}: sent a {type(sent).__name__}, not a Contribution", contributor=name)
-    if not isinstance(sent.contributor, str) or sent.contributor != name:
-        raise UnknownContributorError(
-            f"{name}: sent a contribution in the name of {brief(sent.contributor)}", contributor=name
-        )
-    sent, _ = opened_contribution(sent, None, on_host=True)
-    weights, aggregation_weight = check_contribution(
-        sent,
-        job.server.schema,
-        kind=job.server.kind,
-        round=number,
-        contributors={c.contributor for c in accepted},
-        scan=False,
-    )
-    # Shapes are known to be right, so the copy is no larger than the model.
-    frozen = FrozenWeights(weights)
-    check_finite(frozen, name)
-    if job.server.exact:
-        check_domain(frozen, aggregation_weight, name)
-    return Contribution(
-        name,
-        frozen,
-        aggregation_weight,
-        n_iter=checked_n_iter(sent.n_iter, name),
-        round=number,
-        kind=sent.kind,
-        metrics=checked_metrics(sent.metrics, name),
-    )
+def _score_final_model(job: Job, roster: Roster) -> None:
+    """The clients score the final model, then each other's best and the job's best."""
+    # Clients offer their local bests first: they are asked for before anything is validated.
+    job.begin_validation(FINAL_MODEL)
+    models = _local_bests(job, roster)
+    for name in roster:
+        job.send_model(name)
+    _validate_everywhere(job, roster, FINAL_MODEL, job.weights)
+    best = job.ctx.best_model
+    if best is not None:
+        models[GLOBAL_BEST] = best.weights
+    for model, weights in models.items():
+        job.begin_validation(model, weights)
+        _validate_everywhere(job, roster, model, weights)
 
 
-def _enough(job: Job, number: int) -> bool:
-    count = len(job.ctx[ContextKey.CONTRIBUTIONS])
-    if count >= job.required:
-        return True
-    error = TooFewContributionsError(
-        f"round {number}: {count} accepted contributions, {job.required} required; the global model stands",
-        count=count,
-        required=job.required,
-        round=number,
-    )
-    logger.error("%s", error)
-    job.update_report(error=error)
-    return False
+def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
+    bests: dict[str, FrozenWeights] = {}
+    for name, answer in roster.ask(lambda client: client.submit_best_model()):
+        if isinstance(answer, Exception):
+            job.quit(name, answer)
+            _stop_if_it_left(job, roster, name)
+        elif answer is not None:
+            try:
+                weights = as_weight_dict(without_tensors(answer, name), name)
+                job.schema.check(weights, name)
+                frozen = FrozenWeights(weights)  # what is checked below is what is kept
+                check_finite(frozen, name)
+            except ContributionError as error:
+                logger.error("the best model of %s is left out of the cross-site validation: %s", name, error)
+            else:
+                bests[name] = frozen
+    return bests
 
 
-def _aggregate(job: Job) -> bool:
-    """Averages the contributions in the context into the global model; False if that left the range of a dtype."""
-    contributions: tuple[Contribution, ...] = job.ctx[ContextKey.CONTRIBUTIONS]
-    started = time.perf_counter()
-    mean = weighted_average(contributions, like=job.weights, exact=job.server.exact, kernel=job.server.kernel)
-    if job.server.kind is Kind.DIFF:
-        try:
-            mean = add_difference(job.weights, mean)
-        except (NonFiniteError, IntegerRangeError) as error:
-            logger.error("round %d: %s: the global model stands", job.report.round, error)
-            job.update_report(error=without_tracebacks(error))
-            return False
-    seconds = time.perf_counter() - started
-    job.set_weights(FrozenWeights.adopt(mean))
-    job.update_report(
-        accepted=tuple(c.contributor for c in contributions),
-        total_weight=float(sum(c.aggregation_weight for c in contributions)),
-        aggregation_seconds=seconds,
-        aggregation_bytes=sum(a.nbytes for c in contributions for a in (c.weights or {}).values()),
-    )
-    return True
+def _validate_everywhere(job: Job, roster: Roster, model: str, weights: FrozenWeights) -> None:
+    for name, answer in roster.ask(lambda client: client.validate_model(model, weights)):
+        job.receive_validation_result(name, answer)
+        _stop_if_it_left(job, roster, name)
