@@ -1,0 +1,259 @@
+"""A job that is driven moment by moment, as by another stack; and servers that stream."""
+
+import logging
+from collections.abc import Mapping
+from itertools import permutations
+
+import numpy as np
+import pytest
+from federation import (
+    AddingLearner,
+    At,
+    Recorder,
+    WeightDict,
+    clients_of,
+    initial_weights,
+    noise,
+    replacing,
+    values,
+)
+from reference import bits
+
+import fed_learn as fl
+from fed_learn.server import FederatedServer, Job, JobResult
+
+Event, Key = fl.EventType, fl.ContextKey
+
+
+def contribution(
+    name: str, weights: WeightDict, weight: float = 1, *, round: int = 0, **fields: object
+) -> fl.Contribution:
+    return fl.Contribution(name, weights, weight, round=round, **fields)  # type: ignore[arg-type]
+
+
+def drive(server: FederatedServer, sent: Mapping[str, WeightDict]) -> JobResult:
+    """A whole job in which every client sends the same in each round."""
+    with server.begin() as job:
+        for name in sent:
+            job.register(name)
+        for number in range(server.num_rounds):
+            job.start_round(number)
+            for name in sent:
+                job.send_model(name)
+            for name, weights in sent.items():
+                job.receive(name, contribution(name, weights, round=number, metrics={"initial_validation_metric": 0.5}))
+            assert job.aggregate()
+            job.end_round()
+        job.begin_validation()
+        for name in sent:
+            job.send_model(name)
+        for name in sent:
+            score = {"initial_validation_metric": 0.75}
+            job.receive_validation_result(name, fl.ValidationResult(name, "final", score))
+        for name in sent:
+            job.quit(name)
+    return job.result()
+
+
+def test_a_driven_job_fires_the_events_of_one_in_this_process_and_gives_its_result() -> None:
+    step = {"a": 1.0, "b": 3.0}
+    ours, driven = Recorder(), Recorder()
+    learners = {name: AddingLearner(by, score=0.5) for name, by in step.items()}
+    selection = fl.ModelSelectionHandler()
+    expected = FederatedServer(initial_weights(), num_rounds=1, handlers=[selection, ours]).run(clients_of(learners))
+    sent = {n: {v: np.asarray(a + by).astype(a.dtype) for v, a in initial_weights().items()} for n, by in step.items()}
+    server = FederatedServer(initial_weights(), num_rounds=1, handlers=[fl.ModelSelectionHandler(), driven])
+    result = drive(server, sent)
+    cross_site = 3 * 2  # two local bests and the best of all, on two clients; nobody asked for these here
+    in_process = ours.with_contributors()
+    last = max(i for i, (event, _) in enumerate(in_process) if event == Event.RECEIVE_VALIDATION_RESULTS)
+    assert driven.with_contributors() == in_process[: last + 1 - cross_site] + in_process[last + 1 :]
+    assert bits(result.weights) == bits(expected.weights)
+    assert result.best is not None
+    assert (result.best.round, result.best.metric) == (1, 0.75)
+    assert result.metrics == {"selection": 0.75}
+    assert [report.accepted for report in result.reports] == [("a", "b")]
+
+
+def test_what_goes_wrong_with_a_client_is_refused_or_ends_its_part() -> None:
+    recorder = Recorder()
+    server = FederatedServer(
+        initial_weights(), num_rounds=1, min_contributions=1, on_bad_contribution="reject", handlers=[recorder]
+    )
+    with server.begin() as job:
+        for name in "abcd":
+            job.register(name)
+        job.start_round(0)
+        for name in "abcd":
+            job.send_model(name)
+        assert (
+            job.receive("a", fl.DtypeError("a: 'w' is odd", contributor="a", name="w", dtype=None, expected=None))
+            is None
+        )
+        assert job.receive("b", OSError("gone")) is None
+        accepted = job.receive("c", contribution("c", initial_weights()))
+        assert job.receive("c", contribution("c", initial_weights())) is None
+        job.absent("d")
+        assert list(job.clients) == ["a", "c", "d"]
+        assert job.aggregate()
+        report = job.end_round()
+    assert accepted is not None
+    assert accepted.contributor == "c"
+    assert [(f.contributor, f.cause) for f in report.rejected] == [
+        ("a", "DtypeError"),
+        ("c", "DuplicateContributionError"),
+    ]
+    assert [(f.contributor, f.cause) for f in report.quits] == [("b", "OSError")]
+    assert report.absent == ("d",)
+    assert report.accepted == ("c",)
+    assert recorder.with_contributors().count((Event.CLIENT_QUIT, "b")) == 1
+
+
+def test_without_a_number_every_client_that_was_asked_must_contribute(caplog: pytest.LogCaptureFixture) -> None:
+    with FederatedServer(initial_weights(), num_rounds=1).begin() as job:
+        job.start_round(0)
+        job.send_model("a")
+        job.send_model("b")
+        job.receive("a", contribution("a", noise(1)))
+        assert not job.aggregate()
+        report = job.end_round()
+        assert bits(job.weights) == bits(initial_weights())
+    assert isinstance(report.error, fl.TooFewContributionsError)
+    assert "round 0: 1 accepted contributions, 2 required; the global model stands" in caplog.text
+
+
+def test_weights_that_are_frozen_already_are_not_copied() -> None:
+    from fed_learn.weights import FrozenWeights
+
+    sent = FrozenWeights(noise(1))
+    with FederatedServer(initial_weights(), num_rounds=1).begin() as job:
+        job.start_round(0)
+        accepted = job.receive("a", contribution("a", sent))
+        copied = job.receive("b", contribution("b", noise(2)))
+    assert accepted is not None
+    assert copied is not None
+    assert accepted.weights is not None
+    assert all(np.shares_memory(accepted.weights[name], sent[name]) for name in sent)
+    assert not any(array.flags.writeable for array in accepted.weights.values())
+
+
+def test_handlers_are_shut_down_whatever_fails_in_a_driven_job() -> None:
+    recorder = Recorder()
+    with (
+        pytest.raises(ZeroDivisionError),
+        FederatedServer(initial_weights(), num_rounds=1, handlers=[recorder]).begin(),
+    ):
+        raise ZeroDivisionError
+    assert recorder.events == [Event.STARTUP, Event.SHUTDOWN]
+
+
+def test_a_handler_that_fails_to_shut_down_is_raised_with_the_result_or_noted_on_what_was_raised() -> None:
+    def fail(_: fl.FLContext) -> None:
+        raise RuntimeError("stuck")
+
+    server = FederatedServer(initial_weights(), num_rounds=1, handlers=[At(Event.SHUTDOWN, fail)])
+    with pytest.raises(fl.HandlerError) as caught:
+        drive(server, {"a": noise(1)})
+    assert isinstance(caught.value.result, JobResult)
+    assert bits(caught.value.result.weights) == bits(noise(1))
+    with pytest.raises(KeyError) as other, server.begin():
+        raise KeyError
+    assert "stuck" in other.value.__notes__[0]
+
+
+# Streaming
+
+
+def streaming(**settings: object) -> FederatedServer:
+    return FederatedServer(initial_weights(), num_rounds=1, stream=True, **settings)  # type: ignore[arg-type]
+
+
+def round_of(job: Job, order: tuple[int, ...]) -> fl.RoundReport:
+    job.start_round(0)
+    for seed in order:
+        job.receive(f"site-{seed}", contribution(f"site-{seed}", noise(seed), seed + 1))
+    job.aggregate()
+    return job.end_round()
+
+
+def test_a_streaming_server_gives_the_mean_and_keeps_no_weights() -> None:
+    recorder = Recorder()
+    with streaming(handlers=[recorder]).begin() as job:
+        round_of(job, (0, 1, 2))
+    expected = fl.weighted_average([noise(seed) for seed in range(3)], [1, 2, 3])
+    assert bits(job.weights) == bits(expected)
+    for ctx in recorder.at(Event.RECEIVE_CONTRIBUTION) + recorder.at(Event.BEFORE_AGGREGATION):
+        assert all(c.weights is None for c in ctx[Key.CONTRIBUTIONS])
+    (ctx,) = recorder.at(Event.BEFORE_AGGREGATION)
+    assert [(c.contributor, c.aggregation_weight) for c in ctx[Key.CONTRIBUTIONS]] == [
+        ("site-0", 1),
+        ("site-1", 2),
+        ("site-2", 3),
+    ]
+
+
+def test_exact_streams_give_the_same_bits_in_any_order() -> None:
+    results = []
+    for order in permutations(range(4)):
+        with streaming(exact=True).begin() as job:
+            round_of(job, order)
+        results.append(bits(job.weights))
+    with FederatedServer(initial_weights(), num_rounds=1, exact=True).begin() as job:
+        round_of(job, (0, 1, 2, 3))
+    assert all(result == bits(job.weights) for result in results)
+
+
+def test_a_streaming_server_takes_differences() -> None:
+    server = FederatedServer(noise(7), num_rounds=1, stream=True, kind=fl.Kind.DIFF)
+    result = server.run(clients_of({"a": AddingLearner(1), "b": AddingLearner(3)}, kind=fl.Kind.DIFF))
+    batch = FederatedServer(noise(7), num_rounds=1, kind=fl.Kind.DIFF)
+    expected = batch.run(clients_of({"a": AddingLearner(1), "b": AddingLearner(3)}, kind=fl.Kind.DIFF))
+    assert bits(result.weights) == bits(expected.weights)
+
+
+def test_what_a_streaming_server_refuses_leaves_no_trace() -> None:
+    bad = noise(9)
+    bad["b"][1] = np.nan
+    with streaming(on_bad_contribution="reject", min_contributions=2).begin() as job:
+        job.start_round(0)
+        job.receive("site-0", contribution("site-0", noise(0)))
+        assert job.receive("site-9", contribution("site-9", bad)) is None
+        assert job.receive("site-0", contribution("site-0", noise(0))) is None
+        assert job.receive("site-8", contribution("site-8", noise(8), round=3)) is None
+        job.receive("site-1", contribution("site-1", noise(1)))
+        assert job.aggregate()
+        report = job.end_round()
+    assert bits(job.weights) == bits(fl.weighted_average([noise(0), noise(1)], [1, 1]))
+    assert [f.cause for f in report.rejected] == ["NonFiniteError", "DuplicateContributionError", "RoundError"]
+
+
+def test_a_handler_cannot_take_out_what_has_been_added_up() -> None:
+    take = At(Event.BEFORE_AGGREGATION, lambda ctx: ctx.set_prop(Key.CONTRIBUTIONS, ctx[Key.CONTRIBUTIONS][:1]))
+    with (
+        pytest.raises(ValueError, match="this server streams: they are added up already"),
+        streaming(handlers=[take], min_contributions=1).begin() as job,
+    ):
+        round_of(job, (0, 1))
+
+
+def test_sums_that_leave_their_range_fail_the_round_and_the_model_stands(caplog: pytest.LogCaptureFixture) -> None:
+    largest = {"w": np.full(2, np.finfo(np.float64).max)}
+    with FederatedServer({"w": np.zeros(2)}, num_rounds=1, stream=True).begin() as job:
+        job.start_round(0)
+        for name in "ab":
+            job.receive(name, contribution(name, largest, 4))
+        with caplog.at_level(logging.ERROR):
+            assert not job.aggregate()
+        report = job.end_round()
+    assert isinstance(report.error, fl.SumOverflowError)
+    assert job.weights["w"].tolist() == [0.0, 0.0]
+    assert "the global model stands" in caplog.text
+
+
+def test_a_model_that_a_handler_sets_goes_on_in_a_stream() -> None:
+    with streaming(handlers=[At(Event.START_ROUND, replacing(10))], min_contributions=1).begin() as job:
+        job.start_round(0)
+        assert values(job.weights) == (10.0, 10.0, 10.0)
+        job.receive("a", contribution("a", noise(1)))
+        assert job.aggregate()
+    assert bits(job.weights) == bits(noise(1))
