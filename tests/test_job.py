@@ -70,7 +70,7 @@ def test_a_driven_job_fires_the_events_of_one_in_this_process_and_gives_its_resu
     assert driven.with_contributors() == in_process[: last + 1 - cross_site] + in_process[last + 1 :]
     assert bits(result.weights) == bits(expected.weights)
     assert result.best is not None
-    assert (result.best.round, result.best.metric) == (1, 0.75)
+    assert (result.best.round, result.best.metric) == (1, 0.75)  # the final model
     assert result.metrics == {"selection": 0.75}
     assert [report.accepted for report in result.reports] == [("a", "b")]
 

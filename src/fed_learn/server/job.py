@@ -79,7 +79,7 @@ class Job:
         self._asked: set[str] = set()
         self._round_started = 0.0
         self._validated: str | None = None
-        self._final_metrics: FrozenDict | None = None
+        self._final_metrics = FrozenDict()
         self._result: JobResult | None = None
         self._late: list[HandlerFailure] = []
         self._over = False
@@ -253,7 +253,8 @@ class Job:
             for key in (ContextKey.CONTRIBUTION, ContextKey.CONTRIBUTIONS, ContextKey.REJECTION, ContextKey.REPORT):
                 self.ctx.pop(key, None)
         else:
-            self._close_final()
+            if self._validated == FINAL_MODEL:
+                self._final_metrics = self.ctx[ContextKey.METRICS]
             self.cross_site.setdefault(model, {})
         self.ctx.pop(ContextKey.VALIDATION_RESULTS, None)
         self._validated = model
@@ -314,7 +315,6 @@ class Job:
 
     def finish(self) -> None:
         """The work is done: what handlers put into the context from here on is not in the result."""
-        self._close_final()
         self.ctx.set_model(self._model)
         self._result = self._so_far()
 
@@ -421,16 +421,14 @@ class Job:
         self._update_report(error=error)
         return False
 
-    def _close_final(self) -> None:
-        if self._validated == FINAL_MODEL and self._final_metrics is None:
-            self._final_metrics = self.ctx[ContextKey.METRICS]
-
     def _so_far(self) -> JobResult:
+        # Handlers still score the final model while it is the one that is validated.
+        final: Any = self.ctx[ContextKey.METRICS] if self._validated == FINAL_MODEL else self._final_metrics
         return JobResult(
             weights=self._weights,
             best=self.ctx.best_model,
             reports=tuple(self.reports),
-            metrics=self._final_metrics or FrozenDict(),
+            metrics=final,
             cross_site=self.cross_site,
             validation_results=tuple(self.validation_results),
             quits=tuple(self.quits),
