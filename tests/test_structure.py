@@ -18,7 +18,7 @@ LAYERS = (
     ("environment", "weights", "contribution", "events"),
     ("kernels", "adapters", "model_meta"),
     ("aggregation",),
-    ("handlers", "components", "server", "client"),
+    ("numproto", "protos", "handlers", "components", "server", "client"),
     ("pictures", "integrations", "simulation", "benchmark", "cli"),
 )
 SEPARATE = {"kernels", "adapters", "model_meta"}

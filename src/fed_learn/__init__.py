@@ -19,6 +19,7 @@ from fed_learn.components import Learner, ModelEvaluator, TrainingResult
 from fed_learn.contribution import BestModel, Contribution, Kind, RoundReport, ValidationResult
 from fed_learn.errors import (
     AggregationWeightError,
+    AggregatorError,
     BrokenAccumulatorError,
     ClientQuitError,
     ConfigError,
@@ -28,6 +29,7 @@ from fed_learn.errors import (
     EmptyAggregationError,
     ExactDomainError,
     FedLearnError,
+    FilterError,
     FloatingPointEnvironmentError,
     HandlerError,
     IntegerRangeError,
@@ -59,6 +61,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Accumulator",
     "AggregationWeightError",
+    "AggregatorError",
     "BestModel",
     "BrokenAccumulatorError",
     "ClientQuitError",
@@ -75,6 +78,7 @@ __all__ = [
     "FedLearnError",
     "FederatedClient",
     "FederatedServer",
+    "FilterError",
     "FloatingPointEnvironmentError",
     "Handler",
     "HandlerError",

@@ -151,6 +151,14 @@ class ClientQuitError(FedLearnError, RuntimeError):
     """A client leaves the job of its own will."""
 
 
+class AggregatorError(FedLearnError, RuntimeError):
+    """An aggregator raised, or left no model of the job's schema. The cause is its `__cause__`."""
+
+
+class FilterError(FedLearnError, RuntimeError):
+    """A filter raised: the client leaves the job, and nothing unfiltered is sent. The cause is its `__cause__`."""
+
+
 class KernelNameError(FedLearnError, ValueError):
     """No kernel has this name. Attribute: `valid` (tuple of names)."""
 

@@ -37,7 +37,12 @@ def simulate(
     ] = 0.5,
     seed: Annotated[int, typer.Option(min=0, help="Of the split, the initial weights and the training.")] = 0,
     local_epochs: Annotated[int, typer.Option(min=1, help="Passes over a client's data in a round.")] = 5,
-    kind: Annotated[Kind, typer.Option(help="What clients send: full weights or differences.")] = Kind.FULL,
+    kind: Annotated[
+        Kind | None,
+        typer.Option(
+            help="What clients send: full weights or differences.", show_default="full; diff with an aggregator"
+        ),
+    ] = None,
     kernel: Annotated[str, typer.Option(help="What averages: auto, native or numpy.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the aggregation.", show_default="all processors")
@@ -51,7 +56,11 @@ def simulate(
     ),
     config: Annotated[
         Path | None,
-        typer.Option(exists=True, dir_okay=False, help="JSON with handlers, num_rounds, min_num_clients."),
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            help="JSON: handlers, aggregator, filters, num_rounds, …; also a config_fed_server.json of Clara Train.",
+        ),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON, and the progress on stderr.")
@@ -69,6 +78,7 @@ def simulate(
         JsonLinesHandler,
         ProgressHandler,
     )
+    from fed_learn.server.config import ServerConfig
     from fed_learn.simulation.demo import build_demo
     from fed_learn.simulation.plot import plot_job
     from fed_learn.simulation.summary import summarize
@@ -76,9 +86,9 @@ def simulate(
 
     _configure_logging(debug)
     _quiet_tensorflow()
-    settings = read_config(config) if config is not None else {}
-    for key in sorted(set(settings) - {"handlers", "num_rounds", "min_num_clients"}):
-        logging.getLogger("fed_learn").warning("%s: unknown key %r is ignored", config, key)
+    settings = ServerConfig.of(read_config(config) if config is not None else {})
+    aggregator = settings.build_aggregator(exact)
+    kind = kind or (Kind.FULL if aggregator is None else Kind.DIFF)
     kernels.set_num_threads(threads)
     _as_wrong_use(kernels.get_num_threads)
     started = time.perf_counter()
@@ -87,12 +97,13 @@ def simulate(
             dataset.value,
             framework=framework.value,
             num_clients=clients,
-            num_rounds=rounds or _positive(settings, "num_rounds") or DEFAULT_ROUNDS,
+            num_rounds=rounds or settings.num_rounds or DEFAULT_ROUNDS,
             alpha=alpha,
             seed=seed,
             local_epochs=local_epochs,
             kind=kind,
-            configured_handlers=_list(settings, "handlers"),
+            configured_handlers=settings.handler_entries(),
+            client_filters=lambda number: settings.build_filters([seed, number]),
             reporters=[
                 *([EarlyStoppingHandler(patience)] if patience is not None else []),
                 UpdateNormHandler(),
@@ -100,12 +111,15 @@ def simulate(
                 CheckpointHandler(out),
                 ProgressHandler(stderr=as_json),
             ],
-            min_contributions=_positive(settings, "min_num_clients"),
+            min_contributions=settings.min_num_clients,
             on_bad_contribution="reject",
-            exact=exact,
+            exact=exact and not getattr(aggregator, "exact", False),
             kernel=None if kernel == "auto" else kernel,
+            aggregator=aggregator,
         )
     )
+    for doubt in settings.doubts(aggregator, demo.server.schema, [client.name for client in demo.clients]):
+        logging.getLogger("fed_learn").warning("%s: %s", config, doubt)
     for name in FILES:  # of an earlier job
         (out / name).unlink(missing_ok=True)
     result = demo.run()
@@ -191,22 +205,6 @@ def _norms_table(summary: dict[str, Any], labels: dict[str, str]) -> Any:
         shown = [f"{norm:.4f}" for norm in (known[0], known[-1], min(known), max(known))] if known else ["–"] * 4
         table.add_row(labels[client], str(len(known)), *shown)
     return table
-
-
-def _positive(settings: dict[str, Any], key: str) -> int | None:
-    value = settings.get(key)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key!r} must be a number of at least 1, not {value!r}")
-    return value
-
-
-def _list(settings: dict[str, Any], key: str) -> list[Any] | None:
-    value = settings.get(key)
-    if value is not None and not isinstance(value, list):
-        raise ConfigError(f"{key!r} must be a list, not {value!r}")
-    return value
 
 
 def _configure_logging(debug: bool) -> None:

@@ -1,16 +1,20 @@
 """`FederatedClient`: one client's side of a job, step by step, with its own context and handlers."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from fed_learn.aggregation.tensors import without_tensors
+from fed_learn.client.fed_privacy import PrivacyProtocol, TrainContext
+from fed_learn.client.filters import apply_filters, check_filters
+from fed_learn.components.data_processor import DataProcessor
 from fed_learn.components.learner import Learner
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
 from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, MetricError
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict, difference
+from fed_learn.weights import FrozenWeights, WeightDict, add_difference, as_weight_dict, difference
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +31,16 @@ class FederatedClient:
         learner: The local work.
         handlers: The client's handlers.
         kind: Contribute full weights, or the difference to the global model.
+        filters: What the difference to the received model goes through, in this order, before anything of it leaves the
+            client, whatever the kind: privacy protocols and data processors. The best local model that is offered is
+            then one that was filtered.
 
     Attributes:
         ctx: The client's context.
 
     Raises:
         ValueError: `name` is empty, or the learner's `mode` is unknown.
-        TypeError: A handler lacks `handle_event` or `rollback`.
+        TypeError: A handler lacks `handle_event` or `rollback`, or a filter `apply` or `process`.
     """
 
     def __init__(
@@ -43,6 +50,7 @@ class FederatedClient:
         *,
         handlers: Sequence[EventHandler] = (),
         kind: Kind = Kind.FULL,
+        filters: Sequence[PrivacyProtocol | DataProcessor] = (),
     ) -> None:
         if not isinstance(name, str) or not name:
             raise ValueError(f"a client's name must be a non-empty str, not {name!r}")
@@ -51,6 +59,7 @@ class FederatedClient:
         self.handlers = check_handlers(handlers)
         check_mode(learner.mode, 0.0, learner.validation_metric)
         self.kind = Kind(kind)
+        self.filters = check_filters(filters)
         self.ctx = FLContext({ContextKey.CONTRIBUTOR: name})
         self._best: BestModel | None = None
         self._n_iter: int | None = None
@@ -89,7 +98,9 @@ class FederatedClient:
 
         Raises:
             ClientQuitError: `quit` was called.
-            ContributionError: What the learner returned is no weight dict, or has no difference to what it got.
+            ContributionError: What the learner or a filter returned is no weight dict, or has no difference to what it
+                got.
+            FilterError: A filter raised.
             HandlerError: A handler raised.
             Exception: Whatever the learner raises.
         """
@@ -103,9 +114,13 @@ class FederatedClient:
         if result is None:
             return None
         trained = FrozenWeights(as_weight_dict(without_tensors(result.weights, self.name), self.name))
-        self._keep_best(number, trained)
         self._n_iter = result.n_iter
-        weights = trained if self.kind is Kind.FULL else self._difference(trained, received)
+        diff = self._difference(trained, received) if self.filters or self.kind is Kind.DIFF else None
+        if self.filters and diff is not None:
+            diff = self._filtered(diff, TrainContext(result.n_iter, number))
+            trained = self._moved(received, diff)
+        self._keep_best(number, trained)
+        weights = trained if self.kind is Kind.FULL or diff is None else diff
         return Contribution(
             self.name,
             weights,
@@ -158,8 +173,21 @@ class FederatedClient:
             raise ClientQuitError(f"{self.name}: {self._quit_reason}", contributor=self.name)
 
     def _difference(self, trained: FrozenWeights, received: FrozenWeights) -> FrozenWeights:
-        try:
+        with self._named_in_errors():
             return FrozenWeights.adopt(difference(trained, received))
+
+    def _filtered(self, diff: FrozenWeights, train_ctx: TrainContext) -> FrozenWeights:
+        own = {name: array.copy() for name, array in diff.items()}
+        return FrozenWeights(apply_filters(self.filters, own, train_ctx, self.ctx, self.name))
+
+    def _moved(self, received: FrozenWeights, diff: FrozenWeights) -> FrozenWeights:
+        with self._named_in_errors():
+            return FrozenWeights.adopt(add_difference(received, diff))
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
         except ContributionError as error:
             error.contributor = self.name
             error.args = (f"{self.name}: {error}",)

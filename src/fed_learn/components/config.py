@@ -60,6 +60,8 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads a JSON object; its folder becomes importable, so that classes beside the file can be named by path.
 
+    So does a folder `custom` beside that of the file, where Clara Train's projects keep their code.
+
     Raises:
         ConfigError: The file cannot be read or holds no JSON object.
     """
@@ -69,9 +71,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: holds a JSON {type(config).__name__}, not an object")
-    folder = str(Path(path).resolve().parent)
-    if folder not in sys.path:
-        sys.path.append(folder)
+    folder = Path(path).resolve().parent
+    for place in (folder, folder.parent / "custom"):
+        if place.is_dir() and str(place) not in sys.path:
+            sys.path.append(str(place))
     return config
 
 

@@ -1,5 +1,6 @@
 """Keeps the best of the models that the server aggregated, by an evaluation on the server's own data."""
 
+import inspect
 import logging
 import math
 
@@ -24,7 +25,8 @@ class ServerValidationHandler(Handler):
     metric `"server_validation"`. A score that is not finite never wins and is logged.
 
     Args:
-        evaluator: What scores the model in the context.
+        evaluator: What scores the model in the context. Its `evaluate` may take no argument, as in Clara Train: it then
+            has to find the model by itself.
         num_rounds_per_valid: Rounds from one validation to the next, at least 1.
         mode: `"max"`, or `"min"` for losses.
         min_delta: By how much a score must be better to win.
@@ -32,7 +34,7 @@ class ServerValidationHandler(Handler):
 
     Raises:
         ValueError: For another `mode`, a bad `min_delta` or a bad `num_rounds_per_valid`.
-        TypeError: `evaluator` has no `evaluate` and `get_metric`.
+        TypeError: `evaluator` has no `evaluate` and `get_metric`, or `evaluate` needs more than a context.
 
     Warns:
         UserWarning: The metric's name looks like a loss under `mode="max"`.
@@ -50,6 +52,7 @@ class ServerValidationHandler(Handler):
         for method in ("evaluate", "get_metric"):
             if not callable(getattr(evaluator, method, None)):
                 raise TypeError(f"evaluator {type(evaluator).__name__} has no method {method}()")
+        _arguments(evaluator, FLContext())
         check_count("num_rounds_per_valid", num_rounds_per_valid)
         self.evaluator = evaluator
         self.num_rounds_per_valid = num_rounds_per_valid
@@ -91,7 +94,7 @@ class ServerValidationHandler(Handler):
         return stops or bool(ctx[ContextKey.ROUND] + 1 == ctx.get_prop(ContextKey.NUM_ROUNDS))
 
     def _validate(self, ctx: FLContext, number: int) -> None:
-        self.evaluator.evaluate(ctx)
+        self.evaluator.evaluate(*_arguments(self.evaluator, ctx))
         metric = float(self.evaluator.get_metric())
         if not math.isfinite(metric):
             logger.warning("round %d: the server's %s is %s: not selected", number, self._metric_name, metric)
@@ -103,3 +106,22 @@ class ServerValidationHandler(Handler):
                 raise ValueError("the context holds no model that could be selected")
             best = BestModel(number, metric, self._metric_name, FrozenWeights(model.weights))
             ctx.set_prop(self.best_key, best)
+
+
+def _arguments(evaluator: ModelEvaluator, ctx: FLContext) -> tuple[FLContext, ...]:
+    """What its `evaluate` is called with: the context where it takes one.
+
+    Raises:
+        TypeError: It can be called neither way.
+    """
+    try:
+        signature = inspect.signature(evaluator.evaluate)
+    except ValueError:  # compiled without a signature
+        return (ctx,)
+    for arguments in ((ctx,), ()):
+        try:
+            signature.bind(*arguments)
+        except TypeError:
+            continue
+        return arguments
+    raise TypeError(f"evaluator {type(evaluator).__name__}: evaluate{signature} takes neither a context nor nothing")

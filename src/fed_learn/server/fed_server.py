@@ -11,6 +11,7 @@ from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.scoring import check_count
 from fed_learn.model_meta import FLContext
 from fed_learn.server.job import Job
+from fed_learn.server.model_aggregator import Aggregator, check_aggregator
 from fed_learn.server.result import JobResult
 from fed_learn.server.roster import Roster
 from fed_learn.server.rounds import run_job
@@ -39,10 +40,12 @@ class FederatedServer:
         stream: Add up contributions as they arrive, and keep none: the memory of one sum, whatever the number of
             clients. Sums are then taken in the order of arrival, and handlers see contributions without weights.
         kernel: Name of the kernel; None: the current one, looked up now.
+        aggregator: Makes the global model in place of the weighted mean; needs `kind=Kind.DIFF`. A round in which it
+            raises, or leaves no model of the job's schema, fails like one with too few contributions.
 
     Raises:
         ValueError: An argument is out of its range.
-        TypeError: A handler lacks `handle_event` or `rollback`, or a count is not an int.
+        TypeError: A handler lacks `handle_event` or `rollback`, an aggregator `process`, or a count is not an int.
         ContributionError: `weights` is no weight dict, or holds dtypes or values that cannot be averaged.
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
 
@@ -77,6 +80,7 @@ class FederatedServer:
         exact: bool = False,
         stream: bool = False,
         kernel: str | None = None,
+        aggregator: Aggregator | None = None,
     ) -> None:
         check_count("num_rounds", num_rounds)
         if min_contributions is not None:
@@ -90,6 +94,12 @@ class FederatedServer:
         if Kind(kind) is Kind.DIFF:
             check_differences(self.schema, "global model")
         check_finite(arrays, "global model")
+        if aggregator is not None:
+            if Kind(kind) is not Kind.DIFF:
+                raise ValueError("an aggregator works on differences: pass kind=Kind.DIFF, to the clients too")
+            if exact or stream:
+                raise ValueError("exact and stream belong to the weighted mean, which an aggregator replaces")
+        self.aggregator = None if aggregator is None else check_aggregator(aggregator)
         self.weights = FrozenWeights(arrays)
         self.num_rounds = num_rounds
         self.handlers = check_handlers(handlers)

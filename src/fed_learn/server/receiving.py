@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from fed_learn import kernels
 from fed_learn.aggregation import Accumulator, weighted_average
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.tensors import opened_contribution
@@ -17,6 +18,7 @@ from fed_learn.contribution import (
     checked_n_iter,
 )
 from fed_learn.errors import (
+    AggregatorError,
     BrokenAccumulatorError,
     ContributionError,
     ExactDomainError,
@@ -30,6 +32,7 @@ from fed_learn.errors import (
     brief,
     without_tracebacks,
 )
+from fed_learn.server.model_aggregator import run_aggregator
 from fed_learn.weights import Array, FrozenWeights, WeightDict, add_difference, check_finite
 
 if TYPE_CHECKING:
@@ -128,13 +131,16 @@ class Receiver:
             weights: The global model.
 
         Raises:
-            Refusal: It would leave the range of a dtype.
+            Refusal: It would leave the range of a dtype, or the server's aggregator failed.
             ValueError: A handler took contributions out, and the server streams.
         """
         try:
+            if self.server.aggregator is not None:
+                with kernels.use(self.server.kernel):
+                    return run_aggregator(self.server.aggregator, contributions, weights, self.server.ctx)
             mean = self._mean(contributions, weights)
             return FrozenWeights.adopt(mean if self.server.kind is Kind.FULL else add_difference(weights, mean))
-        except (NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError) as error:
+        except (AggregatorError, NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError) as error:
             raise Refusal(error) from error
 
     def _mean(self, contributions: Sequence[Contribution], weights: FrozenWeights) -> WeightDict:

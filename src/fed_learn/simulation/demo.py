@@ -71,6 +71,7 @@ def build_demo(
     handlers: Sequence[EventHandler] | None = None,
     reporters: Sequence[EventHandler] = (),
     client_handlers: Callable[[str], Sequence[EventHandler]] = lambda name: (),
+    client_filters: Callable[[int], Sequence[Any]] = lambda number: (),
     configured_handlers: Sequence[Any] | None = None,
     **server_arguments: Any,
 ) -> Demo:
@@ -90,6 +91,7 @@ def build_demo(
         handlers: The server's handlers; None: model selection and server validation.
         reporters: Further handlers, after those.
         client_handlers: Gives a client's handlers by its name.
+        client_filters: Gives a client's filters by its number, from 0 (see `FederatedClient`).
         configured_handlers: The server's handlers as `{"path" | "name", "args"}` entries, in place of `handlers`; a
             class that takes an `evaluator` gets the demo's where the entry names none.
         **server_arguments: Passed on to `FederatedServer` (`min_contributions=`, `kernel=`, …).
@@ -121,7 +123,9 @@ def build_demo(
         name = f"site-{i + 1}"
         network = kinds[i % len(kinds)]
         learner = network.learner(train, selection, local_epochs=local_epochs, seed=seed * 1000 + i)
-        clients.append(FederatedClient(name, learner, handlers=client_handlers(name), kind=kind))
+        clients.append(
+            FederatedClient(name, learner, handlers=client_handlers(name), kind=kind, filters=client_filters(i))
+        )
     return Demo(server, tuple(clients), split, kinds)
 
 

@@ -1,0 +1,71 @@
+"""What a client's difference to the global model goes through before it is sent: privacy protocols, data processors."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fed_learn.client.fed_privacy import TrainContext
+from fed_learn.errors import ContributionError, FilterError, WeightsTypeError
+from fed_learn.model_meta import FLContext
+from fed_learn.numproto import model_to_weights, to_dtypes, weights_to_model
+from fed_learn.weights import Array, Schema
+
+
+def check_filters(filters: Sequence[Any]) -> tuple[Any, ...]:
+    """The filters as a tuple.
+
+    Raises:
+        TypeError: One of them has neither `apply` nor `process`, or is a class.
+    """
+    for one in filters:
+        if isinstance(one, type) or not any(callable(getattr(one, method, None)) for method in ("apply", "process")):
+            raise TypeError(f"{one!r} is no filter: pass a PrivacyProtocol or a DataProcessor, as an instance")
+    return tuple(filters)
+
+
+def apply_filters(
+    filters: Sequence[Any], diff: dict[str, Array], train_ctx: TrainContext, client_ctx: FLContext, client: str
+) -> dict[str, Array]:
+    """What is sent in place of a difference.
+
+    Args:
+        filters: Applied in this order: `apply(model_diff, train_ctx)` of privacy protocols, else
+            `process(data_ctx, app_ctx)`.
+        diff: The difference. Filters may change its arrays.
+        train_ctx: For the privacy protocols.
+        client_ctx: The client's context.
+        client: Its name, for the error.
+
+    Returns:
+        A difference of the same names, shapes and dtypes.
+
+    Raises:
+        FilterError: A filter raised.
+        ContributionError: A filter left other names or shapes, or what is no number or not finite.
+    """
+    schema = Schema.of(diff, client)
+    for one in filters:
+        who = f"{client}: filter {type(one).__name__}"
+        try:
+            left = _applied(one, diff, train_ctx, client_ctx, schema, who)
+        except ContributionError as error:
+            error.contributor = client
+            raise
+        except Exception as error:
+            text, *_ = str(error).splitlines() or [""]
+            raise FilterError(f"{who}: {type(error).__name__}: {text}", contributor=client) from error
+        diff = left
+    return diff
+
+
+def _applied(
+    one: Any, diff: dict[str, Array], train_ctx: TrainContext, client_ctx: FLContext, schema: Schema, who: str
+) -> dict[str, Array]:
+    if callable(getattr(one, "apply", None)):
+        return to_dtypes(one.apply(diff, train_ctx), schema, who)
+    data_ctx = client_ctx.clone()
+    message: Any = weights_to_model(diff)
+    data_ctx.set_model(message)
+    left = one.process(data_ctx, client_ctx)
+    if not isinstance(left, FLContext):
+        raise WeightsTypeError(f"{who}: gave a {type(left).__name__}, not a context with a model")
+    return model_to_weights(left.get_model(), schema, who)
