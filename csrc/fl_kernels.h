@@ -2,7 +2,8 @@
  *
  * Every function is single-threaded, allocates nothing, touches no Python object and may be called from any
  * thread. The arithmetic is that of src/fed_learn/kernels/numpy.py, to the bit: float64 sums that start from the
- * first product, products and sums rounded separately (or fused where the product is exact, which is the same), one division, one rounding to the output dtype.
+ * first product, products and sums rounded separately (or fused where the product is exact, which is the same), one
+ * division, one rounding to the output dtype.
  *
  * Work comes as pieces. A piece is a run of `counts[i]` elements of one variable of dtype `dtypes[i]`; its
  * addresses are consecutive entries of `pointers`, the output first.

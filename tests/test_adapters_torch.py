@@ -181,6 +181,85 @@ def test_distributed_data_parallel(tmp_path: Path) -> None:
         dist.destroy_process_group()
 
 
+# A module's own state_dict.
+
+
+class Scaled(nn.Linear):
+    """Saves its bias under another name, as quantized layers do with theirs."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, tensor in (("weight", self.weight), ("offset", self.bias)):
+            destination[prefix + name] = tensor if keep_vars else tensor.detach()
+
+
+def renamed(model: Any) -> None:
+    model[0] = Scaled(2, 2)
+
+
+def hooked(model: Any) -> None:
+    def hook(module: Any, state: Any, prefix: str, metadata: Any) -> None:
+        state[f"{prefix}offset"] = state.pop(f"{prefix}bias")
+
+    model[0].register_state_dict_post_hook(hook)
+
+
+def patched(model: Any) -> None:
+    whole = model.state_dict
+
+    def state_dict(**arguments: Any) -> Any:
+        return {name.replace("0.bias", "0.offset"): tensor for name, tensor in whole(**arguments).items()}
+
+    model.state_dict = state_dict
+
+
+@pytest.mark.parametrize("change", [renamed, hooked, patched])
+def test_a_state_dict_of_a_modules_own_is_what_is_read_and_loaded(change: Callable[[Any], None]) -> None:
+    source, target = (nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)) for _ in range(2))
+    for model in (source, target):
+        change(model)
+    weights = fl.get_weights(source)
+    assert set(weights) == {"0.weight", "0.offset", "1.weight", "1.bias"}
+    assert list(weights) == [v.name for v in adapters.variables(source)]
+    fl.set_weights(target, weights)
+    assert bits(fl.get_weights(target, copy=False)) == bits(weights) == state(source)
+
+
+@pytest.mark.parametrize("made", [torch.ones(2), nn.Parameter(torch.ones(2))], ids=["tensor", "parameter"])
+def test_a_tensor_in_the_state_dict_that_is_not_the_modules_is_refused(made: torch.Tensor) -> None:
+    model: Any = nn.Sequential(nn.Linear(2, 2))
+
+    def hook(module: Any, state: Any, prefix: str, metadata: Any) -> None:
+        state[f"{prefix}made"] = made
+
+    model[0].register_state_dict_post_hook(hook)
+    for use in (fl.get_weights, adapters.variables, lambda model: fl.set_weights(model, {})):
+        with pytest.raises(fl.ModelError, match=r"'0\.made' of its state_dict is not one of its parameters or buffers"):
+            use(model)
+
+
+def test_extra_state_that_is_no_tensor_is_left_out() -> None:
+    class Versioned(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return {"version": 3}
+
+    model = nn.Sequential(Versioned(2, 2))
+    assert "0._extra_state" in model.state_dict()
+    assert list(fl.get_weights(model)) == ["0.weight", "0.bias"]
+
+
+def test_what_is_no_plain_tensor_of_a_module_is_read_all_the_same() -> None:
+    class Marked(torch.Tensor):
+        pass
+
+    model: Any = nn.Linear(2, 2)
+    model.register_buffer("marked", torch.arange(3.0).as_subclass(Marked))
+    for own in (True, False):
+        weights = fl.get_weights(model, copy=own)
+        assert type(weights["marked"]) is np.ndarray
+        assert weights["marked"].tolist() == [0, 1, 2]
+        assert weights["marked"].flags.writeable is own
+
+
 # Gradients and optimizers.
 
 

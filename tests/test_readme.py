@@ -30,7 +30,7 @@ def execute(code: str, names: dict[str, Any]) -> str:
 
 
 INSTALL_AND_RUN, TRY, TEST, *OTHER_COMMANDS = blocks("sh")
-AVERAGE, REFUSE, TORCH, KERAS, JOB, RECORD = blocks("python")
+AVERAGE, REFUSE, TORCH, KERAS, ALIGN, JOB, VALIDATE, RECORD = blocks("python")
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -64,6 +64,39 @@ def test_keras_snippet_averages_models() -> None:
     code = KERAS + "\nprint([(a == b).all() for a, b in zip(clients[0].get_weights(), mean.values())])\n"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[np.True_, np.True_]", done.stderr
+
+
+def test_align_snippet_averages_a_torch_and_a_keras_model_which_then_agree() -> None:
+    *setup, load_one, load_other = ALIGN.strip().splitlines()
+    check = """
+import numpy as np
+kernels = one[0].weight.detach().numpy().T.copy(), np.array(other.layers[0].kernel)
+x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+outputs = lambda: (one(torch.from_numpy(x)).detach().numpy(), np.array(other(x)))
+before = np.abs(np.subtract(*outputs())).max()
+"""
+    report = """
+means = one[0].weight.detach().numpy().T, np.array(other.layers[0].kernel)
+expected = (120 * kernels[0].astype(np.float64) + 80 * kernels[1]) / 200
+loaded = [float(np.abs(mean - expected).max()) < 1e-7 for mean in means]
+print(before > 0.01, np.abs(np.subtract(*outputs())).max() < 1e-6, loaded)
+"""
+    code = "\n".join(setup) + check + f"{load_one}\n{load_other}" + report
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "True True [True, True]", done.stderr
+
+
+def test_validating_snippet_scores_the_aggregated_model_on_the_servers_data() -> None:
+    names: dict[str, Any] = {}
+    printed = execute(VALIDATE, names)
+    best, evaluator = names["best"], names["evaluator"]
+    assert best.metric_name == "accuracy"
+    assert best.metric >= 0.9
+    assert f"after round {best.round} {best.metric:.0%}" in printed
+    # The score is that of the weights that were kept, on the validation data alone.
+    weight, bias = (best.weights[name].astype(np.float64) for name in ("weight", "bias"))
+    x, y = (tensor.double().numpy() for tensor in evaluator.data.tensors)
+    assert best.metric == pytest.approx(((x @ weight.T + bias).argmax(axis=1) == y).mean())
 
 
 def test_job_snippet_learns_the_mean() -> None:

@@ -41,7 +41,9 @@ class Adapter(Protocol):
     """The models of one framework. Whatever is told of a model depends on its architecture alone.
 
     It may also have a method `hint(missing, extra)`, which says in a sentence what to do when these names are missing
-    and too many, or returns an empty string.
+    and too many, or returns an empty string; and a method `views(model, chosen)`, which reads a plain model at once:
+    the names for which `chosen` is true (None: all), as `get` gives each without a copy, or None for a model in which
+    anything is out of the ordinary. Then `variables` and `get` say what is wrong, or do what takes longer.
     """
 
     name: str
@@ -85,7 +87,7 @@ def given(array: Array, *, copy: bool) -> Array:
     if copy:
         return np.array(array)
     view = array.view()
-    view.flags.writeable = False
+    view.setflags(write=False)
     return view
 
 

@@ -66,9 +66,9 @@ class JaxTensors:
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
         """See `Framework.view`."""
-        devices = tensor.sharding.device_set
-        if len(devices) == 1 and next(iter(devices)).platform == "cpu":
-            return np.asarray(tensor)
+        shared = _on_cpu(tensor)
+        if shared is not None:
+            return shared
         gathered: Array = np.empty(tensor.shape, tensor.dtype)
         for shard in tensor.addressable_shards:  # the array as a whole would keep its copy for as long as it lives
             if shard.replica_id == 0:
@@ -129,18 +129,29 @@ class JaxModels:
     def variables(self, model: Any) -> list[Variable]:
         """See `Adapter.variables`."""
         tree, _ = _opened(model)
-        found = _leaves(tree)
-        known: dict[str, Variable] = {}
-        for path, leaf, box in found:
-            if not _is_variable(leaf, box):
-                continue
-            name = _jax().tree_util.keystr(path, simple=True, separator="/")
-            if name in known:
-                raise ModelError(f"model: two variables have the path {name!r}", name=name)
+        found = []
+        for name, (path, leaf, box) in _held(tree).items():
             dtype, problem = self._dtype(name, leaf)
             trainable, role = _role(tree, path, box)
-            known[name] = Variable(name, tuple(leaf.shape), dtype, leaf, trainable, role, name, problem)
-        return list(known.values())
+            found.append(Variable(name, tuple(leaf.shape), dtype, leaf, trainable, role, name, problem))
+        return found
+
+    def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
+        """See `Adapter`."""
+        held = _held(_opened(model)[0])
+        kinds, views = (np.ndarray, _jax().Array), {}
+        for name in held if chosen is None else filter(chosen, held):
+            leaf = held[name][1]
+            if not isinstance(leaf, kinds) or leaf.dtype not in SUPPORTED_DTYPES:
+                return None
+            try:
+                shared = leaf if isinstance(leaf, np.ndarray) else _on_cpu(leaf)
+            except (RuntimeError, TypeError):  # deleted; a tracer
+                return None
+            if shared is None:
+                return None
+            views[name] = given(shared, copy=False)
+        return views
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """See `Adapter.get`. Without a copy the memory of the array, which JAX neither changes nor donates; of one that
@@ -194,6 +205,8 @@ def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any, Any]]:
     """Path, leaf and the box of Flax that it is in, as the pytree has them; boxes leave no trace in the path."""
     flatten = _jax().tree_util.tree_flatten_with_path
     boxes = (*_flax("nnx", "Variable"), *_flax("core.meta", "AxisMetadata"))
+    if not boxes:
+        return [(path, leaf, None) for path, leaf in flatten(tree)[0]]
     found: list[tuple[tuple[Any, ...], Any, Any]] = []
     for path, node in flatten(tree, is_leaf=lambda node: isinstance(node, boxes))[0]:
         if isinstance(node, boxes):
@@ -203,12 +216,25 @@ def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any, Any]]:
     return found
 
 
+def _held(tree: Any) -> dict[str, tuple[tuple[Any, ...], Any, Any]]:
+    """Path, leaf and box of the variables by name."""
+    keystr = _jax().tree_util.keystr
+    held: dict[str, tuple[tuple[Any, ...], Any, Any]] = {}
+    for path, leaf, box in _leaves(tree):
+        if _is_variable(leaf, box):
+            name = keystr(path, simple=True, separator="/")
+            if name in held:
+                raise ModelError(f"model: two variables have the path {name!r}", name=name)
+            held[name] = path, leaf, box
+    return held
+
+
 def _is_variable(leaf: Any, box: Any) -> bool:
     jax = _jax()
-    if isinstance(box, _flax("nnx", "RngState")):
+    if box is not None and isinstance(box, _flax("nnx", "RngState")):
         return False
-    if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+        return isinstance(leaf.dtype, np.dtype) or not jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return isinstance(leaf, (np.ndarray, getattr(jax, "Ref", ())))
 
 
@@ -220,6 +246,15 @@ def _role(tree: Any, path: tuple[Any, ...], box: Any) -> tuple[bool | None, Lite
     if isinstance(box, _flax("nnx", "BatchStat")) or collection == "batch_stats":
         return False, "buffer"
     return None, None
+
+
+def _on_cpu(leaf: Any) -> Array | None:
+    """The memory of an array that lies on one CPU device; None for any other."""
+    try:  # which only such an array allows, and which takes half of the time of looking at its devices
+        return np.asarray(memoryview(leaf))
+    except BufferError:  # nor does bfloat16, which Python's buffers do not know
+        devices = leaf.sharding.device_set
+    return np.asarray(leaf) if len(devices) == 1 and next(iter(devices)).platform == "cpu" else None
 
 
 def copied_like(leaf: Any, value: Any) -> Any:

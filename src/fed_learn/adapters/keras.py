@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,9 +11,9 @@ import numpy as np
 from fed_learn.adapters.base import Framework, Variable, averageable, given
 from fed_learn.adapters.jax import JaxTensors, copied_like
 from fed_learn.adapters.tensorflow import TensorFlowTensors
-from fed_learn.adapters.torch import TorchModels
+from fed_learn.adapters.torch import TorchModels, plain_views
 from fed_learn.errors import DtypeError, ModelError
-from fed_learn.weights import Array, native_dtype
+from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
 NUMBER = re.compile(r"_\d+(?=/|$)")
 
@@ -57,16 +57,38 @@ class KerasModels:
                 )
         return list(paths.values())
 
+    def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
+        """See `Adapter`."""
+        if isinstance(model, list | tuple):
+            weights = model
+        else:
+            if any(map(_has_codes, _built(model))):
+                return None
+            weights = model.weights
+        named = {variable.path: variable for variable in weights}
+        if len(named) != len(weights):
+            return None
+        taken = named if chosen is None else {name: named[name] for name in named if chosen(name)}
+        backend = _backend()
+        if backend == "torch":
+            return plain_views({name: variable.value for name, variable in taken.items()})
+        views = {name: given(self._view(variable, backend), copy=False) for name, variable in taken.items()}
+        return views if all(view.dtype in SUPPORTED_DTYPES for view in views.values()) else None
+
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """See `Adapter.get`. Without a copy a snapshot: a variable that is assigned to takes other memory. On the torch
         back end as in `TorchModels`.
         """
-        value, backend = variable.tensor.value, _backend()
+        backend = _backend()
         if backend == "torch":
-            return self._torch.get(replace(variable, tensor=value), copy=copy)
+            return self._torch.get(replace(variable, tensor=variable.tensor.value), copy=copy)
+        return given(self._view(variable.tensor, backend), copy=copy)
+
+    def _view(self, variable: Any, backend: str) -> Array:
         tensors = self._tensors.get(backend)
-        array = np.asarray(value) if tensors is None else tensors.view(value, "model", variable.name)
-        return given(array, copy=copy)
+        if tensors is not None:
+            return tensors.view(variable.value, "model", variable.path)
+        return np.asarray(variable.value)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
         """See `Adapter.load`."""
@@ -99,25 +121,34 @@ class KerasModels:
         )
 
 
-def _of_layer(model: Any) -> list[Variable]:
-    # Keras tells in no public way which variables were made to be trained, once a layer is frozen.
-    layers = model._flatten_layers()
+def _built(model: Any) -> list[Any]:
+    """The layers of a model, none of which may still be without its variables."""
+    layers: list[Any] = model._flatten_layers()
     keras = sys.modules["keras"]
     for layer in layers:
         # Parts that make no variables themselves need not have been called: an augmentation that only training uses.
-        makes = layer is model or type(layer).build not in (keras.Layer.build, keras.Model.build)
-        if makes and not layer.built:
+        if not layer.built and (layer is model or type(layer).build not in (keras.Layer.build, keras.Model.build)):
             raise ModelError(
                 f"model: layer {layer.name!r} is not built, and may have no variables yet; "
                 "call the model on a batch first, or its build(input_shape)",
                 name=layer.name,
             )
+    return layers
+
+
+def _has_codes(layer: Any) -> bool:
+    return getattr(layer, "quantization_mode", None) not in (None, "float8")
+
+
+def _of_layer(model: Any) -> list[Variable]:
+    # Keras tells in no public way which variables were made to be trained, once a layer is frozen.
+    layers = _built(model)
     trained = {id(variable) for variable in model.trainable_weights}
     parameters = {id(variable) for layer in layers for variable in layer._trainable_variables}
     codes = {
         id(variable): layer
         for layer in layers
-        if getattr(layer, "quantization_mode", None) not in (None, "float8")
+        if _has_codes(layer)
         for variable in (*layer._trainable_variables, *layer._non_trainable_variables)
         if variable.dtype.startswith(("int", "uint"))
     }

@@ -116,6 +116,10 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
         {'weight': (2, 3), 'bias': (2,)}
     """
     adapter = adapter_of(model)
+    views = getattr(adapter, "views", None)
+    plain: dict[str, Array] | None = views(model, _predicate(only)) if views is not None else None
+    if plain:
+        return {name: np.array(view) for name, view in plain.items()} if copy else plain
     chosen = _sound(_chosen(adapter.variables(model), only))
     return {variable.name: adapter.get(variable, copy=copy) for variable in chosen}
 
@@ -176,10 +180,14 @@ def _for(adapter: Adapter, value: Any) -> Any:
     return value if framework is None or framework.name == adapter.name else framework.view(value)
 
 
+def _predicate(only: Only | None) -> Callable[[str], object] | None:
+    return only if only is None or callable(only) else re.compile(only).search
+
+
 def _chosen(found: list[Variable], only: Only | None) -> tuple[Variable, ...]:
-    if only is None:
+    fits = _predicate(only)
+    if fits is None:
         return tuple(found)
-    fits = only if callable(only) else re.compile(only).search
     chosen = tuple(variable for variable in found if fits(variable.name))
     if not chosen:
         some = ", ".join(repr(variable.name) for variable in found[:3])

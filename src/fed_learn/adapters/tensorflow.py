@@ -69,15 +69,17 @@ class TensorFlowTensors:
         try:
             if isinstance(tensor, tensorflow.Variable):  # a third of the time of read_value()
                 tensor = tensorflow.raw_ops.ReadVariableOp(resource=tensor.handle, dtype=tensor.dtype)
-            # A single bfloat16 comes as a scalar, and np.asarray(tensor) refuses that.
-            array = np.asarray(tensor if tensor.ndim else tensor.numpy())
+            try:
+                array = np.asarray(tensor)
+            except ValueError:  # a single bfloat16, which comes as a scalar
+                array = np.asarray(tensor.numpy())
         except (AttributeError, tensorflow.errors.OpError) as error:  # a variable that is gone, or without a handle
             raise WeightsTypeError(
                 f"{contributor}: {name!r} is a {type(tensor).__name__} that cannot be read: {error}",
                 contributor=contributor,
                 name=name,
             ) from error
-        array.flags.writeable = False
+        array.setflags(write=False)
         return array
 
     def tensor(self, array: Array, placement: Any = None) -> Any:

@@ -7,7 +7,7 @@ Nothing here imports torch: it is there when there are tensors.
 import functools
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -171,24 +171,9 @@ class TorchModels:
 
     def variables(self, model: Any) -> list[Variable]:
         """See `Adapter.variables`."""
-        parameters: set[int] | None = None
-        if isinstance(model, Mapping):
-            found = dict(model)
-        else:
-            module = unwrapped(model)
-            parameters = {id(tensor) for tensor in module.parameters()}
-            own = parameters | {id(tensor) for tensor in module.buffers()}
-            found = {name.replace("_orig_mod.", ""): value for name, value in module.state_dict(keep_vars=True).items()}
-        described = []
-        for name, tensor in found.items():
-            if not isinstance(tensor, _torch().Tensor):
-                continue
-            if parameters is not None and id(tensor) not in own:
-                raise ModelError(
-                    f"model: {name!r} of its state_dict is not one of its parameters or buffers", name=name
-                )
-            described.append(self._variable(name, tensor, parameters))
-        return described
+        found = _held(model)
+        parameters = None if isinstance(model, Mapping) else set(map(id, model.parameters()))
+        return [self._variable(name, tensor, parameters) for name, tensor in found.items()]
 
     def _variable(self, name: str, tensor: Any, parameters: set[int] | None) -> Variable:
         if _is_uninitialized(tensor):
@@ -211,6 +196,11 @@ class TorchModels:
             identity=identity if identity and tensor.numel() else id(tensor),
             problem=problem,
         )
+
+    def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
+        """See `Adapter`."""
+        held = _held(model)
+        return plain_views(held if chosen is None else {name: held[name] for name in held if chosen(name)})
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """See `Adapter.get`. Tensors that are not on the CPU are given as tensors, where they are."""
@@ -259,6 +249,78 @@ def unwrapped(model: Any) -> Any:
             model = model.module
         else:
             return model
+
+
+def plain_views(tensors: Mapping[str, Any]) -> dict[str, Array] | None:
+    """Read-only views of plain tensors on the CPU whose dtypes can be averaged; None if there is any other tensor.
+
+    Example:
+        >>> import torch
+        >>> plain_views({"w": torch.ones(2)}), plain_views({"w": torch.ones(2, device="meta")})
+        ({'w': array([1., 1.], dtype=float32)}, None)
+    """
+    torch = _torch()
+    kinds, views = (torch.nn.Parameter, torch.Tensor), {}
+    try:
+        for name, tensor in tensors.items():
+            dtype = _dtype(tensor.dtype)
+            if type(tensor) not in kinds or dtype is None:
+                return None
+            if dtype is BFLOAT16:  # which numpy does not know
+                view: Array = tensor.detach().view(torch.int16).numpy().view(BFLOAT16)
+            else:
+                view = tensor.detach().numpy()
+            view.setflags(write=False)
+            views[name] = view
+    except (RuntimeError, TypeError):  # on a device, sparse, without values, …
+        return None
+    return views
+
+
+def _held(model: Any) -> dict[str, Any]:
+    """The tensors of a model by name, as in its `state_dict`."""
+    tensor = _torch().Tensor
+    if isinstance(model, Mapping):
+        return {name: value for name, value in model.items() if isinstance(value, tensor)}
+    module = unwrapped(model)
+    held: dict[str, Any] = {}
+    if _collect(module, "", held):
+        return held
+    own = {*map(id, module.parameters()), *map(id, module.buffers())}
+    held.clear()
+    for path, value in module.state_dict(keep_vars=True).items():
+        if isinstance(value, tensor):
+            name = path.replace("_orig_mod.", "")
+            if id(value) not in own:
+                raise ModelError(
+                    f"model: {name!r} of its state_dict is not one of its parameters or buffers", name=name
+                )
+            held[name] = value
+    return held
+
+
+def _collect(module: Any, prefix: str, held: dict[str, Any]) -> bool:
+    """Collects what `state_dict` has of a module, which is then its own; false if it may have something else."""
+    kind, base = type(module), _torch().nn.Module
+    if (
+        kind.state_dict is not base.state_dict
+        or kind._save_to_state_dict is not base._save_to_state_dict
+        or kind.get_extra_state is not base.get_extra_state
+        or module._state_dict_hooks
+        or module._state_dict_pre_hooks
+        or not module.__dict__.keys().isdisjoint(("state_dict", "_save_to_state_dict"))
+    ):
+        return False
+    for name, tensor in module._parameters.items():
+        if tensor is not None:
+            held[prefix + name] = tensor
+    for name, tensor in module._buffers.items():
+        if tensor is not None and name not in module._non_persistent_buffers_set:
+            held[prefix + name] = tensor
+    for name, part in module._modules.items():
+        if part is not None and (name == "_orig_mod" or not _collect(part, f"{prefix}{name}.", held)):
+            return False
+    return True
 
 
 def _is_uninitialized(tensor: Any) -> bool:

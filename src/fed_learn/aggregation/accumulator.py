@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any, overload
 
@@ -126,13 +127,7 @@ class Accumulator:
             ExactDomainError: With `exact`, a value or weight outside of the domain.
             BrokenAccumulatorError: An earlier call was interrupted while it was adding.
         """
-        if isinstance(weights, Contribution):
-            if aggregation_weight is not None or contributor is not None:
-                raise TypeError("a Contribution brings its own aggregation weight and contributor")
-            contribution = weights
-        else:
-            name = f"contribution {self._count}" if contributor is None else contributor
-            contribution = Contribution(name, weights, aggregation_weight)  # type: ignore[arg-type]
+        contribution = self._as_contribution(weights, aggregation_weight, contributor)
         named = isinstance(weights, Contribution) or contributor is not None
         self._check_usable()
         contribution, found = tensors.opened_contribution(
@@ -154,12 +149,12 @@ class Accumulator:
         else:
             columns, largest = _scanned(kernel, arrays, who)
         if self._exact:
-            check_domain(arrays, a, contribution.contributor)
+            check_domain(arrays, a, who)
         elif not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
             raise AggregationWeightError(
-                f"{contribution.contributor}: aggregation weight {a} is outside of 2**-100 to 2**100, and sums as they "
-                "stream in could under- or overflow; weighted_average can take it",
-                contributor=contribution.contributor,
+                f"{who}: aggregation weight {a} is outside of 2**-100 to 2**100, and sums as they stream in could "
+                "under- or overflow; weighted_average can take it",
+                contributor=who,
                 value=a,
             )
         self._check_integers(largest, self._count + 1, who, arrays if resident is None else None)
@@ -171,13 +166,7 @@ class Accumulator:
         self._borrowed.append(([columns[name] for name in self._schema], a))
         if not borrow or len(self._borrowed) == MOST_BORROWED:
             self._add_borrowed()
-        self._total = self._total + Fraction(a) if isinstance(self._total, Fraction) else sum_in_order((self._total, a))
-        self._count += 1
-        self._kind = contribution.kind
-        self._round = contribution.round if self._round is None else self._round
-        self._note_largest(largest)
-        if named:
-            self._contributors[contribution.contributor] = None
+        self._note(1, a, contribution.kind, contribution.round, largest, {who: None} if named else {})
         self._broken = False
 
     def flush(self) -> None:
@@ -213,35 +202,11 @@ class Accumulator:
                 accumulator.
         """
         self._check_usable()
-        other._check_usable()
-        if other is self:
-            raise MergeError("an accumulator cannot be merged with itself")
-        if self._exact != other._exact:
-            raise MergeError("an exact and an ordinary accumulator cannot be merged")
+        other.flush()
+        self._check_mergeable(other)
         if not other._count:
             return
-        if self._count and self._device != other._device:
-            raise MergeError(f"other holds sums on {other._device}, and this accumulator on {self._device}")
         kernel = self._kernel_for(other._device)
-        other.flush()
-        assert other._schema is not None
-        if self._schema is not None:
-            self._schema.check(_placeholders(other._schema), "other")
-        for contributor in other._contributors:
-            if contributor in self._contributors:
-                raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
-        if self._count and self._kind is not other._kind:
-            raise KindError(
-                f"other holds contributions of kind {other._kind}, expected {self._kind}",
-                kind=other._kind,
-                expected=self._kind,
-            )
-        if None not in (self._round, other._round) and self._round != other._round:
-            raise RoundError(
-                f"other holds contributions of round {brief(other._round)}, expected {brief(self._round)}",
-                round=other._round,
-                expected=self._round,
-            )
         self._check_integers(other._largest, self._count + other._count)
         self._refuse_environment()
 
@@ -249,6 +214,7 @@ class Accumulator:
         if not self._count:
             self._place, self._kernel = other._place, kernel
         self._schema = other._schema if self._schema is None else self._schema
+        assert self._schema is not None
         self._add_borrowed()
         start = self._start(self._schema)
         if self._exact_sums is not None and other._exact_sums is not None:
@@ -256,15 +222,7 @@ class Accumulator:
         else:
             sums = other._sums if self._kernel.name == "torch" else tensors.as_arrays(other._sums)
             self._add([[sums[name]] for name in self._sums], [1.0], start)
-        if isinstance(self._total, Fraction):
-            self._total += Fraction(other._total)
-        else:
-            self._total = sum_in_order((self._total, float(other._total)))
-        self._count += other._count
-        self._kind = other._kind
-        self._round = other._round if self._round is None else self._round
-        self._note_largest(other._largest)
-        self._contributors.update(other._contributors)
+        self._note(other._count, other._total, other._kind, other._round, other._largest, other._contributors)
         self._broken = False
 
     def result(self, out: WeightDict | None = None) -> WeightDict:
@@ -381,8 +339,63 @@ class Accumulator:
         if self._broken:
             raise BrokenAccumulatorError("this accumulator was interrupted while it was adding; begin a new one")
 
-    def _note_largest(self, largest: dict[str, int]) -> None:
+    def _check_mergeable(self, other: "Accumulator") -> None:
+        if other is self:
+            raise MergeError("an accumulator cannot be merged with itself")
+        if self._exact != other._exact:
+            raise MergeError("an exact and an ordinary accumulator cannot be merged")
+        if not other._count:
+            return
+        if self._count and self._device != other._device:
+            raise MergeError(f"other holds sums on {other._device}, and this accumulator on {self._device}")
+        assert other._schema is not None
+        if self._schema is not None:
+            self._schema.check(_placeholders(other._schema), "other")
+        for contributor in other._contributors:
+            if contributor in self._contributors:
+                raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
+        if self._count and self._kind is not other._kind:
+            raise KindError(
+                f"other holds contributions of kind {other._kind}, expected {self._kind}",
+                kind=other._kind,
+                expected=self._kind,
+            )
+        if None not in (self._round, other._round) and self._round != other._round:
+            raise RoundError(
+                f"other holds contributions of round {brief(other._round)}, expected {brief(self._round)}",
+                round=other._round,
+                expected=self._round,
+            )
+
+    def _as_contribution(
+        self, weights: WeightDict | Contribution, aggregation_weight: float | None, contributor: str | None
+    ) -> Contribution:
+        if not isinstance(weights, Contribution):
+            name = f"contribution {self._count}" if contributor is None else contributor
+            return Contribution(name, weights, aggregation_weight)  # type: ignore[arg-type]
+        if aggregation_weight is not None or contributor is not None:
+            raise TypeError("a Contribution brings its own aggregation weight and contributor")
+        return weights
+
+    def _note(
+        self,
+        count: int,
+        weight: float | Fraction,
+        kind: Kind | None,
+        round: int | None,
+        largest: Mapping[str, int],
+        contributors: Mapping[str, None],
+    ) -> None:
+        """Notes what the sums have taken in: how many, how much they weigh, and what later ones must agree with."""
+        if isinstance(self._total, Fraction):
+            self._total += Fraction(weight)
+        else:
+            self._total = sum_in_order((self._total, float(weight)))
+        self._count += count
+        self._kind = kind
+        self._round = round if self._round is None else self._round
         self._largest.update({name: max(size, self._largest.get(name, 0)) for name, size in largest.items()})
+        self._contributors.update(contributors)
 
     def _check_integers(
         self, largest: dict[str, int], count: int, contributor: str | None = None, arrays: WeightDict | None = None

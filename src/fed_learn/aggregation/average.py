@@ -103,12 +103,8 @@ def weighted_average(
         elif too_large(inputs.arrays[name]):
             integer_mean(inputs.arrays[name], scalars, outputs.arrays[name])
     doubtful = _refuse_non_finite(results, checked)
-    if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
-        small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
-        again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
-        _average(chosen, {name: inputs.arrays[name] for name in doubtful}, scalars, small, again)
-        for name, elements in doubtful.items():
-            results[name][elements] = again[name][elements]
+    if doubtful:
+        _average_again(chosen, inputs.arrays, scalars, results, doubtful)
     return outputs.finish()
 
 
@@ -149,6 +145,21 @@ def _average(
     segments = [Segment(column, results[name]) for name, column in columns.items()]
     flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled), addresses)
     return [name for name, flag in zip(columns, flags, strict=True) if flag]
+
+
+def _average_again(
+    kernel: Kernel,
+    columns: Mapping[str, Sequence[Array]],
+    aggregation_weights: Sequence[float],
+    results: WeightDict,
+    doubtful: Mapping[str, npt.NDArray[np.bool_]],
+) -> None:
+    """Replaces elements whose sums overflowed, although the inputs are finite: by sums so small that they cannot."""
+    small = -math.frexp(max(aggregation_weights))[1] - len(aggregation_weights).bit_length() - 1
+    again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
+    _average(kernel, {name: columns[name] for name in doubtful}, aggregation_weights, small, again)
+    for name, elements in doubtful.items():
+        results[name][elements] = again[name][elements]
 
 
 def checked_batch(

@@ -16,19 +16,17 @@ import keras
 import numpy as np
 
 from fed_learn.adapters.layout import LayoutMap
-from fed_learn.components import Learner, ModelEvaluator, TrainingResult
-from fed_learn.integrations.batches import (
-    Mean,
-    check_batch_size,
-    check_repeatable,
-    in_order,
-    pair_of,
-    score_name,
-    shuffled,
+from fed_learn.integrations.batches import check_batch_size, check_repeatable, in_order, pair_of, shuffled
+from fed_learn.integrations.components import (
+    FrameworkEvaluator,
+    FrameworkLearner,
+    KeptScore,
+    MeanScore,
+    Score,
+    Step,
+    score_batches,
 )
-from fed_learn.integrations.exchange import load, read, weights_in
-from fed_learn.model_meta import ContextKey, FLContext
-from fed_learn.weights import Array, WeightDict
+from fed_learn.weights import Array
 
 Data: TypeAlias = Any
 """Arrays `(x, y)`, a `keras.utils.PyDataset`, or what yields batches `(x, y)` again and again: a `tf.data.Dataset`."""
@@ -37,7 +35,7 @@ Metric: TypeAlias = Any
 """`"accuracy"`, `"loss"`, a function of targets and outputs, or a `keras.metrics.Metric`."""
 
 
-class KerasEvaluator(ModelEvaluator):
+class KerasEvaluator(FrameworkEvaluator):
     """Scores the global model in a Keras model, on the server's data.
 
     Args:
@@ -79,32 +77,14 @@ class KerasEvaluator(ModelEvaluator):
     ) -> None:
         _check_data(data, batch_size)
         _check_metric(metric, model, loss)
-        self.model = model
-        self.data = data
-        self.metric = metric
-        self.loss = loss
-        self.batch_size = batch_size
-        self.layout = layout
-        self.metric_name = score_name(metric)
-        self._score = float("nan")
+        super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout)
 
-    def evaluate(self, ctx: FLContext) -> None:
-        """See `ModelEvaluator.evaluate`.
-
-        Raises:
-            ModelError: The context holds no model.
-            NamesError, ShapeError, DtypeError: The global model does not fit the model.
-        """
-        load(self.model, weights_in(ctx), self.layout)
-        scores = evaluate(self.model, self.data, {"score": self.metric}, loss=self.loss, batch_size=self.batch_size)
-        self._score = scores["score"]
-
-    def get_metric(self) -> float:
-        """See `ModelEvaluator.get_metric`; NaN before the first evaluation."""
-        return self._score
+    def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
+        """See `FrameworkEvaluator.score`."""
+        return evaluate(self.model, self.data, metrics, loss=self.loss, batch_size=self.batch_size)
 
 
-class KerasLearner(Learner):
+class KerasLearner(FrameworkLearner):
     """Trains and validates a compiled Keras model, as the work of a client.
 
     Each round starts from the global weights, with the optimizer as it was when it was new. The order of the examples
@@ -156,61 +136,47 @@ class KerasLearner(Learner):
         layout: LayoutMap | None = None,
         seed: int = 0,
     ) -> None:
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {epochs}")
         if not getattr(model, "compiled", False) or getattr(model, "optimizer", None) is None:
             raise ValueError("the model is not compiled: call its compile() with an optimizer and a loss")
         _check_data(data, batch_size)
         _check_data(validation_data, batch_size)
-        self.model = model
-        self.data = data
-        self.validation_data = validation_data
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.metrics = metrics
-        self.validation_metric = validation_metric
-        self.mode = mode
-        self.layout = layout
-        self.seed = seed
+        super().__init__(
+            model,
+            data,
+            validation_data,
+            epochs=epochs,
+            batch_size=batch_size,
+            metrics=metrics,
+            validation_metric=validation_metric,
+            mode=mode,
+            layout=layout,
+            seed=seed,
+        )
+        for metric in self.named_metrics.values():
+            _check_metric(metric, model, None)
         self._optimizer: Any = None
         self._as_new: list[Array] = []
         self._remember_optimizer()
-        named = self._named_metrics()
-        for metric in named.values():
-            _check_metric(metric, model, None)
-        if validation_metric not in named:
-            raise ValueError(f"validation_metric {validation_metric!r} is not one of the metrics: {sorted(named)}")
 
-    def train(self, weights: WeightDict, ctx: FLContext) -> TrainingResult:
-        """See `Learner.train`. The aggregation weight is the number of examples; `train_loss` their mean loss.
-
-        Raises:
-            NamesError, ShapeError, DtypeError: The global model does not fit the model.
-            ValueError: There are no examples.
-        """
-        load(self.model, weights, self.layout)
+    def begin(self) -> Step:
+        """See `FrameworkLearner.begin`."""
         self._renew_optimizer()
-        rng = np.random.default_rng([self.seed, ctx[ContextKey.ROUND]])
-        losses, steps = Mean(), 0
-        for _ in range(self.epochs):
-            for x, y in _batches(self.data, self.batch_size, rng):
-                logs = self.model.train_on_batch(x, y, return_dict=True)
-                losses.add(float(logs["loss"]), len(y))
-                steps += 1
-            if isinstance(self.data, keras.utils.PyDataset):
-                self.data.on_epoch_end()
-        train_loss = losses.value()
-        trained = read(self.model, weights, self.layout)
-        return TrainingResult(trained, losses.count / self.epochs, steps, {"train_loss": train_loss})
 
-    def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
-        """See `Learner.validate`: the metrics, each a mean over the validation data."""
-        load(self.model, weights, self.layout)
-        batch_size = max(self.batch_size, 256)
-        return evaluate(self.model, self.validation_data, self._named_metrics(), batch_size=batch_size)
+        def step(batch: tuple[Any, Any]) -> tuple[float, int]:
+            x, y = batch
+            return float(self.model.train_on_batch(x, y, return_dict=True)["loss"]), len(y)
 
-    def _named_metrics(self) -> Mapping[str, Metric]:
-        return self.metrics if isinstance(self.metrics, Mapping) else {name: name for name in self.metrics}
+        return step
+
+    def epoch(self, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
+        """See `FrameworkLearner.epoch`."""
+        yield from _batches(self.data, self.batch_size, rng)
+        if isinstance(self.data, keras.utils.PyDataset):
+            self.data.on_epoch_end()
+
+    def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
+        """See `FrameworkLearner.score`."""
+        return evaluate(self.model, self.validation_data, metrics, batch_size=max(self.batch_size, 256))
 
     def _remember_optimizer(self) -> None:
         self._optimizer = self.model.optimizer
@@ -246,26 +212,18 @@ def evaluate(
     Raises:
         ValueError: There are no examples, or outputs and targets are nothing of which `"accuracy"` can be told.
     """
-    functions: dict[str, Callable[[Any, Any], Any]] = {}
-    for name, metric in metrics.items():
-        if isinstance(metric, keras.metrics.Metric):
-            metric.reset_state()
-        elif isinstance(metric, str):
-            functions[name] = _hits if metric == "accuracy" else _loss_of(model, loss)
-        else:
-            functions[name] = metric
-    means = {name: Mean() for name in functions}
-    count = Mean()
-    for x, y in _batches(data, batch_size, None):
-        outputs = _outputs(model, x)
-        count.add(0.0, len(y))
-        for name, metric in metrics.items():
-            if name in functions:
-                means[name].add(_mean(functions[name](y, outputs)), len(y))
-            else:
-                metric.update_state(y, outputs)
-    count.value()  # refuses to score on nothing
-    return {name: means[name].value() if name in means else _mean(m.result()) for name, m in metrics.items()}
+    scores = {name: _score_of(metric, model, loss) for name, metric in metrics.items()}
+    return score_batches(scores, ((_outputs(model, x), y) for x, y in _batches(data, batch_size, None)))
+
+
+def _score_of(metric: Metric, model: keras.Model, loss: Any) -> Score:
+    if isinstance(metric, keras.metrics.Metric):
+        metric.reset_state()
+        return KeptScore(lambda outputs, targets: metric.update_state(targets, outputs), lambda: _mean(metric.result()))
+    function = metric
+    if isinstance(metric, str):
+        function = _hits if metric == "accuracy" else _loss_of(model, loss)
+    return MeanScore(lambda outputs, targets: function(targets, outputs), _mean)
 
 
 def _outputs(model: keras.Model, x: Any) -> Any:

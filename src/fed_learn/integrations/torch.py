@@ -19,19 +19,16 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fed_learn.adapters.layout import LayoutMap
-from fed_learn.components import Learner, ModelEvaluator, TrainingResult
-from fed_learn.integrations.batches import (
-    Mean,
-    check_batch_size,
-    check_repeatable,
-    in_order,
-    pair_of,
-    score_name,
-    shuffled,
+from fed_learn.integrations.batches import check_batch_size, check_repeatable, in_order, pair_of, shuffled
+from fed_learn.integrations.components import (
+    FrameworkEvaluator,
+    FrameworkLearner,
+    KeptScore,
+    MeanScore,
+    Score,
+    Step,
+    score_batches,
 )
-from fed_learn.integrations.exchange import load, read, weights_in
-from fed_learn.model_meta import ContextKey, FLContext
-from fed_learn.weights import WeightDict
 
 Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Iterable[Any]"
 """A `Dataset` of `(input, target)`, or what yields batches `(inputs, targets)` each time it is iterated over."""
@@ -40,7 +37,7 @@ Metric: TypeAlias = Any
 """`"accuracy"`, `"loss"`, a function of outputs and targets, or an object with `reset`, `update` and `compute`."""
 
 
-class TorchEvaluator(ModelEvaluator):
+class TorchEvaluator(FrameworkEvaluator):
     """Scores the global model in a torch model, on the server's data.
 
     The model is put into `eval` mode, without gradients, and back into the modes it was in.
@@ -83,33 +80,17 @@ class TorchEvaluator(ModelEvaluator):
     ) -> None:
         _check_data(data, batch_size)
         _check_metric(metric)
-        self.model = model if device is None else model.to(device)
-        self.data = data
-        self.metric = metric
-        self.loss = loss
-        self.batch_size = batch_size
+        super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout)
         self.device = device
-        self.layout = layout
-        self.metric_name = score_name(metric)
-        self._score = float("nan")
+        if device is not None:
+            model.to(device)
 
-    def evaluate(self, ctx: FLContext) -> None:
-        """See `ModelEvaluator.evaluate`.
-
-        Raises:
-            ModelError: The context holds no model.
-            NamesError, ShapeError, DtypeError: The global model does not fit the model.
-        """
-        load(self.model, weights_in(ctx), self.layout)
-        scores = evaluate(self.model, self.data, {"score": self.metric}, loss=self.loss, batch_size=self.batch_size)
-        self._score = scores["score"]
-
-    def get_metric(self) -> float:
-        """See `ModelEvaluator.get_metric`; NaN before the first evaluation."""
-        return self._score
+    def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
+        """See `FrameworkEvaluator.score`."""
+        return evaluate(self.model, self.data, metrics, loss=self.loss, batch_size=self.batch_size)
 
 
-class TorchLearner(Learner):
+class TorchLearner(FrameworkLearner):
     """Trains and validates a torch model, as the work of a client.
 
     Each round starts from the global weights, with a new optimizer. The order of a `Dataset`'s examples depends on the
@@ -165,65 +146,53 @@ class TorchLearner(Learner):
         layout: LayoutMap | None = None,
         seed: int = 0,
     ) -> None:
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {epochs}")
         _check_data(data, batch_size)
         _check_data(validation_data, batch_size)
-        self.model = model if device is None else model.to(device)
-        self.data = data
-        self.validation_data = validation_data
+        super().__init__(
+            model,
+            data,
+            validation_data,
+            epochs=epochs,
+            batch_size=batch_size,
+            metrics=metrics,
+            validation_metric=validation_metric,
+            mode=mode,
+            layout=layout,
+            seed=seed,
+        )
+        for metric in self.named_metrics.values():
+            _check_metric(metric)
         self.optimizer = optimizer
         self.loss = loss
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.metrics = metrics
-        self.validation_metric = validation_metric
-        self.mode = mode
         self.device = device
-        self.layout = layout
-        self.seed = seed
-        named = self._named_metrics()
-        for metric in named.values():
-            _check_metric(metric)
-        if validation_metric not in named:
-            raise ValueError(f"validation_metric {validation_metric!r} is not one of the metrics: {sorted(named)}")
+        if device is not None:
+            model.to(device)
 
-    def train(self, weights: WeightDict, ctx: FLContext) -> TrainingResult:
-        """See `Learner.train`. The aggregation weight is the number of examples; `train_loss` their mean loss.
-
-        Raises:
-            NamesError, ShapeError, DtypeError: The global model does not fit the model.
-            ValueError: There are no examples.
-        """
-        load(self.model, weights, self.layout)
+    def begin(self) -> Step:
+        """See `FrameworkLearner.begin`."""
         device = _device_of(self.model)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.01) if self.optimizer is None else self.optimizer(parameters)
-        rng = np.random.default_rng([self.seed, ctx[ContextKey.ROUND]])
-        losses, steps = Mean(), 0
         self.model.train()
-        for _ in range(self.epochs):
-            for batch in _batches(self.data, self.batch_size, rng):
-                x, y = _moved(pair_of(batch), device)
-                optimizer.zero_grad()
-                loss = self.loss(_outputs(self.model, x), y)
-                loss.backward()
-                optimizer.step()
-                losses.add(float(loss.detach()), len(y))
-                steps += 1
-        train_loss = losses.value()
-        trained = read(self.model, weights, self.layout)
-        return TrainingResult(trained, losses.count / self.epochs, steps, {"train_loss": train_loss})
 
-    def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
-        """See `Learner.validate`: the metrics, each a mean over the validation data."""
-        load(self.model, weights, self.layout)
+        def step(batch: Any) -> tuple[float, int]:
+            x, y = _moved(pair_of(batch), device)
+            optimizer.zero_grad()
+            loss = self.loss(_outputs(self.model, x), y)
+            loss.backward()
+            optimizer.step()
+            return float(loss.detach()), len(y)
+
+        return step
+
+    def epoch(self, rng: np.random.Generator) -> Iterator[Any]:
+        """See `FrameworkLearner.epoch`."""
+        return _batches(self.data, self.batch_size, rng)
+
+    def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
+        """See `FrameworkLearner.score`."""
         batch_size = max(self.batch_size, 256)
-        named = self._named_metrics()
-        return evaluate(self.model, self.validation_data, named, loss=self.loss, batch_size=batch_size)
-
-    def _named_metrics(self) -> Mapping[str, Metric]:
-        return self.metrics if isinstance(self.metrics, Mapping) else {name: name for name in self.metrics}
+        return evaluate(self.model, self.validation_data, metrics, loss=self.loss, batch_size=batch_size)
 
 
 def evaluate(
@@ -242,23 +211,20 @@ def evaluate(
     Raises:
         ValueError: There are no examples, or outputs and targets are nothing of which `"accuracy"` can be told.
     """
-    means = {name: Mean() for name, metric in metrics.items() if not _keeps_state(metric)}
-    for name in metrics.keys() - means.keys():
-        metrics[name].reset()
-    device, count = _device_of(model), Mean()
+    scores = {name: _score_of(metric, loss) for name, metric in metrics.items()}
+    device = _device_of(model)
     with _evaluating(model), torch.no_grad():
-        for batch in _batches(data, batch_size, None):
-            x, y = _moved(pair_of(batch), device)
-            outputs = _outputs(model, x)
-            count.add(0.0, len(y))
-            for name, metric in metrics.items():
-                if name not in means:
-                    metric.update(outputs, y)
-                    continue
-                function = {"accuracy": _hits, "loss": loss}[metric] if isinstance(metric, str) else metric
-                means[name].add(_mean(function(outputs, y)), len(y))
-    count.value()  # refuses to score on nothing
-    return {name: means[name].value() if name in means else float(m.compute()) for name, m in metrics.items()}
+        batches = (_moved(pair_of(batch), device) for batch in _batches(data, batch_size, None))
+        return score_batches(scores, ((_outputs(model, x), y) for x, y in batches))
+
+
+def _score_of(metric: Metric, loss: Callable[[Any, Any], Any]) -> Score:
+    if isinstance(metric, str):
+        return MeanScore({"accuracy": _hits, "loss": loss}[metric], _mean)
+    if not _keeps_state(metric):
+        return MeanScore(metric, _mean)
+    metric.reset()
+    return KeptScore(metric.update, lambda: float(metric.compute()))
 
 
 def _hits(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,35 +1,25 @@
 """The demo's network in TensorFlow, by way of Keras."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
 import numpy as np
 
-from fed_learn.adapters import get_weights, set_weights
-from fed_learn.adapters.layout import LayoutMap, align
-from fed_learn.components import Learner, ModelEvaluator
-from fed_learn.integrations.exchange import load
-from fed_learn.integrations.keras import KerasEvaluator, KerasLearner, evaluate
+from fed_learn.adapters import set_weights
+from fed_learn.adapters.layout import align
+from fed_learn.integrations.keras import KerasEvaluator, KerasLearner
 from fed_learn.simulation.datasets import Part
-from fed_learn.simulation.network import (
-    BATCH_SIZE,
-    CHANNELS,
-    DECAY,
-    EPSILON,
-    LEARNING_RATE,
-    MOMENTUM,
-    UNITS,
-    Architecture,
-)
-from fed_learn.weights import Array, WeightDict
+from fed_learn.simulation.model_network import ModelNetwork
+from fed_learn.simulation.network import CHANNELS, DECAY, EPSILON, LEARNING_RATE, MOMENTUM, UNITS, Architecture
+from fed_learn.weights import Array
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(f"Keras is set to the back end {keras.backend.backend()!r}: set KERAS_BACKEND=tensorflow")
 
 
-class KerasNetwork:
-    """See `fed_learn.simulation.frameworks.Network`.
+class KerasNetwork(ModelNetwork):
+    """See `fed_learn.simulation.frameworks.Network`. TensorFlow's threads are set for good when it starts, and do not
+    change results.
 
     Args:
         architecture: What the network takes and gives.
@@ -38,14 +28,15 @@ class KerasNetwork:
     """
 
     framework = "tensorflow"
+    evaluator_type = KerasEvaluator
+    learner_type = KerasLearner
 
     def __init__(self, architecture: Architecture, seed: int, global_model: object = None) -> None:
-        self.architecture = architecture
-        self.seed = seed
-        self.layout: LayoutMap | None = None if global_model is None else align(global_model, self.model())
+        super().__init__(architecture, seed)
+        self.layout = None if global_model is None else align(global_model, self.model())
 
     def model(self) -> Any:
-        """A new model with the initial weights, compiled."""
+        """See `ModelNetwork.model`; compiled."""
         model = keras.Sequential(_layers(self.architecture), name="net")
         kernels = self.architecture.initial_kernels(self.seed)
         set_weights(model, {f"net/{name}/kernel": kernel for name, kernel in kernels.items()}, strict=False)
@@ -55,37 +46,8 @@ class KerasNetwork:
         )
         return model
 
-    def init(self) -> dict[str, Array]:
-        """See `Network.init`."""
-        return get_weights(self.model())
-
-    def learner(self, train: Part, selection: Part, *, local_epochs: int, seed: int) -> Learner:
-        """See `Network.learner`."""
-        return KerasLearner(
-            self.model(),
-            self._data(train),
-            self._data(selection),
-            epochs=local_epochs,
-            batch_size=BATCH_SIZE,
-            layout=self.layout,
-            seed=seed,
-        )
-
-    def evaluator(self, part: Part) -> ModelEvaluator:
-        """See `Network.evaluator`."""
-        return KerasEvaluator(self.model(), self._data(part), layout=self.layout)
-
-    def score(self, weights: WeightDict, part: Part) -> dict[str, float]:
-        """See `Network.score`."""
-        model = self.model()
-        load(model, weights, self.layout)
-        return evaluate(model, self._data(part), {"accuracy": "accuracy", "loss": "loss"})
-
-    def one_thread(self) -> AbstractContextManager[Any]:
-        """See `Network.one_thread`: TensorFlow's threads are set for good when it starts, and do not change results."""
-        return nullcontext()
-
-    def _data(self, part: Part) -> tuple[Array, Array]:
+    def data(self, part: Part) -> tuple[Array, Array]:
+        """See `ModelNetwork.data`."""
         return np.ascontiguousarray(self.architecture.shaped(part)), part.y
 
 

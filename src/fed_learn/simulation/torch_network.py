@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -10,37 +11,31 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fed_learn.adapters import get_weights, set_weights
-from fed_learn.components import Learner, ModelEvaluator
-from fed_learn.integrations.exchange import load
-from fed_learn.integrations.torch import TorchEvaluator, TorchLearner, evaluate
+from fed_learn.integrations.torch import TorchEvaluator, TorchLearner
 from fed_learn.simulation.datasets import Part
-from fed_learn.simulation.network import (
-    BATCH_SIZE,
-    CHANNELS,
-    DECAY,
-    EPSILON,
-    LEARNING_RATE,
-    MOMENTUM,
-    UNITS,
-    Architecture,
-)
-from fed_learn.weights import Array, WeightDict
+from fed_learn.simulation.model_network import ModelNetwork
+from fed_learn.simulation.network import CHANNELS, DECAY, EPSILON, LEARNING_RATE, MOMENTUM, UNITS, Architecture
+from fed_learn.weights import Array
 
 
-class TorchNetwork:
+def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer of a round."""
+    return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
+
+
+class TorchNetwork(ModelNetwork):
     """See `fed_learn.simulation.frameworks.Network`.
 
     The global model leaves out `num_batches_tracked`, which other frameworks do not have: it stays with each client.
     """
 
     framework = "torch"
-
-    def __init__(self, architecture: Architecture, seed: int) -> None:
-        self.architecture = architecture
-        self.seed = seed
+    evaluator_type = TorchEvaluator
+    learner_type = TorchLearner
+    learner_options: ClassVar = {"optimizer": sgd}
 
     def model(self) -> nn.Sequential:
-        """A new model with the initial weights."""
+        """See `ModelNetwork.model`."""
         model = nn.Sequential(_layers(self.architecture))
         kernels = self.architecture.initial_kernels(self.seed)
         weights = {name: np.zeros_like(bias) for name, bias in get_weights(model, only=r"(dense|output).*bias").items()}
@@ -51,27 +46,10 @@ class TorchNetwork:
         """See `Network.init`."""
         return get_weights(self.model(), only=lambda name: not name.endswith("num_batches_tracked"))
 
-    def learner(self, train: Part, selection: Part, *, local_epochs: int, seed: int) -> Learner:
-        """See `Network.learner`."""
-        return TorchLearner(
-            self.model(),
-            self._data(train),
-            self._data(selection),
-            optimizer=sgd,
-            epochs=local_epochs,
-            batch_size=BATCH_SIZE,
-            seed=seed,
-        )
-
-    def evaluator(self, part: Part) -> ModelEvaluator:
-        """See `Network.evaluator`."""
-        return TorchEvaluator(self.model(), self._data(part))
-
-    def score(self, weights: WeightDict, part: Part) -> dict[str, float]:
-        """See `Network.score`."""
-        model = self.model()
-        load(model, weights, None)
-        return evaluate(model, self._data(part), {"accuracy": "accuracy", "loss": "loss"})
+    def data(self, part: Part) -> TensorDataset:
+        """See `ModelNetwork.data`."""
+        x = torch.from_numpy(self.architecture.shaped(part))
+        return TensorDataset(x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x, torch.from_numpy(part.y))
 
     @contextmanager
     def one_thread(self) -> Iterator[None]:
@@ -83,10 +61,6 @@ class TorchNetwork:
         finally:
             torch.set_num_threads(threads)
 
-    def _data(self, part: Part) -> TensorDataset:
-        x = torch.from_numpy(self.architecture.shaped(part))
-        return TensorDataset(x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x, torch.from_numpy(part.y))
-
     def _torch_layout(self, name: str, kernel: Array) -> Array:
         if kernel.ndim == 4:
             return kernel.transpose(3, 2, 0, 1)
@@ -95,11 +69,6 @@ class TorchNetwork:
             by_place = kernel.reshape(*self.architecture.map_size, CHANNELS[1], -1)
             return by_place.transpose(3, 2, 0, 1).reshape(kernel.shape[1], -1)
         return kernel.T
-
-
-def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer of a round."""
-    return torch.optim.SGD(parameters, lr=LEARNING_RATE, momentum=MOMENTUM)
 
 
 def _layers(architecture: Architecture) -> "OrderedDict[str, nn.Module]":

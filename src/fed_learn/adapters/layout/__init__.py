@@ -87,16 +87,8 @@ def align(
     source, target = _described(source_model), _described(target_model)
     found = matched(source, target, pairs or {})
     notes = _notes(found)
-    if notes and strict:
-        a, b, note = notes[0]
-        more = f", and {len(notes) - 1} layers more" if len(notes) > 1 else ""
-        raise LayoutError(
-            f"{a.place!r} and {b.place!r}: {note}{more}: outputs would differ. Make them equal, or take the map as it "
-            "is with strict=False",
-            source_layer=a.place,
-            target_layer=b.place,
-            reason=note,
-        )
+    if strict:
+        _refuse_any(notes)
     links, *unlinked = _linked(source, target, found, flattened or {})
     return LayoutMap(
         _side(source, unlinked[0]),
@@ -141,6 +133,19 @@ def _notes(found: list[Pair]) -> list[tuple[Layer, Layer, str]]:
             if lacking:
                 notes.append((a, b, f"only {one.place!r} has a running {' and '.join(sorted(lacking))}"))
     return notes
+
+
+def _refuse_any(notes: list[tuple[Layer, Layer, str]]) -> None:
+    if notes:
+        a, b, note = notes[0]
+        more = f", and {len(notes) - 1} layers more" if len(notes) > 1 else ""
+        raise LayoutError(
+            f"{a.place!r} and {b.place!r}: {note}{more}: outputs would differ. Make them equal, or take the map as it "
+            "is with strict=False",
+            source_layer=a.place,
+            target_layer=b.place,
+            reason=note,
+        )
 
 
 def _linked(

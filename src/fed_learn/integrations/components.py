@@ -1,0 +1,199 @@
+"""What evaluators and learners have in common, whatever the framework of the model that they hold.
+
+A framework adds how its data come in batches, what its metrics are, and how a model is scored and trained.
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from fed_learn.adapters.layout import LayoutMap
+from fed_learn.components import Learner, ModelEvaluator, TrainingResult
+from fed_learn.integrations.batches import Mean, score_name
+from fed_learn.integrations.exchange import load, read, weights_in
+from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.weights import WeightDict
+
+Step: TypeAlias = Callable[[Any], tuple[float, int]]
+"""Trains on a batch; gives the mean loss over its examples, and how many they are."""
+
+
+class Score(Protocol):
+    """A metric that is being computed, batch by batch."""
+
+    def add(self, outputs: Any, targets: Any, /) -> object:
+        """Takes in a batch."""
+
+    def value(self) -> float:
+        """The score over all batches."""
+
+
+class MeanScore:
+    """`Score` of a function: its mean over all examples.
+
+    Args:
+        function: Of outputs and targets; a number for each example, or their mean.
+        mean_of: The mean of what it gives, as a number.
+
+    Example:
+        >>> score = MeanScore(lambda outputs, targets: outputs == targets, np.mean)
+        >>> score.add(np.array([1, 2, 3]), np.array([1, 2, 0]))
+        >>> score.add(np.array([1]), np.array([1]))
+        >>> score.value()
+        0.75
+    """
+
+    def __init__(self, function: Callable[[Any, Any], Any], mean_of: Callable[[Any], float]) -> None:
+        self.function = function
+        self.mean_of = mean_of
+        self._mean = Mean()
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """See `Score.add`."""
+        self._mean.add(float(self.mean_of(self.function(outputs, targets))), len(targets))
+
+    def value(self) -> float:
+        """See `Score.value`."""
+        return self._mean.value()
+
+
+@dataclass(frozen=True)
+class KeptScore:
+    """`Score` of a metric that itself keeps what it has seen.
+
+    Attributes:
+        add: See `Score.add`.
+        value: See `Score.value`.
+    """
+
+    add: Callable[[Any, Any], object]
+    value: Callable[[], float]
+
+
+def score_batches(scores: Mapping[str, Score], batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
+    """The scores over batches of outputs and targets.
+
+    Raises:
+        ValueError: There are no examples.
+    """
+    examples = 0
+    for outputs, targets in batches:
+        examples += len(targets)
+        for score in scores.values():
+            score.add(outputs, targets)
+    if not examples:
+        raise ValueError("there are no examples in the data")
+    return {name: score.value() for name, score in scores.items()}
+
+
+class FrameworkEvaluator(ModelEvaluator):
+    """Loads the global model into a model of a framework, and scores that. Arguments: see the subclasses."""
+
+    def __init__(
+        self, model: Any, data: Any, metric: Any, *, loss: Any, batch_size: int, layout: LayoutMap | None
+    ) -> None:
+        self.model = model
+        self.data = data
+        self.metric = metric
+        self.loss = loss
+        self.batch_size = batch_size
+        self.layout = layout
+        self.metric_name = score_name(metric)
+        self._score = float("nan")
+
+    @abstractmethod
+    def score(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Scores the model as it is, by the name of each metric."""
+
+    def evaluate(self, ctx: FLContext) -> None:
+        """See `ModelEvaluator.evaluate`.
+
+        Raises:
+            ModelError: The context holds no model.
+            NamesError, ShapeError, DtypeError: The global model does not fit the model.
+        """
+        load(self.model, weights_in(ctx), self.layout)
+        self._score = self.score({self.metric_name: self.metric})[self.metric_name]
+
+    def get_metric(self) -> float:
+        """See `ModelEvaluator.get_metric`; NaN before the first evaluation."""
+        return self._score
+
+
+class FrameworkLearner(Learner):
+    """Trains and validates a model of a framework, as the work of a client. Arguments: see the subclasses."""
+
+    def __init__(
+        self,
+        model: Any,
+        data: Any,
+        validation_data: Any,
+        *,
+        epochs: int,
+        batch_size: int,
+        metrics: Sequence[str] | Mapping[str, Any],
+        validation_metric: str,
+        mode: str,
+        layout: LayoutMap | None,
+        seed: int,
+    ) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs must be at least 1, not {epochs}")
+        self.model = model
+        self.data = data
+        self.validation_data = validation_data
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.metrics = metrics
+        self.validation_metric = validation_metric
+        self.mode = mode
+        self.layout = layout
+        self.seed = seed
+        if validation_metric not in self.named_metrics:
+            raise ValueError(
+                f"validation_metric {validation_metric!r} is not one of the metrics: {sorted(self.named_metrics)}"
+            )
+
+    @property
+    def named_metrics(self) -> Mapping[str, Any]:
+        """The metrics by name."""
+        return self.metrics if isinstance(self.metrics, Mapping) else {name: name for name in self.metrics}
+
+    @abstractmethod
+    def score(self, metrics: Mapping[str, Any]) -> dict[str, float]:
+        """Scores the model as it is on the validation data, by the name of each metric."""
+
+    @abstractmethod
+    def begin(self) -> Step:
+        """Gets ready to train in a round, from the global weights, which the model has."""
+
+    @abstractmethod
+    def epoch(self, rng: np.random.Generator) -> Iterable[Any]:
+        """The batches of an epoch, in an order that `rng` draws where the data leave it open."""
+
+    def train(self, weights: WeightDict, ctx: FLContext) -> TrainingResult:
+        """See `Learner.train`. The aggregation weight is the number of examples; `train_loss` their mean loss.
+
+        Raises:
+            NamesError, ShapeError, DtypeError: The global model does not fit the model.
+            ValueError: There are no examples.
+        """
+        load(self.model, weights, self.layout)
+        step = self.begin()
+        rng = np.random.default_rng([self.seed, ctx[ContextKey.ROUND]])
+        losses, steps = Mean(), 0
+        for _ in range(self.epochs):
+            for batch in self.epoch(rng):
+                losses.add(*step(batch))
+                steps += 1
+        train_loss = losses.value()
+        trained = read(self.model, weights, self.layout)
+        return TrainingResult(trained, losses.count / self.epochs, steps, {"train_loss": train_loss})
+
+    def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
+        """See `Learner.validate`: the metrics, each a mean over the validation data."""
+        load(self.model, weights, self.layout)
+        return self.score(self.named_metrics)
