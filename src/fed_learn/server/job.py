@@ -24,10 +24,11 @@ from fed_learn.errors import (
     without_tracebacks,
 )
 from fed_learn.events import EventType, fire_event, shut_down
-from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.model_meta import ContextKey, ModelData
+from fed_learn.server.job_events import JobEvents
 from fed_learn.server.receiving import Receiver, Refusal, checked_result
 from fed_learn.server.result import JobResult
-from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
+from fed_learn.weights import FrozenDict, FrozenWeights, Schema
 
 if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Job:
+class Job(JobEvents):
     """One run of a server: the context, the global model, the contributions of the round, and the record of it all.
 
     `FederatedServer.begin` makes one. Who carries the messages calls its methods at the moments they are named
@@ -46,10 +47,7 @@ class Job:
         num_clients: How many clients a round needs if the server says nothing; None: all that were sent its model.
 
     Attributes:
-        ctx: The context of the job.
-        reports: One report per round that ended.
         quits: Clients that left, and why.
-        handler_failures: Every handler that raised, in order.
         clients: Names of the clients that have registered and not quit.
 
     Example:
@@ -66,11 +64,10 @@ class Job:
     """
 
     def __init__(self, server: "FederatedServer", num_clients: int | None = None) -> None:
+        super().__init__(server.handlers, server.on_handler_error)
         self.server = server
-        self.ctx = FLContext({ContextKey.NUM_ROUNDS: server.num_rounds})
-        self.reports: list[RoundReport] = []
+        self.ctx.set_prop(ContextKey.NUM_ROUNDS, server.num_rounds)
         self.quits: list[ClientFailure] = []
-        self.handler_failures: list[HandlerFailure] = []
         self.cross_site: dict[str, dict[str, float]] = {}
         self.validation_results: list[ValidationResult] = []
         self.clients: dict[str, None] = {}
@@ -96,12 +93,6 @@ class Job:
         return self.server.schema
 
     @property
-    def report(self) -> RoundReport:
-        """The report of the round, as the context has it."""
-        report: RoundReport = self.ctx[ContextKey.REPORT]
-        return report
-
-    @property
     def required(self) -> int:
         """How many accepted contributions a round needs."""
         if self.server.min_contributions is not None:
@@ -123,7 +114,7 @@ class Job:
             HandlerError: With `on_handler_error="raise"`, here and in all that follow.
         """
         self.clients[name] = None
-        self._fire_about(EventType.CLIENT_REGISTER, name)
+        self.fire(EventType.CLIENT_REGISTER, name)
 
     def start_round(self, number: int) -> None:
         """START_ROUND; a handler may replace the global model.
@@ -149,7 +140,7 @@ class Job:
     def send_model(self, name: str) -> None:
         """SEND_MODEL: the client is about to be sent the global model (or that which is to be validated)."""
         self._asked.add(name)
-        self._fire_about(EventType.SEND_MODEL, name)
+        self.fire(EventType.SEND_MODEL, name)
 
     def receive(self, name: str, sent: object) -> Contribution | None:
         """RECEIVE_CONTRIBUTION: checks what a client sent, whole, and accepts or refuses it.
@@ -174,7 +165,7 @@ class Job:
         if refusal is None and contribution is not None:
             accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
         elif refusal is not None:
-            self._update_report(rejected=(*self.report.rejected, ClientFailure(name, refusal)))
+            self.update_report(rejected=(*self.report.rejected, ClientFailure(name, refusal)))
         self.ctx.set_props(
             {
                 ContextKey.CONTRIBUTION: contribution,
@@ -182,8 +173,8 @@ class Job:
                 ContextKey.REJECTION: refusal,
             }
         )
-        self._update_report(accepted=tuple(c.contributor for c in accepted))
-        self._fire_about(EventType.RECEIVE_CONTRIBUTION, name)
+        self.update_report(accepted=tuple(c.contributor for c in accepted))
+        self.fire(EventType.RECEIVE_CONTRIBUTION, name)
         if refusal is None:
             return contribution
         if self.server.on_bad_contribution == "raise":
@@ -192,7 +183,7 @@ class Job:
 
     def absent(self, name: str) -> None:
         """Notes in the report that a client sits the round out, or did not answer in time."""
-        self._update_report(absent=(*self.report.absent, name))
+        self.update_report(absent=(*self.report.absent, name))
 
     def aggregate(self) -> bool:
         """BEFORE_AGGREGATION, the average into the global model, END_AGGREGATION.
@@ -206,7 +197,7 @@ class Job:
         """
         if not self._enough():
             return False
-        self._fire_about(EventType.BEFORE_AGGREGATION)
+        self.fire(EventType.BEFORE_AGGREGATION)
         if not self._enough():
             return False
         contributions: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
@@ -215,10 +206,10 @@ class Job:
             mean = self._receiver.aggregate(contributions, self._weights)
         except Refusal as refusal:
             logger.error("round %d: %s: the global model stands", self.report.round, refusal.error)
-            self._update_report(error=without_tracebacks(refusal.error))
+            self.update_report(error=without_tracebacks(refusal.error))
             return False
         self._adopt(mean)
-        self._update_report(
+        self.update_report(
             accepted=tuple(c.contributor for c in contributions),
             total_weight=float(sum(c.aggregation_weight for c in contributions)),
             aggregation_seconds=time.perf_counter() - started,
@@ -229,7 +220,7 @@ class Job:
 
     def end_round(self) -> RoundReport:
         """END_ROUND; returns the report of the round."""
-        self._update_report(seconds=time.perf_counter() - self._round_started)
+        self.update_report(seconds=time.perf_counter() - self._round_started)
         self._fire_and_adopt(EventType.END_ROUND)
         self.reports.append(self.report)
         return self.report
@@ -281,7 +272,7 @@ class Job:
         self.validation_results.append(checked)
         results = (*self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ()), checked)
         self.ctx.set_prop(ContextKey.VALIDATION_RESULTS, results)
-        self._fire_about(EventType.RECEIVE_VALIDATION_RESULTS, name)
+        self.fire(EventType.RECEIVE_VALIDATION_RESULTS, name)
         if self._validated != FINAL_MODEL:
             self.cross_site[self._validated][name] = checked.metrics[INITIAL_VALIDATION_METRIC]
         return checked
@@ -291,7 +282,7 @@ class Job:
         if error is not None:
             self.note_failure(name, error, "leaves the job")
         self.clients.pop(name, None)
-        self._fire_about(EventType.CLIENT_QUIT, name)
+        self.fire(EventType.CLIENT_QUIT, name)
 
     def note_failure(self, name: str, error: Exception, what: str) -> None:
         """Logs and records that a client failed, without an event."""
@@ -299,15 +290,9 @@ class Job:
         failure = ClientFailure(name, without_tracebacks(error))
         self.quits.append(failure)
         if ContextKey.REPORT in self.ctx:
-            self._update_report(quits=(*self.report.quits, failure))
+            self.update_report(quits=(*self.report.quits, failure))
         if isinstance(error, HandlerError):
             self.record(error.failures)
-
-    def record(self, failures: Sequence[HandlerFailure]) -> None:
-        """Keeps failures of handlers for the report and the result."""
-        self.handler_failures += failures
-        if ContextKey.REPORT in self.ctx:
-            self._update_report(handler_failures=(*self.report.handler_failures, *failures))
 
     def record_late(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers while a job shuts down: they do not stop it from doing so."""
@@ -373,39 +358,11 @@ class Job:
         self._model = ModelData(weights)
         self.ctx.set_model(self._model)
 
-    def _fire(self, event: str) -> None:
-        try:
-            fire_event(event, self.server.handlers, self.ctx)
-        except HandlerError as error:
-            self.record(error.failures)
-            if self.server.on_handler_error == "raise":
-                raise
-
-    def _fire_about(self, event: str, contributor: str | None = None) -> None:
-        """Fires an event that may not replace the global model."""
-        if contributor is None:
-            self.ctx.pop(ContextKey.CONTRIBUTOR, None)
-        else:
-            self.ctx.set_prop(ContextKey.CONTRIBUTOR, contributor)
-        model = self.ctx.get_model()
-        self._fire(event)
-        self.ctx.set_model(model)
-
     def _fire_and_adopt(self, event: str) -> None:
-        """Fires an event in which a handler may replace the global model; checks and keeps what it put there."""
-        self.ctx.pop(ContextKey.CONTRIBUTOR, None)
-        self._fire(event)
-        model = self.ctx.get_model()
-        if model is self._model:
-            return
-        who = f"model set by a handler at {event}"
-        arrays: WeightDict = as_weight_dict(None if model is None else model.weights, who)
-        self.schema.check(arrays, who)
-        check_finite(arrays, who)
-        self._adopt(FrozenWeights({name: arrays[name] for name in self.schema}))
-
-    def _update_report(self, **changes: Any) -> None:
-        self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
+        """Fires an event in which a handler may replace the global model; keeps what it put there."""
+        replaced = self.fire_for_model(event, self.schema)
+        if replaced is not None:
+            self._adopt(replaced)
 
     def _enough(self) -> bool:
         number, count = self.report.round, len(self.ctx[ContextKey.CONTRIBUTIONS])
@@ -418,7 +375,7 @@ class Job:
             round=number,
         )
         logger.error("%s", error)
-        self._update_report(error=error)
+        self.update_report(error=error)
         return False
 
     def _so_far(self) -> JobResult:

@@ -1,0 +1,102 @@
+"""`JobEvents`: the events of a job on its context, and the record of the handlers that failed."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fed_learn.contribution import RoundReport
+from fed_learn.errors import HandlerError, HandlerFailure
+from fed_learn.events import EventHandler, fire_event
+from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
+
+
+class JobEvents:
+    """What every job has, whoever averages and carries its messages.
+
+    Args:
+        handlers: The handlers.
+        on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
+
+    Attributes:
+        ctx: The context.
+        reports: One report per round that ended.
+        handler_failures: Every handler that raised, in order.
+    """
+
+    def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str = "raise") -> None:
+        self.handlers = tuple(handlers)
+        self.on_handler_error = on_handler_error
+        self.ctx = FLContext()
+        self.reports: list[RoundReport] = []
+        self.handler_failures: list[HandlerFailure] = []
+
+    @property
+    def report(self) -> RoundReport:
+        """The report of the round, as the context has it."""
+        report: RoundReport = self.ctx[ContextKey.REPORT]
+        return report
+
+    def update_report(self, **changes: Any) -> None:
+        """Binds a report with some fields replaced."""
+        self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
+
+    def record(self, failures: Sequence[HandlerFailure]) -> None:
+        """Keeps failures of handlers for the report and the result."""
+        self.handler_failures += failures
+        if ContextKey.REPORT in self.ctx:
+            self.update_report(handler_failures=(*self.report.handler_failures, *failures))
+
+    def fire(self, event: str, contributor: str | None = None) -> None:
+        """Fires an event that may not replace the global model.
+
+        Args:
+            event: The event.
+            contributor: The client that it is about, if it is about one.
+
+        Raises:
+            HandlerError: With `on_handler_error="raise"`.
+        """
+        model = self.ctx.get_model()
+        self._fire(event, contributor)
+        self.ctx.set_model(model)
+
+    def fire_for_model(self, event: str, schema: Schema | None) -> FrozenWeights | None:
+        """Fires an event in which a handler may replace the global model.
+
+        Args:
+            event: The event.
+            schema: What a model must have; None: nobody knows yet.
+
+        Returns:
+            What it was replaced by, checked and in the order of the schema; None if it was not.
+
+        Raises:
+            ContributionError: It is not a model of the schema.
+            HandlerError: As in `fire`.
+        """
+        before = self.ctx.get_model()
+        self._fire(event, None)
+        after = self.ctx.get_model()
+        if after is before:
+            return None
+        who = f"model set by a handler at {event}"
+        arrays: WeightDict = as_weight_dict(None if after is None else after.weights, who)
+        if schema is not None:
+            schema.check(arrays, who)
+        check_finite(arrays, who)
+        replaced = FrozenWeights({name: arrays[name] for name in schema or arrays})
+        self.ctx.set_model(ModelData(replaced))
+        return replaced
+
+    def _fire(self, event: str, contributor: str | None) -> None:
+        if contributor is None:
+            self.ctx.pop(ContextKey.CONTRIBUTOR, None)
+        else:
+            self.ctx.set_prop(ContextKey.CONTRIBUTOR, contributor)
+        try:
+            fire_event(event, self.handlers, self.ctx)
+        except HandlerError as error:
+            self.record(error.failures)
+            if self.on_handler_error == "raise":
+                raise
