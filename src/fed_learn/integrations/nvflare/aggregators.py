@@ -1,0 +1,397 @@
+"""Aggregators for NVFlare: of `FLModel`s, as its `FedAvg` asks for them, and of DXOs, as `ScatterAndGather` does."""
+
+import logging
+import re
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.aggregator import Aggregator
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.aggregators.model_aggregator import ModelAggregator
+from nvflare.app_common.aggregators.weighted_aggregation_helper import AggregationStatsKey
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+from fed_learn import kernels
+from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight
+from fed_learn.errors import (
+    AggregationWeightError,
+    BrokenAccumulatorError,
+    ContributionError,
+    ExactDomainError,
+    FloatingPointEnvironmentError,
+    WeightsTypeError,
+    brief,
+)
+from fed_learn.handlers.scoring import check_count
+from fed_learn.integrations.nvflare import props
+from fed_learn.integrations.nvflare.intake import Intake
+
+logger = logging.getLogger(__name__)
+
+KINDS = {DataKind.WEIGHTS: Kind.FULL, DataKind.WEIGHT_DIFF: Kind.DIFF}
+"""NVFlare's word → ours."""
+
+
+class _Averaging:
+    """What the two aggregators share: settings, the round's intake, and what they read from NVFlare's events."""
+
+    def __init__(
+        self,
+        exclude_vars: str | None = None,
+        aggregation_weights: dict[str, float] | None = None,
+        expected_data_kind: str = DataKind.WEIGHTS,
+        weigh_by_local_iter: bool = True,
+        *,
+        on_bad_contribution: str = "reject",
+        min_contributions: int = 1,
+        exact: bool = False,
+        kernel: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        super().__init__()
+        if on_bad_contribution not in ("raise", "reject"):
+            raise ValueError(f"on_bad_contribution must be 'raise' or 'reject', not {on_bad_contribution!r}")
+        if expected_data_kind not in tuple(KINDS):
+            raise ValueError(
+                f"expected_data_kind must be one of {[k.value for k in KINDS]}, not {expected_data_kind!r}"
+            )
+        check_count("min_contributions", min_contributions)
+        kernels.resolve(kernel)
+        for name, weight in (aggregation_weights or {}).items():
+            try:
+                check_aggregation_weight(weight, name)
+            except AggregationWeightError as error:
+                raise ValueError(f"aggregation_weights: {error}") from error
+        try:
+            self._excluded = re.compile(exclude_vars) if exclude_vars else None
+        except re.error as error:
+            raise ValueError(f"exclude_vars {exclude_vars!r} is no regular expression: {error}") from error
+        self.exclude_vars = exclude_vars
+        self.aggregation_weights = aggregation_weights
+        self.expected_data_kind = DataKind(expected_data_kind)
+        self.weigh_by_local_iter = weigh_by_local_iter
+        self.on_bad_contribution = on_bad_contribution
+        self.min_contributions = min_contributions
+        self.exact = exact
+        self.kernel = kernel
+        self.stream = stream
+        self.report: RoundReport | None = None
+        self.fl_ctx: FLContext | None = None
+        self._lock = threading.Lock()
+        self._round: int | None = None
+        self._global: dict[str, Any] | None = None
+        self._skipped: set[str] = set()
+        self._intake: Intake | None = None
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Learns of the round and the global model, where NVFlare sends events; nothing depends on it."""
+        super().handle_event(event_type, fl_ctx)  # type: ignore[misc] # of NVFlare's class beside this one
+        if event_type == AppEventType.ROUND_STARTED:
+            self._round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+            self._global = props.global_weights(fl_ctx)
+            self._intake = None
+        elif event_type == AppEventType.BEFORE_TRAIN_TASK and self._global is None:
+            # A workflow that was given its model has it nowhere else in the first round.
+            self._global = FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params or None
+        elif event_type in (AppEventType.BEFORE_CONTRIBUTION_ACCEPT, AppEventType.BEFORE_AGGREGATION):
+            self.fl_ctx = fl_ctx
+
+    def _clear(self) -> None:
+        with self._lock:
+            self._intake = None
+
+    def _begun(self) -> Intake:
+        """The intake of this round."""
+        if self._intake is None:
+            self._skipped.clear()
+            self._intake = Intake(
+                number=self._round,
+                like=None if self._global is None else self._averaged_part(self._global),
+                kind=KINDS[self.expected_data_kind],
+                min_contributions=self.min_contributions,
+                exact=self.exact,
+                kernel=self.kernel,
+                stream=self.stream,
+            )
+        return self._intake
+
+    def _averaged_part(self, weights: Any) -> Any:
+        """Without the variables that `exclude_vars` names; what is no dict is left for the checks to refuse."""
+        if self._excluded is None or not isinstance(weights, Mapping):
+            return weights
+        skipped = {name for name in weights if isinstance(name, str) and self._excluded.search(name)}
+        self._skipped |= skipped
+        return {name: value for name, value in weights.items() if name not in skipped}
+
+    def _receive(self, who: Any, read: Callable[[], Contribution]) -> None:
+        """Accepts what a client sent, or refuses it.
+
+        Args:
+            who: The client.
+            read: Makes a contribution of what it sent, which is not to be trusted.
+
+        Raises:
+            ContributionError, ExactDomainError: It is refused.
+        """
+        with self._lock:
+            intake = self._begun()
+            sent: Contribution | None = None
+            refusal: Exception | None = None
+            try:
+                sent = read()
+                sent = intake.receive(sent)
+            except (BrokenAccumulatorError, FloatingPointEnvironmentError):
+                raise  # not the client's doing
+            except Exception as error:  # noqa: BLE001 - raised below, with the name of who sent it
+                reason = _reason(who, error)
+                refusal = intake.refuse(who, reason)
+                raise reason from (None if reason is error else error)
+            finally:
+                self.report = intake.report
+                if self.fl_ctx is not None:
+                    props.put(self.fl_ctx, props.OUTCOME, props.Outcome(sent and sent.without_weights(), refusal))
+
+    def _read(
+        self, who: Any, weights: Any, kind: Any, number: Any, metrics: Any, meta: Mapping[str, Any]
+    ) -> Contribution:
+        """The contribution that a client sent, with all that NVFlare tells about it.
+
+        Raises:
+            ContributionError: Its weight cannot be told, or its weights are not plain.
+        """
+        algorithm, steps = meta.get(MetaKey.PROCESSED_ALGORITHM), meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND)
+        if algorithm is not None:
+            raise WeightsTypeError(
+                f"{who}: weights are processed by {brief(algorithm)}, such as encrypted; only plain ones are averaged",
+                contributor=who,
+            )
+        factor = (self.aggregation_weights or {}).get(who, 1.0)
+        if self.weigh_by_local_iter and steps is None:
+            raise AggregationWeightError(
+                f"{who}: meta lacks {str(MetaKey.NUM_STEPS_CURRENT_ROUND)!r}, by which it would count; "
+                "with weigh_by_local_iter=False all clients count equally",
+                contributor=who,
+                value=None,
+            )
+        return Contribution(
+            who,
+            self._averaged_part(weights),
+            check_aggregation_weight(steps, who) * factor if self.weigh_by_local_iter else factor,
+            n_iter=props.whole(steps),
+            round=number,
+            kind=KINDS.get(kind, kind),
+            metrics=props.numbers_in(metrics),
+        )
+
+    def _average(self) -> tuple[dict[str, Any] | None, dict[str, float], RoundReport]:
+        """The mean of the round, None if the round fails; the metrics; the report.
+
+        Raises:
+            ContributionError, ExactDomainError: One was refused, with `on_bad_contribution="raise"`.
+        """
+        with self._lock:
+            intake, self._intake = self._begun(), None
+            if intake.rejected and self.on_bad_contribution == "raise":
+                raise intake.rejected[0].error
+            only = None if self.fl_ctx is None else props.taken(self.fl_ctx, props.CONTRIBUTORS)
+            mean = intake.average(only)
+            self.report = report = intake.report
+            if report.error is not None:
+                logger.error("%s", report.error)
+            if self.fl_ctx is not None:
+                props.put(self.fl_ctx, props.REPORT, report)
+                props.put(self.fl_ctx, AppConstants.AGGREGATION_STATS, self._stats(report, mean or {}))
+            if mean is None:
+                return None, {}, report
+            if self.expected_data_kind == DataKind.WEIGHTS and self._global is not None:
+                # What is excluded stays as it is; NVFlare takes the average for the whole of the new global model.
+                mean = {name: mean.get(name, value) for name, value in self._global.items()}
+            return mean, intake.metrics(only), report
+
+    def _stats(self, report: RoundReport, mean: Mapping[str, Any]) -> dict[str, Any]:
+        """What NVFlare's own reports tell of a round."""
+        return {
+            AggregationStatsKey.ROUND: report.round,
+            AggregationStatsKey.ACCEPTED_CONTRIBUTIONS: len(report.accepted),
+            AggregationStatsKey.CONTRIBUTORS: list(report.accepted),
+            AggregationStatsKey.KEYS_AGGREGATED: len(mean),
+            AggregationStatsKey.KEYS_SEEN: len(mean) + len(self._skipped),
+            AggregationStatsKey.FULLY_MATCHED_KEYS: len(mean),
+            AggregationStatsKey.PARTIALLY_MATCHED_KEYS: 0,
+            AggregationStatsKey.SKIPPED_KEYS: len(self._skipped),
+        }
+
+
+class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[misc] # NVFlare has no type information
+    """Averages `FLModel`s: the `aggregator=` of NVFlare's `FedAvg` and of the recipes built on it.
+
+    Each model is checked whole before any of it counts, against the global model: names, shapes, dtypes, NaN and
+    infinity, round, number of steps, a second contribution. One that fails is refused by an exception that names client
+    and cause, which NVFlare logs; the others are averaged (see `fed_learn.weighted_average`). A client counts by
+    `meta["NUM_STEPS_CURRENT_ROUND"]` times its entry of `aggregation_weights`. Dtypes stay, and tensors stay tensors.
+    Metrics that all clients sent are averaged too, by the same weights.
+
+    If a round fails, because too few contributions were accepted or the mean left the range of a dtype, an error is
+    logged and the global model stands.
+
+    Args:
+        exclude_vars: Regular expression: variables with a match are not averaged, nor checked; the global model keeps
+            its own.
+        aggregation_weights: Client → factor; 1 for those not named.
+        expected_data_kind: `"WEIGHTS"` for models, `"WEIGHT_DIFF"` for differences (`ParamsType.DIFF`).
+        weigh_by_local_iter: Weigh by steps; otherwise by `aggregation_weights` alone.
+        on_bad_contribution: `"reject"` goes on without a refused contribution; `"raise"` ends the job when the round in
+            which there was one is to be averaged.
+        min_contributions: Accepted contributions that a round needs.
+        exact: Exact sums (see `fed_learn.weighted_average`).
+        kernel: Name of the kernel; None: the current one.
+        stream: Add each model to float64 sums as it comes, in order of arrival, and keep none. Otherwise the models are
+            kept until the round is over and added in the order of the clients' names: the same bits whoever is first,
+            in one pass, but in the memory of all of them. What is handed over must then be left as it is, as NVFlare
+            leaves it.
+
+    Raises:
+        ValueError: An argument is out of its range.
+        KernelNameError, KernelUnavailableError: The kernel cannot be used.
+
+    Attributes:
+        report: The `RoundReport` of the round so far, or of the last one.
+
+    Example:
+        >>> import numpy as np
+        >>> aggregator = WeightedAverageAggregator()
+        >>> for name, w, steps in ("site-1", 0.0, 3), ("site-2", 4.0, 1):
+        ...     meta = {"client_name": name, "NUM_STEPS_CURRENT_ROUND": steps}
+        ...     aggregator.accept_model(FLModel(params={"w": np.full(2, w, np.float32)}, meta=meta))
+        >>> aggregator.aggregate_model().params, aggregator.report.accepted
+        ({'w': array([1., 1.], dtype=float32)}, ('site-1', 'site-2'))
+    """
+
+    def accept_model(self, model: FLModel) -> None:
+        """Accepts a model from a client, `meta["client_name"]`.
+
+        Raises:
+            ContributionError, ExactDomainError: It is refused.
+        """
+        meta = model.meta or {}
+        kind = DataKind.WEIGHT_DIFF if model.params_type == ParamsType.DIFF else DataKind.WEIGHTS
+        who = meta.get("client_name")
+        self._receive(who, lambda: self._read(who, model.params, kind, model.current_round, model.metrics, meta))
+
+    def aggregate_model(self) -> FLModel:
+        """The average of the accepted models, or an empty difference if the round fails.
+
+        Raises:
+            ContributionError, ExactDomainError: A model was refused, with `on_bad_contribution="raise"`.
+        """
+        mean, metrics, report = self._average()
+        full = mean is not None and self.expected_data_kind == DataKind.WEIGHTS
+        return FLModel(
+            params_type=ParamsType.FULL if full else ParamsType.DIFF,
+            params={} if mean is None else mean,
+            metrics=metrics or None,
+            current_round=report.round if report.round >= 0 else None,
+            meta={"nr_aggregated": len(report.accepted), "current_round": report.round},
+        )
+
+    def reset_stats(self) -> None:
+        """Forgets the contributions so far."""
+        self._clear()
+
+
+class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc]
+    """Averages shareables that hold a DXO: the aggregator of NVFlare's `ScatterAndGather`, by its component id.
+
+    The same as `WeightedAverageAggregator`, with the same arguments, but that differences are expected
+    (`expected_data_kind="WEIGHT_DIFF"`), as by NVFlare's `InTimeAccumulateWeightedAggregator`, and that `accept`
+    returns False for what is refused. Collections of DXOs are refused.
+
+    Example:
+        >>> import numpy as np
+        >>> aggregator = WeightedAverageDXOAggregator()
+        >>> def update(name, step, steps):
+        ...     meta = {"NUM_STEPS_CURRENT_ROUND": steps}
+        ...     sent = DXO(DataKind.WEIGHT_DIFF, {"w": np.full(2, step)}, meta).to_shareable()
+        ...     sent.set_peer_props({ReservedKey.IDENTITY_NAME: name})
+        ...     return sent
+        >>> [aggregator.accept(update("site-1", 1.0, steps), FLContext()) for steps in (10, 20)]
+        [True, False]
+        >>> from_shareable(aggregator.aggregate(FLContext())).data, aggregator.report.rejected[0].cause
+        ({'w': array([1., 1.])}, 'DuplicateContributionError')
+    """
+
+    def __init__(
+        self,
+        exclude_vars: str | None = None,
+        aggregation_weights: dict[str, float] | None = None,
+        expected_data_kind: str = DataKind.WEIGHT_DIFF,
+        weigh_by_local_iter: bool = True,
+        *,
+        on_bad_contribution: str = "reject",
+        min_contributions: int = 1,
+        exact: bool = False,
+        kernel: str | None = None,
+        stream: bool = False,
+    ) -> None:
+        super().__init__(
+            exclude_vars,
+            aggregation_weights,
+            expected_data_kind,
+            weigh_by_local_iter,
+            on_bad_contribution=on_bad_contribution,
+            min_contributions=min_contributions,
+            exact=exact,
+            kernel=kernel,
+            stream=stream,
+        )
+
+    def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
+        """Accepts what a client sent, or refuses it: logs why, and returns False."""
+        self.fl_ctx = fl_ctx
+        who = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
+        code = shareable.get_return_code()
+        if code and code != ReturnCode.OK:
+            self.log_warning(fl_ctx, f"{who}: sent no contribution: {code}", fire_event=False)
+            return False
+
+        def read() -> Contribution:
+            dxo, number = from_shareable(shareable), shareable.get_cookie(AppConstants.CONTRIBUTION_ROUND)
+            metrics = dxo.meta.get(MetaKey.INITIAL_METRICS)
+            return self._read(who, dxo.data, dxo.data_kind, number, metrics, dxo.meta)
+
+        try:
+            self._receive(who, read)
+        except (ContributionError, ExactDomainError) as error:
+            self.log_error(fl_ctx, f"refused: {error}", fire_event=False)
+            return False
+        return True
+
+    def aggregate(self, fl_ctx: FLContext) -> Shareable:
+        """The average of what was accepted, or an empty difference if the round fails.
+
+        Raises:
+            ContributionError, ExactDomainError: Something was refused, with `on_bad_contribution="raise"`.
+        """
+        self.fl_ctx = fl_ctx
+        mean, _, _ = self._average()
+        kind = DataKind.WEIGHT_DIFF if mean is None else self.expected_data_kind
+        return DXO(kind, {} if mean is None else mean).to_shareable()
+
+    def reset(self, fl_ctx: FLContext) -> None:
+        """Forgets the contributions so far."""
+        self.fl_ctx = fl_ctx
+        self._clear()
+
+
+def _reason(who: Any, error: Exception) -> Exception:
+    """Why a contribution is refused, as an error that names who sent it."""
+    if isinstance(error, ContributionError | ExactDomainError):
+        return error
+    return WeightsTypeError(f"{who}: sent something unreadable: {type(error).__name__}: {error}", contributor=who)

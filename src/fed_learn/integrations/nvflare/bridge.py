@@ -1,0 +1,267 @@
+"""`HandlerBridge`: our handlers on the events of a job that NVFlare runs."""
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_component import FLComponent
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
+from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+from fed_learn.aggregation.tensor_outputs import as_tensors
+from fed_learn.aggregation.tensors import opened
+from fed_learn.contribution import FINAL_MODEL, INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind
+from fed_learn.errors import ClientQuitError, ContributionError, FedLearnError
+from fed_learn.events import EventHandler, check_handlers
+from fed_learn.integrations.nvflare import props
+from fed_learn.integrations.nvflare.mirror import Mirror
+from fed_learn.model_meta import ContextKey
+from fed_learn.weights import WeightDict
+
+
+class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type information
+    """Lets handlers act on the events of a job on NVFlare's server: `job.to_server(HandlerBridge([…]), id="handlers")`.
+
+    NVFlare's events become ours, on our context (see `fed_learn.EventType`; `docs/nvflare.md` has the table). It works
+    beside any aggregator; with those of this package handlers see exactly the contributions that were accepted, why
+    others were refused, and how the average was taken. Contributions come without their weights.
+
+    A handler may replace the global model in START_ROUND, END_AGGREGATION and END_ROUND, and with an aggregator of this
+    package that does not stream, take contributions out in BEFORE_AGGREGATION. Whenever the job's best model changes,
+    NVFlare is told (GLOBAL_BEST_MODEL_AVAILABLE), so that its persistor keeps it; NVFlare's own model selector should
+    then be off (`key_metric=""`). To have the model of the last round scored as well, add `FinalValidation`.
+
+    Each handler is exported as a component of its own, by its path and arguments, so its arguments must be what JSON
+    holds or objects that are exported in the same way.
+
+    Args:
+        handlers: Handlers; or, in a job's JSON, ids of components that are handlers.
+        key_metric: Which of the clients' metrics is theirs on the model that they received: handlers see it as
+            `initial_validation_metric` too.
+        on_handler_error: `"raise"` ends the job when a handler raised (NVFlare's `system_panic`); `"log"` goes on. Both
+            log and record it.
+
+    Raises:
+        TypeError: A handler lacks `handle_event` or `rollback`.
+        ValueError: For another `on_handler_error`.
+
+    Attributes:
+        mirror: The context, the reports and the failures of the job that runs or ran last; None before.
+    """
+
+    def __init__(
+        self,
+        handlers: Sequence[EventHandler | str],
+        key_metric: str = "accuracy",
+        on_handler_error: str = "raise",
+    ) -> None:
+        super().__init__()
+        if on_handler_error not in ("raise", "log"):
+            raise ValueError(f"on_handler_error must be 'raise' or 'log', not {on_handler_error!r}")
+        check_handlers([handler for handler in handlers if not isinstance(handler, str)])
+        self.handlers = list(handlers)
+        self.key_metric = key_metric
+        self.on_handler_error = on_handler_error
+        self.mirror: Mirror | None = None
+        self._lock = threading.RLock()
+        self._first_round: int | None = None
+        self._announced: BestModel | None = None
+        self._failed = False
+        self._actions: dict[str, Callable[[Mirror, FLContext], None]] = {
+            AppEventType.ROUND_STARTED: self._start_round,
+            AppEventType.BEFORE_TRAIN_TASK: self._send_model,
+            AppEventType.AFTER_CONTRIBUTION_ACCEPT: self._receive,
+            AppEventType.BEFORE_AGGREGATION: self._before_aggregation,
+            AppEventType.AFTER_AGGREGATION: self._after_aggregation,
+            AppEventType.AFTER_SHAREABLE_TO_LEARNABLE: self._end_round,
+            AppEventType.SEND_MODEL_FOR_VALIDATION: self._send_for_validation,
+            AppEventType.VALIDATION_RESULT_RECEIVED: self._receive_result,
+            EventType.CLIENT_DISCONNECTED: self._disconnected,
+            EventType.END_WORKFLOW: self._end_workflow,
+        }
+
+    def add_to_fed_job(self, job: Any, ctx: Any, **kwargs: Any) -> Any:
+        """How NVFlare's job API adds it: each handler as a component, and the bridge with their ids.
+
+        NVFlare copies the source of what a job uses into the job. It is told to leave out this package, which has to be
+        installed where the job runs.
+        """
+        del kwargs
+        job.set_app_packages(sorted({*job.job.app_packages, "fed_learn"}))
+        ids = []
+        for handler in self.handlers:
+            named = isinstance(handler, str)
+            ids.append(handler if named else job.add_component(type(handler).__name__, handler, ctx))
+        exported = HandlerBridge(ids, self.key_metric, self.on_handler_error)
+        return job.add_component(ctx.comp_id or "handlers", exported, ctx)
+
+    def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
+        """Acts on NVFlare's event. What goes wrong ends the job: NVFlare itself would only log it."""
+        announce = False
+        try:
+            with self._lock:
+                if event_type == EventType.START_RUN:
+                    self._start(fl_ctx)
+                elif event_type == EventType.END_RUN:
+                    self._shut_down()
+                elif event_type in self._actions and self.mirror is not None and not self._failed:
+                    self._actions[event_type](self.mirror, fl_ctx)
+                    announce = self._best_changed(event_type)
+        except Exception as error:  # noqa: BLE001 - ends the job, below
+            self._failed = True
+            self.log_exception(fl_ctx, f"at {event_type}: {type(error).__name__}: {error}")
+            # Outside of the lock: whoever acts on this may wait for something that waits for us.
+            self.system_panic(f"HandlerBridge at {event_type}: {error}", fl_ctx)
+            return
+        if announce and self._announced is not None:
+            props.put(fl_ctx, AppConstants.VALIDATION_RESULT, self._announced.metric)
+            self.fire_event(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE, fl_ctx)
+
+    def _start(self, fl_ctx: FLContext) -> None:
+        engine = fl_ctx.get_engine()
+        found: list[Any] = []
+        for handler in self.handlers:
+            component = engine.get_component(handler) if isinstance(handler, str) else handler
+            if component is None:
+                raise FedLearnError(f"the job has no component {handler!r}, which should be a handler")
+            found.append(component)
+        self._failed, self._first_round, self._announced = False, None, None
+        self.mirror = Mirror(check_handlers(found), self.on_handler_error)
+        self.mirror.start()
+
+    def _shut_down(self) -> None:
+        if self.mirror is not None:
+            self.mirror.shut_down()
+
+    def _start_round(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+        self._first_round = number if self._first_round is None else self._first_round
+        count = fl_ctx.get_prop(AppConstants.NUM_ROUNDS)
+        for client in fl_ctx.get_engine().get_clients():
+            mirror.register(client.name)
+        weights = props.global_weights(fl_ctx)
+        _put_into(weights, mirror.start_round(number, None if count is None else self._first_round + count, weights))
+
+    def _send_model(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        if not mirror.in_round:
+            return
+        if mirror.ctx.get_model() is None:  # a workflow that was given its model has it nowhere else in the first round
+            mirror.show(FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params)
+        name = _peer(fl_ctx)
+        mirror.register(name)
+        mirror.send_model(name)
+
+    def _receive(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        if not mirror.in_round:
+            return
+        name, accepted = _peer(fl_ctx), bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
+        outcome: props.Outcome | None = props.taken(fl_ctx, props.OUTCOME)
+        result = fl_ctx.get_prop(AppConstants.TRAINING_RESULT)
+        if outcome is not None:
+            contribution, refusal = outcome.contribution, outcome.refusal
+        else:
+            contribution, refusal = _read(name, result, fl_ctx.get_prop(AppConstants.CURRENT_ROUND)), None
+        if refusal is None and not accepted:
+            refusal = ContributionError(f"{name}: not accepted; the log of NVFlare says why", contributor=name)
+        if contribution is not None:
+            contribution = replace(contribution, metrics=self._named(contribution.metrics))
+        mirror.receive(name, contribution, refusal)
+
+    def _before_aggregation(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        if mirror.in_round:
+            props.put(fl_ctx, props.CONTRIBUTORS, mirror.before_aggregation())
+
+    def _after_aggregation(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        if not mirror.in_round:
+            return
+        report = props.taken(fl_ctx, props.REPORT)
+        if report is not None:
+            mirror.note_aggregation(report)
+        elif props.taken(fl_ctx, props.CONTRIBUTORS) is not None:
+            raise FedLearnError("a handler took contributions out, which this aggregator does not know of")
+
+    def _end_round(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        if not mirror.in_round:
+            return
+        weights = props.global_weights(fl_ctx)
+        _put_into(weights, mirror.end_aggregation(weights))
+        _put_into(weights, mirror.end_round())
+
+    def _send_for_validation(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        if fl_ctx.get_prop(AppConstants.MODEL_OWNER) != FINAL_MODEL:
+            return
+        if mirror.ctx.get_prop(ContextKey.REPORT) is not None:  # the first client
+            mirror.begin_final(props.global_weights(fl_ctx))
+        mirror.send_model(_peer(fl_ctx))
+
+    def _receive_result(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        name, model = fl_ctx.get_prop(AppConstants.DATA_CLIENT), fl_ctx.get_prop(AppConstants.MODEL_OWNER)
+        result: Shareable = fl_ctx.get_prop(AppConstants.VALIDATION_RESULT)
+        code = result.get_return_code()
+        if code and code != ReturnCode.OK:
+            self.log_error(fl_ctx, f"{name}: no validation result on {model!r}: {code}", fire_event=False)
+            return
+        metrics = props.numbers_in(FLModelUtils.from_shareable(result).metrics)
+        if not metrics:
+            self.log_error(fl_ctx, f"{name}: a validation result on {model!r} without metrics", fire_event=False)
+            return
+        mirror.receive_result(name, self._named(metrics), model)
+
+    def _disconnected(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        name = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
+        mirror.quit(name, ClientQuitError(f"{name}: disconnected", contributor=name))
+
+    def _end_workflow(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        """Only a moment at which the best model may have changed: when all have scored the final model."""
+
+    def _best_changed(self, event_type: str) -> bool:
+        """Whether to tell NVFlare of a new best model; at moments at which its global model is that model."""
+        best = None if self.mirror is None else self.mirror.best
+        if best is None or best is self._announced:
+            return False
+        moments = (AppEventType.BEFORE_AGGREGATION, AppEventType.AFTER_SHAREABLE_TO_LEARNABLE, EventType.END_WORKFLOW)
+        if event_type not in moments:
+            return False
+        self._announced = best
+        return True
+
+    def _named(self, metrics: Any) -> dict[str, float]:
+        """The metrics, the one to select by also under its usual name."""
+        named = dict(metrics)
+        if self.key_metric in named:
+            named.setdefault(INITIAL_VALIDATION_METRIC, named[self.key_metric])
+        return named
+
+
+def _peer(fl_ctx: FLContext) -> str:
+    """The client that is talking."""
+    peer = fl_ctx.get_peer_context()
+    return str(peer.get_identity_name() if peer is not None else fl_ctx.get_prop(ReservedKey.IDENTITY_NAME))
+
+
+def _read(name: str, result: Any, number: int | None) -> Contribution | None:
+    """What can be told of a contribution that another aggregator took; None of what cannot be read."""
+    try:
+        model: FLModel = FLModelUtils.from_shareable(result)
+    except Exception:  # noqa: BLE001 - from outside; the aggregator judges it, and not this
+        return None
+    steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
+    kind = Kind.DIFF if model.params_type == ParamsType.DIFF else Kind.FULL
+    metrics = props.numbers_in(model.metrics)
+    return Contribution(name, None, steps or 1.0, n_iter=props.whole(steps), round=number, kind=kind, metrics=metrics)
+
+
+def _put_into(weights: dict[str, Any] | None, replaced: WeightDict | None) -> None:
+    """Writes a model that a handler put in the place of the global one into NVFlare's own dict."""
+    if replaced is None or weights is None:
+        return
+    place = opened(weights, "global model").place
+    arrays = {name: array.copy() for name, array in replaced.items()}
+    weights.update(arrays if place is None else as_tensors(arrays, place))

@@ -1,0 +1,31 @@
+"""Handlers into a job in one call."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fed_learn.events import EventHandler
+from fed_learn.integrations.nvflare.bridge import HandlerBridge
+from fed_learn.integrations.nvflare.final_validation import FinalValidation
+
+
+def add_handlers(
+    recipe: Any,
+    handlers: Sequence[EventHandler],
+    *,
+    key_metric: str = "accuracy",
+    on_handler_error: str = "raise",
+    score_final_model: bool = True,
+) -> None:
+    """Adds a `HandlerBridge` to a recipe or a job; to a job after the workflow that trains.
+
+    Args:
+        recipe: An NVFlare `Recipe` or `FedJob`.
+        handlers: The handlers.
+        key_metric: See `HandlerBridge`.
+        on_handler_error: See `HandlerBridge`.
+        score_final_model: Add `FinalValidation` too.
+    """
+    job = recipe if hasattr(recipe, "to_server") else recipe._job  # where NVFlare's own utilities find it
+    if score_final_model:
+        job.to_server(FinalValidation(), id="final_validation")
+    job.to_server(HandlerBridge(handlers, key_metric, on_handler_error), id="handlers")

@@ -1,0 +1,76 @@
+"""What the aggregators and the bridge tell each other by way of NVFlare's `FLContext`, and how they read from it.
+
+Both act within the same NVFlare events, on the same thread and the same `FLContext`. The aggregator leaves there what
+it made of a contribution and of a round; the bridge finds it in the event that follows. Neither knows the other, and
+each works without.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from nvflare.app_common.abstract.model import ModelLearnableKey
+from nvflare.app_common.app_constant import AppConstants
+
+from fed_learn.contribution import Contribution
+
+OUTCOME = "fed_learn.outcome"
+"""Aggregator to bridge, from one contribution's acceptance to the event after it: an `Outcome`."""
+REPORT = "fed_learn.report"
+"""Aggregator to bridge, at AFTER_AGGREGATION: the aggregator's `RoundReport`."""
+CONTRIBUTORS = "fed_learn.contributors"
+"""Bridge to aggregator, from BEFORE_AGGREGATION on: names of those to be averaged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What became of a contribution: it, without its weights, None if it was none; why it was refused, or None."""
+
+    contribution: Contribution | None
+    refusal: Exception | None = None
+
+
+def put(fl_ctx: Any, key: str, value: object) -> None:
+    """Sets a prop for this context alone."""
+    fl_ctx.set_prop(key, value, private=True, sticky=False)
+
+
+def taken(fl_ctx: Any, key: str) -> Any:
+    """The prop, which is set to None."""
+    value = fl_ctx.get_prop(key)
+    if value is not None:
+        put(fl_ctx, key, None)
+    return value
+
+
+def global_weights(fl_ctx: Any) -> dict[str, Any] | None:
+    """NVFlare's own dict of the global weights, None where it has none yet."""
+    model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
+    weights = model.get(ModelLearnableKey.WEIGHTS) if isinstance(model, Mapping) else None
+    return weights if isinstance(weights, dict) and weights else None
+
+
+def numbers_in(metrics: object) -> dict[str, float]:
+    """The metrics that are plain numbers; NVFlare's clients may send anything beside them.
+
+    Example:
+        >>> numbers_in({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
+        {'accuracy': 0.5}
+    """
+    items = metrics.items() if isinstance(metrics, Mapping) else ()
+    found = {}
+    for name, value in items:
+        if isinstance(name, str) and isinstance(value, Real) and not isinstance(value, bool):
+            try:
+                found[name] = float(value)
+            except OverflowError:  # an int that no float holds
+                continue
+    return found
+
+
+def whole(steps: object) -> int | None:
+    """A number of steps as an int, where it is one."""
+    if isinstance(steps, Integral) and not isinstance(steps, bool):
+        return int(steps)
+    return int(steps) if isinstance(steps, float) and steps.is_integer() and abs(steps) < 2**63 else None

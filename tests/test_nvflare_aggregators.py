@@ -1,0 +1,452 @@
+"""The aggregators for NVFlare, call by call."""
+
+import gc
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fed_learn as fl
+
+pytest.importorskip("nvflare")
+
+from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable, make_reply
+from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
+from nvflare.app_common.abstract.model import make_model_learnable
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.np.recipes import NumpyFedAvgRecipe
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+
+from fed_learn.integrations.nvflare import (
+    HandlerBridge,
+    WeightedAverageAggregator,
+    WeightedAverageDXOAggregator,
+    add_handlers,
+)
+
+STEPS = {"site-1": 10, "site-2": 20, "site-3": 70}
+
+
+def model(site: str, params: Any, **changes: Any) -> FLModel:
+    meta = {"client_name": site, "NUM_STEPS_CURRENT_ROUND": STEPS[site]} | changes.pop("meta", {})
+    return FLModel(params=params, meta=meta, **changes)
+
+
+def weights_of(k: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(k)
+    return {
+        "w": rng.standard_normal((5, 3), np.float32),
+        "half": rng.standard_normal(7, np.float32).astype(np.float16),
+        "count": np.array(100 + k),
+    }
+
+
+WEIGHTS = dict(zip(STEPS, map(weights_of, range(3)), strict=True))
+
+
+def average(aggregator: WeightedAverageAggregator, order: tuple[str, ...] = tuple(STEPS)) -> FLModel:
+    for site in order:
+        aggregator.accept_model(model(site, dict(WEIGHTS[site])))
+    return aggregator.aggregate_model()
+
+
+def start_round(aggregator: Any, number: int, weights: dict[str, Any]) -> FLContext:
+    """What NVFlare tells of a round that begins."""
+    fl_ctx = FLContext()
+    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(weights, {}))
+    fl_ctx.set_prop(AppConstants.CURRENT_ROUND, number)
+    aggregator.handle_event(AppEventType.ROUND_STARTED, fl_ctx)
+    return fl_ctx
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert list(one) == list(other)
+    for name, array in one.items():
+        assert (array.dtype, array.shape) == (other[name].dtype, other[name].shape)
+        assert np.asarray(array).tobytes() == np.asarray(other[name]).tobytes(), name
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True}, {"stream": True}, {"stream": True, "exact": True}], ids=str)
+@pytest.mark.parametrize("kernel", ["native", "numpy"])
+def test_the_average_is_ours_in_every_mode(options: dict[str, Any], kernel: str) -> None:
+    if kernel not in fl.kernels.available():
+        pytest.skip(f"no {kernel} kernel here")
+    expected = fl.weighted_average(list(WEIGHTS.values()), list(STEPS.values()), exact=options.get("exact", False))
+    aggregator = WeightedAverageAggregator(kernel=kernel, **options)
+    result = average(aggregator)
+    assert result.params_type == ParamsType.FULL
+    assert_same(result.params, dict(expected))
+    assert aggregator.report is not None
+    assert (aggregator.report.accepted, aggregator.report.total_weight) == (tuple(STEPS), 100.0)
+    assert aggregator.report.kernel == kernel
+    assert aggregator.report.aggregation_bytes == 3 * (60 + 14 + 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"stream": True, "exact": True}], ids=str)
+def test_the_order_of_arrival_leaves_no_trace(options: dict[str, Any]) -> None:
+    one = average(WeightedAverageAggregator(**options)).params
+    other = average(WeightedAverageAggregator(**options), ("site-3", "site-1", "site-2")).params
+    assert_same(one, other)
+
+
+def test_differences_are_averaged_as_differences() -> None:
+    aggregator = WeightedAverageAggregator(expected_data_kind=DataKind.WEIGHT_DIFF)
+    for site, step in zip(STEPS, (1.0, 2.0, 4.0), strict=True):
+        aggregator.accept_model(model(site, {"w": np.full(2, step)}, params_type=ParamsType.DIFF))
+    result = aggregator.aggregate_model()
+    assert result.params_type == ParamsType.DIFF
+    assert result.params["w"].tolist() == [3.3, 3.3]
+    with pytest.raises(fl.KindError, match="site-1: contribution is of kind 'full', expected diff"):
+        aggregator.accept_model(model("site-1", {"w": np.zeros(2)}))
+
+
+def test_tensors_stay_tensors_in_their_dtypes() -> None:
+    torch = pytest.importorskip("torch")
+    for stream in (False, True):
+        aggregator = WeightedAverageAggregator(stream=stream)
+        for site, v in zip(STEPS, (1, 2, 3), strict=True):
+            params = {"a": torch.full((3,), v, dtype=torch.bfloat16), "b": torch.full((2,), v, dtype=torch.float16)}
+            aggregator.accept_model(model(site, params | {"n": torch.tensor(v)}))
+        params = aggregator.aggregate_model().params
+        assert torch.equal(params["a"], torch.full((3,), 2.6, dtype=torch.bfloat16))
+        assert torch.equal(params["b"], torch.full((2,), 2.6, dtype=torch.float16))
+        assert params["n"].dtype == torch.int64
+        assert int(params["n"]) == 3
+
+
+def test_what_lies_on_disk_is_loaded(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
+
+    for stream in (False, True):
+        aggregator = WeightedAverageAggregator(stream=stream)
+        for site, v in zip(STEPS, (1.0, 2.0, 3.0), strict=True):
+            folder = tmp_path / f"{stream}-{site}"
+            folder.mkdir()
+            save_file({"w": torch.full((4,), v)}, folder / "file")
+            lazy = LazyTensorDict({"w": (str(folder / "file"), "w")}, str(folder))
+            aggregator.accept_model(model(site, {"w": lazy.make_lazy_ref("w")}))
+        assert torch.equal(aggregator.aggregate_model().params["w"], torch.full((4,), 2.6))
+
+
+def test_a_reference_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    from nvflare.app_opt.pt.lazy_tensor_dict import LazyTensorDict
+
+    aggregator = WeightedAverageAggregator()
+    lazy = LazyTensorDict({"w": (str(tmp_path / "gone"), "w")}, str(tmp_path / "none"))
+    with pytest.raises(fl.WeightsTypeError, match="site-1: sent something unreadable: FileNotFoundError"):
+        aggregator.accept_model(model("site-1", {"w": lazy.make_lazy_ref("w")}))
+
+
+def test_a_refused_model_leaves_no_trace() -> None:
+    bad = {name: array.copy() for name, array in WEIGHTS["site-3"].items()}
+    bad["half"][3] = np.nan  # the last variable but one: all before it are fine
+    for stream in (False, True):
+        aggregator = WeightedAverageAggregator(stream=stream)
+        aggregator.accept_model(model("site-1", dict(WEIGHTS["site-1"])))
+        with pytest.raises(fl.NonFiniteError, match=r"site-3: 'half' at index \(3,\): nan is not finite"):
+            aggregator.accept_model(model("site-3", bad))
+        aggregator.accept_model(model("site-2", dict(WEIGHTS["site-2"])))
+        expected = fl.weighted_average([WEIGHTS["site-1"], WEIGHTS["site-2"]], [10, 20])
+        assert_same(aggregator.aggregate_model().params, dict(expected))
+        assert aggregator.report is not None
+        assert [(r.contributor, r.cause) for r in aggregator.report.rejected] == [("site-3", "NonFiniteError")]
+
+
+def test_a_refused_client_may_try_again() -> None:
+    aggregator = WeightedAverageAggregator()
+    start_round(aggregator, 0, {"w": np.zeros(2)})
+    with pytest.raises(fl.ShapeError):
+        aggregator.accept_model(model("site-1", {"w": np.zeros(3)}))
+    aggregator.accept_model(model("site-1", {"w": np.ones(2)}))
+    assert aggregator.aggregate_model().params["w"].tolist() == [1, 1]
+
+
+def test_the_global_model_is_the_authority_over_the_first_contribution() -> None:
+    aggregator = WeightedAverageAggregator()
+    start_round(aggregator, 3, {"w": np.zeros(2, np.float32)})
+    with pytest.raises(fl.DtypeError, match="site-1: 'w' has dtype float64, expected float32"):
+        aggregator.accept_model(model("site-1", {"w": np.zeros(2)}))
+    with pytest.raises(fl.RoundError, match="site-1: contribution is of round 2, expected 3"):
+        aggregator.accept_model(model("site-1", {"w": np.zeros(2, np.float32)}, current_round=2))
+    aggregator.accept_model(model("site-1", {"w": np.ones(2, np.float32)}, current_round=3))
+    assert aggregator.aggregate_model().current_round == 3
+
+
+def test_a_model_that_is_only_sent_is_the_authority_too() -> None:
+    aggregator = WeightedAverageAggregator(exclude_vars="^head")
+    fl_ctx = start_round(aggregator, 0, {})
+    task = FLModelUtils.to_shareable(FLModel(params={"head": np.full(1, 7.0), "w": np.zeros(2)}))
+    fl_ctx.set_prop(AppConstants.TRAIN_SHAREABLE, task)
+    aggregator.handle_event(AppEventType.BEFORE_TRAIN_TASK, fl_ctx)
+    with pytest.raises(fl.ShapeError, match=r"site-1: 'w' has shape \(3,\), expected \(2,\)"):
+        aggregator.accept_model(model("site-1", {"w": np.zeros(3)}))
+    aggregator.accept_model(model("site-1", {"w": np.ones(2)}))
+    params = aggregator.aggregate_model().params
+    assert {name: array.tolist() for name, array in params.items()} == {"head": [7], "w": [1, 1]}
+
+
+def test_without_a_global_model_the_first_contribution_decides() -> None:
+    aggregator = WeightedAverageAggregator()
+    start_round(aggregator, 0, {})
+    aggregator.accept_model(model("site-1", {"w": np.ones(2)}))
+    with pytest.raises(fl.NamesError, match="site-2: has other variables than expected: misses 'w' and adds 'v'"):
+        aggregator.accept_model(model("site-2", {"v": np.ones(2)}))
+    assert aggregator.aggregate_model().params["w"].tolist() == [1, 1]
+
+
+def test_refusals_end_the_job_when_they_should() -> None:
+    aggregator = WeightedAverageAggregator(on_bad_contribution="raise")
+    aggregator.accept_model(model("site-1", {"w": np.ones(2)}))
+    with pytest.raises(fl.NonFiniteError):
+        aggregator.accept_model(model("site-2", {"w": np.full(2, np.inf)}))
+    with pytest.raises(fl.NonFiniteError, match="site-2: 'w' at index"):
+        aggregator.aggregate_model()
+
+
+def test_too_few_contributions_leave_the_global_model_as_it_is() -> None:
+    aggregator = WeightedAverageAggregator(min_contributions=2)
+    aggregator.accept_model(model("site-1", {"w": np.ones(2)}, current_round=5))
+    result = aggregator.aggregate_model()
+    assert (result.params_type, result.params) == (ParamsType.DIFF, {})
+    assert aggregator.report is not None
+    assert isinstance(aggregator.report.error, fl.TooFewContributionsError)
+    assert "round 5: 1 accepted contributions, 2 required" in str(aggregator.report.error)
+
+
+def test_excluded_variables_stay_those_of_the_global_model() -> None:
+    aggregator = WeightedAverageAggregator(exclude_vars="^head")
+    start_round(aggregator, 0, {"head.w": np.full(2, 7.0), "w": np.zeros(2)})
+    aggregator.accept_model(model("site-1", {"head.w": np.full(9, np.nan), "w": np.ones(2)}))
+    aggregator.accept_model(model("site-2", {"w": np.ones(2)}))
+    params = aggregator.aggregate_model().params
+    assert list(params) == ["head.w", "w"]
+    assert params["head.w"].tolist() == [7, 7]
+    assert params["w"].tolist() == [1, 1]
+
+
+def test_clients_count_by_steps_times_their_factor_or_by_the_factor_alone() -> None:
+    factors = {"site-1": 4.0, "site-2": 0.5}
+    for by_steps, expected in ((True, (40 * 1 + 10 * 2 + 70 * 3) / 120), (False, (4 * 1 + 0.5 * 2 + 1 * 3) / 5.5)):
+        aggregator = WeightedAverageAggregator(aggregation_weights=factors, weigh_by_local_iter=by_steps)
+        for site, v in zip(STEPS, (1.0, 2.0, 3.0), strict=True):
+            aggregator.accept_model(model(site, {"w": np.array([v])}))
+        assert aggregator.aggregate_model().params["w"].item() == pytest.approx(expected, rel=1e-15)
+    aggregator.accept_model(model("site-1", {"w": np.zeros(1)}, meta={"NUM_STEPS_CURRENT_ROUND": None}))
+    assert aggregator.report is not None
+    assert aggregator.report.accepted == ("site-1",)
+
+
+def test_metrics_that_all_sent_are_averaged_by_the_same_weights() -> None:
+    aggregator = WeightedAverageAggregator()
+    for site, v in zip(STEPS, (0.1, 0.2, 0.3), strict=True):
+        metrics = {"accuracy": v, "note": "text", **({"extra": 1.0} if site == "site-1" else {})}
+        aggregator.accept_model(model(site, {"w": np.zeros(1)}, metrics=metrics))
+    assert aggregator.aggregate_model().metrics == {"accuracy": pytest.approx(0.26)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "match"),
+    [
+        ({"meta": {"client_name": None}}, fl.UnknownContributorError, "contributor None is not a name"),
+        ({"meta": {"NUM_STEPS_CURRENT_ROUND": "many"}}, fl.AggregationWeightError, "'many' is not a number"),
+        ({"meta": {"NUM_STEPS_CURRENT_ROUND": -3}}, fl.AggregationWeightError, "-3 is not positive"),
+        ({"meta": {"NUM_STEPS_CURRENT_ROUND": None}}, fl.AggregationWeightError, "lacks 'NUM_STEPS_CURRENT_ROUND'"),
+        ({"meta": {"PROCESSED_ALGORITHM": "_he_"}}, fl.WeightsTypeError, "processed by '_he_'"),
+        ({"params": [np.zeros(1)]}, fl.WeightsTypeError, "weights are a list"),
+        ({"params": {"w": 1.0}}, fl.WeightsTypeError, "'w' is a builtins.float, not a numpy array"),
+        ({"params": {1: np.zeros(1)}}, fl.WeightsTypeError, "variable name 1 is a int"),
+    ],
+    ids=str,
+)
+def test_what_is_no_contribution_is_refused(changes: dict[str, Any], error: type[Exception], match: str) -> None:
+    aggregator = WeightedAverageAggregator()
+    with pytest.raises(error, match=match):
+        aggregator.accept_model(model("site-1", changes.pop("params", {"w": np.zeros(1)}), **changes))
+    assert aggregator.report is not None
+    assert [r.cause for r in aggregator.report.rejected] == [error.__name__]
+
+
+def test_nothing_keeps_a_model_alive_once_it_is_refused_or_averaged() -> None:
+    aggregator = WeightedAverageAggregator()
+    good, bad = np.zeros(3), np.full(3, np.nan)
+    alive = [weakref.ref(good), weakref.ref(bad)]
+    aggregator.accept_model(model("site-1", {"w": good}))
+    with pytest.raises(fl.NonFiniteError):
+        aggregator.accept_model(model("site-2", {"w": bad}))
+    aggregator.aggregate_model()
+    del good, bad
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+
+
+def test_a_streaming_aggregator_keeps_no_model() -> None:
+    aggregator = WeightedAverageAggregator(stream=True)
+    array = np.zeros(3)
+    alive = weakref.ref(array)
+    aggregator.accept_model(model("site-1", {"w": array}))
+    del array
+    gc.collect()
+    assert alive() is None
+    assert aggregator.aggregate_model().params["w"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"on_bad_contribution": "ignore"}, "must be 'raise' or 'reject'"),
+        ({"expected_data_kind": "METRICS"}, "expected_data_kind must be one of"),
+        ({"min_contributions": 0}, "min_contributions must be at least 1"),
+        ({"exclude_vars": "("}, "no regular expression"),
+        (
+            {"aggregation_weights": {"site-1": 0.0}},
+            "aggregation_weights: site-1: aggregation weight 0.0 is not positive",
+        ),
+        ({"kernel": "fastest"}, "fastest"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("aggregator", [WeightedAverageAggregator, WeightedAverageDXOAggregator])
+def test_bad_settings_are_refused_before_the_job(aggregator: Any, options: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        aggregator(**options)
+
+
+def update(
+    site: str, data: Any, *, kind: str = DataKind.WEIGHT_DIFF, number: int | None = None, **meta: Any
+) -> Shareable:
+    sent = DXO(kind, data, {MetaKey.NUM_STEPS_CURRENT_ROUND: STEPS[site], **meta}).to_shareable()
+    sent.set_peer_props({ReservedKey.IDENTITY_NAME: site})
+    if number is not None:
+        sent.add_cookie(AppConstants.CONTRIBUTION_ROUND, number)
+    return sent
+
+
+def test_shareables_are_accepted_refused_and_averaged() -> None:
+    aggregator = WeightedAverageDXOAggregator()
+    fl_ctx = start_round(aggregator, 1, {"w": np.zeros(2)})
+    broken = Shareable()
+    broken.set_peer_props({ReservedKey.IDENTITY_NAME: "site-2"})
+    failed = make_reply(ReturnCode.EXECUTION_EXCEPTION)
+    sent = [
+        update("site-1", {"w": np.full(2, 1.0)}, number=1),
+        update("site-2", {"w": np.full(2, np.nan)}, number=1),
+        update("site-2", {"w": np.full(2, 2.0)}, number=0),
+        update("site-2", {"w": np.full(2, 2.0)}, kind=DataKind.WEIGHTS, number=1),
+        update("site-2", {"w": np.full(2, 2.0)}, kind=DataKind.COLLECTION, number=1),
+        broken,
+        failed,
+        update("site-1", {"w": np.full(2, 1.0)}, number=1),
+        update("site-3", {"w": np.full(2, 5.0)}, number=1),
+    ]
+    assert [aggregator.accept(one, fl_ctx) for one in sent] == [True, *[False] * 7, True]
+    result = from_shareable(aggregator.aggregate(fl_ctx))
+    assert result.data_kind == DataKind.WEIGHT_DIFF
+    assert result.data["w"].tolist() == [4.5, 4.5]
+    assert aggregator.report is not None
+    assert [r.cause for r in aggregator.report.rejected] == [
+        "NonFiniteError",
+        "RoundError",
+        "KindError",
+        "KindError",
+        "WeightsTypeError",
+        "DuplicateContributionError",
+    ]
+    aggregator.reset(fl_ctx)
+    assert from_shareable(aggregator.aggregate(fl_ctx)).data == {}
+
+
+def server_config(recipe: Any, folder: Path) -> dict[str, Any]:
+    recipe.export(str(folder))
+    (path,) = folder.rglob("config_fed_server.json")
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config
+
+
+SETTINGS: dict[str, Any] = {
+    "exclude_vars": "^head",
+    "aggregation_weights": {"site-1": 2.0},
+    "weigh_by_local_iter": False,
+    "on_bad_contribution": "raise",
+    "min_contributions": 2,
+    "exact": True,
+    "kernel": "numpy",
+    "stream": True,
+}
+
+
+def recipes() -> dict[str, Any]:
+    def numpy(**options: Any) -> Any:
+        return NumpyFedAvgRecipe(model=[[1.0]], **options)
+
+    def torch(**options: Any) -> Any:
+        pytest.importorskip("torch")
+        from nvflare.app_opt.pt.recipes import FedAvgRecipe as TorchRecipe
+
+        return TorchRecipe(
+            model={"class_path": "torch.nn.Linear", "args": {"in_features": 2, "out_features": 1}}, **options
+        )
+
+    def tensorflow(**options: Any) -> Any:
+        pytest.importorskip("tensorflow")
+        from nvflare.app_opt.tf.recipes import FedAvgRecipe as TensorFlowRecipe
+
+        return TensorFlowRecipe(model={"class_path": "keras.Sequential", "args": {}}, **options)
+
+    return {"numpy": numpy, "torch": torch, "tensorflow": tensorflow}
+
+
+@pytest.mark.parametrize("name", ["numpy", "torch", "tensorflow"])
+@pytest.mark.parametrize("kind", [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF])
+def test_every_recipe_exports_the_aggregator_with_its_arguments(name: str, kind: DataKind, tmp_path: Path) -> None:
+    aggregator = WeightedAverageAggregator(expected_data_kind=kind, **SETTINGS)
+    script = str(Path(__file__).with_name("nvflare_client.py"))
+    recipe = recipes()[name](
+        min_clients=2, train_script=script, aggregator=aggregator, aggregator_data_kind=kind, key_metric=""
+    )
+    config = server_config(recipe, tmp_path)
+    exported = config["workflows"][0]["args"]["aggregator"]
+    assert exported["path"] == "fed_learn.integrations.nvflare.aggregators.WeightedAverageAggregator"
+    expected = SETTINGS | ({} if kind == DataKind.WEIGHTS else {"expected_data_kind": "WEIGHT_DIFF"})
+    assert exported["args"] == expected
+    again = WeightedAverageAggregator(**exported["args"])
+    assert {key: getattr(again, key) for key in expected} == expected
+
+
+def test_handlers_are_exported_by_path_and_arguments(tmp_path: Path) -> None:
+    script = str(Path(__file__).with_name("nvflare_client.py"))
+    recipe = NumpyFedAvgRecipe(model=[[1.0]], min_clients=2, train_script=script, key_metric="")
+    selection = fl.ModelSelectionHandler(True, "initial_loss", {"site-1": 2.0}, mode="min", min_delta=0.5)
+    add_handlers(recipe, [selection, selection], key_metric="loss", on_handler_error="log")
+    config = server_config(recipe, tmp_path)
+    components = {component["id"]: component for component in config["components"]}
+    bridge = components["handlers"]["args"]
+    assert bridge == {"handlers": ["ModelSelectionHandler"] * 2, "key_metric": "loss", "on_handler_error": "log"}
+    assert components["ModelSelectionHandler"]["args"] == {
+        "weigh_by_local_iter": True,
+        "validation_metric_name": "initial_loss",
+        "aggregation_weights": {"site-1": 2.0},
+        "mode": "min",
+        "min_delta": 0.5,
+    }
+    again = fl.ModelSelectionHandler(**components["ModelSelectionHandler"]["args"])
+    assert vars(again) == vars(selection)
+    assert [workflow["id"] for workflow in config["workflows"]] == ["controller", "final_validation"]
+    assert HandlerBridge(**bridge).handlers == bridge["handlers"]
+    assert not list(tmp_path.rglob("fed_learn"))  # the package is not copied into the job
+
+
+def test_a_bridge_takes_handlers_alone() -> None:
+    with pytest.raises(TypeError, match="is no handler"):
+        HandlerBridge([fl.ModelSelectionHandler])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="on_handler_error must be 'raise' or 'log'"):
+        HandlerBridge([], on_handler_error="ignore")
