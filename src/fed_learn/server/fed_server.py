@@ -147,6 +147,5 @@ class FederatedServer:
             HandlerError: A handler could not start; those before it have been shut down.
         """
         job = Job(self, num_clients)
-        self.ctx = job.ctx
         job.start()
         return job

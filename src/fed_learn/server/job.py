@@ -25,10 +25,10 @@ from fed_learn.errors import (
 )
 from fed_learn.events import EventType, fire_event, shut_down
 from fed_learn.model_meta import ContextKey, ModelData
-from fed_learn.server.job_events import JobEvents
+from fed_learn.server.job_events import JobEvents, checked_model
 from fed_learn.server.receiving import Receiver, Refusal, checked_result
 from fed_learn.server.result import JobResult
-from fed_learn.weights import FrozenDict, FrozenWeights, Schema
+from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
 
 if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer
@@ -45,6 +45,7 @@ class Job(JobEvents):
     Args:
         server: The settings.
         num_clients: How many clients a round needs if the server says nothing; None: all that were sent its model.
+        receiver: What checks and averages; None: as the server says.
 
     Attributes:
         quits: Clients that left, and why.
@@ -63,7 +64,9 @@ class Job(JobEvents):
         (True, ('site-1', 'site-2'), array([2.]))
     """
 
-    def __init__(self, server: "FederatedServer", num_clients: int | None = None) -> None:
+    def __init__(
+        self, server: "FederatedServer", num_clients: int | None = None, receiver: Receiver | None = None
+    ) -> None:
         super().__init__(server.handlers, server.on_handler_error)
         self.server = server
         self.ctx.set_prop(ContextKey.NUM_ROUNDS, server.num_rounds)
@@ -72,7 +75,7 @@ class Job(JobEvents):
         self.validation_results: list[ValidationResult] = []
         self.clients: dict[str, None] = {}
         self._num_clients = num_clients
-        self._receiver = Receiver(server)
+        self._receiver = Receiver(server) if receiver is None else receiver
         self._asked: set[str] = set()
         self._round_started = 0.0
         self._validated: str | None = None
@@ -105,6 +108,7 @@ class Job(JobEvents):
         Raises:
             HandlerError: A handler could not start; those before it have been shut down.
         """
+        self.server.ctx = self.ctx
         fire_event(EventType.STARTUP, self.server.handlers, self.ctx)
 
     def register(self, name: str) -> None:
@@ -116,13 +120,19 @@ class Job(JobEvents):
         self.clients[name] = None
         self.fire(EventType.CLIENT_REGISTER, name)
 
-    def start_round(self, number: int) -> None:
+    def start_round(self, number: int, weights: WeightDict | None = None) -> None:
         """START_ROUND; a handler may replace the global model.
 
+        Args:
+            number: The round, from 0.
+            weights: Replaces the global model, before a handler sees it. Copied, unless they are frozen.
+
         Raises:
-            ContributionError: By a model that is not of the job's schema.
+            ContributionError: These, or what a handler set, is no model of the job's schema.
         """
         self._round_started = time.perf_counter()
+        if weights is not None:
+            self._adopt(checked_model(weights, self.schema, "global model"))
         self._asked.clear()
         self._receiver.clear(self._weights)
         for key in (ContextKey.CONTRIBUTION, ContextKey.REJECTION):
@@ -203,7 +213,7 @@ class Job(JobEvents):
         contributions: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
         started = time.perf_counter()
         try:
-            mean = self._receiver.aggregate(contributions, self._weights)
+            mean = self._receiver.aggregate(contributions, self._weights, self.ctx)
         except Refusal as refusal:
             logger.error("round %d: %s: the global model stands", self.report.round, refusal.error)
             self.update_report(error=without_tracebacks(refusal.error))

@@ -8,7 +8,7 @@ from fed_learn.contribution import RoundReport
 from fed_learn.errors import HandlerError, HandlerFailure
 from fed_learn.events import EventHandler, fire_event
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
+from fed_learn.weights import FrozenWeights, Schema, as_weight_dict, check_finite
 
 
 class JobEvents:
@@ -80,12 +80,7 @@ class JobEvents:
         after = self.ctx.get_model()
         if after is before:
             return None
-        who = f"model set by a handler at {event}"
-        arrays: WeightDict = as_weight_dict(None if after is None else after.weights, who)
-        if schema is not None:
-            schema.check(arrays, who)
-        check_finite(arrays, who)
-        replaced = FrozenWeights({name: arrays[name] for name in schema or arrays})
+        replaced = checked_model(None if after is None else after.weights, schema, f"model set by a handler at {event}")
         self.ctx.set_model(ModelData(replaced))
         return replaced
 
@@ -100,3 +95,22 @@ class JobEvents:
             self.record(error.failures)
             if self.on_handler_error == "raise":
                 raise
+
+
+def checked_model(weights: object, schema: Schema | None, who: str) -> FrozenWeights:
+    """A global model that comes from outside, in the order of the schema. Copied, unless it is frozen.
+
+    Args:
+        weights: Should be a weight dict.
+        schema: What it must have; None: nobody knows.
+        who: Whose it is, for the error.
+
+    Raises:
+        ContributionError: It is no such model, or not finite.
+    """
+    arrays = as_weight_dict(weights, who)
+    if schema is not None:
+        schema.check(arrays, who)
+    check_finite(arrays, who)
+    ordered = {name: arrays[name] for name in schema or arrays}
+    return FrozenWeights.adopt(ordered) if type(weights) is FrozenWeights else FrozenWeights(ordered)

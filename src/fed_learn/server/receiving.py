@@ -32,6 +32,7 @@ from fed_learn.errors import (
     brief,
     without_tracebacks,
 )
+from fed_learn.model_meta import FLContext
 from fed_learn.server.model_aggregator import run_aggregator
 from fed_learn.weights import Array, FrozenWeights, WeightDict, add_difference, check_finite
 
@@ -116,19 +117,24 @@ class Receiver:
             self._stream.add(Contribution(name, weights, aggregation_weight, round=number, kind=sent.kind))
         else:
             kept = _own(weights, sent.weights)
-            check_finite(kept, name)
+            self._scan(kept, name)
             if self.server.exact:
                 check_domain(kept, aggregation_weight, name)
         return Contribution(
             name, kept, aggregation_weight, n_iter=n_iter, round=number, kind=sent.kind, metrics=metrics
         )
 
-    def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights) -> FrozenWeights:
-        """The new global model.
+    def _scan(self, weights: FrozenWeights, name: str) -> None:
+        flags = kernels.resolve(self.server.kernel).not_finite(list(weights.values()))
+        check_finite({n: array for (n, array), flag in zip(weights.items(), flags, strict=True) if flag}, name)
+
+    def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
+        """The new global model. Another way to aggregate overrides this.
 
         Args:
             contributions: Those to average.
             weights: The global model.
+            ctx: The server's context.
 
         Raises:
             Refusal: It would leave the range of a dtype, or the server's aggregator failed.
@@ -137,7 +143,7 @@ class Receiver:
         try:
             if self.server.aggregator is not None:
                 with kernels.use(self.server.kernel):
-                    return run_aggregator(self.server.aggregator, contributions, weights, self.server.ctx)
+                    return run_aggregator(self.server.aggregator, contributions, weights, ctx)
             mean = self._mean(contributions, weights)
             return FrozenWeights.adopt(mean if self.server.kind is Kind.FULL else add_difference(weights, mean))
         except (AggregatorError, NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError) as error:

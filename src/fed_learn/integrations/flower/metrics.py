@@ -1,0 +1,57 @@
+"""The weighted mean of clients' metrics, as Flower reports them."""
+
+import logging
+import math
+
+from flwr.app import MetricRecord, RecordDict
+
+from fed_learn.contribution import check_aggregation_weight
+from fed_learn.errors import AggregationWeightError
+from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of
+
+logger = logging.getLogger("flwr")
+
+
+def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
+    """The mean of each metric over the clients that report it, weighted by their number under `weighted_by_key`.
+
+    Takes the place of Flower's `aggregate_metricrecords`, which refuses a round in which clients report different
+    metrics. A reply without a positive, finite weight is left out, and so are lists of different lengths; both logged.
+
+    Example:
+        >>> contents = [RecordDict({"m": MetricRecord({"n": n, "loss": x})}) for n, x in [(1, 2.0), (3, 6.0)]]
+        >>> mean_metrics(contents, "n")["loss"]
+        5.0
+    """
+    values: dict[str, list[tuple[float, list[float]]]] = {}
+    scalars: set[str] = set()
+    for content in contents:
+        try:
+            weight = check_aggregation_weight(metrics_of(content).get(weighted_by_key))
+        except AggregationWeightError as error:
+            logger.warning("the metrics of a reply are left out: %r: %s", weighted_by_key, error)
+            continue
+        for record in content.metric_records.values():
+            for key, value in record.items():
+                if key not in (weighted_by_key, PARTITION_ID):
+                    listed = [float(v) for v in value] if isinstance(value, list) else [float(value)]
+                    scalars |= set() if isinstance(value, list) else {key}
+                    values.setdefault(key, []).append((weight, listed))
+    means = MetricRecord()
+    for key, terms in values.items():
+        if len({len(listed) for _, listed in terms}) > 1:
+            logger.warning("metric %r is left out: clients report lists of different lengths", key)
+            continue
+        total = math.fsum(weight for weight, _ in terms)
+        columns = zip(*(listed for _, listed in terms), strict=True)
+        mean = [
+            _sum([weight * value for (weight, _), value in zip(terms, column, strict=True)]) / total
+            for column in columns
+        ]
+        means[key] = mean[0] if key in scalars else mean
+    return means
+
+
+def _sum(terms: list[float]) -> float:
+    """Rounded once; infinities and NaN as in a plain sum, for which `math.fsum` raises."""
+    return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)

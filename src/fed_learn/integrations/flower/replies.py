@@ -1,0 +1,164 @@
+"""What clients' replies say: who sent them, and the contribution or the scores in them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, Message, RecordDict
+
+from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind
+from fed_learn.errors import (
+    AggregationWeightError,
+    ClientQuitError,
+    ContributionError,
+    UnknownContributorError,
+    WeightsTypeError,
+    brief,
+)
+from fed_learn.integrations.flower.records import to_weights
+from fed_learn.weights import Schema
+
+METADATA = "fed_learn"
+"""Key of the `ConfigRecord` in which `ClientMod` puts what a reply is: `contributor`, `round` (from 0), `kind`."""
+PARTITION_ID = "partition-id"
+"""The entry of a node's configuration that names it, and of a `MetricRecord` that passes it on."""
+N_ITER = "num-iterations"
+"""The entry of a `MetricRecord` that counts the local iterations."""
+LONGEST_NAME = 200
+"""Characters of a contributor's name."""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Under which names the numbers are found in a `MetricRecord`.
+
+    Attributes:
+        weight: The aggregation weight.
+        n_iter: The number of local iterations.
+    """
+
+    weight: str
+    n_iter: str
+
+
+def partition_name(partition_id: object) -> str:
+    """The contributor's name of a partition.
+
+    Example:
+        >>> partition_name(3)
+        'partition-3'
+    """
+    return f"{PARTITION_ID.removesuffix('-id')}-{partition_id}"
+
+
+def node_name(node: object) -> str:
+    """The name of a node that tells none: not the same in another run.
+
+    Example:
+        >>> node_name(17)
+        'node-17'
+    """
+    return f"node-{node}"
+
+
+def failure_of(message: Message) -> ClientQuitError:
+    """What a reply says of the error that it carries."""
+    name = node_name(message.metadata.src_node_id)
+    reason = (message.error.reason or "").strip().splitlines()  # the last line says it
+    shown = reason[-1].rstrip("'>") if reason else "no reason given"
+    return ClientQuitError(f"{name}: {shown} (code {message.error.code})")
+
+
+def claimed_name(content: RecordDict, node: object) -> str | None:
+    """The name under which a reply contributes; None if it tells none.
+
+    Raises:
+        UnknownContributorError: It is nothing that could be a name, or is another node's.
+    """
+    claim = _metadata(content).get("contributor")
+    if claim is None:
+        partitions = [r[PARTITION_ID] for r in content.metric_records.values() if PARTITION_ID in r]
+        if not partitions:
+            return None
+        partition = partitions[0]
+        claim = partition_name(int(partition) if isinstance(partition, float) and partition.is_integer() else partition)
+    own = node_name(node)
+    bad = not isinstance(claim, str) or not claim.strip() or len(claim) > LONGEST_NAME
+    if bad or claim in (FINAL_MODEL, GLOBAL_BEST) or (str(claim).startswith(node_name("")) and claim != own):
+        raise UnknownContributorError(f"{own}: {brief(claim)} is no name for a contributor", contributor=own)
+    return str(claim)
+
+
+def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kind: Kind) -> Contribution:
+    """The contribution in a reply, its weights views of the reply's bytes. Not checked beyond being readable.
+
+    Raises:
+        ContributionError: It is none.
+    """
+    content = message.content
+    weights = to_weights(only_arrays(content, name), like=schema, contributor=name)
+    metrics = metrics_of(content)
+    if keys.weight not in metrics:
+        raise AggregationWeightError(
+            f"{name}: the reply has no number {keys.weight!r} to be weighted by", contributor=name, value=None
+        )
+    stated = _metadata(content)
+    n_iter = metrics.get(keys.n_iter)
+    return Contribution(
+        name,
+        weights,
+        metrics[keys.weight],
+        n_iter=n_iter,
+        round=_round_of(message, stated),
+        kind=stated.get("kind", kind),
+        metrics={key: value for key, value in metrics.items() if key not in (PARTITION_ID, keys.weight)},
+    )
+
+
+def only_arrays(content: RecordDict, name: str) -> ArrayRecord:
+    """The only `ArrayRecord` of a reply.
+
+    Raises:
+        WeightsTypeError: There are none, or several.
+    """
+    records = list(content.array_records.values())
+    if len(records) != 1:
+        raise WeightsTypeError(f"{name}: the reply has {len(records)} ArrayRecords, not one", contributor=name)
+    return records[0]
+
+
+def metrics_of(content: RecordDict) -> dict[str, Any]:
+    """All single numbers of all `MetricRecord`s."""
+    records = content.metric_records.values()
+    return {key: value for record in records for key, value in record.items() if not isinstance(value, list)}
+
+
+def without_arrays(content: RecordDict) -> RecordDict:
+    """The same without the `ArrayRecord`s."""
+    return RecordDict({key: record for key, record in content.items() if not isinstance(record, ArrayRecord)})
+
+
+def first_weights(replies: Iterable[Message]) -> list[Any]:
+    """The weights of those replies that can be read, for want of a global model."""
+    found = []
+    for message in replies:
+        if message.has_content():
+            try:
+                name = node_name(message.metadata.src_node_id)
+                found.append(to_weights(only_arrays(message.content, name), contributor=name))
+            except ContributionError:  # to be refused with its reason where it is received
+                continue
+    return found
+
+
+def _metadata(content: RecordDict) -> Mapping[str, Any]:
+    return content.config_records.get(METADATA, {})
+
+
+def _round_of(message: Message, stated: Mapping[str, Any]) -> int | None:
+    """The round, from 0: as the reply states it, or else as the message did that it answers."""
+    number = stated.get("round")
+    if number is not None:
+        return number  # type: ignore[no-any-return] # whatever it is, it is checked with the contribution
+    group = message.metadata.group_id
+    return int(group) - 1 if group.isdecimal() and len(group) < 19 else None

@@ -1,0 +1,143 @@
+"""`LegacyFedAvg` behind Flower's older interface, run by Flower's own server."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.client import NumPyClient
+from flwr.clientapp import ClientApp
+from flwr.common import Code, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.server import ServerConfig
+from flwr.server.client_proxy import ClientProxy
+from flwr.server.compat.app import start_grid
+from flwr.server.strategy import FedAvg as FlowerFedAvg
+
+import fed_learn as fl
+from fed_learn.integrations.flower import LegacyFedAvg, LocalGrid
+
+E = fl.EventType
+SHAPES = ((4, 3), (3,))
+
+
+def initial() -> list[Any]:
+    return [np.zeros(shape, np.float32) for shape in SHAPES]
+
+
+def step(node: int) -> list[Any]:
+    rng = np.random.default_rng(node)
+    return [rng.normal(size=shape).astype(np.float32) for shape in SHAPES]
+
+
+class Client(NumPyClient):
+    def __init__(self, node: int) -> None:
+        self.node = node
+
+    def fit(self, parameters: Any, config: Any) -> Any:
+        trained = [p + s for p, s in zip(parameters, step(self.node), strict=True)]
+        return trained, 10 + self.node, {"partition-id": self.node, "num-iterations": 5}
+
+    def evaluate(self, parameters: Any, config: Any) -> Any:
+        return 0.5, 10, {"partition-id": self.node, "accuracy": float(np.abs(parameters[0]).sum())}
+
+
+class Log(fl.Handler):
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def handle_event(self, event: str, ctx: fl.FLContext) -> None:
+        self.events.append(event)
+
+
+def averaged(weights: list[Any]) -> list[Any]:
+    dicts = [{str(i): p + s for i, (p, s) in enumerate(zip(weights, step(k), strict=True))} for k in range(3)]
+    return list(fl.weighted_average(dicts, [10, 11, 12]).values())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_flowers_own_server_runs_it_with_handlers() -> None:
+    client = ClientApp(client_fn=lambda context: Client(int(context.node_config["partition-id"])).to_client())
+    log, selection = Log(), fl.ModelSelectionHandler()
+    finals: list[Any] = []
+    strategy = LegacyFedAvg(
+        num_rounds=2,
+        handlers=[log, selection],
+        validation_metric="accuracy",
+        min_fit_clients=3,
+        min_available_clients=3,
+        initial_parameters=ndarrays_to_parameters(initial()),
+        evaluate_fn=lambda number, arrays, config: finals.append(arrays) or (0.1, {}),  # type: ignore[func-returns-value]
+    )
+    history = start_grid(grid=LocalGrid(client, 3), config=ServerConfig(num_rounds=2), strategy=strategy)
+    expected = averaged(averaged(initial()))
+    assert all(np.array_equal(a, b) for a, b in zip(finals[-1], expected, strict=True))
+    assert [loss for _, loss in history.losses_distributed] == [0.5, 0.5]
+    assert strategy.job is not None
+    assert [r.accepted for r in strategy.job.reports] == [("partition-0", "partition-1", "partition-2")] * 2
+    best = strategy.job.result().best
+    assert best is not None
+    assert best.round == 2
+    assert all(np.array_equal(a, b) for a, b in zip(best.weights.values(), expected, strict=True))
+    assert log.events[0] == E.STARTUP
+    assert log.events[-1] == E.SHUTDOWN
+    assert log.events.count(E.RECEIVE_VALIDATION_RESULTS) == 3
+    assert log.events.count(E.SEND_MODEL) == 6
+
+
+class Proxy(ClientProxy):
+    get_properties = get_parameters = fit = evaluate = reconnect = None  # type: ignore[assignment]
+
+
+def results(*weights: list[Any], metrics: Any = None) -> list[tuple[ClientProxy, FitRes]]:
+    status = Status(Code.OK, "")
+    return [
+        (
+            Proxy(str(100 + k)),
+            FitRes(status, ndarrays_to_parameters(w), 10, {"partition-id": k} if metrics is None else metrics),
+        )
+        for k, w in enumerate(weights)
+    ]
+
+
+def test_a_bad_result_is_refused_and_the_metrics_are_those_of_the_others() -> None:
+    bad = [np.full(shape, np.nan, np.float32) for shape in SHAPES]
+    strategy = LegacyFedAvg(fit_metrics_aggregation_fn=lambda pairs: {"count": len(pairs)})
+    parameters, metrics = strategy.aggregate_fit(1, results(step(0), bad, step(2)), [])
+    assert parameters is not None
+    assert np.array_equal(
+        parameters_to_ndarrays(parameters)[0],
+        fl.weighted_average([{"w": step(0)[0]}, {"w": step(2)[0]}])["w"],
+    )
+    assert metrics == {"count": 2}
+    result = strategy.close()
+    assert result is not None
+    assert [(f.contributor, f.cause) for f in result.reports[0].rejected] == [("partition-1", "NonFiniteError")]
+
+
+def test_clients_are_named_by_their_ids_where_they_say_nothing() -> None:
+    strategy = LegacyFedAvg()
+    strategy.aggregate_fit(1, results(step(0), step(1), metrics={}), [])
+    assert strategy.job is not None
+    assert strategy.job.reports[0].accepted == ("node-100", "node-101")
+
+
+def test_failures_are_reported_and_may_fail_the_round() -> None:
+    failed = (Proxy("7"), FitRes(Status(Code.FIT_NOT_IMPLEMENTED, "no fit"), ndarrays_to_parameters([]), 0, {}))
+    for accept, made in ((True, True), (False, False)):
+        strategy = LegacyFedAvg(accept_failures=accept)
+        parameters, _ = strategy.aggregate_fit(1, results(step(0), step(1)), [failed, RuntimeError("lost")])
+        assert (parameters is not None) is made
+        assert strategy.job is not None
+        (quit,) = strategy.job.reports[0].quits
+        assert (quit.contributor, str(quit.error)) == ("node-7", "7: FIT_NOT_IMPLEMENTED: no fit")
+
+
+def test_without_results_nothing_happens() -> None:
+    assert LegacyFedAvg().aggregate_fit(1, [], []) == (None, {})
+
+
+def test_it_is_flowers_fedavg_with_its_arguments() -> None:
+    strategy = LegacyFedAvg(fraction_fit=0.3, min_fit_clients=5, min_available_clients=5)
+    assert isinstance(strategy, FlowerFedAvg)
+    assert strategy.num_fit_clients(10) == (5, 5)
+    with pytest.raises(ValueError, match="on_bad_contribution"):
+        LegacyFedAvg(on_bad_contribution="ignore")
