@@ -86,7 +86,7 @@ class Call(nn.Module):
         return self.function(self, x)
 
 
-def functional(shape: tuple[int, ...], function: Callable[[Any], Any], dtype: str = "float32") -> Any:
+def functional(shape: tuple[int | None, ...], function: Callable[[Any], Any], dtype: str = "float32") -> Any:
     inputs = keras.Input(shape, dtype=dtype)
     return keras.Model(inputs, function(inputs))
 
@@ -255,3 +255,54 @@ def keras_residual() -> Any:
         return layers.Dense(10)(layers.GlobalAveragePooling2D()(x))
 
     return functional((8, 8, 1), function)
+
+
+# The beginning of a ResNet: strides, with the padding of torch; images (N, 3, H, W).
+
+
+def torch_strided_residual() -> Any:
+    def forward(net: Any, x: Any) -> Any:
+        x = net.pool(torch.relu(net.bn1(net.conv1(x))))
+        for block in (net.block1, net.block2):
+            y = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(x)))))
+            x = torch.relu(y + block.down(x))
+        return net.fc(x.mean((2, 3)))
+
+    def block(takes: int, gives: int) -> nn.Module:
+        return nn.ModuleDict(
+            {
+                "conv1": nn.Conv2d(takes, gives, 3, stride=2, padding=1, bias=False),
+                "bn1": nn.BatchNorm2d(gives),
+                "conv2": nn.Conv2d(gives, gives, 3, padding=1, bias=False),
+                "bn2": nn.BatchNorm2d(gives),
+                "down": nn.Sequential(nn.Conv2d(takes, gives, 1, stride=2, bias=False), nn.BatchNorm2d(gives)),
+            }
+        )
+
+    return Call(
+        forward,
+        conv1=nn.Conv2d(3, 4, 7, stride=2, padding=3, bias=False),
+        bn1=nn.BatchNorm2d(4),
+        pool=nn.MaxPool2d(3, stride=2, padding=1),
+        block1=block(4, 6),
+        block2=block(6, 8),
+        fc=nn.Linear(8, 10),
+    )
+
+
+def keras_strided_residual() -> Any:
+    def convolved(x: Any, gives: int, size: int, strides: int) -> Any:
+        if strides > 1 and size > 1:
+            x = layers.ZeroPadding2D(size // 2)(x)
+        padding = "valid" if strides > 1 and size > 1 else "same"
+        return batch_norm()(layers.Conv2D(gives, size, strides, padding=padding, use_bias=False)(x))
+
+    def function(x: Any) -> Any:
+        x = layers.ReLU()(convolved(x, 4, 7, 2))
+        x = layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(1, name="pool_pad")(x))
+        for gives in (6, 8):
+            y = convolved(layers.ReLU()(convolved(x, gives, 3, 2)), gives, 3, 1)
+            x = layers.ReLU()(layers.Add()([y, convolved(x, gives, 1, 2)]))
+        return layers.Dense(10)(layers.GlobalAveragePooling2D()(x))
+
+    return functional((None, None, 3), function)

@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "RNN": (lambda: pm.torch_recurrent("RNN"), lambda: pm.keras_recurrent("RNN")),
 }
 ONE_TO_ONE = [name for name in MODELS if not name.startswith(("LSTM", "RNN"))]
+"""The others have two biases in torch, and one that is their sum in Keras."""
 
 
 def pair(name: str) -> tuple[Any, Any]:
@@ -65,9 +66,15 @@ def test_torch_to_keras_to_torch_gives_the_same_outputs_on_real_images(name: str
 def test_keras_to_torch_to_keras_gives_the_same_bits(name: str) -> None:
     source, target = pair(name)
     m = align(target, source)
+    pm.load(target, m.inverse(pm.torch_weights(source)))
     weights = pm.keras_weights(target)
     assert pm.bits(m.inverse(m(weights))) == pm.bits(weights)
-    assert pm.bits(m.inverse(m(weights, pm.torch_weights(source)))) != {}
+    back = m.inverse(m(weights, pm.torch_weights(source)))
+    assert list(back) == list(weights)
+    if name in ONE_TO_ONE:
+        assert pm.bits(back) == pm.bits(weights)
+    for path, array in back.items():  # a bias that is a sum comes back with the rounding of a difference
+        np.testing.assert_allclose(array, weights[path], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -75,7 +82,6 @@ def test_a_round_trip_gives_the_same_bits_where_the_map_is_one_to_one_or_the_bas
     source, target = pair(name)
     m = align(source, target)
     before = pm.torch_weights(source)
-    assert m.is_one_to_one == m.inverse.is_one_to_one == (name in ONE_TO_ONE)
     assert pm.bits(m.inverse(m(before), before)) == pm.bits(before)
     without = m.inverse(m(before))
     kept = {name: array for name, array in before.items() if name not in m.left_out}
@@ -92,7 +98,6 @@ def test_each_framework_maps_to_itself(name: str) -> None:
             pm.stirred(source)
         m = align(source, target)
         weights = pm.weights_of(source)
-        assert m.is_one_to_one
         assert (m.left_out, m.from_base) == ((), ())
         mapped = m(weights)
         assert [array.tobytes() for array in mapped.values()] == [array.tobytes() for array in weights.values()]

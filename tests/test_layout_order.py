@@ -209,6 +209,122 @@ def test_a_subclassed_model_without_a_flatten_layer_is_refused_and_can_be_told()
         align(source, target, flattened={"hidden": 7})
 
 
+def test_what_is_said_of_a_flattened_map_must_be_about_one_layer_and_agree_with_what_is_seen() -> None:
+    source = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(), nn.Linear(144, 5), nn.Linear(5, 2))
+    ends = [layers.Dense(5, name="hidden"), layers.Dense(2, name="last")]
+    target = pm.sequential((8, 6, 3), layers.Conv2D(6, 3, name="conv"), layers.Flatten(), *ends)
+    for place in ("2", "hidden", ends[0].path):
+        check(source, target, COLOURS, pm.channels_last(COLOURS), flattened={place: 6})
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"typo": 6}, r"flattened: 'typo': no layer with variables has this place; the models have '0', .*hidden"),
+        ({"hidden": 3}, r"its inputs are a flattened map of 6 channels, not one of 3"),
+        ({"last": 5}, r"its inputs are no flattened map"),
+        ({"2": 0}, "flattened: '2': 0 is no number of channels"),
+        ({"2": 2.5}, "flattened: '2': 2.5 is no number of channels"),
+        ({"2": 6, "hidden": 1}, "flattened: 'hidden': 6 and 1 channels are said of one pair"),
+    ]
+    for flattened, message in wrong:
+        with pytest.raises(LayoutError, match=message):
+            align(source, target, flattened=flattened)
+    looked_up = nn.Sequential(nn.Embedding(9, 3), nn.Flatten(), nn.Linear(12, 2))
+    with pytest.raises(LayoutError, match="flattened: '0': its inputs are not features"):
+        align(looked_up, looked_up, flattened={"0": 3})
+
+
+def test_joined_branches_are_not_one_map_whatever_is_said() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return m.head(torch.cat([m.conv(x).flatten(1), x.mean((2, 3))], 1))
+
+    def function(x: Any) -> Any:
+        flat, pooled = layers.Flatten()(layers.Conv2D(3, 3)(x)), layers.GlobalAveragePooling2D()(x)
+        return layers.Dense(2)(layers.Concatenate()([flat, pooled]))
+
+    def by_code(x: Any) -> Any:
+        flat, row = layers.Flatten()(layers.Conv2D(3, 3)(x)), layers.Lambda(lambda y: y[:, 0, 0])(x)
+        return layers.Dense(2)(layers.Concatenate()([flat, row]))
+
+    source = pm.Call(forward, conv=nn.Conv2d(3, 3, 3), head=nn.Linear(75, 2))
+    for target in (pm.functional((8, 6, 3), function), pm.functional((8, 6, 3), by_code)):
+        with pytest.raises(
+            LayoutError, match=r"so the order of features cannot be told\. Give each branch a layer"
+        ) as e:
+            align(source, target)
+        assert "flattened=" not in str(e.value)
+        with pytest.raises(LayoutError, match="branches are joined before it, so that its inputs are not one map of 3"):
+            align(source, target, flattened={"head": 3})
+
+
+def test_the_advice_for_joined_branches_leads_to_the_same_outputs() -> None:
+    def forward(m: Any, x: Any) -> Any:
+        return m.head(m.conv(x).flatten(1)) + m.more(x.mean((2, 3)))
+
+    def function(x: Any) -> Any:
+        flat, pooled = layers.Flatten()(layers.Conv2D(3, 3)(x)), layers.GlobalAveragePooling2D()(x)
+        return layers.Add()([layers.Dense(2)(flat), layers.Dense(2, use_bias=False)(pooled)])
+
+    source = pm.Call(forward, conv=nn.Conv2d(3, 3, 3), head=nn.Linear(72, 2), more=nn.Linear(3, 2, bias=False))
+    check(source, pm.functional((8, 6, 3), function), COLOURS, pm.channels_last(COLOURS))
+
+
+# Code of others in a Keras graph.
+
+
+class Doubled(layers.Layer):  # type: ignore[misc]
+    def call(self, x: Any) -> Any:
+        return x * 2.0
+
+
+def through(channels: int, *between: Any) -> tuple[Any, Any]:
+    """A convolution, something, and a dense layer on the flattened map, which has 6 rows and 4 columns."""
+
+    def function(x: Any) -> Any:
+        x = layers.Conv2D(channels, 3)(x)
+        for layer in between:
+            x = layer(x)
+        return layers.Dense(2)(layers.Flatten()(x))
+
+    source = pm.Call(
+        lambda m, x: m.head((2 * m.conv(x)).flatten(1)),
+        conv=nn.Conv2d(3, channels, 3),
+        head=nn.Linear(channels * 24, 2),
+    )
+    return source, pm.functional((8, 6, 3), function)
+
+
+@pytest.mark.parametrize("make", [lambda: layers.Lambda(lambda x: x * 2.0), Doubled], ids=["lambda", "own layer"])
+def test_code_that_keeps_the_shape_of_a_map_passes_where_no_axis_looks_like_the_channels(make: Any) -> None:
+    check(*through(5, make()), COLOURS, pm.channels_last(COLOURS))
+    for channels in (4, 6):
+        source, target = through(channels, make())
+        with pytest.raises(LayoutError, match="code before it may change the order of features"):
+            align(source, target)
+        check(source, target, COLOURS, pm.channels_last(COLOURS), flattened={"head": channels})
+
+
+def test_code_that_turns_a_map_of_one_size_is_not_let_through() -> None:
+    cube = np.ascontiguousarray(COLOURS[:, :, :, :])
+    turned = layers.Lambda(lambda x: ops.transpose(x, (0, 3, 1, 2)))
+    source = nn.Sequential(nn.Conv2d(3, 6, (3, 1)), nn.Flatten(), nn.Linear(216, 2))
+    target = pm.sequential((8, 6, 3), layers.Conv2D(6, (3, 1)), turned, layers.Flatten(), layers.Dense(2))
+    with pytest.raises(LayoutError, match="code before it may change the order of features"):
+        align(source, target)
+    check(source, target, cube, pm.channels_last(cube), flattened={"2": 1})
+
+
+def test_code_before_a_convolution_and_in_place_of_a_pool_is_no_matter() -> None:
+    def function(x: Any) -> Any:
+        x = layers.Conv2D(4, 3)(layers.Lambda(lambda y: y * 2.0)(x))
+        return layers.Dense(2)(layers.Lambda(lambda y: ops.mean(y, (1, 2)))(layers.Conv2D(5, 1)(x)))
+
+    source = pm.Call(
+        lambda m, x: m.head(m.second(m.first(2 * x)).mean((2, 3))),
+        first=nn.Conv2d(3, 4, 3),
+        second=nn.Conv2d(4, 5, 1),
+        head=nn.Linear(5, 2),
+    )
+    check(source, pm.functional((8, 6, 3), function), COLOURS, pm.channels_last(COLOURS))
+
+
 def beside_a_map(x: Any) -> Any:
     x = layers.Conv2D(4, 3)(x)
     more = layers.Reshape((6, 4, 2))(layers.Dense(48)(layers.GlobalAveragePooling2D()(x)))

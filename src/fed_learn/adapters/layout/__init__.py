@@ -1,22 +1,22 @@
 """Maps between the weight dicts of two models of one architecture, above all of torch and Keras: `align`.
 
-`torch_layers`, `keras_layers` and `keras_models` describe models in the neutral words of `layers`; `matching` finds
-which layer goes with which, `flow` and `order` where flattened feature maps change the order of features; `layout_map`
-is the result.
+`torch_layers`, `keras_layers` and `keras_models` describe models in the neutral words of `layers`; `matching` and
+`names` find which layer goes with which, `settings` and `padding` what else differs between them, `flow` and `order`
+where flattened feature maps change the order of features; `layout_map` is the result.
 Frameworks are found by the type of a model: nothing is imported that the caller has not imported.
 """
 
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from fed_learn.adapters.layout import keras_models, torch_layers
 from fed_learn.adapters.layout.flow import facts_of
-from fed_learn.adapters.layout.layers import BIASES, Description, Layer
+from fed_learn.adapters.layout.layers import BIASES, Description, Layer, Pair
 from fed_learn.adapters.layout.layout_map import LayoutMap, Link, Place, Side
-from fed_learn.adapters.layout.matching import Pair, matched
-from fed_learn.adapters.layout.order import in_common_order
+from fed_learn.adapters.layout.matching import matched
+from fed_learn.adapters.layout.order import in_common_order, pinned_channels
+from fed_learn.adapters.layout.settings import Note, compared
 from fed_learn.errors import LayoutError, ModelError
 
 __all__ = ["LayoutMap", "align"]
@@ -46,7 +46,11 @@ def align(
 
     Layers are matched in the order in which the models have them: that of the graph in Keras, that of registration in
     torch and in subclassed Keras models; by their names where all names agree. Where branches stand in another order,
-    shapes decide, or else `pairs`.
+    shapes decide, or names that both sides have, or else `pairs`. So do names where the order puts layers of one name
+    apart, though they fit: if these only change places, names win; else the models are refused until `pairs` says more.
+
+    Padding is compared in numbers, with that of layers right before a convolution. Keras's "same" with strides is that
+    of torch only on some sizes, which must follow from the model. What code of a model pads is not seen: use layers.
 
     The order of features after a flattened feature map follows from the graph of a Keras model, or from Flatten layers.
     What a model does in its own code to the order of features or channels (a permutation, a pixel shuffle) is not seen.
@@ -62,7 +66,7 @@ def align(
         flattened: Place of a layer, on either side, whose inputs are a flattened feature map → channels of that map;
             1 if its inputs are in the same order on both sides. Only where that cannot be told.
         strict: Refuse settings that are no weights and make outputs differ (the `epsilon` of a normalization, strides,
-            activations of an LSTM). Else they become `notes` of the map.
+            padding, activations of an LSTM). Else they become `notes` of the map.
 
     Returns:
         The map; both ways.
@@ -86,7 +90,7 @@ def align(
     """
     source, target = _described(source_model), _described(target_model)
     found = matched(source, target, pairs or {})
-    notes = _notes(found)
+    notes, remarks = compared(source, target, found)
     if strict:
         _refuse_any(notes)
     links, *unlinked = _linked(source, target, found, flattened or {})
@@ -95,7 +99,7 @@ def align(
         _side(target, unlinked[1]),
         links,
         [(a.place, b.place) for a, b in found],
-        [f"{a.place!r} and {b.place!r}: {note}" for a, b, note in notes],
+        [f"{a.place!r} and {b.place!r}: {note}" for a, b, note in notes] + remarks,
     )
 
 
@@ -118,24 +122,7 @@ def _described(model: Any) -> Description:
     return found
 
 
-def _notes(found: list[Pair]) -> list[tuple[Layer, Layer, str]]:
-    """What differs between two layers and is no weight."""
-    notes = []
-    for a, b in found:
-        for name in a.settings.keys() & b.settings.keys():
-            mine, theirs = a.settings[name], b.settings[name]
-            if isinstance(mine, float) and isinstance(theirs, float) and math.isclose(mine, theirs, rel_tol=1e-6):
-                continue
-            if mine != theirs:
-                notes.append((a, b, f"{name} is {mine} and {theirs}"))
-        for one, other in ((a, b), (b, a)):
-            lacking = one.parts().keys() & {"mean", "variance"} - other.parts().keys()
-            if lacking:
-                notes.append((a, b, f"only {one.place!r} has a running {' and '.join(sorted(lacking))}"))
-    return notes
-
-
-def _refuse_any(notes: list[tuple[Layer, Layer, str]]) -> None:
+def _refuse_any(notes: list[Note]) -> None:
     if notes:
         a, b, note = notes[0]
         more = f", and {len(notes) - 1} layers more" if len(notes) > 1 else ""
@@ -153,9 +140,10 @@ def _linked(
 ) -> tuple[list[Link], set[str], set[str]]:
     """The links of all layers, and the names that are in none, on both sides."""
     known = facts_of(source), facts_of(target)
+    pinned = pinned_channels((source, target), found, flattened)
     links: list[Link] = []
     for pair in found:
-        a, b = in_common_order((source, target), known, pair, flattened)
+        a, b = in_common_order((source, target), known, pair, pinned)
         mine, theirs = _places(a), _places(b)
         for role, place in mine.items():
             if role in theirs:

@@ -25,6 +25,7 @@ class State:
         makers: The layers whose output these features are, as long as only the order may have changed since.
         certain: Whether it follows from a graph, or only from the order in which layers are listed.
         why: Why it is unsure.
+        joined: Whether branches are joined in it, so that it is not one map.
     """
 
     what: Literal["raw", "map", "features", "flat", "folded", "unsure"]
@@ -34,6 +35,7 @@ class State:
     makers: tuple[Layer, ...] = ()
     certain: bool = True
     why: str = ""
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Fact:
         layout: Where the map has its channels.
         certain: Whether it follows from a graph.
         why: Why it is unsure.
+        joined: Whether branches are joined in it, so that it is not one map.
     """
 
     what: Literal["plain", "flat", "unsure"]
@@ -53,6 +56,7 @@ class Fact:
     layout: Layout | None = None
     certain: bool = True
     why: str = ""
+    joined: bool = False
 
 
 Facts = dict[tuple[int, str], Fact]
@@ -112,7 +116,7 @@ def _note(facts: Facts, layer: Layer, axis: str, fact: Fact) -> None:
 
 def _fact(layer: Layer, state: State, *, on_map: bool) -> Fact | None:
     if state.what == "unsure":
-        return Fact("unsure", certain=state.certain, why=state.why)
+        return Fact("unsure", certain=state.certain, why=state.why, joined=state.joined)
     if state.what == "flat":
         if layer.takes == state.channels:
             return Fact("plain", certain=state.certain)
@@ -138,7 +142,11 @@ def _after(step: Step, state: State) -> State:
         return _reshaped(state, step)
     if step.what == "pool":
         return _pooled(state, step)
+    if step.what == "code":
+        return _unknown(state, step)
     if step.what == "other":
+        if state.what == "unsure":
+            return state
         if state.what == "features" or (state.what == "raw" and len(state.shape or ()) <= 2):
             return State("features", certain=state.certain)
         return State("unsure", certain=state.certain, why="an operation before it may change the order of features")
@@ -203,6 +211,21 @@ def _pooled(state: State, step: Step) -> State:
     return State("features", certain=state.certain)
 
 
+def _unknown(state: State, step: Step) -> State:
+    """The state after code known by its shapes only: they show a move of channels, but among axes of one size."""
+    taken, given = step.taken, step.given
+    if state.what == "unsure":
+        return state
+    if state.what == "features" or (state.what == "raw" and len(state.shape or ()) <= 2):
+        return State("features", certain=state.certain)
+    one_size = state.what == "map" and taken is not None and taken.count(state.channels) != 1
+    if given in (None, taken) and not one_size:
+        return state
+    if state.what == "map" and given and len(given) == 1 and (given[0] != state.channels or not one_size):
+        return _pooled(state, step)
+    return State("unsure", certain=state.certain, why="code before it may change the order of features")
+
+
 def _reshaped(state: State, step: Step) -> State:
     rank = None if step.given is None else len(step.given)
     if state.what == "unsure":
@@ -230,9 +253,10 @@ def _merged(states: list[State], step: Step) -> State:
     kinds = {state.what for state in states}
     if len(states) == 1:
         return replace(states[0], certain=certain)
+    into_vector = step.given is not None and len(step.given) == 1
     unsure = next((state for state in states if state.what == "unsure"), None)
     if unsure is not None:
-        return replace(unsure, certain=certain)
+        return replace(unsure, certain=certain, joined=unsure.joined or into_vector)
     maps = [state for state in states if state.what == "map"]
     if maps and kinds <= {"map", "features", "folded", "raw"}:
         layouts = {state.layout for state in maps}
@@ -249,7 +273,8 @@ def _merged(states: list[State], step: Step) -> State:
         return State("features", makers=tuple(dict.fromkeys(makers)), certain=certain)
     if step.what != "concat" and len({(s.what, s.channels, s.layout) for s in states}) == 1:
         return replace(states[0], certain=certain)
-    return State("unsure", certain=certain, why="branches of several kinds are joined before it")
+    why = "branches of several kinds are joined before it"
+    return State("unsure", certain=certain, why=why, joined=into_vector)
 
 
 def _channels(shape: Iterable[int | None] | None, layout: Layout | None) -> int | None:

@@ -4,11 +4,13 @@ Which layers a model has, and in which order it calls them, is left to `keras_mo
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.layout.layers import BIASES, OWN, Layer, Layout, Part, Slot, gate_parts
+from fed_learn.adapters.layout.layers import BIASES, CHANNELS, CROPPING, OWN, Layer, Layout, Part, Slot, gate_parts
+from fed_learn.adapters.layout.padding import Padding
 
 GATES = {
     "LSTMCell": ("input", "forget", "cell", "output"),
@@ -78,10 +80,43 @@ def _dense(layer: Any) -> list[Layer]:
 
 def _convolved(layer: Any, found: tuple[Slot, ...], takes: int, gives: int, name: str = "", **settings: Any) -> Layer:
     rank = len(layer.kernel_size)
-    kind = f"convolution {rank}d" + (" transposed" if "Transpose" in keras_class(layer) else "")
-    both: dict[str, object] = {"strides": tuple(layer.strides), "dilation": tuple(layer.dilation_rate), **settings}
+    transposed = "Transpose" in keras_class(layer)
+    kind = f"convolution {rank}d" + (" transposed" if transposed else "")
+    both: dict[str, object] = {"strides": tuple(layer.strides), "dilation": tuple(layer.dilation_rate)}
+    if transposed:
+        both[CROPPING] = _cropping(layer)
+    elif type(layer).call.__module__.startswith("keras."):
+        both["padding"] = _padding(layer)
+    both |= settings
     layout = layout_of(layer.data_format)
     return Layer(layer.path + name, type(layer).__name__, kind, found, both, takes=takes, gives=gives, layout=layout)
+
+
+def _spans(layer: Any) -> list[int]:
+    """How much of each axis of a map the kernel covers."""
+    return [(size - 1) * rate + 1 for size, rate in zip(layer.kernel_size, layer.dilation_rate, strict=True)]
+
+
+def _padding(layer: Any) -> Padding:
+    spans = _spans(layer)
+    if layer.padding == "same":
+        return Padding.same(zip(spans, layer.strides, strict=True))
+    return Padding.zeros([(span - 1 if layer.padding == "causal" else 0, 0) for span in spans])
+
+
+def _cropping(layer: Any) -> tuple[tuple[int, int], ...]:
+    """See `CROPPING`: "valid" cuts nothing off, "same" comes to `stride` times the size where nothing else is said."""
+    more = layer.output_padding
+    ends = []
+    for i, (span, stride) in enumerate(zip(_spans(layer), layer.strides, strict=True)):
+        behind = more[i] if isinstance(more, list | tuple) else more
+        if layer.padding == "valid":
+            ends.append((0, min(span - stride, 0) if behind is None else -behind))
+        else:
+            total = span - stride if behind is None else span - span % 2 - behind
+            before = max(total // 2, 0)
+            ends.append((before, total - before))
+    return tuple(ends)
 
 
 def _convolution(layer: Any) -> list[Layer]:
@@ -117,12 +152,26 @@ def _separable_convolution(layer: Any) -> list[Layer]:
     ones_each = (1,) * len(ones)
     return [
         _convolved(layer, first, channels, narrow, " (depthwise)"),
-        _convolved(layer, second, narrow, gives, " (pointwise)", strides=ones_each, dilation=ones_each),
+        _convolved(
+            layer, second, narrow, gives, " (pointwise)", strides=ones_each, dilation=ones_each, padding=Padding()
+        ),
     ]
 
 
+def _axis_of(layer: Any, axis: Any) -> str:
+    """The setting `axis`: first or last, or `CHANNELS` where there is no other; `keras_models` knows which it is."""
+    axes = list(axis) if isinstance(axis, list | tuple) else [axis]
+    shape = (layer.get_build_config() or {}).get("input_shape") or ()
+    if len(axes) != 1:
+        return f"{axes}"
+    number = axes[0] % len(shape) if shape else axes[0]
+    if len(shape) == 2:
+        return CHANNELS
+    return {len(shape) - 1: "last", 1: "first"}.get(number, f"number {axes[0]}")
+
+
 def _normalized(layer: Any, kind: str, found: tuple[Slot, ...], size: int | None, **more: Any) -> list[Layer]:
-    settings = {"epsilon": layer.epsilon}
+    settings = {"epsilon": layer.epsilon, "axis": _axis_of(layer, layer.axis)}
     return [Layer(layer.path, type(layer).__name__, kind, found, settings, more, takes=size, gives=size)]
 
 
@@ -135,6 +184,8 @@ def _batch_norm(layer: Any) -> list[Layer]:
 
 def _layer_norm(layer: Any) -> list[Layer]:
     kind = "rms norm" if keras_class(layer) == "RMSNormalization" else "layer norm"
+    if getattr(layer, "rms_scaling", False):
+        kind = "layer norm with rms_scaling"
     roles = {"gamma": "scale", "beta": "offset", "scale": "scale"}
     shape = next((tuple(map(int, v.shape)) for v in layer.weights), ())
     if len(shape) == 1:
@@ -157,14 +208,17 @@ def _prelu(layer: Any) -> list[Layer]:
     size = int(np.prod(shape))
     axes = (("in", size),) if len(several) <= 1 else tuple(several)
     found = _slots(layer, alpha=Part("slope", axes))
-    takes = size if len(several) <= 1 else None
-    return [Layer(layer.path, type(layer).__name__, "prelu", found, takes=takes, gives=takes)]
+    if len(several) > 1:
+        return [Layer(layer.path, type(layer).__name__, "prelu", found)]
+    settings: dict[str, object] = {"axis": _axis_of(layer, 1 + int(several[0][0])) if several else CHANNELS}
+    return [Layer(layer.path, type(layer).__name__, "prelu", found, settings, takes=size, gives=size)]
 
 
 def _embedding(layer: Any) -> list[Layer]:
     rows, width = map(int, layer.embeddings.shape)
     found = _slots(layer, embeddings=Part("table", (("index", rows), ("out", width))))
-    return [Layer(layer.path, type(layer).__name__, "embedding", found, gives=width)]
+    settings: dict[str, object] = {"max_norm": None, "mask_zero": bool(layer.mask_zero)}
+    return [Layer(layer.path, type(layer).__name__, "embedding", found, settings, gives=width)]
 
 
 def _attention(layer: Any) -> list[Layer]:
@@ -179,7 +233,8 @@ def _attention(layer: Any) -> list[Layer]:
     heads, dim, width = map(int, dense.kernel.shape)
     kernel = Part("output kernel", (("head", heads), ("dim", dim), ("out", width)))
     found += _slots(dense, kernel=kernel, bias=_vector("output bias", width))
-    return [Layer(layer.path, type(layer).__name__, "attention", found, gives=width)]
+    settings = {"add_zero_attn": False, "attention_axes": tuple(layer._attention_axes)}
+    return [Layer(layer.path, type(layer).__name__, "attention", found, settings, gives=width)]
 
 
 def _recurrent(layer: Any) -> list[Layer]:
@@ -189,7 +244,8 @@ def _recurrent(layer: Any) -> list[Layer]:
     layers = []
     for number, cell in enumerate(cells):
         place = layer.path if len(cells) == 1 else f"{layer.path}[{number}]"
-        layers.append(_recurrent_layer(layer, place, cell, _cell_slots(cell, ""), bool(layer.go_backwards)))
+        settings = {"activations": _activations(cell), "backwards": bool(layer.go_backwards)}
+        layers.append(_recurrent_layer(layer, place, [cell], _cell_slots(cell, ""), settings))
     return layers
 
 
@@ -198,20 +254,45 @@ def _bidirectional(layer: Any) -> list[Layer]:
     if any(keras_class(getattr(one, "cell", None)) not in GATES for one in (forward, backward)):
         return []
     found = _cell_slots(forward.cell, "") + _cell_slots(backward.cell, "backward ")
-    described = _recurrent_layer(layer, layer.path, forward.cell, found, False, both=True)
+    settings = {
+        "activations": _activations(forward.cell),
+        "activations of the way back": _activations(backward.cell),
+        "backwards": bool(forward.go_backwards),
+    }
+    described = _recurrent_layer(layer, layer.path, [forward.cell, backward.cell], found, settings)
     if layer.merge_mode != "concat":
         described.requires["merge_mode"] = layer.merge_mode
     return [described]
 
 
-def _recurrent_layer(
-    layer: Any, place: str, cell: Any, found: tuple[Slot, ...], backwards: bool, both: bool = False
-) -> Layer:
-    kind = KINDS[keras_class(cell)]
+def _activations(cell: Any) -> tuple[str, ...]:
     gates = [getattr(cell, name, None) for name in ("activation", "recurrent_activation")]
-    settings = {"activations": tuple(gate.__name__ for gate in gates if gate is not None), "backwards": backwards}
-    hint = ""
-    if kind == "gru" and not cell.reset_after:
+    return tuple(_name_of(gate) for gate in gates if gate is not None)
+
+
+def _name_of(function: Any) -> str:
+    """The name of an activation: that of Keras's own alone, else with all that makes it what it is."""
+    if isinstance(function, partial):
+        given = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"{_name_of(function.func)}({', '.join(given)})"
+    inner = getattr(function, "activation", None)
+    if keras_class(function) == "Activation" and inner is not None:
+        return _name_of(inner)
+    if keras_class(function):
+        config = {name: value for name, value in function.get_config().items() if name not in ("name", "dtype")}
+        return f"{type(function).__name__}({', '.join(f'{name}={value!r}' for name, value in config.items())})"
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    module = getattr(function, "__module__", type(function).__module__)
+    return str(name) if module.startswith("keras.") else f"{module}.{name}"
+
+
+def _recurrent_layer(
+    layer: Any, place: str, cells: list[Any], found: tuple[Slot, ...], settings: dict[str, object]
+) -> Layer:
+    cell, both = cells[0], len(cells) > 1
+    kind, hint = " and ".join(dict.fromkeys(KINDS[keras_class(one)] for one in cells)), ""
+    settings = {**settings, "stateful": bool(layer.stateful)}
+    if any(not getattr(one, "reset_after", True) for one in cells):
         kind, hint = "gru with reset_after=False", "torch has only what Keras calls reset_after=True"
     name = type(layer).__name__ if not both else f"{type(layer).__name__}({type(layer.forward_layer).__name__})"
     takes, gives = int(cell.kernel.shape[0]), int(cell.units) * (2 if both else 1)

@@ -1,16 +1,22 @@
 """The steps of a Keras model, in the order of its graph where it has one, else in the order of its attributes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from fed_learn.adapters.layout.keras_layers import keras_class, layers_of, own_layer
-from fed_learn.adapters.layout.layers import OWN, Description, Layer, Step, chained
+from fed_learn.adapters.layout.layers import CHANNELS, OWN, Description, Layer, Step, chained
+from fed_learn.adapters.layout.padding import Pad
+from fed_learn.adapters.layout.settings import count_pads
 from fed_learn.adapters.models import variables
 from fed_learn.weights import Schema
 
 MERGES = {"Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum", "Divide", "TrueDivide"}
-RESHAPES = {"Reshape", "Permute", "RepeatVector", "Transpose", "ExpandDims", "Squeeze", "MoveAxis"}
+RESHAPES = {"Reshape", "Permute", "RepeatVector", "Transpose", "ExpandDims", "Squeeze", "Moveaxis", "Swapaxes"}
+FOREIGN = {"Lambda", "TFSMLayer"}
+"""Layers of Keras's own that run the code of others."""
+PADS = {"constant": "zeros", "reflect": "reflect"}
+"""What `keras.ops.pad` calls `mode`."""
 
 
 def describe(model: Any) -> Description:
@@ -21,8 +27,23 @@ def describe(model: Any) -> Description:
     """
     schema = Schema((v.name, (v.shape, v.dtype)) for v in variables(model))
     steps = _Walk({}).of(model)
+    for step in steps:
+        step.loose = not step.certain
+    count_pads(steps)
     layers = {id(step.layer): step.layer for step in steps if step.layer is not None}
+    _name_axes(layers.values())
     return Description("keras", schema, tuple(layers.values()), tuple(steps), {})
+
+
+def _name_axes(layers: Iterable[Layer]) -> None:
+    """Says of the layers with one number per channel whether their axis is that of the channels."""
+    layouts = {layer.layout for layer in layers if layer.layout is not None} or {"last"}
+    for layer in layers:
+        if layer.settings.get("axis") in layouts:
+            layer.settings["axis"] = CHANNELS
+        elif layer.settings.get("axis") in ("first", "last"):
+            other = "last" if layer.settings["axis"] == "first" else "first"
+            layer.settings["axis"] = f"the {layer.settings['axis']}, where channels are {other}"
 
 
 @dataclass(eq=False)
@@ -129,6 +150,7 @@ class _Walk:
                 self.done[same] = self._list(operation, inputs, certain=keras_class(operation) == "TimeDistributed")
             elif layers:
                 steps = chained([Step("layer", layer=layer) for layer in layers], inputs, certain=True)
+                steps[0].taken = _shape(node.input_tensors[0])
                 self.steps += steps
                 self.done[same] = steps[-1]
             else:
@@ -167,6 +189,8 @@ def _without_variables(
     first = taken[0] if taken else None
     if kind == "InputLayer":
         return Step("input", given=given)
+    if kind in FOREIGN or not type(operation).call.__module__.startswith("keras."):
+        return Step("code" if len(taken) < 2 or given in taken else "other", taken=first, given=given)
     if kind == "Flatten":
         moves = operation.data_format == "channels_first"
         return Step("flatten", taken=first, given=given, moves_channels=moves)
@@ -181,4 +205,18 @@ def _without_variables(
         return Step("pool", taken=first, given=given)
     if len(taken) > 1:
         return Step("merge" if kind in MERGES or given in taken else "other", taken=first, given=given)
-    return Step("pass", taken=first, given=given)
+    pad = _pad(operation, kind)
+    place = str(getattr(operation, "path", operation.name))
+    return Step("pass", taken=first, given=given, pad=None if pad is None else (place, pad))
+
+
+def _pad(operation: Any, kind: str) -> Pad | None:
+    """What an operation puts around a map; None if it does not pad."""
+    if kind.startswith("ZeroPadding"):
+        ends = [operation.padding] if kind == "ZeroPadding1D" else operation.padding
+    elif kind == "Pad" and operation.mode in PADS and len(operation.pad_width) > 2:
+        _, *ends = operation.pad_width
+        ends = ends[:-1] if not any(ends[-1]) else ends[1:]  # those of the channels
+    else:
+        return None
+    return Pad(PADS.get(getattr(operation, "mode", ""), "zeros"), tuple((int(a), int(b)) for a, b in ends))

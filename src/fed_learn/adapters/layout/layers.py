@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from fed_learn.adapters.layout.padding import Pad
 from fed_learn.weights import Array, Schema
 
 Layout: TypeAlias = Literal["first", "last"]
@@ -21,6 +22,12 @@ STATISTICS = ("mean", "variance", "count")
 
 BIASES = ("@input", "@state")
 """Ends of the roles of two biases that a recurrent layer adds up; a side may have their sum in their place."""
+
+CHANNELS = "that of the channels"
+"""The setting `axis` of a layer that has one number per channel, or per feature of what has no channels."""
+
+CROPPING = "what padding and output_padding cut off"
+"""The setting of a transposed convolution: from the beginning and the end of each axis; less than 0 where it grows."""
 
 OWN = "own"
 """The kind of a layer that is not known: it corresponds to one of its own class, or to one it is pinned to."""
@@ -93,7 +100,8 @@ class Layer:
         type: Its class, for messages.
         kind: What it computes; layers correspond only within one kind.
         slots: Its variables.
-        settings: What changes its outputs and is no weight (`epsilon`, `strides`): may be allowed to differ.
+        settings: What changes its outputs and is no weight (`epsilon`, `strides`): may be allowed to differ. What
+            one of two layers does not have is not compared.
         requires: What must agree whatever the caller allows.
         takes: Features that its axis `in` takes; None where it has no such axis.
         gives: Features, or channels, that it gives.
@@ -137,28 +145,37 @@ class Layer:
         return f"{self.place!r} ({self.type}: {shapes})"
 
 
+Pair: TypeAlias = tuple[Layer, Layer]
+"""A layer of the source and one of the target."""
+
+
 @dataclass(eq=False)
 class Step:
     """One thing that a model does with its features, in the order in which it does them.
 
     Attributes:
         what: A `layer` with variables; or `flatten`, `reshape`, global `pool`, `merge` (sum, product), `concat`; an
-            `input`; `pass` for what leaves the features where they are; `other` for what is not known.
+            `input`; `pass` for what leaves the features where they are; `code` for what is known by its
+            shapes only; `other` for what is not known.
         inputs: The steps whose output it takes.
         layer: The layer, if it is one.
         certain: Whether the inputs are known, or only follow from the order in which layers are listed.
         taken: Shape of what it takes, without the batch; None where not known.
         given: Shape of what it gives.
         moves_channels: For `flatten`: it moves the channels to the end before it flattens.
+        pad: For what pads: its place, and what it puts around a map.
+        loose: Whether it is only listed before the next step, and code decides where it is called.
     """
 
-    what: Literal["layer", "flatten", "reshape", "pool", "merge", "concat", "input", "pass", "other"]
+    what: Literal["layer", "flatten", "reshape", "pool", "merge", "concat", "input", "pass", "code", "other"]
     inputs: "tuple[Step, ...]" = ()
     layer: Layer | None = None
     certain: bool = True
     taken: tuple[int | None, ...] | None = None
     given: tuple[int | None, ...] | None = None
     moves_channels: bool = False
+    pad: tuple[str, Pad] | None = None
+    loose: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,7 +55,8 @@ class LayoutMap:
         source: Schema of the source's weight dict.
         target: Schema of the target's.
         layers: Which layer goes with which: pairs of places.
-        notes: What differs between the models and is no weight, where `align` was told to let it pass.
+        notes: What differs between the models and is no weight, where `align` was told to let it pass; and what
+            pads without its place being seen, which was not compared.
         inverse: The map back.
         left_out: Variables that the source alone has: they may be missing from its weights, and go nowhere.
         from_base: Variables that the target alone has: `base` supplies them, and without it they are missing.
@@ -108,11 +109,6 @@ class LayoutMap:
     def from_base(self) -> tuple[str, ...]:
         """Variables that the target alone has."""
         return self._target.only
-
-    @property
-    def is_one_to_one(self) -> bool:
-        """Whether round trips give the same bits: no part of one side is a sum of two of the other."""
-        return all(len(link.source) == len(link.target) == 1 for link in self._links)
 
     def __call__(self, weights: WeightDict, base: WeightDict | None = None) -> dict[str, Array]:
         """The weights in names and layouts of the target.

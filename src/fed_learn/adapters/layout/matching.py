@@ -1,14 +1,13 @@
 """Which layer of one model goes with which of another."""
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NoReturn
 
-from fed_learn.adapters.layout.layers import OWN, STATISTICS, Description, Layer
+from fed_learn.adapters.layout.layers import OWN, STATISTICS, Description, Layer, Pair
+from fed_learn.adapters.layout.names import Name, agreeing, named, paths, put_apart
 from fed_learn.errors import LayoutError
 
-Pair = tuple[Layer, Layer]
 ADVICE = "If the layers are there in another order, name them in pairs={'source layer': 'target layer'}"
 
 
@@ -17,6 +16,7 @@ def matched(source: Description, target: Description, pairs: Mapping[str, str]) 
 
     Pinned layers first. The others by their names, if all names agree; else in order. Where the order differs, as in
     the branches of a block, a stretch of layers is set in order by kinds and shapes, if only one way of doing so fits.
+    Layers that change places by their names do so, if the names leave no doubt about those between them.
 
     Raises:
         LayoutError: A layer has no counterpart, or more than one could be meant; says which, and why.
@@ -29,7 +29,10 @@ def matched(source: Description, target: Description, pairs: Mapping[str, str]) 
         place = Counter(pairs.values()).most_common(1)[0][0]
         raise LayoutError(f"pairs: {place!r} is pinned twice", target_layer=place, reason="pinned twice")
     left, right = ([one for one in model.layers if id(one) not in taken] for model in (source, target))
-    found = _by_name(left, right) or _in_order(left, right) or _rearranged(source, target, left, right)
+    found = _by_name(left, right)
+    if found is None:
+        found = _in_order(left, right) or _rearranged(source, target, left, right)
+        found = _back_together(left, right, found)
     for pair in found:
         _check(source, target, pair, is_pinned=False)
     order = {id(layer): number for number, layer in enumerate(source.layers)}
@@ -73,11 +76,17 @@ def _roles(layer: Layer) -> dict[str, dict[str, int]]:
     return {role.split("@")[0]: sizes for role, sizes in roles.items()}
 
 
+def layers_at(model: Description, place: str) -> list[Layer]:
+    """The layers of this place; those whose place ends so, for the names of Keras layers."""
+    return [layer for layer in model.layers if layer.place == place] or [
+        layer for layer in model.layers if layer.place.rsplit("/", 1)[-1] == place
+    ]
+
+
 def _pinned(source: Description, target: Description, places: tuple[str, str]) -> Pair:
     found = []
     for model, place in zip((source, target), places, strict=True):
-        layers = [layer for layer in model.layers if layer.place == place]
-        layers = layers or [layer for layer in model.layers if layer.place.rsplit("/", 1)[-1] == place]
+        layers = layers_at(model, place)
         if len(layers) != 1:
             known = ", ".join(repr(layer.place) for layer in model.layers)
             side = "source" if model is source else "target"
@@ -115,18 +124,11 @@ def _refuse(
 
 def _by_name(left: Sequence[Layer], right: Sequence[Layer]) -> list[Pair] | None:
     """Pairs of equal names, if all names agree."""
-    mine, theirs = _names(left), _names(right)
+    mine, theirs = paths(left), paths(right)
     if not mine or mine.keys() != theirs.keys() or len(mine) != len(left) or len(theirs) != len(right):
         return None
     pairs = [(layer, theirs[name]) for name, layer in mine.items()]
     return None if any(difference_of(*pair) for pair in pairs) else pairs
-
-
-def _names(layers: Sequence[Layer]) -> dict[str, Layer]:
-    split = [re.split(r"[./]", layer.place) for layer in layers]
-    while split and len({path[0] for path in split}) == 1 and all(len(path) > 1 for path in split):
-        split = [path[1:] for path in split]
-    return {".".join(path): layer for path, layer in zip(split, layers, strict=True)}
 
 
 def _in_order(left: Sequence[Layer], right: Sequence[Layer]) -> list[Pair] | None:
@@ -137,19 +139,71 @@ def _in_order(left: Sequence[Layer], right: Sequence[Layer]) -> list[Pair] | Non
 
 
 def _rearranged(source: Description, target: Description, left: list[Layer], right: list[Layer]) -> list[Pair]:
-    """Pairs in spite of another order: in each stretch that holds the same layers on both sides, if all are unlike."""
+    """Pairs in spite of another order: in each stretch that holds the same layers on both sides, if all are unlike.
+
+    Those that are alike are told apart by names that both sides have.
+    """
     mine, theirs = _chunks(left), _chunks(right)
     signatures = [[tuple(one.signature() for one in chunk) for chunk in chunks] for chunks in (mine, theirs)]
     if Counter(signatures[0]) != Counter(signatures[1]):
         _refuse_first(source, target, left, right)
+    names = _common_names(left, right)
+    marks = [[names.get(id(chunk[0])) for chunk in chunks] for chunks in (mine, theirs)]
     pairs: list[Pair] = []
     for start, end in _stretches(*signatures):
-        places = {signature: start + i for i, signature in enumerate(signatures[1][start:end])}
-        if end - start > 1 and len(places) < end - start:
+        keys = [list(zip(signatures[side][start:end], marks[side][start:end], strict=True)) for side in (0, 1)]
+        if len(set(signatures[0][start:end])) == end - start:
+            keys = [[(signature, None) for signature, _ in side] for side in keys]
+        if end - start > 1 and (set(keys[0]) != set(keys[1]) or len(set(keys[0])) < end - start):
             _refuse_ambiguous(mine[start:end], theirs[start:end], lambda chunk: [one.signature() for one in chunk])
-        for number in range(start, end):
-            pairs += zip(mine[number], theirs[places[signatures[0][number]]], strict=True)
+        places = {key: start + i for i, key in enumerate(keys[1])}
+        for number, key in enumerate(keys[0], start):
+            pairs += zip(mine[number], theirs[places[key] if end - start > 1 else start], strict=True)
     return pairs
+
+
+def _common_names(left: Sequence[Layer], right: Sequence[Layer]) -> dict[int, Name]:
+    """By the `id` of a layer, the name that it has in common with one of the other side; a whole path if one is."""
+    mine, theirs = named(left), named(right)
+    common = sorted(mine.keys() & theirs.keys())
+    return {id(side[name]): name for name in common for side in (mine, theirs)}
+
+
+def _back_together(left: list[Layer], right: list[Layer], found: list[Pair]) -> list[Pair]:
+    """The pairs, but those of one name together that change places; refuses if names and order remain at odds."""
+    apart = [pair for pair in put_apart(found) if difference_of(*pair) is None] if found else []
+    if not apart:
+        return found
+    mine, theirs = ({id(one): chunk for chunk in _chunks(side) for one in chunk} for side in (left, right))
+    partner = {id(a): b for a, b in found}
+    first, namesake = apart[0]
+    moved: dict[int, Layer] = {}
+    for a, b in apart:
+        if len(mine[id(a)]) != len(theirs[id(b)]):
+            _refuse_names(a, partner[id(a)], b)
+        moved |= {id(one): other for one, other in zip(mine[id(a)], theirs[id(b)], strict=True)}
+    together = [(a, moved.get(id(a), b)) for a, b in found]
+    clear = agreeing(together) | moved.keys()
+    for side, ends in ((left, [a for a, _ in found if id(a) in moved]), (right, list(moved.values()))):
+        places = [side.index(one) for one in ends]
+        between = {id(one) for one in side[min(places) : max(places) + 1]}
+        if any(id(a) not in clear and between & {id(a), id(b)} for a, b in together):
+            _refuse_names(first, partner[id(first)], namesake)
+    wrong = len({id(b) for _, b in together}) < len(together) or any(difference_of(*pair) for pair in together)
+    if wrong or any(difference_of(*pair) is None for pair in put_apart(together)):
+        _refuse_names(first, partner[id(first)], namesake)
+    return together
+
+
+def _refuse_names(a: Layer, b: Layer, namesake: Layer) -> NoReturn:
+    reason = f"the order of the layers pairs them, but the target has {namesake.place!r} too, in another place"
+    raise LayoutError(
+        f"{a.place!r} of the source and {b.place!r} of the target: {reason}. Say which layers go together with "
+        "pairs={'source layer': 'target layer'}",
+        source_layer=a.place,
+        target_layer=b.place,
+        reason=reason,
+    )
 
 
 def _chunks(layers: Sequence[Layer]) -> list[list[Layer]]:

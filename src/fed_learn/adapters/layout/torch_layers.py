@@ -8,9 +8,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from fed_learn.adapters.layout.layers import BIASES, OWN, Description, Layer, Part, Slot, Step, chained, gate_parts
+import numpy as np
+
+from fed_learn.adapters.layout.layers import (
+    BIASES,
+    CHANNELS,
+    CROPPING,
+    OWN,
+    Description,
+    Layer,
+    Part,
+    Slot,
+    Step,
+    chained,
+    gate_parts,
+)
+from fed_learn.adapters.layout.padding import Pad, Padding
+from fed_learn.adapters.layout.settings import count_pads
 from fed_learn.adapters.models import variables
 from fed_learn.adapters.torch import unwrapped
+from fed_learn.errors import ModelError
 from fed_learn.weights import Schema
 
 Slots = dict[str, Slot | None]
@@ -20,6 +37,9 @@ GATES = {
     "RNN": ("only",),
 }
 ACTIVATIONS = {"LSTM": ("tanh", "sigmoid"), "GRU": ("tanh", "sigmoid")}
+PADS = {"ZeroPad": "zeros", "ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular"}
+"""Begin of a class → what convolutions call `padding_mode`."""
+
 MOVES_FEATURES = {"PixelShuffle", "PixelUnshuffle", "ChannelShuffle", "Fold", "Unfold"}
 
 
@@ -39,6 +59,7 @@ def describe(model: Any) -> Description:
     schema = Schema((v.name, (v.shape, v.dtype)) for v in found)
     identities = {v.name: v.identity for v in found}
     steps = chained(_Walk(schema).of(module, ""), (Step("input"),), certain=False)
+    count_pads(steps)
     layers: list[Layer] = []
     named: dict[object, str] = {}
     for layer in (step.layer for step in steps if step.layer is not None):
@@ -58,11 +79,23 @@ class _Walk:
         self.schema = schema
         self.seen: set[int] = set()
 
-    def of(self, module: Any, place: str) -> Iterator[Step]:
-        """The steps of a module, or of its children where it has no variables of its own."""
+    def of(self, module: Any, place: str, *, listed: bool = False) -> Iterator[Step]:
+        """The steps of a module, or of its children where it has no variables of its own.
+
+        Args:
+            module: The module.
+            place: Its name.
+            listed: Whether it is one of a Sequential, so that the next step takes its output.
+        """
         if id(module) in self.seen:
             return
         self.seen.add(id(module))
+        if any(cls.__module__ == "torch.jit._script" for cls in type(module).__mro__):
+            raise ModelError(
+                f"model: {place!r} is a scripted module, whose layers cannot be seen: align the module that it was "
+                "made from, which has the same names",
+                model=_class_name(module),
+            )
         kind = _torch_class(module)
         prefix = f"{place}." if place else ""
         own = [prefix + name for name in (*module._parameters, *module._buffers) if prefix + name in self.schema]
@@ -72,8 +105,8 @@ class _Walk:
             if own and {slot.name for layer in layers for slot in layer.slots} == within:
                 yield from (Step("layer", layer=layer) for layer in layers)
                 return
-        elif kind is not None and not own:
-            yield from _without_variables(kind, module)
+        if not own and not module._modules:
+            yield _without_variables(kind or "", module, place, listed)
         if own:
             shapes = [self.schema[name] for name in own]
             slots = [
@@ -82,7 +115,10 @@ class _Walk:
             ]
             yield Step("layer", layer=Layer(place, _class_name(module), OWN, tuple(slots)))
         for name, child in _children(kind, module):
-            yield from self.of(child, place if name == "_orig_mod" else prefix + name)
+            if name == "_orig_mod":
+                yield from self.of(child, place, listed=listed)
+            else:
+                yield from self.of(child, prefix + name, listed=kind == "Sequential")
 
 
 class _Slots:
@@ -141,15 +177,29 @@ ORDERS: dict[str, Callable[[bool], list[str]]] = {
 """The order in which torch's own modules call their children, where they register them in another."""
 
 
-def _without_variables(kind: str, module: Any) -> Iterator[Step]:
+def _without_variables(kind: str, module: Any, place: str, listed: bool) -> Step:
     if kind == "Flatten":
-        yield Step("flatten") if (module.start_dim, module.end_dim) == (1, -1) else Step("reshape")
-    elif kind == "Unflatten":
-        yield Step("reshape", given=(None, *(int(size) for size in module.unflattened_size)))
-    elif kind.startswith("Adaptive") and set(_tuple(module.output_size, 1)) == {1}:
-        yield Step("pool")
-    elif kind in MOVES_FEATURES:
-        yield Step("other")
+        return Step("flatten") if (module.start_dim, module.end_dim) == (1, -1) else Step("reshape")
+    if kind == "Unflatten":
+        return Step("reshape", given=(None, *(int(size) for size in module.unflattened_size)))
+    if kind.startswith("Adaptive") and set(_tuple(module.output_size, 1)) == {1}:
+        return Step("pool")
+    if kind in MOVES_FEATURES:
+        return Step("other")
+    pad = _pad(kind, module)
+    return Step("pass", pad=None if pad is None else (place, pad), loose=not listed)
+
+
+def _pad(kind: str, module: Any) -> Pad | None:
+    """What a layer puts around a map; None if it does not pad, or cuts something off."""
+    if kind.startswith("ConstantPad"):
+        mode: str | None = "zeros" if module.value == 0 else f"constant {module.value}"
+    else:
+        mode = PADS.get(kind[:-2])
+    if mode is None or min(module.padding) < 0:
+        return None
+    ends = tuple(map(int, module.padding))
+    return Pad(mode, tuple(zip(ends[-2::-2], ends[::-2], strict=True)))
 
 
 def _tuple(value: Any, count: int) -> tuple[Any, ...]:
@@ -175,9 +225,23 @@ def _convolution(module: Any, place: str, slots: _Slots) -> list[Layer]:
     found = slots("weight", Part("kernel", axes)) + slots("bias", _vector("bias", gives))
     kind = f"convolution {len(window)}d" + (" transposed" if transposed else "")
     settings: dict[str, object] = {"strides": tuple(module.stride), "dilation": tuple(module.dilation)}
+    if transposed:
+        settings[CROPPING] = tuple(
+            (around, around - behind) for around, behind in zip(module.padding, module.output_padding, strict=True)
+        )
+    elif type(module).forward.__module__.startswith("torch.nn."):
+        settings["padding"] = _padding(module)
     return [
         Layer(place, type(module).__name__, kind, found, settings, takes=takes, gives=gives, layout="first"),
     ]
+
+
+def _padding(module: Any) -> Padding:
+    if module.padding == "same":
+        spans = [(size - 1) * rate + 1 for size, rate in zip(module.kernel_size, module.dilation, strict=True)]
+        return Padding.same([(span, 1) for span in spans], module.padding_mode)
+    around = (0,) * len(module.kernel_size) if module.padding == "valid" else module.padding
+    return Padding.zeros([(each, each) for each in around], module.padding_mode)
 
 
 def _batch_norm(module: Any, place: str, slots: _Slots) -> list[Layer]:
@@ -189,7 +253,8 @@ def _batch_norm(module: Any, place: str, slots: _Slots) -> list[Layer]:
 
 
 def _norm(module: Any, place: str, kind: str, found: tuple[Slot, ...], size: int | None, **more: Any) -> Layer:
-    settings: dict[str, object] = {"epsilon": module.eps}
+    epsilon = np.finfo(found[0].dtype).eps if module.eps is None and found else module.eps
+    settings: dict[str, object] = {"epsilon": epsilon} | ({} if size is None else {"axis": CHANNELS})
     return Layer(place, type(module).__name__, kind, found, settings, more, takes=size, gives=size)
 
 
@@ -223,13 +288,14 @@ def _instance_norm(module: Any, place: str, slots: _Slots) -> list[Layer]:
 def _prelu(module: Any, place: str, slots: _Slots) -> list[Layer]:
     size = module.num_parameters
     found = slots("weight", _vector("slope", size, "in"))
-    return [Layer(place, "PReLU", "prelu", found, takes=size, gives=size)]
+    return [Layer(place, "PReLU", "prelu", found, {"axis": CHANNELS}, takes=size, gives=size)]
 
 
 def _embedding(module: Any, place: str, slots: _Slots) -> list[Layer]:
     axes = (("index", module.num_embeddings), ("out", module.embedding_dim))
     found = slots("weight", Part("table", axes))
-    return [Layer(place, type(module).__name__, "embedding", found, gives=module.embedding_dim)]
+    settings: dict[str, object] = {"max_norm": module.max_norm, "mask_zero": False}
+    return [Layer(place, type(module).__name__, "embedding", found, settings, gives=module.embedding_dim)]
 
 
 def _attention(module: Any, place: str, slots: _Slots) -> list[Layer]:
@@ -245,7 +311,8 @@ def _attention(module: Any, place: str, slots: _Slots) -> list[Layer]:
     found += slots("in_proj_bias", *(Part(f"{role} bias", inner, row) for role, row in zip(which, rows, strict=True)))
     found += slots("out_proj.weight", Part("output kernel", (("out", width), *inner)))
     found += slots("out_proj.bias", _vector("output bias", width))
-    return [Layer(place, type(module).__name__, "attention", found, gives=width)]
+    settings: dict[str, object] = {"add_zero_attn": bool(module.add_zero_attn), "attention_axes": (1,)}
+    return [Layer(place, type(module).__name__, "attention", found, settings, gives=width)]
 
 
 def _recurrent(module: Any, place: str, slots: _Slots) -> list[Layer]:
@@ -270,7 +337,9 @@ def _cell(module: Any, place: str, slots: _Slots) -> list[Layer]:
 
 def _recurrent_layer(module: Any, place: str, kind: str, found: tuple[Slot, ...], takes: int, both: bool) -> Layer:
     activations = ACTIVATIONS.get(kind) or (getattr(module, "nonlinearity", "tanh"),)
-    settings: dict[str, object] = {"activations": activations, "backwards": False}
+    settings: dict[str, object] = {"activations": activations, "backwards": False, "stateful": False}
+    if both:
+        settings["activations of the way back"] = activations
     gives = module.hidden_size * (2 if both else 1)
     return Layer(
         place, type(module).__name__, kind.lower(), found, settings, {"bidirectional": both}, takes=takes, gives=gives
