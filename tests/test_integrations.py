@@ -277,7 +277,7 @@ def test_a_keras_loss_must_come_from_somewhere() -> None:
     evaluator = KerasEvaluator(model, (X, Y), "loss")
     evaluator.evaluate(context(fl.get_weights(model)))
     assert evaluator.get_metric() > 0
-    with pytest.raises(ValueError, match="9 inputs and 10 targets"):
+    with pytest.raises(ValueError, match=r"not equally many: \(9, 3\) and \(10,\)"):
         KerasEvaluator(model, (X[:9], Y))
 
 
@@ -373,7 +373,7 @@ def test_a_lone_last_example_joins_the_batch_before_it() -> None:
     assert [len(batch) for batch in shuffled(9, 4, rng)] == [4, 5]
     assert [len(batch) for batch in shuffled(10, 4, rng)] == [4, 4, 2]
     assert [len(batch) for batch in shuffled(1, 4, rng)] == [1]
-    assert [len(batch) for batch in shuffled(3, 1, rng)] == [1, 2]
+    assert [len(batch) for batch in shuffled(3, 1, rng)] == [1, 1, 1]
     assert sorted(np.concatenate(shuffled(9, 4, rng)).tolist()) == list(range(9))
     learner = learner_of("torch", batch_size=9)  # BatchNorm1d refuses to be trained on one
     assert learner.train(fl.get_weights(learner.model), context()).n_iter == 1
@@ -453,11 +453,12 @@ def test_arguments_are_kept_and_everything_can_be_pickled(side: str) -> None:
     evaluator = TorchEvaluator(scored, tensors()) if side == "torch" else KerasEvaluator(scored, (X, Y))
     assert (evaluator.metric, evaluator.batch_size, evaluator.layout) == ("accuracy", 256, None)
     other, scorer = pickle.loads(pickle.dumps((learner, evaluator)))
-    names = fl.get_weights(other.model)
-    same = other.train(dict(zip(names, weights.values(), strict=True)), context())
-    assert list(bits(trained.weights).values()) == list(bits(same.weights).values())
-    scorer.evaluate(context(dict(zip(fl.get_weights(scorer.model), weights.values(), strict=True))))
-    assert 0 <= scorer.get_metric() <= 1
+    same = other.train(weights, context())
+    assert bits(same.weights) == bits(trained.weights)
+    theirs = dict(zip(fl.get_weights(scored), weights.values(), strict=True))  # Keras names another model otherwise
+    for each in (evaluator, scorer):
+        each.evaluate(context(theirs))
+    assert scorer.get_metric() == evaluator.get_metric() == learner.validate(weights, context())["accuracy"]
 
 
 # Both in one federation

@@ -6,25 +6,47 @@ A framework adds how its data come in batches, what its metrics are, and how a m
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from fed_learn.adapters.layout import LayoutMap
 from fed_learn.components import Learner, ModelEvaluator, TrainingResult
-from fed_learn.integrations.batches import Mean, score_name
+from fed_learn.handlers.scoring import check_count, check_mode
+from fed_learn.integrations.batches import Mean, count_of, form_of, score_name, tensors_in
 from fed_learn.integrations.exchange import load, read, weights_in
 from fed_learn.model_meta import ContextKey, FLContext
-from fed_learn.weights import WeightDict
+from fed_learn.weights import Array, WeightDict
 
 Step: TypeAlias = Callable[[Any], tuple[float, int]]
 """Trains on a batch; gives the mean loss over its examples, and how many they are."""
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """A batch, and what the model makes of it.
+
+    Attributes:
+        inputs: What the model got.
+        targets: What it should give.
+        outputs: What it gave.
+    """
+
+    inputs: Any
+    targets: Any
+    outputs: Any
+
+    @cached_property
+    def size(self) -> int:
+        """How many examples there are; see `count_of`."""
+        return count_of(self.inputs, self.targets)
+
+
 class Score(Protocol):
     """A metric that is being computed, batch by batch."""
 
-    def add(self, outputs: Any, targets: Any, /) -> object:
+    def add(self, batch: Batch, /) -> object:
         """Takes in a batch."""
 
     def value(self) -> float:
@@ -35,29 +57,48 @@ class MeanScore:
     """`Score` of a function: its mean over all examples.
 
     Args:
-        function: Of outputs and targets; a number for each example, or their mean.
-        mean_of: The mean of what it gives, as a number.
+        name: Of the metric, for messages.
+        function: Of a batch; a number for each example, or their mean.
+        array_of: What it gives, as an array.
 
     Example:
-        >>> score = MeanScore(lambda outputs, targets: outputs == targets, np.mean)
-        >>> score.add(np.array([1, 2, 3]), np.array([1, 2, 0]))
-        >>> score.add(np.array([1]), np.array([1]))
+        >>> score = MeanScore("hits", lambda batch: batch.outputs == batch.targets, np.asarray)
+        >>> score.add(Batch(None, np.array([1, 2, 0]), np.array([1, 2, 3])))
+        >>> score.add(Batch(None, np.array([1]), np.array([1])))
         >>> score.value()
         0.75
     """
 
-    def __init__(self, function: Callable[[Any, Any], Any], mean_of: Callable[[Any], float]) -> None:
+    def __init__(self, name: str, function: Callable[[Batch], Any], array_of: Callable[[Any], Array]) -> None:
+        self.name = name
         self.function = function
-        self.mean_of = mean_of
+        self.array_of = array_of
         self._mean = Mean()
 
-    def add(self, outputs: Any, targets: Any) -> None:
-        """See `Score.add`."""
-        self._mean.add(float(self.mean_of(self.function(outputs, targets))), len(targets))
+    def add(self, batch: Batch) -> None:
+        """See `Score.add`.
+
+        Raises:
+            ValueError: The function gives what has not the shape of one number, or of numbers for each example.
+        """
+        values = self.array_of(self.function(batch))
+        if values.size != 1 and not _is_by_example(values.shape, batch):
+            # (n, 1) against (n,), say, which frameworks broadcast to (n, n)
+            raise ValueError(
+                f"the metric {self.name!r} gives an array of shape {values.shape} for outputs {form_of(batch.outputs)} "
+                f"and targets {form_of(batch.targets)}; it must give a number for each example, or their mean"
+            )
+        self._mean.add(float(values.astype(np.float64).mean()), batch.size)
 
     def value(self) -> float:
         """See `Score.value`."""
         return self._mean.value()
+
+
+def _is_by_example(shape: tuple[int, ...], batch: Batch) -> bool:
+    """Whether it is that of examples, perhaps with more dimensions of targets or outputs, as of places in an image."""
+    forms = [(batch.size,), *(tuple(t.shape) for t in tensors_in([batch.targets, batch.outputs]))]
+    return shape[:1] == (batch.size,) and any(shape == form[: len(shape)] for form in forms)
 
 
 @dataclass(frozen=True)
@@ -69,21 +110,21 @@ class KeptScore:
         value: See `Score.value`.
     """
 
-    add: Callable[[Any, Any], object]
+    add: Callable[[Batch], object]
     value: Callable[[], float]
 
 
-def score_batches(scores: Mapping[str, Score], batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
-    """The scores over batches of outputs and targets.
+def score_batches(scores: Mapping[str, Score], batches: Iterable[Batch]) -> dict[str, float]:
+    """The scores over batches.
 
     Raises:
-        ValueError: There are no examples.
+        ValueError: There are no examples, or a score cannot be told of them.
     """
     examples = 0
-    for outputs, targets in batches:
-        examples += len(targets)
+    for batch in batches:
+        examples += batch.size
         for score in scores.values():
-            score.add(outputs, targets)
+            score.add(batch)
     if not examples:
         raise ValueError("there are no examples in the data")
     return {name: score.value() for name, score in scores.items()}
@@ -95,6 +136,7 @@ class FrameworkEvaluator(ModelEvaluator):
     def __init__(
         self, model: Any, data: Any, metric: Any, *, loss: Any, batch_size: int, layout: LayoutMap | None
     ) -> None:
+        check_count("batch_size", batch_size)
         self.model = model
         self.data = data
         self.metric = metric
@@ -140,8 +182,9 @@ class FrameworkLearner(Learner):
         layout: LayoutMap | None,
         seed: int,
     ) -> None:
-        if epochs < 1:
-            raise ValueError(f"epochs must be at least 1, not {epochs}")
+        check_count("epochs", epochs)
+        check_count("batch_size", batch_size)
+        check_mode(mode, 0.0, validation_metric)
         self.model = model
         self.data = data
         self.validation_data = validation_data

@@ -37,7 +37,23 @@ def load(model: Any, weights: WeightDict, layout: LayoutMap | None) -> None:
     Raises:
         NamesError, ShapeError, DtypeError, WeightsTypeError, TiedVariablesError: The weights do not fit.
     """
-    set_weights(model, weights if layout is None else layout(weights), strict=False)
+    if layout is not None:
+        weights = _mapped(model, weights, layout)
+    set_weights(model, weights, strict=False)
+
+
+def _mapped(model: Any, weights: WeightDict, layout: LayoutMap) -> dict[str, Array]:
+    """The weights in names and layouts of the model, which supplies those that the global model lacks."""
+    lacking = _lacking(weights, layout)
+    if all(name in layout.left_out for name in lacking):
+        return layout(weights)
+    local = get_weights(model, copy=False, only=layout.target.__contains__)
+    return layout({**layout.inverse(local, base=lacking | dict(weights)), **weights}, base=local)
+
+
+def _lacking(weights: WeightDict, layout: LayoutMap) -> dict[str, Array]:
+    """Zeros for what the map takes and the global model lacks."""
+    return {name: np.zeros(*form) for name, form in layout.source.items() if name not in weights}
 
 
 def read(model: Any, weights: WeightDict, layout: LayoutMap | None) -> dict[str, Array]:
@@ -52,9 +68,8 @@ def read(model: Any, weights: WeightDict, layout: LayoutMap | None) -> dict[str,
         found = get_weights(model, only=weights.__contains__)
         return {name: _array(found[name]) for name in weights}
     # The base supplies what the model lacks; what the global weights lack as well is needed only for its shape.
-    lacking = {name: np.zeros(*layout.source[name]) for name in layout.left_out}
     local = get_weights(model, copy=False, only=layout.target.__contains__)
-    returned = layout.inverse(local, base={**lacking, **weights})
+    returned = layout.inverse(local, base=_lacking(weights, layout) | dict(weights))
     return {name: returned[name] for name in weights}
 
 

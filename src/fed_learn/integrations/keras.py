@@ -9,15 +9,17 @@ Server validation takes three lines:
 An evaluator and each learner need a model of their own: the weights in it are overwritten.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 
 from fed_learn.adapters.layout import LayoutMap
-from fed_learn.integrations.batches import check_batch_size, check_repeatable, in_order, pair_of, shuffled
+from fed_learn.errors import ModelError
+from fed_learn.integrations.batches import check_repeatable, count_of, form_of, in_order, pair_of, shuffled, tensors_in
 from fed_learn.integrations.components import (
+    Batch,
     FrameworkEvaluator,
     FrameworkLearner,
     KeptScore,
@@ -35,25 +37,49 @@ Metric: TypeAlias = Any
 """`"accuracy"`, `"loss"`, a function of targets and outputs, or a `keras.metrics.Metric`."""
 
 
-class KerasEvaluator(FrameworkEvaluator):
+class _NamesKept:
+    """Keeps the names of the model's variables, some of which Keras changes as a model is pickled."""
+
+    model: keras.Model
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_names": [variable.path for variable in self.model.weights]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        names = state.pop("_names")
+        self.__dict__.update(state)
+        if len(self.model.weights) != len(names):
+            raise ModelError(
+                f"model {self.model.name!r} came back from pickle with {len(self.model.weights)} of its {len(names)} "
+                "variables: its layers must be able to build themselves as Keras loads them"
+            )
+        for variable, name in zip(self.model.weights, names, strict=True):
+            variable._path = name  # Keras has no public way; where this did nothing, the names would be refused
+
+
+class KerasEvaluator(_NamesKept, FrameworkEvaluator):
     """Scores the global model in a Keras model, on the server's data.
 
     Args:
         model: A model that is built; what the weights are loaded into. Variables that the global model lacks stay as
             they are.
         data: Arrays `(x, y)` (then `batch_size` counts), a `keras.utils.PyDataset`, or any iterable of batches `(x, y)`
-            that can be read again and again, such as a `tf.data.Dataset`.
+            that can be read again and again, such as a `tf.data.Dataset`. `x` and `y` may be lists or dicts, where the
+            model has several inputs or outputs; arrays `([a, b], [c, d])` might be two batches, and must be dicts.
         metric: `"accuracy"` (of classes, the last axis of the outputs), `"loss"`, or a function `f(y_true, y_pred)`
             that gives a number for each example or their mean; the score is the mean over all examples. Or a
-            `keras.metrics.Metric`.
-        loss: What is behind `"loss"`: a Keras loss, its name, or a function as above. None: the loss that the model was
-            compiled with.
+            `keras.metrics.Metric`. Functions of Keras itself take targets `(n,)` of outputs `(n, 1)` as losses do; a
+            function of your own gets them as they are.
+        loss: What is behind `"loss"`, as `compile` takes it: a Keras loss, its name, a function, or several of them for
+            several outputs. None: the loss that the model was compiled with, and what its layers add, such as
+            regularization (on JAX that of weights alone): what `model.evaluate` reports.
         batch_size: Examples in a batch of arrays.
         layout: The map of `fl.align` from the global model to this one, if they are not alike.
 
     Raises:
-        ValueError: The metric is a name that is not known, there is no loss for it, or `batch_size` is not at least 1.
-        TypeError: `data` can be read once only.
+        ValueError: The metric is a name that is not known, there is no loss for it, `batch_size` is not at least 1, or
+            `data` may be arrays as well as two batches.
+        TypeError: `data` can be read once only, or `batch_size` is not an int.
 
     Example:
         >>> from fed_learn import FLContext, ModelData
@@ -75,7 +101,7 @@ class KerasEvaluator(FrameworkEvaluator):
         batch_size: int = 256,
         layout: LayoutMap | None = None,
     ) -> None:
-        _check_data(data, batch_size)
+        _check_data(data)
         _check_metric(metric, model, loss)
         super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout)
 
@@ -84,12 +110,12 @@ class KerasEvaluator(FrameworkEvaluator):
         return evaluate(self.model, self.data, metrics, loss=self.loss, batch_size=self.batch_size)
 
 
-class KerasLearner(FrameworkLearner):
+class KerasLearner(_NamesKept, FrameworkLearner):
     """Trains and validates a compiled Keras model, as the work of a client.
 
-    Each round starts from the global weights, with the optimizer as it was when it was new. The order of the examples
-    of arrays depends on the seed and the round alone; other data keep their own. A model that draws at random (by
-    dropout) should get seeds of its own.
+    Each round starts from the global weights, with the optimizer as it was when the learner was made. The order of the
+    examples of arrays depends on the seed and the round alone; other data keep their own. A model that draws at random
+    (by dropout) should get seeds of its own.
 
     Args:
         model: This client's own: built, and compiled with an optimizer and a loss. Variables that the global model
@@ -97,7 +123,7 @@ class KerasLearner(FrameworkLearner):
         data: To train on; see `KerasEvaluator`.
         validation_data: To select models by: not the same.
         epochs: Passes over the data in a round.
-        batch_size: Examples in a step, where `data` are arrays.
+        batch_size: Examples in a step, where `data` are arrays, and in a batch of `validation_data` likewise.
         metrics: What `validate` scores: names, or a dict of names to metrics as `KerasEvaluator` takes.
         validation_metric: The one by which models are selected.
         mode: `"max"`, or `"min"` where less of it is better.
@@ -107,7 +133,10 @@ class KerasLearner(FrameworkLearner):
     Raises:
         ValueError: The model is not compiled, a number is out of its range, a metric is not known, or
             `validation_metric` is not one of them.
-        TypeError: Data can be read once only.
+        TypeError: Data can be read once only, or a number is not an int.
+
+    Warns:
+        UserWarning: `validation_metric` looks like a loss under `mode="max"`.
 
     Example:
         >>> import fed_learn as fl
@@ -138,8 +167,8 @@ class KerasLearner(FrameworkLearner):
     ) -> None:
         if not getattr(model, "compiled", False) or getattr(model, "optimizer", None) is None:
             raise ValueError("the model is not compiled: call its compile() with an optimizer and a loss")
-        _check_data(data, batch_size)
-        _check_data(validation_data, batch_size)
+        _check_data(data)
+        _check_data(validation_data)
         super().__init__(
             model,
             data,
@@ -164,7 +193,7 @@ class KerasLearner(FrameworkLearner):
 
         def step(batch: tuple[Any, Any]) -> tuple[float, int]:
             x, y = batch
-            return float(self.model.train_on_batch(x, y, return_dict=True)["loss"]), len(y)
+            return float(self.model.train_on_batch(x, y, return_dict=True)["loss"]), count_of(x, y)
 
         return step
 
@@ -176,7 +205,7 @@ class KerasLearner(FrameworkLearner):
 
     def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
         """See `FrameworkLearner.score`."""
-        return evaluate(self.model, self.validation_data, metrics, batch_size=max(self.batch_size, 256))
+        return evaluate(self.model, self.validation_data, metrics, batch_size=self.batch_size)
 
     def _remember_optimizer(self) -> None:
         self._optimizer = self.model.optimizer
@@ -193,7 +222,7 @@ class KerasLearner(FrameworkLearner):
             variable.assign(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_optimizer": None}  # the model brings its own
+        return {**super().__getstate__(), "_optimizer": None}  # the model brings its own
 
 
 def evaluate(
@@ -210,20 +239,41 @@ def evaluate(
         The score by the name of each metric.
 
     Raises:
-        ValueError: There are no examples, or outputs and targets are nothing of which `"accuracy"` can be told.
+        ValueError: There are no examples, outputs and targets are nothing of which `"accuracy"` can be told, or a
+            function gives something else than a number for each example or their mean.
     """
-    scores = {name: _score_of(metric, model, loss) for name, metric in metrics.items()}
-    return score_batches(scores, ((_outputs(model, x), y) for x, y in _batches(data, batch_size, None)))
+    scores = {name: _score_of(name, metric, model, loss) for name, metric in metrics.items()}
+    return score_batches(scores, (Batch(x, y, _outputs(model, x)) for x, y in _batches(data, batch_size, None)))
 
 
-def _score_of(metric: Metric, model: keras.Model, loss: Any) -> Score:
+def _score_of(name: str, metric: Metric, model: keras.Model, loss: Any) -> Score:
     if isinstance(metric, keras.metrics.Metric):
         metric.reset_state()
-        return KeptScore(lambda outputs, targets: metric.update_state(targets, outputs), lambda: _mean(metric.result()))
-    function = metric
-    if isinstance(metric, str):
-        function = _hits if metric == "accuracy" else _loss_of(model, loss)
-    return MeanScore(lambda outputs, targets: function(targets, outputs), _mean)
+        return KeptScore(
+            lambda batch: metric.update_state(batch.targets, batch.outputs),
+            lambda: float(_array(metric.result()).astype(np.float64).mean()),
+        )
+    if metric == "accuracy":
+        return MeanScore(name, lambda batch: _hits(batch.targets, batch.outputs), _array)
+    if metric != "loss" and not str(getattr(metric, "__module__", "")).startswith("keras."):
+        return MeanScore(name, lambda batch: metric(batch.targets, batch.outputs), _array)
+    chosen = loss if metric == "loss" else metric
+    holder = model if chosen is None else _compiled(chosen, model)
+    return MeanScore(name, lambda batch: _loss(holder, batch), _array)
+
+
+def _compiled(loss: Any, model: keras.Model) -> keras.Model:
+    """A model that has nothing but this loss: Keras shows in no other public way how it would take it."""
+    holder = keras.Model(name="loss")
+    names = getattr(model, "output_names", None)
+    if names:
+        holder.output_names = names
+    holder.compile(optimizer=None, loss=loss)
+    return holder
+
+
+def _loss(holder: keras.Model, batch: Batch) -> Any:
+    return holder.compute_loss(x=batch.inputs, y=batch.targets, y_pred=batch.outputs, training=False)
 
 
 def _outputs(model: keras.Model, x: Any) -> Any:
@@ -233,26 +283,25 @@ def _outputs(model: keras.Model, x: Any) -> Any:
 
 
 def _hits(targets: Any, outputs: Any) -> Array:
-    true, given = _array(targets), _array(outputs)
-    if given.ndim != true.ndim + 1 or given.shape[-1] < 2 or true.dtype.kind == "f":
-        raise ValueError(
-            f"'accuracy' is that of outputs (examples, …, classes) and targets (examples, …), not of {given.shape} and "
-            f"{true.shape} of {true.dtype}; give a function as the metric, such as keras.metrics.binary_accuracy"
-        )
-    hits: Array = given.argmax(axis=-1) == true
-    return hits
+    if not any(isinstance(part, Mapping) or _is_group(part) for part in (targets, outputs)):
+        true, given = _array(targets), _array(outputs)
+        if given.ndim >= 2 and given.shape[-1] >= 2 and given.shape[:-1] == true.shape and true.dtype.kind != "f":
+            hits: Array = given.argmax(axis=-1) == true
+            return hits
+    raise ValueError(
+        f"'accuracy' is that of outputs (examples, …, classes) and integer targets (examples, …), not of "
+        f"{form_of(outputs)} and {form_of(targets)}; give a function as the metric, such as "
+        "keras.metrics.binary_accuracy"
+    )
 
 
-def _loss_of(model: keras.Model, loss: Any) -> Callable[[Any, Any], Any]:
+def _check_loss(model: keras.Model, loss: Any) -> None:
     chosen = loss if loss is not None else getattr(model, "loss", None)
     if chosen is None:
         raise ValueError("'loss' needs one: compile the model with a loss, or give loss=")
-    function: Callable[[Any, Any], Any] = keras.losses.get(chosen)
-    return function
-
-
-def _mean(value: Any) -> float:
-    return float(_array(value).astype(np.float64).mean())
+    for one in keras.tree.flatten(chosen):
+        if isinstance(one, str) and one.lower() not in ("crossentropy", "ce"):  # which depend on the data
+            keras.losses.get(one)
 
 
 def _array(value: Any) -> Array:
@@ -263,9 +312,10 @@ def _array(value: Any) -> Array:
 def _batches(data: Data, batch_size: int, rng: np.random.Generator | None) -> Iterator[tuple[Any, Any]]:
     """Batches of the data; in a random order where they are arrays, and `rng` is given."""
     if _are_arrays(data):
-        x, y = data
-        chosen = in_order(len(y), batch_size) if rng is None else shuffled(len(y), batch_size, rng)
-        yield from ((x[c], y[c]) for c in chosen)
+        count = len(next(tensors_in(data)))
+        chosen = in_order(count, batch_size) if rng is None else shuffled(count, batch_size, rng)
+        for c in chosen:
+            yield keras.tree.map_structure(lambda array, c=c: array[c], tuple(data))
     elif isinstance(data, keras.utils.PyDataset):
         yield from (pair_of(data[number]) for number in range(len(data)))
     else:
@@ -273,20 +323,33 @@ def _batches(data: Data, batch_size: int, rng: np.random.Generator | None) -> It
 
 
 def _are_arrays(data: Data) -> bool:
-    return isinstance(data, tuple | list) and len(data) == 2 and all(isinstance(part, np.ndarray) for part in data)
+    """Whether they are `(x, y)`, where each is an array, or a list or dict of arrays; not batches `(x, y)`."""
+    if not isinstance(data, tuple | list) or len(data) != 2 or all(map(_is_group, data)):
+        return False
+    leaves = [keras.tree.flatten(part) for part in data]
+    return all(leaves) and all(isinstance(leaf, np.ndarray) for part in leaves for leaf in part)
+
+
+def _is_group(part: Any) -> bool:
+    return isinstance(part, tuple | list) and any(True for _ in tensors_in(part))
 
 
 def _check_metric(metric: Metric, model: keras.Model, loss: Any) -> None:
-    if metric == "loss":
-        _loss_of(model, loss)
+    if isinstance(metric, str) and metric == "loss":
+        _check_loss(model, loss)
     elif metric != "accuracy" if isinstance(metric, str) else not callable(metric):
         raise ValueError(f"a metric must be 'accuracy', 'loss' or a function, not {metric!r}")
 
 
-def _check_data(data: Data, batch_size: int) -> None:
-    check_batch_size(batch_size)
+def _check_data(data: Data) -> None:
     if _are_arrays(data):
-        if len(data[0]) != len(data[1]):
-            raise ValueError(f"there are {len(data[0])} inputs and {len(data[1])} targets")
+        (x, y), counts = data, {len(array) for array in tensors_in(data)}
+        if len(counts) > 1:
+            raise ValueError(f"inputs and targets are not equally many: {form_of(x)} and {form_of(y)}")
+    elif isinstance(data, tuple) and len(data) == 2 and all(map(_is_group, data)):
+        raise ValueError(
+            f"data may be arrays (x, y) or two batches: {form_of(data[0])} and {form_of(data[1])}; "
+            "give several inputs or outputs as dicts, and batches in a list"
+        )
     elif not isinstance(data, keras.utils.PyDataset):
         check_repeatable(data)

@@ -19,8 +19,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fed_learn.adapters.layout import LayoutMap
-from fed_learn.integrations.batches import check_batch_size, check_repeatable, in_order, pair_of, shuffled
+from fed_learn.integrations.batches import check_repeatable, count_of, form_of, in_order, pair_of, shuffled
 from fed_learn.integrations.components import (
+    Batch,
     FrameworkEvaluator,
     FrameworkLearner,
     KeptScore,
@@ -29,6 +30,7 @@ from fed_learn.integrations.components import (
     Step,
     score_batches,
 )
+from fed_learn.weights import Array
 
 Data: TypeAlias = "Dataset[Any] | DataLoader[Any] | Iterable[Any]"
 """A `Dataset` of `(input, target)`, or what yields batches `(inputs, targets)` each time it is iterated over."""
@@ -46,6 +48,7 @@ class TorchEvaluator(FrameworkEvaluator):
         model: What the weights are loaded into. Variables that the global model lacks stay as they are.
         data: A `Dataset` (then `batch_size` counts), a `DataLoader`, or any iterable of batches `(inputs, targets)`
             that can be read again and again. Where inputs are a tuple, list or dict, the model gets them as arguments.
+            Targets may be a tuple, list or dict of tensors as well, or a list of dicts, one for each example.
         metric: `"accuracy"` (of classes, dimension 1 of the outputs), `"loss"`, or a function of outputs and targets
             that gives a number for each example or their mean; the score is the mean over all examples. Or an object
             with `reset()`, `update(outputs, targets)` and `compute()`, as those of torchmetrics.
@@ -56,7 +59,7 @@ class TorchEvaluator(FrameworkEvaluator):
 
     Raises:
         ValueError: The metric is a name that is not known, or `batch_size` is not at least 1.
-        TypeError: `data` can be read once only.
+        TypeError: `data` can be read once only, or `batch_size` is not an int.
 
     Example:
         >>> from fed_learn import FLContext, ModelData
@@ -78,7 +81,7 @@ class TorchEvaluator(FrameworkEvaluator):
         device: torch.device | str | None = None,
         layout: LayoutMap | None = None,
     ) -> None:
-        _check_data(data, batch_size)
+        _check_data(data)
         _check_metric(metric)
         super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout)
         self.device = device
@@ -93,10 +96,11 @@ class TorchEvaluator(FrameworkEvaluator):
 class TorchLearner(FrameworkLearner):
     """Trains and validates a torch model, as the work of a client.
 
-    Each round starts from the global weights, with a new optimizer. The order of a `Dataset`'s examples depends on the
-    seed and the round alone; a `DataLoader` keeps its own (give it a `generator`). A model that draws at random, by
-    dropout, draws from torch's generator, which clients in one process share: for the same bits in every run these take
-    turns, `server.run(clients, max_workers=1)`.
+    Each round starts from the global weights, with a new optimizer. The model is put into `train` mode; parts that are
+    in `eval` mode while the model itself is not, such as a frozen BatchNorm, stay so. The order of a `Dataset`'s
+    examples depends on the seed and the round alone; a `DataLoader` keeps its own (give it a `generator`). A model that
+    draws at random, by dropout, draws from torch's generator, which clients in one process share: for the same bits in
+    every run these take turns, `server.run(clients, max_workers=1)`.
 
     Args:
         model: This client's own. Variables that the global model lacks stay local.
@@ -105,7 +109,7 @@ class TorchLearner(FrameworkLearner):
         optimizer: Makes the optimizer of a round from the parameters that need gradients; None: plain SGD, `lr=0.01`.
         loss: A function of outputs and targets, the mean over the batch.
         epochs: Passes over the data in a round.
-        batch_size: Examples in a step, where `data` is a `Dataset`.
+        batch_size: Examples in a step, where `data` is a `Dataset`, and in a batch of `validation_data` likewise.
         metrics: What `validate` scores: names, or a dict of names to metrics as `TorchEvaluator` takes.
         validation_metric: The one by which models are selected.
         mode: `"max"`, or `"min"` where less of it is better.
@@ -115,7 +119,10 @@ class TorchLearner(FrameworkLearner):
 
     Raises:
         ValueError: A number is out of its range, a metric is not known, or `validation_metric` is not one of them.
-        TypeError: Data can be read once only.
+        TypeError: Data can be read once only, or a number is not an int.
+
+    Warns:
+        UserWarning: `validation_metric` looks like a loss under `mode="max"`.
 
     Example:
         >>> import fed_learn as fl
@@ -146,8 +153,8 @@ class TorchLearner(FrameworkLearner):
         layout: LayoutMap | None = None,
         seed: int = 0,
     ) -> None:
-        _check_data(data, batch_size)
-        _check_data(validation_data, batch_size)
+        _check_data(data)
+        _check_data(validation_data)
         super().__init__(
             model,
             data,
@@ -173,7 +180,7 @@ class TorchLearner(FrameworkLearner):
         device = _device_of(self.model)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.01) if self.optimizer is None else self.optimizer(parameters)
-        self.model.train()
+        _to_training(self.model)
 
         def step(batch: Any) -> tuple[float, int]:
             x, y = _moved(pair_of(batch), device)
@@ -181,7 +188,7 @@ class TorchLearner(FrameworkLearner):
             loss = self.loss(_outputs(self.model, x), y)
             loss.backward()
             optimizer.step()
-            return float(loss.detach()), len(y)
+            return float(loss.detach()), count_of(x, y)
 
         return step
 
@@ -191,8 +198,7 @@ class TorchLearner(FrameworkLearner):
 
     def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
         """See `FrameworkLearner.score`."""
-        batch_size = max(self.batch_size, 256)
-        return evaluate(self.model, self.validation_data, metrics, loss=self.loss, batch_size=batch_size)
+        return evaluate(self.model, self.validation_data, metrics, loss=self.loss, batch_size=self.batch_size)
 
 
 def evaluate(
@@ -209,36 +215,47 @@ def evaluate(
         The score by the name of each metric.
 
     Raises:
-        ValueError: There are no examples, or outputs and targets are nothing of which `"accuracy"` can be told.
+        ValueError: There are no examples, outputs and targets are nothing of which `"accuracy"` can be told, or a
+            function gives something else than a number for each example or their mean.
     """
-    scores = {name: _score_of(metric, loss) for name, metric in metrics.items()}
+    scores = {name: _score_of(name, metric, loss) for name, metric in metrics.items()}
     device = _device_of(model)
     with _evaluating(model), torch.no_grad():
         batches = (_moved(pair_of(batch), device) for batch in _batches(data, batch_size, None))
-        return score_batches(scores, ((_outputs(model, x), y) for x, y in batches))
+        return score_batches(scores, (Batch(x, y, _outputs(model, x)) for x, y in batches))
 
 
-def _score_of(metric: Metric, loss: Callable[[Any, Any], Any]) -> Score:
+def _score_of(name: str, metric: Metric, loss: Callable[[Any, Any], Any]) -> Score:
     if isinstance(metric, str):
-        return MeanScore({"accuracy": _hits, "loss": loss}[metric], _mean)
-    if not _keeps_state(metric):
-        return MeanScore(metric, _mean)
-    metric.reset()
-    return KeptScore(metric.update, lambda: float(metric.compute()))
+        function = {"accuracy": _hits, "loss": loss}[metric]
+    elif _keeps_state(metric):
+        metric.reset()
+        return KeptScore(lambda batch: metric.update(batch.outputs, batch.targets), lambda: float(metric.compute()))
+    else:
+        function = metric
+    return MeanScore(name, lambda batch: function(batch.outputs, batch.targets), _array)
 
 
-def _hits(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    if outputs.ndim != targets.ndim + 1 or outputs.shape[1] < 2 or targets.is_floating_point():
+def _hits(outputs: Any, targets: Any) -> torch.Tensor:
+    if not (
+        isinstance(outputs, torch.Tensor)
+        and isinstance(targets, torch.Tensor)
+        and outputs.ndim == targets.ndim + 1 >= 2
+        and outputs.shape[1] >= 2
+        and outputs.shape[:1] + outputs.shape[2:] == targets.shape
+        and not targets.is_floating_point()
+    ):
         raise ValueError(
-            f"'accuracy' is that of outputs (examples, classes, …) and targets (examples, …), not of "
-            f"{tuple(outputs.shape)} and {tuple(targets.shape)}; give a function as the metric"
+            "'accuracy' is that of outputs (examples, classes, …) and integer targets (examples, …), not of "
+            f"{form_of(outputs)} and {form_of(targets)}; give a function as the metric"
         )
     return outputs.argmax(dim=1) == targets
 
 
-def _mean(value: Any) -> float:
-    """The mean in float64, on the host, where every device has it."""
-    return float(torch.as_tensor(value).detach().cpu().double().mean())
+def _array(value: Any) -> Array:
+    """The value in float64, on the host, where every device has it."""
+    array: Array = torch.as_tensor(value).detach().cpu().double().numpy()
+    return array
 
 
 def _batches(data: Data, batch_size: int, rng: np.random.Generator | None) -> Iterator[Any]:
@@ -255,7 +272,7 @@ def _batches(data: Data, batch_size: int, rng: np.random.Generator | None) -> It
     if type(data) is TensorDataset:
         yield from (data[torch.from_numpy(c) if isinstance(c, np.ndarray) else c] for c in chosen)
         return
-    listed = [list(range(count))[c] if isinstance(c, slice) else c.tolist() for c in chosen]
+    listed = [list(range(c.start, c.stop)) if isinstance(c, slice) else c.tolist() for c in chosen]
     yield from DataLoader(data, batch_sampler=listed, generator=own)
 
 
@@ -276,6 +293,14 @@ def _moved(value: Any, device: torch.device) -> Any:
 def _device_of(model: torch.nn.Module) -> torch.device:
     tensors = (*model.parameters(), *model.buffers())
     return tensors[0].device if tensors else torch.device("cpu")
+
+
+def _to_training(model: torch.nn.Module) -> None:
+    """`train` mode, but for parts that are in `eval` mode in a model that is not: they are frozen."""
+    frozen = [module for module in model.modules() if not module.training] if model.training else []
+    model.train()
+    for module in frozen:
+        module.training = False
 
 
 @contextmanager
@@ -300,7 +325,6 @@ def _check_metric(metric: Metric) -> None:
         raise ValueError(f"a metric must be 'accuracy', 'loss' or a function, not {metric!r}")
 
 
-def _check_data(data: Data, batch_size: int) -> None:
-    check_batch_size(batch_size)
+def _check_data(data: Data) -> None:
     if not isinstance(data, Dataset):
         check_repeatable(data)
