@@ -9,12 +9,19 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-ENVIRONMENT = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "OMP_NUM_THREADS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
-def run(script: Path, folder: Path) -> str:
+def run(script: Path, folder: Path, *arguments: str) -> str:
     """What a script prints, run in a folder of its own."""
-    done = subprocess.run([sys.executable, script], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    command = [sys.executable, str(script), *arguments]
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -34,3 +41,19 @@ def test_a_plain_loop_keeps_its_best_model(script: str, saved: str, tmp_path: Pa
 @pytest.mark.parametrize("script", ["torch_loop.py", "keras_loop.py"])
 def test_a_plain_loop_is_shorter_than_forty_lines(script: str) -> None:
     assert len((EXAMPLES / script).read_text(encoding="utf-8").splitlines()) < 40
+
+
+def test_the_same_handlers_decide_the_same_in_three_stacks(tmp_path: Path) -> None:
+    # The script fails if they do not: rounds, scores, refusals, and the bits of models.
+    printed = run(EXAMPLES / "same_handlers" / "run.py", tmp_path)
+    table = printed[printed.index("what the handlers decided") :].splitlines()[1:]
+    assert [line.split("  ")[0].strip() for line in table] == [*(f"round {n}" for n in range(4)), "the end"]
+    assert all(line.rstrip().endswith("fed_learn, Flower, NVFlare") for line in table)
+    assert ["nan is not finite" in line for line in table] == [False, True, False, False, False]
+
+
+def test_the_page_of_failures_is_what_the_stacks_do_now(tmp_path: Path) -> None:
+    run(EXAMPLES / "failures" / "table.py", tmp_path, "--write", "failures.md")
+    assert (tmp_path / "failures.md").read_text(encoding="utf-8") == (
+        EXAMPLES.parent / "docs" / "failures.md"
+    ).read_text(encoding="utf-8")

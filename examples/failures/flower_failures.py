@@ -9,10 +9,7 @@ import os
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -24,45 +21,13 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as LegacyFlowerFedAvg
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
-from rich.console import Console
-from rich.table import Table
+from outcomes import Outcome, Row, run, show
 
-import fed_learn as fl
 from fed_learn.integrations.flower import FedAvg, LegacyFedAvg, LocalGrid, to_record, to_weights
 
 CLIENTS = 3
 Weights = dict[str, Any]
 Spoil = Callable[[list[Message]], list[Message]]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a strategy made of a round.
-
-    Attributes:
-        weights: The new global model; None: the old one stands.
-        error: What ended the run instead.
-        refused: Contributor → cause, of the contributions that were refused.
-    """
-
-    weights: Weights | None
-    error: Exception | None = None
-    refused: tuple[tuple[str, str], ...] = ()
-
-    def __str__(self) -> str:
-        if self.error is not None:
-            return f"{type(self.error).__name__} ends the run"
-        made = "the global model stands" if self.weights is None else ", ".join(map(_shown, self.weights.items()))
-        return "; ".join([*(f"{who} refused: {cause}" for who, cause in self.refused), made])
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: the case, and what both made of it."""
-
-    case: str
-    flower: Outcome
-    ours: Outcome
 
 
 def sent(
@@ -245,30 +210,9 @@ CASES: tuple[Callable[[], Row], ...] = (
 
 def rows() -> list[Row]:
     """All cases, run now."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's, of what Flower computes
-            return [case() for case in CASES]
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _shown(item: tuple[str, Any]) -> str:
-    name, array = item
-    listed = " ".join(np.array2string(np.asarray(array), precision=4).split())
-    return f"{name} = {listed} ({array.dtype})"
-
-
-def main() -> None:
-    """Prints the table."""
-    table = Table(title=f"Flower {version('flwr')}, fed_learn {fl.__version__}", box=None)
-    for column in ("case", "Flower", "fed_learn"):
-        table.add_column(column, overflow="fold")
-    for row in rows():
-        table.add_row(row.case, str(row.flower), str(row.ours))
-    Console(width=150, markup=False).print(table)
+    made: list[Row] = run(CASES)
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    show("Flower " + version("flwr"), rows())

@@ -6,10 +6,7 @@ Three clients send models in one round; each case spoils something. NVFlare's co
 what a client sent, the average and the update of the global model go through its own code.
 """
 
-import logging
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -27,50 +24,13 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from nvflare.app_common.workflows.fedavg import FedAvg
-from rich.console import Console
-from rich.table import Table
+from outcomes import Outcome, Row, run, show
 
 import fed_learn as fl
 from fed_learn.integrations.nvflare import HandlerBridge, WeightedAverageAggregator
 
 ROUND = 4
 Weights = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a round.
-
-    Attributes:
-        weights: The new global model; None where the case is not about it, or the run ended.
-        error: What ended the run.
-        refused: Client → cause, of the contributions that were refused.
-        note: What else happened.
-    """
-
-    weights: Weights | None = None
-    error: Exception | None = None
-    refused: tuple[tuple[str, str], ...] = ()
-    note: str = ""
-
-    def __str__(self) -> str:
-        if self.error is not None:
-            return f"{type(self.error).__name__} ends the run"
-        made = []
-        if self.weights is not None:
-            made.append(", ".join(map(_shown, self.weights.items())) or "the global model is empty")
-        return "; ".join(
-            [*(f"{who} refused: {cause}" for who, cause in self.refused), *made, *filter(None, [self.note])]
-        )
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: the case, and what became of it with each averaging."""
-
-    case: str
-    nvflare: Outcome
-    ours: Outcome
 
 
 def sent(weights: Sequence[Weights], steps: Sequence[Any] = (10, 10, 10), **changes: Any) -> list[FLModel]:
@@ -281,30 +241,9 @@ CASES: tuple[Callable[[], Row], ...] = (
 
 def rows() -> list[Row]:
     """All cases, run now."""
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's, of what NVFlare computes
-            return [case() for case in CASES]
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-def _shown(item: tuple[str, Any]) -> str:
-    name, array = item
-    listed = " ".join(np.array2string(np.asarray(array), precision=4).split())
-    return f"{name} = {listed} ({array.dtype})"
-
-
-def main() -> None:
-    """Prints the table."""
-    table = Table(title=f"NVFlare {version('nvflare')}, fed_learn {fl.__version__}", box=None)
-    for column in ("case", "NVFlare", "fed_learn"):
-        table.add_column(column, overflow="fold")
-    for row in rows():
-        table.add_row(row.case, str(row.nvflare), str(row.ours))
-    Console(width=150, markup=False).print(table)
+    made: list[Row] = run(CASES)
+    return made
 
 
 if __name__ == "__main__":
-    main()
+    show("NVFlare " + version("nvflare"), rows())
