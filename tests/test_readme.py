@@ -30,7 +30,7 @@ def execute(code: str, names: dict[str, Any]) -> str:
 
 
 INSTALL_AND_RUN, TRY, TEST, *OTHER_COMMANDS = blocks("sh")
-AVERAGE, REFUSE, TORCH, KERAS, ALIGN, JOB, VALIDATE, RECORD = blocks("python")
+AVERAGE, REFUSE, TORCH, KERAS, ALIGN, JOB, VALIDATE, FLOWER, NVFLARE, RECORD = blocks("python")
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -106,6 +106,39 @@ def test_job_snippet_learns_the_mean() -> None:
     assert names["result"].weights["mean"][0] == pytest.approx((4 * 1.5 + 8 * 3.5) / 12, abs=1e-6)
 
 
+def test_flower_snippet_makes_a_strategy_that_runs_a_job() -> None:
+    # In a process of its own: Flower stays loaded otherwise.
+    check = """
+import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
+from fed_learn.integrations.flower import LocalGrid, to_record, to_weights
+
+def client(message, context):
+    if message.metadata.message_type == "evaluate":
+        metrics = MetricRecord({"num-examples": 1, "accuracy": float(to_weights(message.content["arrays"])["w"][0])})
+        return Message(RecordDict({"metrics": metrics}), reply_to=message)
+    weights = {"w": to_weights(message.content["arrays"])["w"] + 0.25}
+    metrics = MetricRecord({"num-examples": 10})
+    return Message(RecordDict({"arrays": to_record(weights), "metrics": metrics}), reply_to=message)
+
+result = strategy.start(LocalGrid(client, 3), to_record({"w": np.zeros(1, np.float32)}), num_rounds=2)
+print(result.job.best.round, result.job.best.metric)
+"""
+    done = subprocess.run([sys.executable, "-c", FLOWER + check], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1:] == ["2 0.5"], done.stderr
+
+
+def test_nvflare_snippet_makes_a_job_with_our_components(tmp_path: Path) -> None:
+    (tmp_path / "client.py").write_text("")
+    code = NVFLARE + "\nrecipe.export('job')\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (config,) = tmp_path.rglob("config_fed_server.json")
+    text = config.read_text()
+    for name in ("WeightedAverageAggregator", "HandlerBridge", "ModelSelectionHandler", "FinalValidation"):
+        assert f".{name}" in text
+
+
 def test_recording_handler_prints_the_events_of_the_design() -> None:
     lines = [line.split() for line in execute(RECORD, {}).splitlines()]
     server = [(event, *rest) for side, event, *rest in lines if side == "server:"]
@@ -157,8 +190,9 @@ def test_the_configuration_of_the_readme_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", [line for block in (TRY, *OTHER_COMMANDS) for line in block.splitlines()])
 def test_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
     program, *arguments = line.split()
+    arguments = [str(ROOT / argument) if (ROOT / argument).is_file() else argument for argument in arguments]
     if program == "python":
-        command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        command = [sys.executable, *arguments]
     else:
         command = [str(Path(sys.executable).parent / program), *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
