@@ -300,6 +300,45 @@ def test_a_third_party_registers_an_adapter_and_takes_it_back() -> None:
         adapters.unregister("mine")
 
 
+class Nobody(MyAdapter):
+    """Has the name of one of the library's adapters, as those must whose models hold tensors of torch."""
+
+    name = "torch"
+
+
+def test_an_adapter_with_the_name_of_a_built_in_one_leaves_that_in_its_place() -> None:
+    torch = pytest.importorskip("torch")
+    known, model = list(adapters.ADAPTERS), torch.nn.Linear(2, 1)
+    adapters.register(Nobody())
+    try:
+        assert adapters.ADAPTERS[1:] == known
+        assert list(fl.get_weights(model)) == ["weight", "bias"]
+        assert list(fl.get_weights(Mine())) == ["a", "b"]
+    finally:
+        adapters.unregister("torch")
+    assert known == adapters.ADAPTERS
+    with pytest.raises(KeyError):
+        adapters.unregister("torch")
+    assert list(fl.get_weights(model)) == ["weight", "bias"]
+
+
+@every_case
+def test_what_is_no_regular_expression_is_refused(case: models.Case) -> None:
+    model = case.make(1)
+    for use in (fl.get_weights, adapters.variables, lambda model, only: fl.set_weights(model, {}, only=only)):
+        with pytest.raises(fl.NamesError, match=r"only='\(' is no regular expression: missing \)"):
+            use(model, only="(")
+
+
+def test_a_model_that_never_has_variables_has_an_empty_weight_dict() -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.ReLU()
+    assert fl.get_weights(model) == fl.get_weights(model, copy=False) == {}
+    assert fl.set_weights(model, {}) is model
+    with pytest.raises(fl.NamesError, match="fits none of the model's 0 variables"):
+        fl.get_weights(model, only="weight")
+
+
 # Nothing is imported that the caller has not imported.
 
 LOADED = "sorted({name.split('.')[0] for name in sys.modules} & set(frameworks))"

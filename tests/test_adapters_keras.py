@@ -1,9 +1,11 @@
-"""What is particular to models of Keras and TensorFlow: paths, layers without variables, back ends, and snapshots."""
+"""What is particular to models of Keras: paths, layers without variables, back ends, and snapshots."""
 
 import json
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import models_of_frameworks as models
@@ -12,7 +14,6 @@ import pytest
 
 import fed_learn as fl
 from fed_learn import adapters
-from fed_learn.weights import SUPPORTED_DTYPES
 
 keras = pytest.importorskip("keras")
 tf = pytest.importorskip("tensorflow")
@@ -177,6 +178,43 @@ def test_names_that_differ_in_the_numbers_of_keras_alone_come_with_a_hint() -> N
     assert "name the layers" not in str(caught.value)
 
 
+def test_what_may_be_missing_does_not_hide_the_hint() -> None:
+    keras.utils.clear_session()
+    one, other = dense(), dense()
+    kernel = fl.get_weights(one, only="kernel")
+    with pytest.raises(fl.NamesError, match=r"adds 'net/dense/kernel'\. .*name the layers") as caught:
+        fl.set_weights(other, kernel, strict=False)
+    assert (caught.value.missing, caught.value.extra) == ((), ("net/dense/kernel",))
+    with pytest.raises(fl.NamesError) as caught:  # there are not two such layers
+        fl.set_weights(other, kernel | {"net/dense_2/kernel": kernel["net/dense/kernel"]}, strict=False)
+    assert "name the layers" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras itself
+@pytest.mark.parametrize("again", ["load", "pickle", "clone"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_that_was_saved_has_other_names_which_the_hint_says(again: str, strict: bool, tmp_path: Path) -> None:
+    x = keras.Input((3,))
+    model = keras.Model(x, dense("d")(layers.Dense(2, name="e")(x)), name="outer")
+    if again == "load":
+        model.save(tmp_path / "m.keras")
+        other = keras.models.load_model(tmp_path / "m.keras")
+    else:
+        other = pickle.loads(pickle.dumps(model)) if again == "pickle" else keras.models.clone_model(model)
+    names = list(fl.get_weights(model))
+    assert names[2:] == ["net/d/kernel", "net/d/bias"]
+    assert list(fl.get_weights(other)) == [*names[:2], "d/kernel", "d/bias"]
+    for into, weights in ((other, fl.get_weights(model)), (model, fl.get_weights(other))):
+        with pytest.raises(fl.NamesError, match=r"name in front that Keras drops .* fl\.align"):
+            fl.set_weights(into, weights, strict=strict)
+    mapped = fl.align(model, other)(fl.get_weights(model))  # as it says
+    assert bits(dict(zip(names, mapped.values(), strict=True))) == bits(fl.get_weights(model))
+    fl.set_weights(other, mapped, strict=strict)
+    with pytest.raises(fl.NamesError) as caught:
+        fl.set_weights(other, {"net/other/kernel": mapped["d/kernel"]}, strict=strict)
+    assert "in front" not in str(caught.value)
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras itself
 def test_the_codes_of_a_quantized_layer_are_refused_unless_only_leaves_them_out() -> None:
     model = dense("d")
@@ -329,75 +367,3 @@ def test_models_of_keras_keep_the_contract_on_other_back_ends(backend: str) -> N
             True,
         ),
     }
-
-
-# Modules and variables of TensorFlow.
-
-
-def test_tied_variables_of_a_module_with_two_values_are_refused_and_nothing_is_loaded() -> None:
-    model, weights = models.tensorflow_module(2), fl.get_weights(models.tensorflow_module(1))
-    found = {v.name: v.identity for v in adapters.variables(model)}
-    assert found["tied"] == found["layers/0/w"]
-    before = bits(fl.get_weights(model))
-    weights["tied"][0, 0] += 1
-    with pytest.raises(fl.TiedVariablesError, match=r"'tied' and 'layers/0/w' are one variable"):
-        fl.set_weights(model, weights)
-    assert bits(fl.get_weights(model)) == before
-
-
-def test_a_module_that_holds_a_layer_of_keras_is_refused() -> None:
-    for held in (layers.Dense(2), keras.Variable(1.0)):
-        module = tf.Module()
-        module.w, module.parts = tf.Variable(1.0), [held]
-        with pytest.raises(fl.ModelError, match=r"'parts/0' is a .* of Keras.*make the whole a keras\.Model"):
-            fl.get_weights(module)
-
-
-def test_attributes_whose_paths_look_alike_are_refused() -> None:
-    module = tf.Module()
-    module.a = {"b/c": tf.Variable(1.0), "b": {"c": tf.Variable(2.0)}}
-    with pytest.raises(fl.ModelError, match="two variables have the path 'a/b/c'"):
-        fl.get_weights(module)
-
-
-@pytest.mark.parametrize("dtype", sorted(SUPPORTED_DTYPES, key=str), ids=str)
-@pytest.mark.parametrize("shape", [(), (0,), (3, 5)], ids=str)
-@pytest.mark.parametrize("kind", ["tensorflow", "keras"])
-def test_variables_of_every_dtype_make_the_round_trip(dtype: Any, shape: tuple[int, ...], kind: str) -> None:
-    values = (np.arange(int(np.prod(shape))).reshape(shape) % 3 + 1).astype(dtype)
-    variable = {"tensorflow": tf.Variable, "keras": lambda value: keras.Variable(value, dtype=dtype.name, name="v")}[
-        kind
-    ]
-    source, target = [variable(values)], [variable(np.zeros(shape, dtype))]
-    weights = fl.get_weights(source)
-    for (array,) in (weights.values(), fl.get_weights(source, copy=False).values()):
-        assert type(array) is np.ndarray
-        assert (array.dtype, array.shape, array.tobytes()) == (dtype, shape, values.tobytes())
-    fl.set_weights(target, dict(zip(fl.get_weights(target), weights.values(), strict=True)))
-    assert np.array_equal(target[0].numpy(), values)
-    assert target[0].dtype == source[0].dtype
-
-
-def test_dtypes_that_cannot_be_averaged_are_refused_unless_only_leaves_them_out() -> None:
-    for value, name in (("text", "string"), (1j, "complex128"), (tf.cast(1.0, "float8_e4m3fn"), "float8_e4m3fn")):
-        variables = [tf.Variable(1.0, name="w"), tf.Variable(value, name="v")]
-        with pytest.raises(fl.DtypeError, match=f"'1/v' has dtype {name}"):
-            fl.get_weights(variables)
-        assert list(fl.get_weights(variables, only="w")) == ["0/w"]
-
-
-def test_a_variable_that_may_change_its_shape_is_read_as_it_is() -> None:
-    variable = tf.Variable(np.zeros((2, 3), np.float32), shape=tf.TensorShape(None))
-    assert [v.shape for v in adapters.variables([variable])] == [(2, 3)]
-    with pytest.raises(fl.ShapeError):
-        fl.set_weights([variable], {"0/Variable": np.zeros((3, 3), np.float32)})
-    variable.assign(np.zeros((4, 3), np.float32))
-    assert fl.get_weights([variable])["0/Variable"].shape == (4, 3)
-
-
-def test_frozen_variables_are_told() -> None:
-    frozen = tf.Variable(1.0, trainable=False)
-    assert [(v.trainable, v.role) for v in adapters.variables([frozen, tf.Variable(1.0)])] == [
-        (False, None),
-        (True, "parameter"),
-    ]

@@ -1,4 +1,4 @@
-"""TensorFlow tensors and JAX arrays that cannot be averaged, and what can be written to as `out=`."""
+"""TensorFlow tensors and JAX arrays that cannot be averaged, what `like=` may hold, and what can be written to."""
 
 import functools
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference as ref
 import torch
 from tensor_kinds import KERNELS, KINDS, Kind, bits, host, jax, jnp, keras, of, streamed, tf
 
@@ -41,6 +42,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[fl.FedLearnError], str]] = {
         element_shape=(2,), max_num_elements=2, element_dtype=tf.float32), fl.DtypeError, "variant"),
     "tf ragged": (lambda: tf.ragged.constant([[1.0], [2.0, 3.0]]), fl.WeightsTypeError, "RaggedTensor, not a numpy"),
     "tf sparse": (lambda: tf.sparse.from_dense(tf.eye(2)), fl.WeightsTypeError, "SparseTensor, not a numpy"),
+    "tf spec": (lambda: tf.TensorSpec((2, 2)), fl.WeightsTypeError, "is a TensorSpec, which has no values"),
     "keras symbolic": (lambda: keras.Input((2,)), fl.WeightsTypeError, "KerasTensor, not a numpy"),
     "tf shape": (lambda: tf.ones(4), fl.ShapeError, "shape"),
     "tf dtype": (lambda: tf.ones((2, 2), tf.float64), fl.DtypeError, "float64, expected float32"),
@@ -50,6 +52,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[fl.FedLearnError], str]] = {
     "jax complex": (lambda: jnp.ones((2, 2), jnp.complex64), fl.DtypeError, "complex64"),
     "jax float8": (lambda: jnp.ones((2, 2), jnp.float8_e4m3fn), fl.DtypeError, "float8_e4m3fn"),
     "jax int4": (lambda: jnp.ones((2, 2), jnp.int4), fl.DtypeError, "int4"),
+    "jax struct": (lambda: jax.ShapeDtypeStruct((2, 2), np.float32), fl.WeightsTypeError, "has no values: it is what"),
     "jax deleted": (deleted, fl.WeightsTypeError, "donated or deleted"),
     "jax shape": (lambda: jnp.ones((2, 1)), fl.ShapeError, "shape"),
     "jax dtype": (lambda: jnp.ones((2, 2), jnp.float16), fl.DtypeError, "float16, expected float32"),
@@ -104,6 +107,52 @@ def test_averages_are_refused_in_a_tf_function() -> None:
             return x
 
         graph(tf.ones(1))
+
+
+# What `like=` may hold.
+
+
+def test_of_like_only_names_shapes_and_dtypes_are_read() -> None:
+    array = np.array([[1, 2, 4]], np.float32)
+    described: dict[str, Any] = {
+        "torch": torch.empty(1, 3, device="meta"),
+        "jax": jax.ShapeDtypeStruct((1, 3), np.float32),
+        "jax deleted": jnp.zeros((1, 3)),
+        "tf": tf.TensorSpec((1, 3)),
+        "numpy": np.zeros((1, 3), np.float32),
+    }
+    described["jax deleted"].delete()
+    for first in (array, torch.from_numpy(array), jnp.asarray(array), tf.constant(array)):
+        client: dict[str, Any] = dict.fromkeys(described, first)
+        for kernel in KERNELS:
+            mean: Any = fl.weighted_average([client, client], like=described, kernel=kernel)
+            stream = fl.Accumulator(like=described, kernel=kernel)
+            stream.add(client, 2)
+            for result in (mean, stream.result()):
+                assert bits(result) == ref.bits(dict.fromkeys(described, array))
+            short = described | {"tf": tf.TensorSpec((1, 2))}
+            with pytest.raises(fl.ShapeError, match=r"'tf' has shape \(1, 3\), expected \(1, 2\)"):
+                fl.weighted_average([client], like=short, kernel=kernel)
+            with pytest.raises(fl.ShapeError, match=r"'tf' has shape \(1, 3\), expected \(1, 2\)"):
+                fl.Accumulator(like=short, kernel=kernel).add(client, 1)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "words"),
+    [
+        (lambda: tf.TensorSpec((None, 3)), fl.WeightsTypeError, "TensorSpec without a definite shape"),
+        (lambda: tf.TensorSpec(None), fl.WeightsTypeError, "TensorSpec without a definite shape"),
+        (lambda: tf.TensorSpec((1, 3), tf.string), fl.DtypeError, "string"),
+        (lambda: jax.ShapeDtypeStruct((1, 3), np.complex64), fl.DtypeError, "complex64"),
+        (lambda: torch.empty(1, 3, device="meta", dtype=torch.complex64), fl.DtypeError, "complex64"),
+    ],
+)
+def test_like_without_a_shape_or_a_dtype_that_can_be_averaged_is_refused(bad: Any, error: Any, words: str) -> None:
+    client, like = of(v=np.ones(2), w=np.ones((1, 3))), of(v=np.ones(2), w=bad())
+    for use in (lambda: fl.weighted_average([client], like=like), lambda: fl.Accumulator(like=like)):
+        with pytest.raises(error, match=f"'w' .*{words}") as caught:
+            use()
+        assert caught.value.name == "w"
 
 
 # Outputs.

@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from fed_learn.errors import DtypeError, FedLearnError
+from fed_learn.errors import DtypeError, FedLearnError, WeightsTypeError
 from fed_learn.weights import SUPPORTED_DTYPES, Array
 
 DTYPES = {dtype.name: dtype for dtype in SUPPORTED_DTYPES}
@@ -74,6 +74,7 @@ class Adapter(Protocol):
 
         Raises:
             ModelError: A variable cannot be written to; nothing has been.
+            TiedVariablesError: Variables share memory, and their values differ there; nothing has been written.
         """
 
 
@@ -114,6 +115,20 @@ def not_averageable(dtype: object, contributor: str, name: str) -> DtypeError:
     return DtypeError(message, contributor=contributor, name=name, dtype=dtype, expected=None)
 
 
+def checked(framework: "Framework", tensor: Any, name: str) -> tuple[np.dtype[Any], FedLearnError | None]:
+    """The dtype of a model's tensor, and why it cannot be read or averaged.
+
+    Args:
+        framework: Whose it is.
+        tensor: A variable of a model.
+        name: What it is called there.
+    """
+    try:
+        return framework.check(tensor, "model", name), None
+    except (DtypeError, WeightsTypeError) as error:
+        return np.dtype(np.void), error
+
+
 class Framework(Protocol):
     """The tensors of one framework. Tensors are `Any` here, since none of their types can be named."""
 
@@ -124,7 +139,9 @@ class Framework(Protocol):
         """The same, if a kernel computes with its tensors themselves; None: they always go the way of arrays."""
 
     def tensor_type(self) -> type | tuple[type, ...] | None:
-        """The class or classes of its tensors; None as long as the framework has not been imported."""
+        """The class or classes of its tensors, and of what stands for one without values; None as long as the framework
+        has not been imported.
+        """
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
         """The dtype of a tensor that can be averaged.
@@ -133,6 +150,9 @@ class Framework(Protocol):
             DtypeError: Its dtype cannot be averaged.
             WeightsTypeError: It is no plain block of memory with values in it.
         """
+
+    def dtype(self, tensor: Any) -> np.dtype[Any] | None:
+        """Its dtype as numpy has it, with or without values; None if it cannot be averaged."""
 
     def device(self, tensor: Any) -> str:
         """Where it is averaged: `"cpu"` where it goes the way of arrays, else the device where it lies and stays."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fed_learn.adapters.base import Variable, averageable, given, not_averageable
-from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeError
+from fed_learn.adapters.base import Variable, averageable, checked, given, not_averageable
+from fed_learn.errors import FedLearnError, ModelError, WeightsTypeError
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
 
@@ -38,13 +38,18 @@ class JaxTensors:
         jax = sys.modules.get("jax")
         # While JAX is being imported, it is in sys.modules without its names.
         array, tracer = getattr(jax, "Array", None), getattr(getattr(jax, "core", None), "Tracer", None)
-        return None if array is None or tracer is None else (array, tracer)
+        struct = getattr(jax, "ShapeDtypeStruct", None)
+        return None if array is None or tracer is None or struct is None else (array, tracer, struct)
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
         """See `Framework.check`."""
         problem = None
-        if isinstance(tensor, _jax().core.Tracer):
-            problem = "has no values inside of a function that JAX traces (jit, grad, vmap); average outside of it"
+        if isinstance(tensor, _jax().ShapeDtypeStruct):
+            problem = "has no values: it is what eval_shape tells of an array"
+        elif isinstance(tensor, _jax().core.Tracer):
+            problem = (
+                "has no values inside of a function that JAX traces (jit, grad, vmap); read and average outside of it"
+            )
         elif tensor.is_deleted():
             problem = "has no values any more: it was donated or deleted"
         elif tensor.dtype not in SUPPORTED_DTYPES:
@@ -55,6 +60,10 @@ class JaxTensors:
             raise WeightsTypeError(f"{contributor}: {name!r} {problem}", contributor=contributor, name=name)
         dtype: np.dtype[Any] = tensor.dtype
         return dtype
+
+    def dtype(self, tensor: Any) -> np.dtype[Any] | None:
+        """See `Framework.dtype`."""
+        return tensor.dtype if tensor.dtype in SUPPORTED_DTYPES else None
 
     def device(self, tensor: Any) -> str:
         """See `Framework.device`."""
@@ -180,15 +189,10 @@ class JaxModels:
         jax = _jax()
         if isinstance(leaf, np.ndarray):
             return averageable(leaf.dtype.name, name)
-        try:
-            if isinstance(leaf, jax.Array):
-                return self._tensors.check(leaf, "model", name), None
-        except (DtypeError, WeightsTypeError) as error:
-            return np.dtype(np.void), error
-        why = "has no values: it is what eval_shape tells of an array"
-        if not isinstance(leaf, jax.ShapeDtypeStruct):
-            why = "is a Ref, which can change; freeze it first"
-        return np.dtype(np.void), WeightsTypeError(f"model: {name!r} {why}", contributor="model", name=name)
+        if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
+            return checked(self._tensors, leaf, name)
+        message = f"model: {name!r} is a Ref, which can change; freeze it first"
+        return np.dtype(np.void), WeightsTypeError(message, contributor="model", name=name)
 
 
 def _opened(model: Any) -> tuple[Any, Callable[[Any], Any]]:

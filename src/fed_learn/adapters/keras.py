@@ -2,19 +2,22 @@
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Framework, Variable, averageable, given
+from fed_learn.adapters.base import Framework, Variable, averageable, checked, given
 from fed_learn.adapters.jax import JaxTensors, copied_like
 from fed_learn.adapters.tensorflow import TensorFlowTensors
-from fed_learn.adapters.torch import TorchModels, plain_views
+from fed_learn.adapters.torch import TorchModels, TorchTensors, plain_views
 from fed_learn.errors import DtypeError, ModelError
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
+TENSORS: dict[str, Framework] = {"tensorflow": TensorFlowTensors(), "jax": JaxTensors(), "torch": TorchTensors()}
+"""By back end."""
 NUMBER = re.compile(r"_\d+(?=/|$)")
 
 
@@ -30,7 +33,6 @@ class KerasModels:
 
     def __init__(self) -> None:
         self._torch = TorchModels()
-        self._tensors: dict[str, Framework] = {"tensorflow": TensorFlowTensors(), "jax": JaxTensors()}
 
     def accepts(self, model: object) -> bool:
         """See `Adapter.accepts`."""
@@ -72,7 +74,10 @@ class KerasModels:
         backend = _backend()
         if backend == "torch":
             return plain_views({name: variable.value for name, variable in taken.items()})
-        views = {name: given(self._view(variable, backend), copy=False) for name, variable in taken.items()}
+        try:
+            views = {name: given(self._view(variable, backend), copy=False) for name, variable in taken.items()}
+        except (RuntimeError, TypeError):  # deleted; inside of a function that is traced
+            return None
         return views if all(view.dtype in SUPPORTED_DTYPES for view in views.values()) else None
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
@@ -85,7 +90,7 @@ class KerasModels:
         return given(self._view(variable.tensor, backend), copy=copy)
 
     def _view(self, variable: Any, backend: str) -> Array:
-        tensors = self._tensors.get(backend)
+        tensors = TENSORS.get(backend)
         if tensors is not None:
             return tensors.view(variable.value, "model", variable.path)
         return np.asarray(variable.value)
@@ -109,16 +114,29 @@ class KerasModels:
 
         Example:
             >>> KerasModels().hint(["dense/kernel"], ["dense_3/kernel"])[:41]
-            'Only the numbers differ that Keras gives '
+            'What is added differs in the numbers that'
+            >>> KerasModels().hint(["dense/kernel"], ["net/dense/kernel"])[:44]
+            'What is added differs in a name in front tha'
             >>> KerasModels().hint(["dense/kernel"], ["dense/bias"])
             ''
         """
-        if sorted(NUMBER.sub("", name) for name in missing) != sorted(NUMBER.sub("", name) for name in extra):
+        if not extra:
             return ""
-        return (
-            "Only the numbers differ that Keras gives to layers without a name, as the process makes them: "
-            "name the layers, call keras.utils.clear_session() before the model is made, or map with fl.align"
-        )
+        if Counter(NUMBER.sub("", name) for name in extra) <= Counter(NUMBER.sub("", name) for name in missing):
+            return (
+                "What is added differs in the numbers that Keras gives to layers without a name, as the process makes "
+                "them: name the layers, call keras.utils.clear_session() before the model is made, or map with fl.align"
+            )
+        if all(any(_ends_with(name, other) or _ends_with(other, name) for other in missing) for name in extra):
+            return (
+                "What is added differs in a name in front that Keras drops when it saves, loads, pickles or clones a "
+                "model: begin with the weights of a model that was loaded too, or map with fl.align"
+            )
+        return ""
+
+
+def _ends_with(name: str, end: str) -> bool:
+    return name.endswith(f"/{end}")
 
 
 def _built(model: Any) -> list[Any]:
@@ -160,8 +178,11 @@ def _of_layer(model: Any) -> list[Variable]:
 
 def _variable(variable: Any, trainable: bool, role: Any, quantized: Any = None) -> Variable:
     # Its own dtype may be one that the back end does not have: JAX makes shorter ones of 64 bits.
-    name, stored = variable.path, sys.modules["keras"].backend.standardize_dtype(variable.value.dtype)
-    dtype, problem = averageable(stored, name)
+    name, value, framework = variable.path, variable.value, TENSORS.get(_backend())
+    if framework is not None:
+        dtype, problem = checked(framework, value, name)
+    else:
+        dtype, problem = averageable(sys.modules["keras"].backend.standardize_dtype(value.dtype), name)
     if quantized is not None:
         problem = DtypeError(
             f"model: {name!r} has the codes of a layer quantized to {quantized.quantization_mode}, "

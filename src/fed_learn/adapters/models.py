@@ -14,7 +14,7 @@ from fed_learn.adapters.base import Adapter, Variable
 from fed_learn.adapters.jax import JaxModels
 from fed_learn.adapters.keras import KerasModels
 from fed_learn.adapters.tensorflow import TensorFlowModels
-from fed_learn.adapters.tensors import framework_of, plain
+from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.errors import ModelError, NamesError, TiedVariablesError
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
@@ -23,31 +23,38 @@ M = TypeVar("M")
 Only: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
 """Which variables: those in whose names the regular expression is found (`re.search`), or for which it is true."""
 
-ADAPTERS: list[Adapter] = [KerasModels(), TorchModels(), TensorFlowModels(), JaxModels()]
-"""Asked in this order: a Keras model on the torch back end is also a `torch.nn.Module`."""
+BUILT_IN: tuple[Adapter, ...] = (KerasModels(), TorchModels(), TensorFlowModels(), JaxModels())
+"""In this order: a Keras model on the torch back end is also a `torch.nn.Module`."""
+ADAPTERS: list[Adapter] = [*BUILT_IN]
+"""Asked in this order: first those that were registered."""
 
 
 def register(adapter: Adapter) -> None:
     """Makes `get_weights` and `set_weights` know one more kind of model.
 
-    It is asked before all others, so it may also take over some models of a framework that is known already. One that
-    has its name is replaced.
+    It is asked before all others, so it may also take over some models of a framework that is known already. One of its
+    name that was registered before is replaced; those of the library stay, and are asked after it.
 
     Args:
         adapter: See `fed_learn.adapters.base.Adapter`.
     """
-    ADAPTERS[:] = [adapter, *(other for other in ADAPTERS if other.name != adapter.name)]
+    ADAPTERS[:] = [adapter, *_without(adapter.name)]
 
 
 def unregister(name: str) -> None:
     """Undoes `register`.
 
     Raises:
-        KeyError: There is no adapter of this name.
+        KeyError: No adapter of this name was registered.
     """
-    if name not in [adapter.name for adapter in ADAPTERS]:
+    left = _without(name)
+    if len(left) == len(ADAPTERS):
         raise KeyError(name)
-    ADAPTERS[:] = [adapter for adapter in ADAPTERS if adapter.name != name]
+    ADAPTERS[:] = left
+
+
+def _without(name: str) -> list[Adapter]:
+    return [adapter for adapter in ADAPTERS if adapter in BUILT_IN or adapter.name != name]
 
 
 def adapter_of(model: object) -> Adapter:
@@ -103,11 +110,12 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
         only: Which variables: a regular expression (`re.search`) or a predicate on names, for parts such as LoRA's.
 
     Returns:
-        A new dict, in the model's order, which does not depend on anything but its architecture.
+        A new dict, in the model's order, which does not depend on anything but its architecture; an empty one of a
+        model that never has variables, such as `torch.nn.ReLU()`.
 
     Raises:
-        ModelError: No adapter knows the model, or it has no variables yet.
-        NamesError: `only` fits none of the names.
+        ModelError: No adapter knows the model, or variables are still to be made, as it sees its first batch.
+        NamesError: `only` fits none of the names, or is no regular expression.
         DtypeError, WeightsTypeError: A variable has a dtype that cannot be averaged, or no values.
 
     Example:
@@ -143,7 +151,7 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
 
     Raises:
         NamesError, ShapeError, DtypeError, WeightsTypeError: The weights do not fit; names the variable.
-        TiedVariablesError: Two names of one variable have different values.
+        TiedVariablesError: Two names of one variable, or variables that share memory, have different values.
         ModelError: See `get_weights`.
 
     Example:
@@ -160,28 +168,37 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
     try:
         expected.check(arrays, "weights")
     except NamesError as error:
-        raise _hinted(error, adapter) from None
+        raise _hinted(error, adapter, known, arrays) from None
     _refuse_untied([known[name] for name in arrays], values)
-    loaded: M = adapter.load(model, {name: (known[name], _for(adapter, values[name])) for name in arrays})
+    loaded: M = adapter.load(model, {name: (known[name], _for(adapter, values[name], name)) for name in arrays})
     return loaded
 
 
-def _hinted(error: NamesError, adapter: Adapter) -> NamesError:
-    """The same error, with what the adapter has to say of it."""
+def _hinted(error: NamesError, adapter: Adapter, known: Iterable[str], given: Iterable[str]) -> NamesError:
+    """The same error, with what the adapter has to say of it: of all names, also where some may be missing."""
     hint = getattr(adapter, "hint", None)
-    said = hint(error.missing, error.extra) if hint is not None else ""
+    known, given = dict.fromkeys(known), dict.fromkeys(given)
+    missing, extra = [n for n in known if n not in given], [n for n in given if n not in known]
+    said = hint(missing, extra) if hint is not None else ""
     message = f"{error}. {said}" if said else str(error)
     return NamesError(message, contributor=error.contributor, name=error.name, missing=error.missing, extra=error.extra)
 
 
-def _for(adapter: Adapter, value: Any) -> Any:
+def _for(adapter: Adapter, value: Any, name: str) -> Any:
     """The value as it is, but tensors of another framework than the model's as arrays."""
     framework = framework_of(type(value))
-    return value if framework is None or framework.name == adapter.name else framework.view(value)
+    if framework is None or framework.name == adapter.name:
+        return value
+    return framework.view(value, "weights", name)
 
 
 def _predicate(only: Only | None) -> Callable[[str], object] | None:
-    return only if only is None or callable(only) else re.compile(only).search
+    if only is None or callable(only):
+        return only
+    try:
+        return re.compile(only).search
+    except re.error as error:
+        raise NamesError(f"only={only!r} is no regular expression: {error}") from error
 
 
 def _chosen(found: list[Variable], only: Only | None) -> tuple[Variable, ...]:
@@ -206,9 +223,9 @@ def _sound(chosen: Iterable[Variable]) -> tuple[Variable, ...]:
 
 def _opened(weights: object) -> tuple[dict[str, Any], dict[str, Array]]:
     """The values to load, and for the checks an array or placeholder of each."""
-    if not isinstance(weights, Mapping):
+    if not isinstance(weights, Mapping) or not hold_tensors(weights):
         arrays = as_weight_dict(weights, "weights")
-        return dict(arrays), arrays
+        return arrays, arrays
     values: dict[Any, Any] = {name: plain(value) for name, value in weights.items()}
     shown = dict(values)
     for name, value in values.items():
@@ -227,7 +244,7 @@ def _refuse_untied(loaded: list[Variable], values: Mapping[str, Any]) -> None:
         first = seen.setdefault(variable.identity, variable.name)
         if first == variable.name:
             continue
-        one, other = (_bytes(values[name]) for name in (first, variable.name))
+        one, other = (_bytes(values[name], name) for name in (first, variable.name))
         if one != other:
             raise TiedVariablesError(
                 f"weights: {first!r} and {variable.name!r} are one variable in the model, and differ",
@@ -236,7 +253,7 @@ def _refuse_untied(loaded: list[Variable], values: Mapping[str, Any]) -> None:
             )
 
 
-def _bytes(value: Any) -> bytes:
+def _bytes(value: Any, name: str) -> bytes:
     framework = framework_of(type(value))
-    array: Array = np.ascontiguousarray(value if framework is None else framework.view(value))
+    array: Array = np.ascontiguousarray(value if framework is None else framework.view(value, "weights", name))
     return array.astype(array.dtype.newbyteorder("="), copy=False).tobytes()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fed_learn.adapters.base import DTYPES, Variable, averageable, given, not_averageable
+from fed_learn.adapters.base import DTYPES, Variable, checked, given, not_averageable
 from fed_learn.errors import ModelError, WeightsTypeError
 from fed_learn.weights import BFLOAT16, Array, native_dtype
 
@@ -20,7 +20,9 @@ class TensorFlowTensors:
     """`Framework` for TensorFlow: eager tensors, and `tf.Variable`s, which are read as they are at the moment.
 
     What comes back is an eager tensor, which `variable.assign` takes. Tensors on the CPU share their memory with
-    arrays, and so does what was read of a variable: a later change of it takes other memory.
+    arrays, and so does what was read of a variable: a later change of it takes other memory. Variables of a
+    `tf.distribute.Strategy` have the value that TensorFlow tells: where replicas differ until they are read, the mean
+    or sum of them, as it was asked for.
 
     Example:
         >>> import tensorflow as tf
@@ -38,21 +40,26 @@ class TensorFlowTensors:
         """See `Framework.tensor_type`."""
         tensorflow = sys.modules.get("tensorflow")
         # While TensorFlow is being imported, it is in sys.modules without its names.
-        tensor, variable = getattr(tensorflow, "Tensor", None), getattr(tensorflow, "Variable", None)
-        return None if tensor is None or variable is None else (tensor, variable)
+        kinds = [getattr(tensorflow, kind, None) for kind in ("Tensor", "Variable", "TensorSpec")]
+        return None if None in kinds else (*filter(None, kinds),)
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
         """See `Framework.check`."""
-        if not _tensorflow().executing_eagerly() or not hasattr(tensor, "numpy"):
-            raise WeightsTypeError(
-                f"{contributor}: {name!r} has no values inside of a tf.function or graph; average outside of it",
-                contributor=contributor,
-                name=name,
-            )
+        problem = None
+        if isinstance(tensor, _tensorflow().TensorSpec):
+            problem = "is a TensorSpec, which has no values"
+        elif not _tensorflow().executing_eagerly() or not hasattr(tensor, "numpy"):
+            problem = "has no values inside of a tf.function or graph; read and average outside of it"
+        if problem is not None:
+            raise WeightsTypeError(f"{contributor}: {name!r} {problem}", contributor=contributor, name=name)
         dtype = _dtype(tensor.dtype)
         if dtype is None:
             raise not_averageable(tensor.dtype.name, contributor, name)
         return dtype
+
+    def dtype(self, tensor: Any) -> np.dtype[Any] | None:
+        """See `Framework.dtype`."""
+        return _dtype(tensor.dtype)
 
     def device(self, tensor: Any) -> str:
         """See `Framework.device`."""
@@ -66,16 +73,21 @@ class TensorFlowTensors:
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
         """See `Framework.view`."""
         tensorflow = _tensorflow()
+        value = tensor
+        kind: Any = type(tensor)
         try:
-            if isinstance(tensor, tensorflow.Variable):  # a third of the time of read_value()
-                tensor = tensorflow.raw_ops.ReadVariableOp(resource=tensor.handle, dtype=tensor.dtype)
+            if _is_plain(kind):  # a third of the time of read_value()
+                value = tensorflow.raw_ops.ReadVariableOp(resource=tensor.handle, dtype=tensor.dtype)
+            elif isinstance(tensor, tensorflow.Variable):  # of several replicas, which may have to be reduced
+                value = tensor.read_value()
             try:
-                array = np.asarray(tensor)
+                array = np.asarray(value)
             except ValueError:  # a single bfloat16, which comes as a scalar
-                array = np.asarray(tensor.numpy())
-        except (AttributeError, tensorflow.errors.OpError) as error:  # a variable that is gone, or without a handle
+                array = np.asarray(value.numpy())
+        # A variable that is gone, that has no handle, or whose replicas cannot be reduced.
+        except (AttributeError, ValueError, tensorflow.errors.OpError) as error:
             raise WeightsTypeError(
-                f"{contributor}: {name!r} is a {type(tensor).__name__} that cannot be read: {error}",
+                f"{contributor}: {name!r} is a {kind.__name__} that cannot be read: {error}",
                 contributor=contributor,
                 name=name,
             ) from error
@@ -134,7 +146,16 @@ class TensorFlowModels:
             named = {f"{index}/{one.name.removesuffix(':0')}": one for index, one in enumerate(model)}
         else:
             named = _attributes(model)
-        return [_variable(name, variable) for name, variable in named.items()]
+        return [self._variable(name, variable) for name, variable in named.items()]
+
+    def _variable(self, name: str, variable: Any) -> Variable:
+        dtype, problem = checked(self._tensors, variable, name)
+        shape = variable.shape
+        if problem is None and not shape.is_fully_defined():  # some variables may change their shape
+            shape = self._tensors.view(variable, "model", name).shape
+        role: Literal["parameter"] | None = "parameter" if variable.trainable else None
+        known = tuple(shape) if problem is None else ()
+        return Variable(name, known, dtype, variable, bool(variable.trainable), role, id(variable), problem)
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """See `Adapter.get`. Without a copy a snapshot: a variable is not written to where a tensor read from it lies,
@@ -144,10 +165,13 @@ class TensorFlowModels:
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
         """See `Adapter.load`."""
-        for variable, value in values.values():
-            # A tensor would be shared with the variable, and may have the memory of somebody's array.
-            array = np.asarray(value)
-            variable.tensor.assign(array.astype(native_dtype(array.dtype), copy=False))
+        # A tensor would be shared with the variable, and may have the memory of somebody's array.
+        arrays = [
+            (v.tensor, value if isinstance(value, np.ndarray) else self._tensors.view(value, "weights", v.name))
+            for v, value in values.values()
+        ]
+        for variable, array in arrays:
+            variable.assign(array.astype(native_dtype(array.dtype), copy=False), read_value=False)
         return model
 
 
@@ -169,12 +193,12 @@ def _attributes(module: Any) -> dict[str, Any]:
     return named
 
 
-def _variable(name: str, variable: Any) -> Variable:
-    dtype, problem = averageable(variable.dtype.name, name)
-    # Some variables may change their shape.
-    shape = variable.shape if variable.shape.is_fully_defined() else variable.read_value().shape
-    role: Literal["parameter"] | None = "parameter" if variable.trainable else None
-    return Variable(name, tuple(shape), dtype, variable, bool(variable.trainable), role, id(variable), problem)
+@functools.cache
+def _is_plain(kind: Any) -> bool:
+    """Whether it is a variable that lies in one place, and is read as it lies there."""
+    # TensorFlow has no public name for this class.
+    base = getattr(sys.modules.get("tensorflow.python.ops.resource_variable_ops"), "BaseResourceVariable", None)
+    return base is not None and issubclass(kind, base) and bool(kind.read_value is base.read_value)
 
 
 @functools.cache

@@ -25,6 +25,8 @@ def framework_of(kind: type) -> Framework | None:
         >>> framework_of(np.ndarray) is None
         True
     """
+    if kind is np.ndarray:  # the usual case
+        return None
     for framework in FRAMEWORKS:
         tensor = framework.tensor_type()
         if tensor is not None and issubclass(kind, tensor):
@@ -50,7 +52,7 @@ def _is_keras(kind: type) -> bool:
 def hold_tensors(*weights: object) -> bool:
     """Whether there is a tensor of a framework in any of these weight dicts. Fast, and false for what is no dict.
 
-    Variables of Keras count as tensors.
+    Variables of Keras count as tensors, and so does what stands for a tensor without values.
 
     Example:
         >>> hold_tensors({"w": np.zeros(2)}, None)

@@ -12,8 +12,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from fed_learn.adapters.base import Variable, given, not_averageable
-from fed_learn.errors import DtypeError, ModelError, WeightsTypeError
+from fed_learn.adapters.base import Variable, checked, given, not_averageable
+from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
+from fed_learn.errors import ModelError, WeightsTypeError
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
 
 DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
@@ -52,11 +53,19 @@ class TorchTensors:
             problem = "is a tensor on the meta device, which has no values"
         elif dtype is not None and tensor.is_neg():
             problem = "is a tensor whose values are negated lazily; resolve_neg() makes them real"
+        elif type(tensor) not in _plain_kinds() and not _has_memory(tensor):
+            problem = f"is a {type(tensor).__name__}, which has no memory of its own"
+            if hasattr(tensor, "full_tensor"):
+                problem = f"is a {type(tensor).__name__}, sharded over processes; full_tensor() gathers it"
         if problem is not None:
             raise WeightsTypeError(f"{contributor}: {name!r} {problem}", contributor=contributor, name=name)
         if dtype is None:
             raise not_averageable(tensor.dtype, contributor, name)
         return dtype
+
+    def dtype(self, tensor: Any) -> np.dtype[Any] | None:
+        """See `Framework.dtype`."""
+        return _dtype(tensor.dtype)
 
     def device(self, tensor: Any) -> str:
         """See `Framework.device`."""
@@ -109,14 +118,16 @@ class TorchTensors:
 
     def overlaps_itself(self, tensor: Any) -> bool:
         """Whether several elements share memory, so that it cannot be written to."""
+        if tensor.is_contiguous():
+            return False
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         return bool(tensor.numel()) and any(step == 0 and size > 1 for size, step in steps)
 
     def span(self, tensor: Any) -> tuple[int, int]:
         """See `Resident.span`."""
         start = int(tensor.data_ptr())
-        if not tensor.numel():
-            return start, start
+        if tensor.is_contiguous() or not tensor.numel():
+            return start, start + int(tensor.nbytes)
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
         return start, start + (last + 1) * int(tensor.element_size())
 
@@ -178,13 +189,10 @@ class TorchModels:
     def _variable(self, name: str, tensor: Any, parameters: set[int] | None) -> Variable:
         if _is_uninitialized(tensor):
             raise ModelError(f"model: {name!r} is not initialized; run a batch through the model first", name=name)
-        dtype, identity, problem = np.dtype(np.void), None, None
-        try:
-            dtype = self._tensors.check(tensor, "model", name)
-        except (DtypeError, WeightsTypeError) as error:
-            problem = error
-        else:
-            identity = tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), str(tensor.dtype)
+        dtype, problem = checked(self._tensors, tensor, name)
+        identity: object = id(tensor)
+        if problem is None and tensor.numel() and tensor.data_ptr():  # else it has no address of its own
+            identity = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
         return Variable(
             name,
             () if problem else tuple(tensor.shape),  # nested tensors have none
@@ -192,8 +200,7 @@ class TorchModels:
             tensor,
             trainable=None if parameters is None else bool(tensor.requires_grad),
             role=None if parameters is None else "parameter" if id(tensor) in parameters else "buffer",
-            # Empty tensors have no address of their own.
-            identity=identity if identity and tensor.numel() else id(tensor),
+            identity=identity,
             problem=problem,
         )
 
@@ -215,20 +222,55 @@ class TorchModels:
         for name, (variable, _) in values.items():
             if self._tensors.overlaps_itself(variable.tensor):
                 raise ModelError(f"model: {name!r} is expanded: its elements share memory", name=name)
+        once: dict[object, tuple[Variable, Any]] = {}  # tied variables come with one value
         for variable, value in values.values():
-            self._write(variable.tensor.detach(), value)
+            once.setdefault(variable.identity, (variable, value))
+        for variable, value in self._apart(list(once.values())):
+            self._write(variable.tensor, value, variable.name)
         return model
 
-    def _write(self, tensor: Any, value: Any) -> None:
+    def _apart(self, values: list[tuple[Variable, Any]]) -> list[tuple[Variable, Any]]:
+        """The same, but copies of what lies in the memory of the variables: one might be written before it is read.
+
+        Raises:
+            TiedVariablesError: Variables share elements, and their values differ there.
+        """
+        blocks = Blocks({variable.name: self._span(variable.tensor) for variable, _ in values})
+        for block in blocks.shared:
+            tried = [self._placed(variable, value) for variable, value in values if variable.name in block.names]
+            refuse_contradictions(block, tried)
+        apart = []
+        for variable, value in values:
+            reached = blocks.reached(self._span(value))
+            if reached and not (reached == (variable.name,) and _same_memory(value, variable.tensor)):
+                value = np.array(value) if isinstance(value, np.ndarray) else value.detach().clone()
+            apart.append((variable, value))
+        return apart
+
+    def _span(self, value: Any) -> Span:
+        if isinstance(value, np.ndarray):
+            return span_of(value)
+        # What other devices call an address need not be one.
+        return self._tensors.span(value) if value.is_cpu or value.is_cuda else (0, 0)
+
+    def _placed(self, variable: Variable, value: Any) -> Placed:
+        """Where the value of a variable is to be."""
+        tensor = variable.tensor
+        array = value if isinstance(value, np.ndarray) else self._tensors.view(value, "weights", variable.name)
+        steps = tuple(step * tensor.element_size() for step in tensor.stride())
+        return Placed(variable.name, array, self._tensors.span(tensor)[0], steps)
+
+    def _write(self, tensor: Any, value: Any, name: str) -> None:
         torch = _torch()
         if tensor.is_cpu and isinstance(value, np.ndarray):
             # Takes any strides and byte order, and is no matter for autograd but for the count of changes.
-            np.copyto(self._tensors.view(tensor), value)
+            np.copyto(self._tensors.view(tensor, "model", name), value)
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
             return
+        source = self._tensors.tensor(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
         with torch.inference_mode(tensor.is_inference()):
-            tensor.copy_(self._tensors.tensor(np.array(value)) if isinstance(value, np.ndarray) else value.detach())
+            tensor.detach().copy_(source)
 
 
 def unwrapped(model: Any) -> Any:
@@ -260,7 +302,7 @@ def plain_views(tensors: Mapping[str, Any]) -> dict[str, Array] | None:
         ({'w': array([1., 1.], dtype=float32)}, None)
     """
     torch = _torch()
-    kinds, views = (torch.nn.Parameter, torch.Tensor), {}
+    kinds, views = _plain_kinds(), {}
     try:
         for name, tensor in tensors.items():
             dtype = _dtype(tensor.dtype)
@@ -323,8 +365,29 @@ def _collect(module: Any, prefix: str, held: dict[str, Any]) -> bool:
     return True
 
 
+def _same_memory(value: Any, tensor: Any) -> bool:
+    """Whether a value that lies in the memory of its own variable can be written to it all the same."""
+    if isinstance(value, np.ndarray):  # numpy reads before it writes
+        return True
+    return bool(value.data_ptr() == tensor.data_ptr() and value.stride() == tensor.stride())
+
+
+def _has_memory(tensor: Any) -> bool:
+    """Whether a tensor holds values itself: not those that stand for others, sharded, packed or imagined."""
+    try:
+        storage = tensor.untyped_storage()
+        return storage.device.type != "meta" and (not storage.nbytes() or bool(storage.data_ptr()))
+    except RuntimeError:  # it has none at all
+        return False
+
+
 def _is_uninitialized(tensor: Any) -> bool:
     return isinstance(tensor, _torch().nn.parameter.UninitializedTensorMixin)
+
+
+@functools.cache
+def _plain_kinds() -> tuple[type, type]:
+    return _torch().Tensor, _torch().nn.Parameter
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from fed_learn.adapters.base import Resident
 from fed_learn.aggregation.average import checked_batch, usual_scale, weighted_average
 from fed_learn.aggregation.integers import integer_mean, too_large
 from fed_learn.aggregation.tensor_outputs import Target, TensorOutputs, as_tensors
-from fed_learn.aggregation.tensors import Tensors, check_device, label_of, opened, refuse_non_finite
+from fed_learn.aggregation.tensors import Tensors, check_device, label_of, opened, placeholders, refuse_non_finite
 from fed_learn.contribution import Contribution
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import EmptyAggregationError
@@ -42,7 +42,7 @@ def average_tensors(
     device = found[0].device
     for one, label in zip(found, labels, strict=True):
         check_device(one, device, label)
-    shape_of = None if like is None else opened(like, "like").weights
+    shape_of = None if like is None else placeholders(like, "like")
     chosen = kernels.resolve(kernel, device=device)
     inputs = [tensor for one in found for tensor in one.tensors.values()]
     place, framework = found[0].place, None if exact else found[0].resident(chosen.name)

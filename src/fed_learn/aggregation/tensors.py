@@ -19,9 +19,9 @@ stay tensors with the torch kernel. On another device
   arrays, and puts its result on the default one.
 
 Arrays, and tensors of any framework that go the way of arrays, mix freely; the result is tensors where those of the
-first contribution are, in the framework of its first tensor. `like=` may be anything that has names, shapes and dtypes;
-`out=` is written to in place, gradients or not, and returned; TensorFlow's tensors and JAX arrays cannot be, but
-variables can.
+first contribution are, in the framework of its first tensor. Of `like=` only names, shapes and dtypes are read: it may
+also hold tensors on the meta device, `jax.ShapeDtypeStruct`s and `tf.TensorSpec`s. `out=` is written to in place,
+gradients or not, and returned; TensorFlow's tensors and JAX arrays cannot be, but variables can.
 
 Example:
     >>> import torch
@@ -35,11 +35,12 @@ Example:
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from operator import index
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 
-from fed_learn.adapters.base import Framework, Resident
+from fed_learn.adapters.base import Framework, Resident, not_averageable
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
 from fed_learn.errors import NonFiniteError, WeightsTypeError, brief
@@ -172,12 +173,42 @@ def without_tensors(weights: Any, who: str) -> Any:
 
 
 def schema_of(weights: object, who: str) -> Schema:
-    """The schema of a weight dict of arrays or tensors, wherever they lie.
+    """The schema of a weight dict of arrays or tensors, wherever they lie, and whether they have values or not.
 
     Raises:
         WeightsTypeError, DtypeError: It is none.
     """
-    return Schema.of(as_weight_dict(opened(weights, who).weights, who), who)
+    return Schema.of(as_weight_dict(placeholders(weights, who), who), who)
+
+
+def placeholders(weights: Any, who: str) -> Any:
+    """What should be a weight dict, with placeholders of the same shape and dtype in the place of tensors.
+
+    Only their shapes and dtypes are read, so they need have no values: on the meta device, a `jax.ShapeDtypeStruct`, a
+    `tf.TensorSpec`. What is no tensor is left as it is, for the checks to judge.
+
+    Raises:
+        DtypeError: A tensor has a dtype that cannot be averaged.
+        WeightsTypeError: It has no definite shape.
+    """
+    if not hold_tensors(weights):
+        return weights
+    shown = dict(weights.items())
+    for name, value in shown.items():
+        tensor = plain(value)
+        framework = framework_of(type(tensor))
+        if framework is None:
+            continue
+        dtype = framework.dtype(tensor)
+        if dtype is None:
+            raise not_averageable(tensor.dtype, who, name)
+        try:
+            shape = tuple(map(index, tensor.shape))
+        except (RuntimeError, TypeError, ValueError) as error:
+            message = f"{who}: {name!r} is a {type(tensor).__name__} without a definite shape"
+            raise WeightsTypeError(message, contributor=who, name=name) from error
+        shown[name] = np.broadcast_to(np.empty((), dtype), shape)
+    return shown
 
 
 def opened_contribution(
