@@ -217,6 +217,17 @@ def test_a_round_whose_aggregator_fails_is_lost_and_the_global_model_stands(
     assert [c[fl.ContextKey.ROUND] for c in recorder.at(EventType.END_AGGREGATION)] == [0, 2]
 
 
+def test_a_verdict_that_is_none_costs_the_round_too() -> None:
+    class Undecided(ModelAggregator):
+        def process(self, accumulator: list[FLContext], fl_ctx: FLContext) -> Any:
+            super().process(accumulator, fl_ctx)
+            return np.ones(2)
+
+    result = server_with(Undecided(), 1).run(two_clients())
+    assert values(result.weights) == values(initial_weights())
+    assert str(result.reports[0].error).startswith("aggregator Undecided: ValueError: The truth value of an array")
+
+
 def test_an_interrupt_leaves_the_context_as_it_was() -> None:
     def interrupt(_: Any, ctx: Any) -> None:
         ctx.set_prop("trace", 1)

@@ -123,6 +123,10 @@ def test_whether_and_when_the_server_validates(settings: dict[str, Any], entries
         ({"handlers": {}}, "'handlers' must be a list"),
         ({"filters": "PercentileProtocol"}, "'filters' must be a list"),
         ({"exclude_vars": 3}, "'exclude_vars' must be a string"),
+        (
+            {"exclude_vars": "(", "aggregator": {"path": "fractions.Fraction"}},
+            "'exclude_vars' '(' is no regular expression",
+        ),
         ({"validate_on_server": "yes"}, "'validate_on_server' must be true or false"),
         ({"num_rounds": 3, "servers": [{"num_rounds": 3}]}, "'num_rounds' is there twice"),
         ({"validate_on_server": False, "handlers": [{"name": VALIDATION}]}, "'validate_on_server' false"),
@@ -164,7 +168,48 @@ def test_filters_are_built_anew_for_each_client_and_seeded() -> None:
     assert (first[0].percentile, first[0].gamma) == (75, 50)
     assert {name: getattr(first[1], name) for name in laplacian} == laplacian
     assert {name: getattr(first[2], name) for name in svt} == svt
-    assert (first[1].seed, second[1].seed, config.build_filters()[1].seed) == ([7, 0], [7, 1], None)
+    assert (first[1].seed, second[1].seed, config.build_filters()[1].seed) == ([7, 0, 1], [7, 1, 1], None)
+    assert first[2].seed == [7, 0, 2], "the noise of one filter is not that of the next"
+    assert config.doubts(None, [], []) == ["unknown key 'client.local_epochs' is ignored"]
+
+
+def test_a_seed_that_all_clients_would_share_is_doubted() -> None:
+    config = ServerConfig.of({"filters": [{"name": "LaplacianProtocol", "args": {"seed": 3}}]})
+    assert [config.build_filters([7, client])[0].seed for client in range(2)] == [3, 3]
+    (doubt,) = config.doubts(None, [], [])
+    assert "every client draws the same noise" in doubt
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"num_rounds": 1, "num_rounds": 9}', "'num_rounds' is there twice"),
+        ('{"aggregator": {"args": {"exact": true, "exact": false}}}', "'exact' is there twice"),
+        ("[" * 100_000, "recursion"),
+        ('{"num_rounds": 1', "Expecting"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_file_that_does_not_say_what_it_means_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(fl.ConfigError, match=f"^{path}: .*{message}"):
+        read_config(path)
+
+
+def test_a_file_may_begin_with_the_mark_of_windows(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('\ufeff{"num_rounds": 3}', encoding="utf-8")
+    assert read_config(path) == {"num_rounds": 3}
+
+
+@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "class Own:\n    def __init__(self): raise SystemExit(3)"])
+def test_code_that_ends_the_process_is_refused(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_ending.py").write_text(code, encoding="utf-8")
+    with pytest.raises(fl.ConfigError, match=r"Own.*: SystemExit: 3"):
+        ServerConfig.of({"aggregator": {"path": "own_ending.Own"}}).build_aggregator()
+    sys.modules.pop("own_ending", None)
 
 
 def test_variables_that_are_only_excluded_need_no_aggregator_of_ones_own() -> None:

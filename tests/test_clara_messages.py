@@ -158,6 +158,10 @@ BAD_BYTES = {
     "more numbers than there are": GOOD.replace(b"(4,)", b"(9,)"),
     "an object": GOOD.replace(b"'<f8'", b"'|O' "),
     "another version": b"\x93NUMPY\x09" + GOOD[7:],
+    "a header that Python cannot read": GOOD.replace(b"(4,)", b"(4,("),
+    "a header that is too deep": b"\x93NUMPY\x01\x00" + (9001).to_bytes(2, "little") + b"-" * 9000 + b"1",
+    "a dtype that is an expression": GOOD.replace(b"'<f8'", b"'<,8'"),
+    "a dtype that is empty": GOOD.replace(b"'<f8'", b"()   "),
 }
 
 

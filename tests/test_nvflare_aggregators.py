@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,16 @@ def test_the_global_model_is_the_authority_over_the_first_contribution() -> None
     assert aggregator.aggregate_model().current_round == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_global_model_that_cannot_be_averaged_is_no_clients_fault(stream: bool) -> None:
+    aggregator = WeightedAverageAggregator(stream=stream)
+    start_round(aggregator, 0, {"w": [0.0, 0.0]})
+    for call in (lambda: aggregator.accept_model(model("site-1", {"w": np.zeros(2)})), aggregator.aggregate_model):
+        with pytest.raises(fl.WeightsTypeError, match=r"^global model: 'w' is a builtins.list, not a numpy array"):
+            call()
+    assert aggregator.report is None
+
+
 def test_a_model_that_is_only_sent_is_the_authority_too() -> None:
     aggregator = WeightedAverageAggregator(exclude_vars="^head")
     fl_ctx = start_round(aggregator, 0, {})
@@ -234,6 +245,18 @@ def test_excluded_variables_stay_those_of_the_global_model() -> None:
     assert params["w"].tolist() == [1, 1]
 
 
+def test_variables_are_not_excluded_from_a_global_model_that_is_not_known() -> None:
+    """NVFlare takes a mean of full weights for the whole model: it would lose them."""
+    aggregator = WeightedAverageAggregator(exclude_vars="^head")
+    aggregator.accept_model(model("site-1", {"head": np.ones(1), "w": np.ones(2)}))
+    with pytest.raises(fl.FedLearnError, match="exclude_vars leaves 'head' as it is in the global model, which"):
+        aggregator.aggregate_model()
+    aggregator = WeightedAverageAggregator(exclude_vars="^head", expected_data_kind=DataKind.WEIGHT_DIFF)
+    params = {"head": np.ones(1), "w": np.ones(2)}
+    aggregator.accept_model(model("site-1", params, params_type=ParamsType.DIFF))
+    assert list(aggregator.aggregate_model().params) == ["w"]
+
+
 def test_clients_count_by_steps_times_their_factor_or_by_the_factor_alone() -> None:
     factors = {"site-1": 4.0, "site-2": 0.5}
     for by_steps, expected in ((True, (40 * 1 + 10 * 2 + 70 * 3) / 120), (False, (4 * 1 + 0.5 * 2 + 1 * 3) / 5.5)):
@@ -250,6 +273,7 @@ def test_metrics_that_all_sent_are_averaged_by_the_same_weights() -> None:
     aggregator = WeightedAverageAggregator()
     for site, v in zip(STEPS, (0.1, 0.2, 0.3), strict=True):
         metrics = {"accuracy": v, "note": "text", **({"extra": 1.0} if site == "site-1" else {})}
+        metrics["loss"] = math.nan if site == "site-2" else 1.0  # best for good, in NVFlare's choice of a model
         aggregator.accept_model(model(site, {"w": np.zeros(1)}, metrics=metrics))
     assert aggregator.aggregate_model().metrics == {"accuracy": pytest.approx(0.26)}
 

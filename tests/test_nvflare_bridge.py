@@ -1,5 +1,6 @@
 """What `HandlerBridge` is made of: the events that a foreign job brings about, and what goes wrong in them."""
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +16,7 @@ from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
 from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.shareable import Shareable
 from nvflare.apis.utils.event import fire_event_to_components
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.abstract.model import ModelLearnableKey, make_model_learnable
@@ -131,6 +133,25 @@ def test_a_handler_replaces_the_global_model(event: str) -> None:
 def test_a_bad_model_of_a_handler_is_refused(weights: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="model set by a handler at _startRound"):
         started(Sets(fl.EventType.START_ROUND, weights))
+
+
+@pytest.mark.parametrize("change", ["weight", "twice", "another"])
+def test_a_handler_that_does_more_than_take_contributions_out_is_not_ignored(change: str) -> None:
+    class Changes(fl.Handler):
+        def before_aggregation(self, ctx: fl.FLContext) -> None:
+            one, other = ctx[fl.ContextKey.CONTRIBUTIONS]
+            changed = {
+                "weight": replace(other, aggregation_weight=1000),
+                "twice": one,
+                "another": contribution("c", 0.5),
+            }
+            ctx[fl.ContextKey.CONTRIBUTIONS] = (one, changed[change])
+
+    mirror = started(Changes())
+    for name in ("a", "b"):
+        mirror.receive(name, contribution(name, 0.5), None)
+    with pytest.raises(fl.FedLearnError, match="changed or added contributions"):
+        mirror.before_aggregation()
 
 
 def test_other_events_cannot_replace_the_model() -> None:
@@ -294,12 +315,14 @@ def test_a_model_of_a_handler_goes_into_nvflares_own(tensors: bool) -> None:
     assert held["w"].tolist() == [3, 3]
 
 
-def contributed(ear: Ear, fl_ctx: FLContext, site: str, accepted: bool = True) -> None:
+def contributed(ear: Ear, fl_ctx: FLContext, site: str, accepted: bool = True, steps: Any = 4) -> None:
     """NVFlare's events when a result comes that another aggregator than ours took, or did not."""
     peer = FLContext()
     peer.put(ReservedKey.IDENTITY_NAME, site, private=False, sticky=False)
     fl_ctx.set_peer_context(peer)
-    result = FLModelUtils.to_shareable(FLModel(params=W, metrics={"loss": 0.5}, meta={"NUM_STEPS_CURRENT_ROUND": 4}))
+    result = FLModelUtils.to_shareable(
+        FLModel(params=W, metrics={"loss": 0.5}, meta={"NUM_STEPS_CURRENT_ROUND": steps})
+    )
     for key, value in ((AppConstants.AGGREGATION_ACCEPTED, accepted), (AppConstants.TRAINING_RESULT, result)):
         fl_ctx.set_prop(key, value, private=True, sticky=False)
     ear.fire_event(AppEventType.AFTER_CONTRIBUTION_ACCEPT, fl_ctx)
@@ -320,6 +343,54 @@ def test_contributions_to_another_aggregator_are_told_of() -> None:
     assert str(other[fl.ContextKey.REJECTION]) == "b: not accepted; the log of NVFlare says why"
     assert bridge.mirror is not None
     assert bridge.mirror.report.accepted == ("a",)
+
+
+@pytest.mark.parametrize(
+    ("steps", "weight", "n_iter"),
+    [(np.array([1, 2]), 1, None), ("many", 1, None), (-3, 1, -3), (10**400, 1, None), (2.5, 2.5, None)],
+    ids=str,
+)
+def test_steps_of_a_client_cannot_end_the_job(steps: Any, weight: float, n_iter: int | None) -> None:
+    """NVFlare's own averaging counts what is no number of steps as one."""
+    ear, bridge = Ear(), HandlerBridge([fl.ModelSelectionHandler(mode="min")], key_metric="loss")
+    fl_ctx = context(bridge, ear)
+    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(dict(W), {}))
+    for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+        ear.fire_event(event, fl_ctx)
+    contributed(ear, fl_ctx, "a", steps=steps)
+    ear.fire_event(AppEventType.BEFORE_AGGREGATION, fl_ctx)
+    assert EventType.FATAL_SYSTEM_ERROR not in [event for event, _ in ear.heard]
+    assert bridge.mirror is not None
+    (sent,) = bridge.mirror.ctx[fl.ContextKey.CONTRIBUTIONS]
+    assert (sent.aggregation_weight, sent.n_iter) == (weight, n_iter)
+
+
+def test_a_validation_result_that_cannot_be_read_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    log = Log()
+    ear, bridge = Ear(), HandlerBridge([log])
+    fl_ctx = context(bridge, ear)
+    for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+        ear.fire_event(event, fl_ctx)
+    result = {
+        AppConstants.DATA_CLIENT: "a",
+        AppConstants.MODEL_OWNER: "final",
+        AppConstants.VALIDATION_RESULT: Shareable(),
+    }
+    for key, value in result.items():
+        fl_ctx.set_prop(key, value, private=True, sticky=False)
+    ear.fire_event(AppEventType.VALIDATION_RESULT_RECEIVED, fl_ctx)
+    assert EventType.FATAL_SYSTEM_ERROR not in [event for event, _ in ear.heard]
+    assert "_receiveValidationResults" not in [event for event, _ in log.seen]
+    assert "a: an unreadable validation result on 'final': ValueError" in caplog.text
+
+
+def test_a_model_of_a_handler_is_not_lost_where_nvflare_holds_none() -> None:
+    ear, bridge = Ear(), HandlerBridge([Sets(fl.EventType.START_ROUND, W)])
+    fl_ctx = context(bridge, ear)
+    for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+        ear.fire_event(event, fl_ctx)
+    (reason,) = [data for event, data in ear.heard if event == EventType.FATAL_SYSTEM_ERROR]
+    assert "a handler replaced the global model, which NVFlare does not hold" in reason
 
 
 class Drops(fl.Handler):

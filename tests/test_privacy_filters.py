@@ -16,6 +16,7 @@ from fed_learn.client.fed_privacy import PercentileProtocol, PrivacyProtocol
 from fed_learn.components.data_processor import DataProcessor
 from fed_learn.model_meta import FLContext
 from fed_learn.numproto import ndarray_to_proto, proto_to_ndarray, weights_to_model
+from fed_learn.protos.federated_pb2 import NDArray
 
 KINDS = tuple(fl.Kind)
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -180,6 +181,11 @@ REFUSED: dict[str, tuple[Callable[..., Any], type[Exception], str]] = {
     "another shape": (lambda diff, _: {**diff, "b": diff["b"][:2]}, fl.ShapeError, "'b' has shape (2,), expected (3,)"),
     "NaN": (lambda diff, _: {**diff, "b": diff["b"] * np.nan}, fl.NonFiniteError, "'b' at index (0,): nan"),
     "a huge counter": (lambda diff, _: {**diff, "steps": np.float64(1e30)}, fl.IntegerRangeError, "'steps' leaves"),
+    "raises what the library raises": (
+        lambda *_: proto_to_ndarray(NDArray(ndarray=b"secret")),
+        fl.WeightsTypeError,
+        "6 bytes that are no array",
+    ),
     "numbers of Python": (
         lambda diff, _: {**diff, "b": [1.0, 2.0, 3.0]},
         fl.WeightsTypeError,

@@ -3,6 +3,7 @@
 Draws are seeded: the tests of distributions give the same p-values every time.
 """
 
+import copy
 import math
 import pickle
 from typing import Any
@@ -102,8 +103,18 @@ def test_shapes_and_dtypes_stay_and_what_is_no_float_passes(protocol: PrivacyPro
 @pytest.mark.parametrize("protocol", [PercentileProtocol(0, 100), LaplacianProtocol(), SVTProtocol()])
 @pytest.mark.parametrize("steps", [0, -1, math.nan, "many"])
 def test_a_number_of_steps_that_is_none_is_refused(protocol: PrivacyProtocol, steps: Any) -> None:
-    with pytest.raises(ValueError, match="aggregation weight"):
+    with pytest.raises(ValueError, match=r"^total_steps must be a positive, finite number, not "):
         applied(protocol, [1.0], steps)
+
+
+@pytest.mark.parametrize("cls", RANDOMISED)
+@pytest.mark.parametrize("twin", [lambda p: pickle.loads(pickle.dumps(p)), copy.deepcopy], ids=["pickle", "deepcopy"])
+def test_no_copy_of_a_protocol_has_the_noise_of_another(cls: type[Any], twin: Any) -> None:
+    """Whoever knew both of two clients with the same noise could take it away."""
+    one = cls(fraction=1.0, gamma=1.0, tau=0.0)
+    other = twin(one)
+    diff = np.random.default_rng(3).normal(size=100)
+    assert not np.array_equal(applied(one, diff), applied(other, diff))
 
 
 BAD_ARGUMENTS = [
@@ -136,9 +147,9 @@ def test_arguments_are_kept_and_seeds_repeat(cls: type[Any], caplog: pytest.LogC
     assert not np.array_equal(sent, applied(other, diff))
     assert not np.array_equal(sent, applied(first, diff)), "each round has its own noise"
     assert not np.array_equal(applied(made(cls, seed=None), diff), applied(made(cls, seed=None), diff))
-    copy = pickle.loads(pickle.dumps(first))
-    assert (copy.fraction, copy.epsilon, copy.gamma, copy.tau, copy.seed) == (1.0, first.epsilon, 1.0, 0.0, 5)
-    assert np.array_equal(applied(copy, diff), applied(first, diff))
+    twin = pickle.loads(pickle.dumps(first))
+    assert (twin.fraction, twin.epsilon, twin.gamma, twin.tau, twin.seed) == (1.0, first.epsilon, 1.0, 0.0, 5)
+    assert np.array_equal(applied(twin, diff), applied(first, diff))
     made(cls, fraction=50)
     assert "fraction 50 is above 1" in caplog.text
 

@@ -2,8 +2,9 @@
 
 Two are randomised, by the Laplace mechanism behind a sparse vector technique. What they promise holds for one round:
 whatever two differences a client might have, nothing that is sent is more than exp(budget) times likelier under one
-than under the other. The budgets of rounds add up. Metrics and numbers of iterations are sent beside the difference,
-and whatever is not a floating-point variable (a counter of batches) passes as it is: the promise is not about them.
+than under the other. The budgets of rounds add up. Metrics, the aggregation weight and the number of iterations are
+sent beside the difference, and whatever is not a floating-point variable (a counter of batches) passes as it is: the
+promise is not about them.
 Laplace noise in floating point leaks low bits (I. Mironov, "On significance of the least significant bits for
 differential privacy", CCS 2012); nothing here helps that.
 """
@@ -19,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fed_learn.contribution import check_aggregation_weight
+from fed_learn.errors import AggregationWeightError, brief
 from fed_learn.weights import FLOATS, Array, WeightDict, native_dtype
 
 logger = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class LaplacianProtocol(PrivacyProtocol):
     R. Shokri, V. Shmatikov, "Privacy-preserving deep learning", CCS 2015, figure 12: with the sensitivity 2·`gamma` of
     numbers bounded by ±`gamma`, it is NumericSparse of C. Dwork, A. Roth, "The Algorithmic Foundations of Differential
     Privacy", 2014, algorithm 3 with δ = 0: of the budget 8/9 choose (noise on the threshold, drawn anew after each
-    choice, and twice as much on each number), 2/9 serve the noise of what is shared. Each number is considered once, in
+    choice, and twice as much on each number), and 1/9 is spent on what is shared. Each number is considered once, in
     random order.
 
     Args:
@@ -136,17 +138,18 @@ class LaplacianProtocol(PrivacyProtocol):
         self.gamma = _positive("gamma", gamma)
         self.tau = _threshold(tau)
         self.seed = seed
-        self._rng = np.random.default_rng(seed)
+        self._seeded = None if seed is None else np.random.default_rng(seed)
 
     def apply(self, model_diff: dict[str, Array], train_ctx: Any = None) -> WeightDict:
         """Chooses, bounds and adds noise."""
+        rng = _source_of_noise(self._seeded)
 
         def share(numbers: Floats) -> Floats:
             count = _count(self.fraction, numbers.size)
             unit = 2 * count * 2 * self.gamma  # 2c times the sensitivity
-            choose, serve = self.epsilon * 8 / 9, self.epsilon * 2 / 9
-            thresholds = self.tau + self._rng.laplace(scale=unit / choose, size=count + 1)
-            return _sparse_vector(numbers, self.gamma, count, thresholds, 2 * unit / choose, unit / serve, self._rng)
+            choose, serve = self.epsilon * 8 / 9, self.epsilon * 2 / 9  # the paper's; half of the latter is spent
+            thresholds = self.tau + rng.laplace(scale=unit / choose, size=count + 1)
+            return _sparse_vector(numbers, self.gamma, count, thresholds, 2 * unit / choose, unit / serve, rng)
 
         return _per_step(share, model_diff, train_ctx)
 
@@ -188,7 +191,7 @@ class SVTProtocol(PrivacyProtocol):
         self.gamma = _positive("gamma", gamma)
         self.tau = _threshold(tau)
         self.seed = seed
-        self._rng = np.random.default_rng(seed)
+        self._seeded = None if seed is None else np.random.default_rng(seed)
 
     def budget(self, size: int) -> float:
         """ε₁ + ε₂ + ε₃: what a round costs a client whose model has `size` floating-point numbers.
@@ -204,10 +207,11 @@ class SVTProtocol(PrivacyProtocol):
 
     def apply(self, model_diff: dict[str, Array], train_ctx: Any = None) -> WeightDict:
         """Chooses, bounds and adds noise."""
+        rng = _source_of_noise(self._seeded)
 
         def share(numbers: Floats) -> Floats:
             count, sensitivity = _count(self.fraction, numbers.size), 2 * self.gamma
-            threshold = self.tau + self._rng.laplace(scale=sensitivity / self.epsilon)
+            threshold = self.tau + rng.laplace(scale=sensitivity / self.epsilon)
             return _sparse_vector(
                 numbers,
                 self.gamma,
@@ -215,10 +219,15 @@ class SVTProtocol(PrivacyProtocol):
                 np.full(count + 1, threshold),
                 2 * count * sensitivity / self._epsilon_2(count),
                 count * sensitivity / self.noise_var,
-                self._rng,
+                rng,
             )
 
         return _per_step(share, model_diff, train_ctx)
+
+
+def _source_of_noise(seeded: np.random.Generator | None) -> np.random.Generator:
+    """The seeded one; else one that starts anew each time, so that no copy of a protocol has the noise of another."""
+    return np.random.default_rng() if seeded is None else seeded
 
 
 def _sparse_vector(
@@ -267,7 +276,11 @@ def _per_step(share: Callable[[Floats], Floats], model_diff: dict[str, Array], t
     if not numbers.size:
         return model_diff
     total_steps = getattr(train_ctx, "total_steps", None)
-    steps = 1.0 if total_steps is None else check_aggregation_weight(total_steps)
+    try:
+        steps = 1.0 if total_steps is None else check_aggregation_weight(total_steps)
+    except AggregationWeightError as error:
+        message = f"total_steps must be a positive, finite number, not {brief(total_steps)}"
+        raise AggregationWeightError(message, value=total_steps) from error
     shared = share(numbers / steps) * steps
     logger.debug("%d of %d numbers are shared", np.count_nonzero(shared), shared.size)
     parts = np.split(shared, np.cumsum([model_diff[name].size for name in names])[:-1])

@@ -49,6 +49,8 @@ def apply_filters(
             left = _applied(one, diff, train_ctx, client_ctx, schema, who)
         except ContributionError as error:
             error.contributor = client
+            if not str(error).startswith(who):  # one that the filter itself raised
+                error.args = (f"{who}: {error}",)
             raise
         except Exception as error:
             text, *_ = str(error).splitlines() or [""]

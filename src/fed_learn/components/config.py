@@ -53,7 +53,7 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
         raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {error}") from error
     try:
         return cls(**built)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"{cls.__name__} cannot be built: {type(error).__name__}: {error}") from error
 
 
@@ -63,11 +63,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     So does a folder `custom` beside that of the file, where Clara Train's projects keep their code.
 
     Raises:
-        ConfigError: The file cannot be read or holds no JSON object.
+        ConfigError: The file cannot be read, holds no JSON object, or one in which a key is there twice.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        # utf-8-sig: editors on Windows begin a file with a mark.
+        config = json.loads(Path(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_object)
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: holds a JSON {type(config).__name__}, not an object")
@@ -76,6 +77,15 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         if place.is_dir() and str(place) not in sys.path:
             sys.path.append(str(place))
     return config
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which JSON's reader would silently keep the last of equal keys."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return found
 
 
 def _nested(value: Any, known: Mapping[str, type], supplies: Mapping[str, Any] | None) -> Any:
@@ -95,7 +105,7 @@ def _import(path: object) -> type:
         raise ConfigError(f"path {path!r} must be package.module.Class")
     try:
         found = getattr(importlib.import_module(module), name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself when it is imported
         raise ConfigError(f"path {path!r}: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
         raise ConfigError(f"path {path!r} is no class")

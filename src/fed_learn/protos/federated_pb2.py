@@ -57,7 +57,7 @@ class NDArray:
             return self._value
         try:
             return _parsed(self._value)
-        except (ValueError, TypeError, OverflowError) as error:
+        except Exception as error:  # numpy reads headers by Python's parser, which raises anything
             raise WeightsTypeError(f"{len(self._value)} bytes that are no array in the .npy format") from error
 
     @property

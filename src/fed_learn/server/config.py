@@ -67,6 +67,11 @@ class ServerConfig:
                     raise ConfigError(f"{key!r} is there twice")
                 else:
                     found[key] = value
+        exclude_vars = _typed(found, "exclude_vars", str)
+        try:
+            re.compile(exclude_vars or "")
+        except re.error as error:
+            raise ConfigError(f"'exclude_vars' {exclude_vars!r} is no regular expression: {error}") from error
         filters = _typed(found, "filters", list) or []
         if found.get("privacy") is not None:
             filters = [*filters, found["privacy"]]
@@ -75,7 +80,7 @@ class ServerConfig:
             min_num_clients=_positive(found, "min_num_clients"),
             validate_on_server=_typed(found, "validate_on_server", bool),
             num_rounds_per_valid=_positive(found, "num_rounds_per_valid"),
-            exclude_vars=_typed(found, "exclude_vars", str),
+            exclude_vars=exclude_vars,
             handlers=_typed(found, "handlers", list),
             aggregator=found.get("aggregator"),
             filters=filters,
@@ -126,13 +131,15 @@ class ServerConfig:
         """One client's own filters.
 
         Args:
-            seed: For those that take one; different for each client.
+            seed: For those that take one, with the place of each filter; different for each client.
 
         Raises:
             ConfigError: One cannot be built, or is none.
         """
-        supplies = {} if seed is None else {"seed": list(seed)}
-        built = [build_component(entry, FILTERS, supplies) for entry in self.filters]
+        built = [
+            build_component(entry, FILTERS, {} if seed is None else {"seed": [*seed, place]})
+            for place, entry in enumerate(self.filters)
+        ]
         try:
             return check_filters(built)
         except TypeError as error:
@@ -158,6 +165,8 @@ class ServerConfig:
                 found.append(
                     f"{type(aggregator).__name__} takes no 'exclude_vars': {', '.join(matched)} are aggregated"
                 )
+        if any(isinstance(one, dict) and "seed" in (one.get("args") or ()) for one in self.filters):
+            found.append("a filter with a 'seed' of its own: every client draws the same noise, and can take it away")
         strangers = sorted(set(getattr(aggregator, "aggregation_weights", None) or ()) - set(clients))
         if strangers:
             found.append(f"'aggregation_weights' of clients that are not in the job: {', '.join(strangers)}")

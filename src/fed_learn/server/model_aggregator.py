@@ -175,7 +175,7 @@ def run_aggregator(
     before = ctx.snapshot()
     ctx.set_model(_message(weights))
     try:
-        is_best = aggregator.process(accumulator, ctx)
+        is_best = bool(aggregator.process(accumulator, ctx))
         new = _frozen(ctx.get_model(), Schema.of(weights), who)
     except Exception as error:
         ctx.restore(before)

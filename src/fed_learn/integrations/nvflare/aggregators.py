@@ -25,6 +25,7 @@ from fed_learn.errors import (
     BrokenAccumulatorError,
     ContributionError,
     ExactDomainError,
+    FedLearnError,
     FloatingPointEnvironmentError,
     WeightsTypeError,
     brief,
@@ -195,6 +196,7 @@ class _Averaging:
 
         Raises:
             ContributionError, ExactDomainError: One was refused, with `on_bad_contribution="raise"`.
+            FedLearnError: Variables are excluded, and their values in the global model are not known.
         """
         with self._lock:
             intake, self._intake = self._begun(), None
@@ -210,8 +212,13 @@ class _Averaging:
                 props.put(self.fl_ctx, AppConstants.AGGREGATION_STATS, self._stats(report, mean or {}))
             if mean is None:
                 return None, {}, report
-            if self.expected_data_kind == DataKind.WEIGHTS and self._global is not None:
+            if self.expected_data_kind == DataKind.WEIGHTS and self._skipped:
                 # What is excluded stays as it is; NVFlare takes the average for the whole of the new global model.
+                if self._global is None:
+                    raise FedLearnError(
+                        f"exclude_vars leaves {min(self._skipped)!r} as it is in the global model, "
+                        "which this workflow has not shown to the aggregator"
+                    )
                 mean = {name: mean.get(name, value) for name, value in self._global.items()}
             return mean, intake.metrics(only), report
 

@@ -17,8 +17,15 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.aggregation.tensor_outputs import as_tensors
 from fed_learn.aggregation.tensors import opened
-from fed_learn.contribution import FINAL_MODEL, INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind
-from fed_learn.errors import ClientQuitError, ContributionError, FedLearnError
+from fed_learn.contribution import (
+    FINAL_MODEL,
+    INITIAL_VALIDATION_METRIC,
+    BestModel,
+    Contribution,
+    Kind,
+    check_aggregation_weight,
+)
+from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, FedLearnError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.mirror import Mirror
@@ -208,7 +215,12 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         if code and code != ReturnCode.OK:
             self.log_error(fl_ctx, f"{name}: no validation result on {model!r}: {code}", fire_event=False)
             return
-        metrics = props.numbers_in(FLModelUtils.from_shareable(result).metrics)
+        try:
+            metrics = props.numbers_in(FLModelUtils.from_shareable(result).metrics)
+        except Exception as error:  # noqa: BLE001 - from outside, and must not end the job
+            reason = f"{type(error).__name__}: {error}"
+            self.log_error(fl_ctx, f"{name}: an unreadable validation result on {model!r}: {reason}", fire_event=False)
+            return
         if not metrics:
             self.log_error(fl_ctx, f"{name}: a validation result on {model!r} without metrics", fire_event=False)
             return
@@ -253,15 +265,21 @@ def _read(name: str, result: Any, number: int | None) -> Contribution | None:
     except Exception:  # noqa: BLE001 - from outside; the aggregator judges it, and not this
         return None
     steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
+    try:
+        weight = check_aggregation_weight(steps, name)
+    except AggregationWeightError:
+        weight = 1.0  # as NVFlare counts whatever is no number of steps
     kind = Kind.DIFF if model.params_type == ParamsType.DIFF else Kind.FULL
     metrics = props.numbers_in(model.metrics)
-    return Contribution(name, None, steps or 1.0, n_iter=props.whole(steps), round=number, kind=kind, metrics=metrics)
+    return Contribution(name, None, weight, n_iter=props.whole(steps), round=number, kind=kind, metrics=metrics)
 
 
 def _put_into(weights: dict[str, Any] | None, replaced: WeightDict | None) -> None:
     """Writes a model that a handler put in the place of the global one into NVFlare's own dict."""
-    if replaced is None or weights is None:
+    if replaced is None:
         return
+    if weights is None:
+        raise FedLearnError("a handler replaced the global model, which NVFlare does not hold where it could be put")
     place = opened(weights, "global model").place
     arrays = {name: array.copy() for name, array in replaced.items()}
     weights.update(arrays if place is None else as_tensors(arrays, place))

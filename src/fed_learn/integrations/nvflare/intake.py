@@ -1,6 +1,7 @@
 """The contributions of one round: each checked whole as it comes, all averaged at the end. Knows nothing of NVFlare."""
 
 import copy
+import math
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -37,6 +38,9 @@ class Intake:
         stream: Fold each contribution into float64 sums at once and keep none. Otherwise all are kept, as they are,
             until they are averaged in the order of their contributors' names: their arrays must not change till then.
 
+    Raises:
+        ContributionError: `like` is no weight dict, or holds dtypes that cannot be averaged.
+
     Example:
         >>> import numpy as np
         >>> intake = Intake(number=0, like={"w": np.zeros(2)})
@@ -66,7 +70,7 @@ class Intake:
         self.accepted: dict[str, Contribution] = {}
         self.rejected: list[ClientFailure] = []
         self.report = RoundReport(-1 if number is None else number, kernel=kernels.resolve(kernel).name)
-        self._schema: Schema | None = None
+        self._schema: Schema | None = None if like is None else schema_of(like, "global model")
         self._kept: dict[str, Contribution] = {}
         self._stream: Accumulator | None = Accumulator(like=like, exact=exact, kernel=kernel) if stream else None
 
@@ -146,18 +150,17 @@ class Intake:
         return mean
 
     def metrics(self, only: Collection[str] | None = None) -> dict[str, float]:
-        """The weighted means of the metrics that every averaged contribution has."""
+        """The weighted means of the metrics that every averaged contribution has, finite ones."""
         chosen = [c for name, c in sorted(self.accepted.items()) if only is None or name in only]
         total = sum(c.aggregation_weight for c in chosen)
         names = [name for name in chosen[0].metrics if all(name in c.metrics for c in chosen)] if chosen else []
-        return {name: sum(c.metrics[name] * c.aggregation_weight for c in chosen) / total for name in names}
+        means = {name: sum(c.metrics[name] * c.aggregation_weight for c in chosen) / total for name in names}
+        return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
     def _accept(self, sent: Contribution) -> Contribution:
         if isinstance(sent.weights, Mapping):
             sent = replace(sent, weights={name: _loaded(value) for name, value in sent.weights.items()})
         opened, _ = opened_contribution(sent, None, on_host=True)
-        if self._schema is None and self.like is not None:
-            self._schema = schema_of(self.like, "global model")
         weights, aggregation_weight = check_contribution(
             opened, self._schema, kind=self.kind, round=self.number, contributors=self.accepted, scan=False
         )

@@ -145,14 +145,21 @@ class Mirror(JobEvents):
 
         Returns:
             Names of the contributions to be averaged, if a handler took some out; None for all.
+
+        Raises:
+            FedLearnError: A handler did more than that, such as to weigh one anew.
         """
         self.update_report(absent=tuple(self._asked))
         before: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
         if before:
             self.fire(EventType.BEFORE_AGGREGATION)
-        names = tuple(c.contributor for c in self.ctx[ContextKey.CONTRIBUTIONS])
+        left = {id(c) for c in self.ctx[ContextKey.CONTRIBUTIONS]}
+        kept = [c for c in before if id(c) in left]
+        if len(kept) < len(self.ctx[ContextKey.CONTRIBUTIONS]):
+            raise FedLearnError("a handler changed or added contributions, of which it can only take some out here")
+        names = tuple(c.contributor for c in kept)
         self.update_report(accepted=names)
-        return None if names == tuple(c.contributor for c in before) else names
+        return None if len(kept) == len(before) else names
 
     def note_aggregation(self, report: RoundReport) -> None:
         """Takes over what the aggregator reports of the average."""

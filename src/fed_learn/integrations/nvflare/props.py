@@ -70,7 +70,14 @@ def numbers_in(metrics: object) -> dict[str, float]:
 
 
 def whole(steps: object) -> int | None:
-    """A number of steps as an int, where it is one."""
-    if isinstance(steps, Integral) and not isinstance(steps, bool):
-        return int(steps)
-    return int(steps) if isinstance(steps, float) and steps.is_integer() and abs(steps) < 2**63 else None
+    """A number of steps as a 64-bit int, where it is one.
+
+    Example:
+        >>> whole(3.0), whole(2.5), whole(10**400), whole("3")
+        (3, None, None, None)
+    """
+    if isinstance(steps, bool) or not isinstance(steps, Integral | float):
+        return None
+    if isinstance(steps, float) and not steps.is_integer():
+        return None
+    return int(steps) if abs(int(steps)) < 2**63 else None
