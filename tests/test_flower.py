@@ -1,7 +1,10 @@
 """Our FedAvg in Flower's Message API: events, names, refusals, streaming; every node in this process."""
 
+import gc
 import inspect
+import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -174,6 +177,20 @@ def test_a_bad_contribution_ends_the_job_if_so_told() -> None:
     assert log.events()[-1] == E.SHUTDOWN
 
 
+def test_a_reply_with_two_weights_is_refused() -> None:
+    client = app()
+
+    def twofold(message: Message, context: Context) -> Message:
+        reply = client(message, context)
+        if context.node_config["partition-id"] == 1:
+            reply.content["validation"] = MetricRecord({"num-examples": 5, "accuracy": 0.5})
+        return reply
+
+    (report,) = start(FedAvg(), twofold, rounds=1).job.reports
+    assert report.accepted == ("partition-0", "partition-2")
+    assert "partition-1: two of the reply's MetricRecords have a 'num-examples'" in str(report.rejected[0].error)
+
+
 def test_too_few_contributions_leave_the_global_model_as_it_is() -> None:
     result = start(FedAvg(min_train_nodes=3), app(spoiled(1, number=1)))
     assert isinstance(result.job.reports[1].error, fl.TooFewContributionsError)
@@ -286,6 +303,18 @@ def test_a_handler_that_raises_ends_the_job_or_is_reported() -> None:
     assert same(to_weights(result.arrays), averaged(averaged(initial(), range(3), 0), range(3), 1))
 
 
+def test_a_handler_that_raises_when_a_node_registers_is_no_failure_of_the_node() -> None:
+    class Closed(fl.Handler):
+        def client_register(self, ctx: fl.FLContext) -> None:
+            raise RuntimeError("no more")
+
+    with pytest.raises(fl.HandlerError, match="no more"):
+        start(FedAvg(handlers=[Closed()], fraction_evaluate=0.0))
+    result = start(FedAvg(handlers=[Closed()], on_handler_error="log"))
+    assert result.job.quits == ()
+    assert [len(report.accepted) for report in result.job.reports] == [3, 3]
+
+
 def test_handlers_that_started_are_shut_down_once_if_one_cannot_start() -> None:
     class Broken(fl.Handler):
         def startup(self, ctx: fl.FLContext) -> None:
@@ -352,6 +381,51 @@ def test_a_handler_takes_a_contribution_out() -> None:
     assert dict(result.train_metrics_clientapp[1])["loss"] == pytest.approx((13 * 1 + 16 * 2) / 29)
 
 
+class Reweigh(fl.Handler):
+    """Lets one contribution count as often as all others together."""
+
+    def before_aggregation(self, ctx: fl.FLContext) -> None:
+        *others, last = ctx[fl.ContextKey.CONTRIBUTIONS]
+        total = sum(c.aggregation_weight for c in others)
+        ctx[fl.ContextKey.CONTRIBUTIONS] = (*others, replace(last, aggregation_weight=total))
+
+
+class Shrink(fl.Handler):
+    def before_aggregation(self, ctx: fl.FLContext) -> None:
+        ctx[fl.ContextKey.CONTRIBUTIONS] = tuple(
+            replace(c, weights={n: (w / 2).astype(w.dtype) for n, w in c.weights.items()})
+            for c in ctx[fl.ContextKey.CONTRIBUTIONS]
+        )
+
+
+class Twice(fl.Handler):
+    def before_aggregation(self, ctx: fl.FLContext) -> None:
+        ctx[fl.ContextKey.CONTRIBUTIONS] *= 2
+
+
+def test_a_handler_weighs_contributions_anew() -> None:
+    result = start(FedAvg(handlers=[Reweigh()]), rounds=1)
+    contributions = [fl.Contribution(f"{k}", moved(initial(), k, 0), n) for k, n in enumerate((10, 13, 23))]
+    assert same(to_weights(result.arrays), fl.weighted_average(contributions))
+    assert result.job.reports[0].total_weight == 46
+
+
+def test_a_handler_cannot_weigh_anew_what_has_been_added_up() -> None:
+    with pytest.raises(ValueError, match="this server streams: they are added up already"):
+        start(FedAvg(stream=True, handlers=[Reweigh()]))
+
+
+@pytest.mark.parametrize("handler", [Reweigh, Shrink, Twice])
+def test_a_handler_cannot_change_the_replies_that_another_strategy_is_given(handler: type[fl.Handler]) -> None:
+    with pytest.raises(ValueError, match=r"partition-\d: a handler changed .* FedAvg aggregates the replies"):
+        start(WithHandlers(FlowerFedAvg(), handlers=[handler()]))
+
+
+def test_a_contribution_cannot_be_averaged_twice() -> None:
+    with pytest.raises(fl.DuplicateContributionError, match="partition-0"):
+        start(FedAvg(handlers=[Twice()]))
+
+
 def accuracy_of(weights: Weights) -> float:
     """The model after round 1 is the best one: its counter is in the middle."""
     return 1.0 - abs(int(weights["n"]) - int(averaged(initial(), range(3), 0)["n"])) / 10
@@ -383,6 +457,20 @@ def test_clients_that_score_what_they_receive_are_asked_for_the_last_model_too()
     assert {r.contributor: r.n_iter for r in result.job.validation_results} == {
         f"partition-{k}": k + 1 for k in range(3)
     }
+
+
+def test_the_last_model_is_scored_by_clients_whose_last_contributions_were_all_refused() -> None:
+    def train(weights: Weights, node: int, number: int) -> Weights:
+        return spoiled(node, number=1)(weights, node, number)
+
+    def validate(weights: Any, context: Context) -> dict[str, float]:
+        return {"accuracy": float(weights["n"]) / 10}
+
+    strategy = FedAvg(fraction_evaluate=0.0, handlers=[fl.ModelSelectionHandler()])
+    result = start(strategy, app(train, validate=validate), rounds=2)
+    assert len(result.job.reports[1].rejected) == 3
+    assert (result.job.best.round, result.job.best.metric) == (2, pytest.approx(0.1))
+    assert same(result.job.best.weights, averaged(initial(), range(3), 0))
 
 
 def test_the_server_validates_what_it_has_aggregated() -> None:
@@ -488,6 +576,19 @@ def test_another_model_begins_another_job() -> None:
     assert log.events().count(E.SHUTDOWN) == 1
 
 
+def test_a_first_round_after_others_begins_another_job() -> None:
+    log, jobs = Log(), []
+    strategy = FedAvg(handlers=[log, fl.ModelSelectionHandler()])
+    for _ in range(2):
+        for number in (1, 2):
+            _, replies = reply_to(strategy, number, initial())
+            strategy.aggregate_train(number, replies)
+        jobs.append(strategy.job)
+    assert jobs[0] is not jobs[1]
+    assert [[report.round for report in job.reports] for job in jobs if job] == [[0, 1], [0, 1]]
+    assert (log.events().count(E.STARTUP), log.events().count(E.SHUTDOWN)) == (2, 1)
+
+
 def test_the_callers_own_model_is_the_one_that_counts() -> None:
     strategy = FedAvg()
     other = {"w": np.ones((2, 3), np.float32), "n": np.array(5)}
@@ -523,6 +624,30 @@ def test_a_subclass_that_overrides_both_methods_is_asked() -> None:
     assert same(to_weights(result.arrays), expected)
 
 
+def test_what_a_subclass_makes_of_the_average_is_the_jobs_result_too() -> None:
+    class Half(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            assert arrays is not None
+            halves = {name: (array / 2).astype(array.dtype) for name, array in to_weights(arrays).items()}
+            return to_record(halves), metrics
+
+    result = start(Half(), rounds=1)
+    assert same(result.job.weights, to_weights(result.arrays))
+
+
+def test_a_subclass_cannot_change_the_model_while_start_runs_the_job() -> None:
+    class Other(FedAvg):
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            _, metrics = super().aggregate_train(server_round, replies)
+            return to_record({"other": np.zeros(2)}), metrics
+
+    log = Log()
+    with pytest.raises(fl.NamesError, match="global model of Other: has other variables"):
+        start(Other(handlers=[log], fraction_evaluate=0.0))
+    assert log.events().count(E.STARTUP) == log.events().count(E.SHUTDOWN) == 1
+
+
 def test_flowers_privacy_wrapper_takes_it_as_its_strategy() -> None:
     log = Log()
     inner = FedAvg(handlers=[log])
@@ -548,7 +673,73 @@ def test_what_is_no_handler_or_no_kernel_is_refused_at_once() -> None:
         FedAvg(kernel="fast")
 
 
+@pytest.mark.parametrize("make", [FedAvg, lambda: WithHandlers(FlowerFedAvg())])
+@pytest.mark.parametrize("breaks", [False, True])
+def test_nothing_of_a_contribution_is_kept_past_its_round(make: Callable[[], Any], breaks: bool) -> None:
+    strategy = make()
+    _, replies = reply_to(strategy, 1, initial())
+    kept = [weakref.ref(reply) for reply in replies]
+
+    def arriving() -> Iterable[Message]:
+        while replies:
+            yield replies.pop()
+        if breaks:
+            raise ConnectionError
+
+    if breaks:
+        with pytest.raises(ConnectionError):
+            strategy.aggregate_train(1, arriving())
+    else:
+        strategy.aggregate_train(1, arriving())
+        contributions = (*strategy.job.ctx[fl.ContextKey.CONTRIBUTIONS], strategy.job.ctx[fl.ContextKey.CONTRIBUTION])
+        assert [(c.contributor[:-1], c.weights) for c in contributions] == [("partition-", None)] * 4
+    gc.collect()
+    assert [reply() for reply in kept] == [None] * 3
+
+
 # WithHandlers
+
+
+def test_flowers_own_strategies_do_not_take_differences() -> None:
+    with pytest.raises(ValueError, match="FedMedian makes a model of full weights"):
+        WithHandlers(FedMedian(), kind=fl.Kind.DIFF)
+
+
+def test_a_strategy_of_ones_own_may_take_differences() -> None:
+    class Adding(FlowerFedAvg):
+        def configure_train(self, server_round: int, arrays: Any, *others: Any) -> Any:
+            self.sent = to_weights(arrays)
+            return super().configure_train(server_round, arrays, *others)
+
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            mean, metrics = super().aggregate_train(server_round, replies)
+            assert mean is not None
+            return to_record({n: self.sent[n] + np.float64(mean[n].numpy()) for n in self.sent}), metrics
+
+    result = start(WithHandlers(Adding(), kind=fl.Kind.DIFF), app(kind=fl.Kind.DIFF))
+    expected = averaged(averaged(initial(), range(3), 0), range(3), 1)
+    np.testing.assert_allclose(to_weights(result.arrays)["w"], expected["w"], rtol=1e-5)
+    assert to_weights(result.arrays)["n"] == expected["n"]
+
+
+def test_integers_of_a_strategy_that_leave_their_dtype_fail_the_round() -> None:
+    class Large(FlowerFedAvg):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            return to_record({"w": np.zeros((2, 3), np.float32), "n": np.array(300)}), None
+
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        content = {"a": message.content["arrays"], "m": MetricRecord({"num-examples": 1})}
+        return Message(RecordDict(content), reply_to=message)
+
+    small = {**initial(), "n": np.array(1, np.uint8)}
+    strategy = WithHandlers(Large(fraction_evaluate=0.0))
+    result = strategy.start(LocalGrid(made, 3), to_record(small), num_rounds=1)
+    assert result.job is not None
+    assert isinstance(result.job.reports[0].error, fl.IntegerRangeError)
+    assert same(to_weights(result.arrays), small)
 
 
 def test_flowers_median_gets_checks_and_handlers_and_keeps_dtypes() -> None:
@@ -614,6 +805,22 @@ def test_a_strategy_that_makes_nothing_or_refuses_fails_the_round() -> None:
     assert same(to_weights(result.arrays), initial())
 
 
+def test_an_evaluation_that_another_strategy_refuses_does_not_end_the_job(caplog: pytest.LogCaptureFixture) -> None:
+    client = app(accuracy=accuracy_of)
+
+    def bare(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "evaluate" and context.node_config["partition-id"] == 1:
+            return Message(RecordDict({}), reply_to=message)
+        return client(message, context)
+
+    strategy = WithHandlers(FlowerFedAvg(), handlers=[fl.ModelSelectionHandler()], validation_metric="accuracy")
+    result = start(strategy, bare)
+    assert len(result.job.reports) == 2
+    assert result.job.best.round == 1
+    assert result.evaluate_metrics_clientapp == {}
+    assert "round 1: FedAvg: Expected exactly one MetricRecord" in caplog.text
+
+
 # Metrics
 
 
@@ -629,3 +836,8 @@ def test_the_mean_of_metrics_counts_those_who_report_them() -> None:
 def test_the_mean_of_metrics_leaves_out_what_cannot_be_averaged() -> None:
     contents = [record(n=1, a=[1.0]), record(n=1, a=[1.0, 2.0], b=np.inf), record(n=0, b=5.0), record(b=5.0)]
     assert dict(mean_metrics(contents, "n")) == {"b": np.inf}
+
+
+def test_the_mean_of_metrics_beyond_the_range_of_floats_is_infinite() -> None:
+    assert dict(mean_metrics([record(n=1, loss=1.7e308)] * 4, "n")) == {"loss": np.inf}
+    assert dict(mean_metrics([record(n=1.7e308, loss=2.0)] * 2, "n")) == {"loss": 2.0}

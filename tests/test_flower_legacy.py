@@ -1,13 +1,14 @@
 """`LegacyFedAvg` behind Flower's older interface, run by Flower's own server."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.client import NumPyClient
 from flwr.clientapp import ClientApp
-from flwr.common import Code, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
-from flwr.server import ServerConfig
+from flwr.common import Code, EvaluateRes, FitRes, Status, ndarrays_to_parameters, parameters_to_ndarrays
+from flwr.server import ServerConfig, SimpleClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.compat.app import start_grid
 from flwr.server.strategy import FedAvg as FlowerFedAvg
@@ -120,15 +121,82 @@ def test_clients_are_named_by_their_ids_where_they_say_nothing() -> None:
     assert strategy.job.reports[0].accepted == ("node-100", "node-101")
 
 
+def test_a_partition_has_one_name_and_no_longer_one_than_others() -> None:
+    trained = results(step(0), step(1), step(2), metrics={})
+    claims: list[Any] = [0, 0.0, "x" * 201]
+    for (_, result), claim in zip(trained, claims, strict=True):
+        result.metrics = {"partition-id": claim}
+    strategy = LegacyFedAvg(min_contributions=1)
+    strategy.aggregate_fit(1, trained, [])
+    assert strategy.job is not None
+    (report,) = strategy.job.reports
+    assert report.accepted == ("partition-0",)
+    assert [(f.contributor, f.cause) for f in report.rejected] == [
+        ("node-101", "UnknownContributorError"),
+        ("node-102", "UnknownContributorError"),
+    ]
+
+
+def test_an_evaluation_without_examples_has_no_loss() -> None:
+    none = EvaluateRes(Status(Code.OK, ""), 0.5, 0, {})
+    some = EvaluateRes(Status(Code.OK, ""), 0.25, 10, {})
+    assert LegacyFedAvg().aggregate_evaluate(1, [(Proxy("1"), none)], []) == (None, {})
+    assert LegacyFedAvg().aggregate_evaluate(1, [(Proxy("1"), none), (Proxy("2"), some)], []) == (0.25, {})
+
+
 def test_failures_are_reported_and_may_fail_the_round() -> None:
     failed = (Proxy("7"), FitRes(Status(Code.FIT_NOT_IMPLEMENTED, "no fit"), ndarrays_to_parameters([]), 0, {}))
     for accept, made in ((True, True), (False, False)):
-        strategy = LegacyFedAvg(accept_failures=accept)
-        parameters, _ = strategy.aggregate_fit(1, results(step(0), step(1)), [failed, RuntimeError("lost")])
+        strategy = LegacyFedAvg(accept_failures=accept, fit_metrics_aggregation_fn=lambda pairs: {"count": len(pairs)})
+        parameters, metrics = strategy.aggregate_fit(1, results(step(0), step(1)), [failed, RuntimeError("lost")])
+        assert metrics == ({"count": 2} if made else {})
         assert (parameters is not None) is made
         assert strategy.job is not None
+        assert isinstance(strategy.job.reports[0].error, type(None) if made else fl.ClientQuitError)
         (quit,) = strategy.job.reports[0].quits
         assert (quit.contributor, str(quit.error)) == ("node-7", "7: FIT_NOT_IMPLEMENTED: no fit")
+
+
+def test_a_score_that_is_no_number_is_left_out() -> None:
+    strategy = LegacyFedAvg(validation_metric="accuracy", handlers=[fl.ModelSelectionHandler()])
+    strategy.aggregate_fit(1, results(step(0), step(1)), [])
+    scores: list[Any] = ["high", 0.5]
+    evaluated: Any = [
+        (Proxy(str(100 + k)), EvaluateRes(Status(Code.OK, ""), 0.5, 10, {"partition-id": k, "accuracy": score}))
+        for k, score in enumerate(scores)
+    ]
+    assert strategy.aggregate_evaluate(1, evaluated, [])[0] == 0.5
+    strategy.aggregate_fit(2, results(step(0), step(1)), [])
+    result = strategy.close()
+    assert result is not None
+    assert result.best is not None
+    assert (result.best.round, result.best.metric) == (1, 0.5)
+
+
+def test_a_first_round_after_others_begins_another_job() -> None:
+    log = Log()
+    strategy = LegacyFedAvg(handlers=[log], min_available_clients=0, min_fit_clients=0)
+    manager = SimpleClientManager()
+    for _ in range(2):
+        for number in (1, 2):
+            strategy.configure_fit(number, ndarrays_to_parameters(initial()), manager)
+            strategy.aggregate_fit(number, results(step(0), step(1)), [])
+    assert strategy.job is not None
+    assert [report.round for report in strategy.job.reports] == [0, 1]
+    assert (log.events.count(E.STARTUP), log.events.count(E.SHUTDOWN)) == (2, 1)
+
+
+def test_a_handler_may_put_in_a_contribution_of_its_own() -> None:
+    class Guest(fl.Handler):
+        def before_aggregation(self, ctx: fl.FLContext) -> None:
+            first = ctx[fl.ContextKey.CONTRIBUTIONS][0]
+            ctx[fl.ContextKey.CONTRIBUTIONS] = (first, replace(first, contributor="server"))
+
+    strategy = LegacyFedAvg(handlers=[Guest()], fit_metrics_aggregation_fn=lambda pairs: {"count": len(pairs)})
+    parameters, metrics = strategy.aggregate_fit(1, results(step(0), step(1)), [])
+    assert parameters is not None
+    assert np.array_equal(parameters_to_ndarrays(parameters)[0], step(0)[0])
+    assert metrics == {"count": 1}
 
 
 def test_without_results_nothing_happens() -> None:

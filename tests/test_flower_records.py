@@ -86,6 +86,19 @@ def test_bfloat16_is_known_by_its_mark_or_by_the_global_model() -> None:
     assert np.array_equal(to_weights(unmarked, like={"x": array})["x"], array)
 
 
+def test_bfloat16_in_other_byte_order_is_told_by_the_mark() -> None:
+    array = ARRAYS["bfloat16"]
+    swapped = ArrayRecord({"x": Array(array.astype(BFLOAT16.newbyteorder(">")))})
+    assert swapped["x"].dtype == ">V2"  # the .npy file itself does not say
+    assert np.array_equal(to_weights(swapped, like={"x": array})["x"], array)
+
+
+def test_pairs_of_bytes_are_no_bfloat16() -> None:
+    pairs = npy(np.zeros(2, [("a", "u1"), ("b", "u1")]))
+    view = to_weights({"x": Array("bfloat16", (2,), "numpy.ndarray", pairs)}, like={"x": np.zeros(2, BFLOAT16)})["x"]
+    assert view.dtype.names == ("a", "b")  # which nothing averages
+
+
 def test_a_torch_model_in_bfloat16_goes_there_and_back() -> None:
     model = torch.nn.Linear(3, 2, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match="BFloat16"):
@@ -129,12 +142,14 @@ MALFORMED = {
     "version 9": GOOD[:6] + b"\x09\x00" + GOOD[8:],
     "cut in the header": GOOD[:20],
     "cut before the length": GOOD[:9],
+    "cut before the version": GOOD[:6],
     "cut in the data": GOOD[:-1],
     "more data than told": GOOD + b"\0",
     "no dict in the header": GOOD.replace(b"'descr'", b"'other'"),
     "code in the header": GOOD.replace(b"(3,)", b"f()."),
     "negative sizes": GOOD.replace(b"(3,), }   ", b"(-1,-3), }"),
     "a size beyond memory": GOOD.replace(b"(3,), }           ", b"(3000000000000,), }"[:18]),
+    "a size that is a bool": GOOD.replace(b"(3,), }   ", b"(True,), }")[:-8],
     "a header without end": b"\x93NUMPY\x02\x00\xff\xff\xff\x7f" + GOOD,
 }
 

@@ -130,6 +130,19 @@ def data_of(side: str, name: str) -> Any:
 # Evaluators
 
 
+class Once:
+    """Batches that can be read once only: an iterator."""
+
+    def __iter__(self) -> "Once":
+        return self
+
+    def __next__(self) -> Any:
+        raise StopIteration
+
+    def __repr__(self) -> str:
+        return "once"
+
+
 @pytest.mark.parametrize(("side", "name"), SIDES, ids=str)
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 def test_the_score_is_the_mean_over_examples_of_any_kind_of_data(side: str, name: str, metric: str) -> None:
@@ -237,7 +250,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_loaded(side: str) -> None:
         ({"metric": "f1"}, ValueError, "'f1'"),
         ({"metric": 3}, ValueError, "not 3"),
         ({"batch_size": 0}, ValueError, "batch_size"),
-        ({"data": iter(())}, TypeError, "once only"),
+        ({"data": Once()}, TypeError, "once only"),
         ({"data": 3}, TypeError, "yields no batches"),
     ],
     ids=str,
@@ -404,7 +417,7 @@ def test_a_contribution_has_the_variables_of_the_global_model_and_frozen_ones_st
     [
         ({"epochs": 0}, ValueError, "epochs"),
         ({"batch_size": 0}, ValueError, "batch_size"),
-        ({"data": iter(())}, TypeError, "once only"),
+        ({"data": Once()}, TypeError, "once only"),
         ({"metrics": ["accuracy", "auc"]}, ValueError, "'auc'"),
         ({"validation_metric": "dice"}, ValueError, "'dice'"),
     ],

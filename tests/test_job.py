@@ -1,7 +1,9 @@
 """A job that is driven moment by moment, as by another stack; and servers that stream."""
 
 import logging
+import tracemalloc
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -161,6 +163,36 @@ def test_a_handler_that_fails_to_shut_down_is_raised_with_the_result_or_noted_on
     assert "stuck" in other.value.__notes__[0]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_nothing_of_a_round_is_kept_when_it_is_over(stream: bool) -> None:
+    recorder = Recorder()
+    server = FederatedServer({"w": np.zeros(100_000)}, num_rounds=1, handlers=[recorder], stream=stream)
+    with server.begin() as job:
+        job.start_round(0)
+        tracemalloc.start()
+        try:
+            for name in "abc":
+                job.receive(name, contribution(name, {"w": np.ones(100_000)}))
+            job.aggregate()
+            job.end_round()
+            recorder.contexts.clear()
+            kept, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert kept < 1.5 * 800_000  # the new global model
+        assert [c.contributor for c in job.ctx[Key.CONTRIBUTIONS]] == ["a", "b", "c"]
+        assert job.ctx[Key.CONTRIBUTION].contributor == "c"
+
+
+def test_a_second_result_of_one_client_on_a_model_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    with FederatedServer(initial_weights(), num_rounds=1).begin() as job:
+        job.begin_validation()
+        for score in (0.5, 1.0):
+            job.receive_validation_result("a", fl.ValidationResult("a", "final", {"initial_validation_metric": score}))
+        assert [r.metrics["initial_validation_metric"] for r in job.validation_results] == [0.5]
+    assert "a: sent a result on 'final' already" in caplog.text
+
+
 # Streaming
 
 
@@ -234,6 +266,27 @@ def test_a_handler_cannot_take_out_what_has_been_added_up() -> None:
         streaming(handlers=[take], min_contributions=1).begin() as job,
     ):
         round_of(job, (0, 1))
+
+
+def test_a_handler_cannot_weigh_anew_what_has_been_added_up() -> None:
+    def twice(ctx: fl.FLContext) -> None:
+        first, second = ctx[Key.CONTRIBUTIONS]
+        ctx[Key.CONTRIBUTIONS] = (first, replace(second, aggregation_weight=2 * second.aggregation_weight))
+
+    with (
+        pytest.raises(ValueError, match="this server streams: they are added up already"),
+        streaming(handlers=[At(Event.BEFORE_AGGREGATION, twice)]).begin() as job,
+    ):
+        round_of(job, (0, 1))
+
+
+def test_a_handler_may_add_to_what_a_streaming_server_noted() -> None:
+    def score(ctx: fl.FLContext) -> None:
+        ctx[Key.CONTRIBUTIONS] = tuple(replace(c, metrics={"score": 1.0}) for c in ctx[Key.CONTRIBUTIONS])
+
+    with streaming(handlers=[At(Event.BEFORE_AGGREGATION, score)]).begin() as job:
+        round_of(job, (0, 1))
+    assert bits(job.weights) == bits(fl.weighted_average([noise(0), noise(1)], [1, 2]))
 
 
 def test_sums_that_leave_their_range_fail_the_round_and_the_model_stands(caplog: pytest.LogCaptureFixture) -> None:

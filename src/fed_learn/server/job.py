@@ -229,9 +229,11 @@ class Job(JobEvents):
         return True
 
     def end_round(self) -> RoundReport:
-        """END_ROUND; returns the report of the round."""
+        """END_ROUND; returns the report of the round. The weights of its contributions are not kept."""
         self.update_report(seconds=time.perf_counter() - self._round_started)
         self._fire_and_adopt(EventType.END_ROUND)
+        self._receiver.clear(self._weights)
+        self.drop_weights()
         self.reports.append(self.report)
         return self.report
 
@@ -273,15 +275,15 @@ class Job(JobEvents):
             self.quit(name, result)
             return None
         assert self._validated is not None, "begin_validation comes first"
+        results: tuple[ValidationResult, ...] = self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ())
         try:
-            checked = checked_result(name, self._validated, result)
+            checked = checked_result(name, self._validated, result, results)
         except Exception as error:  # noqa: BLE001 - whatever a client sent must not end the job
             reason = error if isinstance(error, MetricError) else f"{name}: {type(error).__name__}: {error}"
             logger.error("a validation result is left out: %s", reason)
             return None
         self.validation_results.append(checked)
-        results = (*self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ()), checked)
-        self.ctx.set_prop(ContextKey.VALIDATION_RESULTS, results)
+        self.ctx.set_prop(ContextKey.VALIDATION_RESULTS, (*results, checked))
         self.fire(EventType.RECEIVE_VALIDATION_RESULTS, name)
         if self._validated != FINAL_MODEL:
             self.cross_site[self._validated][name] = checked.metrics[INITIAL_VALIDATION_METRIC]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fed_learn.contribution import RoundReport
+from fed_learn.contribution import Contribution, RoundReport
 from fed_learn.errors import HandlerError, HandlerFailure
 from fed_learn.events import EventHandler, fire_event
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
@@ -40,6 +40,14 @@ class JobEvents:
     def update_report(self, **changes: Any) -> None:
         """Binds a report with some fields replaced."""
         self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
+
+    def drop_weights(self) -> None:
+        """Binds the contributions of the round without their weights, which would take memory until the next one."""
+        last: Contribution | None = self.ctx.get_prop(ContextKey.CONTRIBUTION)
+        if last is not None:
+            self.ctx.set_prop(ContextKey.CONTRIBUTION, last.without_weights())
+        listed: Sequence[Contribution] = self.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())
+        self.ctx.set_prop(ContextKey.CONTRIBUTIONS, tuple(c.without_weights() for c in listed))
 
     def record(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers for the report and the result."""

@@ -60,9 +60,11 @@ class Receiver:
     def __init__(self, server: "FederatedServer") -> None:
         self.server = server
         self._stream: Accumulator | None = None
+        self._added: dict[str, float] = {}
 
     def clear(self, weights: WeightDict) -> None:
         """Forgets the contributions of the last round."""
+        self._added = {}
         if self.server.stream:
             self._stream = Accumulator(like=weights, exact=self.server.exact, kernel=self.server.kernel)
 
@@ -115,6 +117,7 @@ class Receiver:
         kept: FrozenWeights | None = None
         if self._stream is not None:
             self._stream.add(Contribution(name, weights, aggregation_weight, round=number, kind=sent.kind))
+            self._added[name] = aggregation_weight
         else:
             kept = _own(weights, sent.weights)
             self._scan(kept, name)
@@ -138,7 +141,7 @@ class Receiver:
 
         Raises:
             Refusal: It would leave the range of a dtype, or the server's aggregator failed.
-            ValueError: A handler took contributions out, and the server streams.
+            ValueError: A handler took contributions out or weighed them anew, and the server streams.
         """
         try:
             if self.server.aggregator is not None:
@@ -152,21 +155,25 @@ class Receiver:
     def _mean(self, contributions: Sequence[Contribution], weights: FrozenWeights) -> WeightDict:
         if self._stream is None:
             return weighted_average(contributions, like=weights, exact=self.server.exact, kernel=self.server.kernel)
-        if sorted(self._stream.contributors) != sorted(c.contributor for c in contributions):
+        if sorted(self._added.items()) != sorted((c.contributor, c.aggregation_weight) for c in contributions):
             raise ValueError(
-                "a handler changed which contributions are averaged, but this server streams: they are added up already"
+                "a handler changed which contributions are averaged, or their weights, but this server streams: they "
+                "are added up already"
             )
         return self._stream.result()
 
 
-def checked_result(name: str, model: str, result: object) -> ValidationResult:
+def checked_result(name: str, model: str, result: object, others: Sequence[ValidationResult] = ()) -> ValidationResult:
     """The result of a validation with plain numbers.
 
     Raises:
-        MetricError: It is none of this client on this model, or lacks the metric to select by.
+        MetricError: It is none of this client on this model, or lacks the metric to select by; or one of the client is
+            among the others already.
     """
     if not isinstance(result, ValidationResult) or (result.contributor, result.model) != (name, model):
         raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
+    if any(other.contributor == name for other in others):
+        raise MetricError(f"{name}: sent a result on {model!r} already", contributor=name, metric=None)
     metrics, n_iter = checked_metrics(result.metrics, name), checked_n_iter(result.n_iter, name)
     if INITIAL_VALIDATION_METRIC not in metrics:
         raise MetricError(

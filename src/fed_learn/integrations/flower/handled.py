@@ -128,7 +128,10 @@ class Handled(Strategy):
                     if last:
                         break
                 session.finish()
-            result.arrays, result.job = arrays, session.job.result()
+            job = session.job.result()
+            if arrays is not session.record:  # a subclass has made something else of the average
+                job = replace(job, weights=to_weights(arrays, like=session.job.schema))
+            result.arrays, result.job = arrays, job
         finally:
             self._session, self._final = None, False
         return result
@@ -169,17 +172,18 @@ class Handled(Strategy):
                 logger.error("round %d: no reply can be read, and the global model is not known", server_round)
                 return None, None
         session = self._open(server_round, None)
-        self._kept = {}
-        for message in replies:
-            contribution = self._receive(session, message)
-            if contribution is not None:
-                self._kept[contribution.contributor] = self._keep(message)
-            del message  # while the next one is awaited, a streaming server holds none
-        changed = session.close_round()
-        report = session.job.reports[-1]
-        counted = [self._kept[name] for name in report.accepted if name in self._kept]
-        metrics = self._metrics_of_round(counted) if report.error is None else None
-        self._kept = {}
+        try:
+            for message in replies:
+                contribution = self._receive(session, message)
+                if contribution is not None:
+                    self._kept[contribution.contributor] = self._keep(message, contribution)
+                del message, contribution  # while the next one is awaited, a streaming server holds none
+            changed = session.close_round()
+            report = session.job.reports[-1]
+            counted = [self._kept[name] for name in report.accepted if name in self._kept]
+            metrics = self._metrics_of_round(counted) if report.error is None else None
+        finally:
+            self._kept = {}
         return (session.record if changed else None), metrics
 
     def close(self, replies: Iterable[Message] = ()) -> JobResult | None:
@@ -198,8 +202,8 @@ class Handled(Strategy):
             session.finish()
         return session.job.result()
 
-    def _keep(self, message: Message) -> Any:
-        """What is kept of an accepted reply until the round is over."""
+    def _keep(self, message: Message, contribution: Contribution) -> Any:
+        """What is kept of an accepted reply, and of the contribution in it, until the round is over."""
         raise NotImplementedError
 
     def _metrics_of_round(self, kept: list[Any]) -> MetricRecord | None:
@@ -271,11 +275,15 @@ class Handled(Strategy):
 
     def _open(self, server_round: int, arrays: ArrayRecord | None) -> Session:
         """The job, in this round; begins either if need be."""
+        if arrays is not None and self._session is not None and self._session.is_over(server_round):
+            self.close()
         session = self._session
         given = None
         if arrays is not None and (session is None or arrays is not session.record):
             given = to_weights(arrays, like=None if session is None else session.job.schema)
             if session is None or Schema.of(given) != session.job.schema:
+                if session is not None and session.num_rounds is not None:  # `start` runs one job
+                    session.job.schema.check(given, f"global model of {type(self).__name__}")
                 self.close()  # another model: another job
                 session, given = self._start_job(given, arrays), None
         assert session is not None

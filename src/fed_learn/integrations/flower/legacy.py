@@ -16,7 +16,7 @@ from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import ClientQuitError, ContributionError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.flower.records import NPY, to_weights
-from fed_learn.integrations.flower.replies import N_ITER, PARTITION_ID, partition_name
+from fed_learn.integrations.flower.replies import N_ITER, PARTITION_ID, checked_name, partition_name
 from fed_learn.integrations.flower.session import Session
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
@@ -125,13 +125,12 @@ class LegacyFedAvg(FlowerFedAvg):
             contribution = self._receive(session, client, result)
             if contribution is not None:
                 by_name[contribution.contributor] = result
-        for failure in failures:
-            _fail(session, failure)
-        changed = session.close_round(aggregate=self.accept_failures or not failures)
+        errors = [_fail(session, failure) for failure in failures]
+        changed = session.close_round(error=errors[0] if errors and not self.accept_failures else None)
         report = session.job.reports[-1]
         metrics: Metrics = {}
         if self.fit_metrics_aggregation_fn is not None and report.error is None:
-            accepted = [by_name[name] for name in report.accepted]
+            accepted = [by_name[name] for name in report.accepted if name in by_name]
             metrics = self.fit_metrics_aggregation_fn([(result.num_examples, result.metrics) for result in accepted])
         sent = self._sent(session) if changed else None
         if server_round == self.num_rounds and self.fraction_evaluate == 0.0:
@@ -141,16 +140,20 @@ class LegacyFedAvg(FlowerFedAvg):
     def aggregate_evaluate(
         self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: Failures
     ) -> tuple[float | None, Metrics]:
-        """Flower's mean loss; the scores serve the selection of models, those of the last round for the final one."""
+        """Flower's mean loss, over the clients that have examples.
+
+        The scores serve the selection of models, those of the last round for the final one.
+        """
         session = self._session
         if session is not None and server_round == self.num_rounds:
             self.close(results)
         elif session is not None:
             for client, result in results:
-                score = self._scored(result.metrics).get(INITIAL_VALIDATION_METRIC)
+                score = _numbers(self._scored(result.metrics)).get(INITIAL_VALIDATION_METRIC)
                 if score is not None:
-                    session.note_score(client.cid, partial(_claim, client, result.metrics), float(score))
-        aggregated: tuple[float | None, Metrics] = super().aggregate_evaluate(server_round, results, failures)
+                    session.note_score(client.cid, partial(_claim, client, result.metrics), score)
+        counted = [(client, result) for client, result in results if result.num_examples > 0]
+        aggregated: tuple[float | None, Metrics] = super().aggregate_evaluate(server_round, counted, failures)
         return aggregated
 
     def close(self, results: list[tuple[ClientProxy, EvaluateRes]] | None = None) -> JobResult | None:
@@ -190,6 +193,8 @@ class LegacyFedAvg(FlowerFedAvg):
         self, server_round: int, parameters: Parameters | None, results: Sequence[Parameters] = ()
     ) -> Session | None:
         """The job, in this round; begins either if need be. None if there is no model to begin with."""
+        if parameters is not None and self._session is not None and self._session.is_over(server_round):
+            self.close()
         session, given = self._session, None
         if parameters is not None and parameters is not self._parameters:
             given = _weights(parameters, None if session is None else session.job.schema)
@@ -259,14 +264,15 @@ def _numbers(metrics: Metrics) -> Metrics:
 
 
 def _claim(client: ClientProxy, metrics: Metrics) -> str | None:
-    return partition_name(metrics[PARTITION_ID]) if PARTITION_ID in metrics else None
+    return checked_name(partition_name(metrics[PARTITION_ID]), client.cid) if PARTITION_ID in metrics else None
 
 
-def _fail(session: Session, failure: tuple[ClientProxy, Any] | BaseException) -> None:
+def _fail(session: Session, failure: tuple[ClientProxy, Any] | BaseException) -> ClientQuitError:
     """A client that failed: by an exception, which names no client, or with a status that says why."""
     if isinstance(failure, BaseException):
-        logger.warning("\t> a client failed: %s: %s", type(failure).__name__, failure)
-        return
+        unnamed = ClientQuitError(f"a client failed: {type(failure).__name__}: {failure}")
+        logger.warning("\t> %s", unnamed)
+        return unnamed
     client, result = failure
     error = ClientQuitError(f"{client.cid}: {result.status.code.name}: {result.status.message}")
 
@@ -274,3 +280,4 @@ def _fail(session: Session, failure: tuple[ClientProxy, Any] | BaseException) ->
         raise error
 
     session.receive(client.cid, lambda: None, read)
+    return error

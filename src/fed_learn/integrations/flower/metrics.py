@@ -42,10 +42,11 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
         if len({len(listed) for _, listed in terms}) > 1:
             logger.warning("metric %r is left out: clients report lists of different lengths", key)
             continue
-        total = math.fsum(weight for weight, _ in terms)
+        _, exponent = math.frexp(max(weight for weight, _ in terms))
+        weights = [math.ldexp(weight, -exponent) for weight, _ in terms]  # exactly, and so small that no sum overflows
         columns = zip(*(listed for _, listed in terms), strict=True)
         mean = [
-            _sum([weight * value for (weight, _), value in zip(terms, column, strict=True)]) / total
+            _sum([weight * value for weight, value in zip(weights, column, strict=True)]) / math.fsum(weights)
             for column in columns
         ]
         means[key] = mean[0] if key in scalars else mean
@@ -54,4 +55,7 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
 
 def _sum(terms: list[float]) -> float:
     """Rounded once; infinities and NaN as in a plain sum, for which `math.fsum` raises."""
-    return math.fsum(terms) if all(map(math.isfinite, terms)) else sum(terms)
+    try:
+        return math.fsum(terms)
+    except (OverflowError, ValueError):
+        return sum(terms)

@@ -23,6 +23,8 @@ from fed_learn.weights import Array as NumpyArray
 
 NPY = "numpy.ndarray"
 """`Array.stype` of what this module reads and writes."""
+VOID = np.dtype("V2")
+"""What `.npy` makes of bfloat16."""
 LONGEST_HEADER = 10_000
 """Bytes; as in `numpy.load`. Headers come from outside."""
 
@@ -54,7 +56,7 @@ def to_weights(
     for name, array in record.items():
         try:
             view = _view(array)
-        except (ValueError, struct.error) as error:
+        except Exception as error:  # numpy and struct have many for bytes that are no file
             who = f"{contributor}: " if contributor is not None else ""
             kind = DtypeError if isinstance(error, _ObjectsError) else WeightsTypeError
             raise kind(
@@ -64,10 +66,10 @@ def to_weights(
                 dtype=object,
                 expected=None,
             ) from error
-        if view.dtype.str[1:] == "V2" and (
+        if view.dtype == VOID and (
             array.dtype == "bfloat16" or (schema is not None and schema.get(name, ((), None))[1] == BFLOAT16)
         ):
-            view = view.view(BFLOAT16 if view.dtype.isnative else BFLOAT16.newbyteorder())
+            view = view.view(BFLOAT16.newbyteorder(">") if array.dtype.startswith(">") else BFLOAT16)
         weights[name] = view
     frozen = FrozenWeights({})
     dict.update(frozen, weights)  # views of bytes: nobody can make them writeable
@@ -159,7 +161,7 @@ def _view(array: Array) -> NumpyArray:
     if array.stype != NPY:
         raise ValueError(f"serialized as {brief(array.stype)}, not as {NPY!r}")
     data = array.data
-    if data[:6] != b"\x93NUMPY" or data[6] not in (1, 2):
+    if data[:6] != b"\x93NUMPY" or data[6:7] not in (b"\1", b"\2"):
         raise ValueError("no .npy file of version 1 or 2")
     length, start = (
         (struct.unpack_from("<H", data, 8)[0], 10) if data[6] == 1 else (*struct.unpack_from("<I", data, 8), 12)

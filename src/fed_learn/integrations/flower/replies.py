@@ -45,9 +45,11 @@ def partition_name(partition_id: object) -> str:
     """The contributor's name of a partition.
 
     Example:
-        >>> partition_name(3)
-        'partition-3'
+        >>> partition_name(3), partition_name(3.0)
+        ('partition-3', 'partition-3')
     """
+    if isinstance(partition_id, float) and partition_id.is_integer():
+        partition_id = int(partition_id)
     return f"{PARTITION_ID.removesuffix('-id')}-{partition_id}"
 
 
@@ -80,8 +82,16 @@ def claimed_name(content: RecordDict, node: object) -> str | None:
         partitions = [r[PARTITION_ID] for r in content.metric_records.values() if PARTITION_ID in r]
         if not partitions:
             return None
-        partition = partitions[0]
-        claim = partition_name(int(partition) if isinstance(partition, float) and partition.is_integer() else partition)
+        claim = partition_name(partitions[0])
+    return checked_name(claim, node)
+
+
+def checked_name(claim: object, node: object) -> str:
+    """What a node claims to be called.
+
+    Raises:
+        UnknownContributorError: It is nothing that could be a name, or is another node's.
+    """
     own = node_name(node)
     bad = not isinstance(claim, str) or not claim.strip() or len(claim) > LONGEST_NAME
     if bad or claim in (FINAL_MODEL, GLOBAL_BEST) or (str(claim).startswith(node_name("")) and claim != own):
@@ -98,6 +108,12 @@ def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kin
     content = message.content
     weights = to_weights(only_arrays(content, name), like=schema, contributor=name)
     metrics = metrics_of(content)
+    if sum(keys.weight in record for record in content.metric_records.values()) > 1:
+        raise AggregationWeightError(
+            f"{name}: two of the reply's MetricRecords have a {keys.weight!r}, and one must weigh it",
+            contributor=name,
+            value=None,
+        )
     if keys.weight not in metrics:
         raise AggregationWeightError(
             f"{name}: the reply has no number {keys.weight!r} to be weighted by", contributor=name, value=None

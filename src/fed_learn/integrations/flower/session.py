@@ -19,6 +19,7 @@ from fed_learn.contribution import (
 from fed_learn.errors import (
     ClientQuitError,
     ExactDomainError,
+    HandlerError,
     IntegerRangeError,
     NonFiniteError,
     UnknownContributorError,
@@ -51,9 +52,10 @@ class Session:
 
     Attributes:
         job: The job.
+        num_rounds: As given.
         number: The round that is under way, from 0; None between rounds.
         heard: Nodes that answered in this round.
-        contributed: Nodes whose contributions were accepted in this round.
+        contributed: Nodes that contributed in this round, accepted or not, and have not left.
         clients_score: Whether any contribution came with a score of the received model.
     """
 
@@ -71,6 +73,7 @@ class Session:
         self.job = Job(server, receiver=_FlowerReceiver(server, aggregate))
         if num_rounds is None:
             self.job.ctx.pop(ContextKey.NUM_ROUNDS)
+        self.num_rounds = num_rounds
         self.number: int | None = None
         self.heard: dict[Hashable, None] = {}
         self.contributed: dict[Hashable, None] = {}
@@ -90,6 +93,10 @@ class Session:
             record = to_record(self.job.weights)
             self._record = self.job.weights, record
         return record
+
+    def is_over(self, server_round: int) -> bool:
+        """Whether rounds count from 1 again, after others: another job begins."""
+        return server_round == 1 and bool(self.job.reports)
 
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
         """START_ROUND.
@@ -131,6 +138,8 @@ class Session:
                 self.clients_score = True
             elif name in self._scores:
                 sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
+        except HandlerError:
+            raise  # of CLIENT_REGISTER: no failure of the client
         except Exception as error:  # noqa: BLE001 - the job says what becomes of it
             # That a client failed is not this code's failure: where it was noticed would tell nothing.
             sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else error
@@ -138,14 +147,15 @@ class Session:
         contribution = self.job.receive(name, sent)
         if contribution is not None:
             self._n_iter[name] = contribution.n_iter
+        if name in self.job.clients:
             self.contributed[node] = None
         return contribution
 
-    def close_round(self, *, aggregate: bool = True) -> bool:
+    def close_round(self, *, error: Exception | None = None) -> bool:
         """Notes who is missing; aggregates, if enough is there; END_ROUND.
 
         Args:
-            aggregate: False leaves the global model as it is.
+            error: Why the round fails, and leaves the global model as it is.
 
         Returns:
             Whether there is a new global model.
@@ -154,7 +164,9 @@ class Session:
             if node not in self.heard:
                 self.job.absent(self._names.get(node, node_name(node)))
         before = self.job.weights
-        aggregated = aggregate and self.job.aggregate()
+        if error is not None:
+            self.job.update_report(error=error)
+        aggregated = error is None and self.job.aggregate()
         self._log(self.job.end_round())
         self.number = None
         return aggregated or self.job.weights is not before
@@ -186,6 +198,8 @@ class Session:
         try:
             name = self._register(node, claim())
             result = ValidationResult(name, FINAL_MODEL, read(), self._n_iter.get(name))
+        except HandlerError:
+            raise  # of CLIENT_REGISTER: no failure of the client
         except Exception as error:  # noqa: BLE001 - the job says what becomes of it
             result = error
         self.job.receive_validation_result(name, result)
@@ -250,15 +264,9 @@ class _FlowerReceiver(Receiver):
         if self._stream is not None or self.server.kind is Kind.DIFF:
             return recorded(super().aggregate(contributions, weights, ctx))
         writer = RecordWriter(self.server.schema)
-        ordered = sorted(contributions, key=lambda contribution: contribution.contributor)
         try:
             weighted_average(
-                [dict(contribution.weights or {}) for contribution in ordered],  # checked, and so not checked again
-                [contribution.aggregation_weight for contribution in ordered],
-                like=weights,
-                out=writer.arrays,
-                exact=self.server.exact,
-                kernel=self.server.kernel,
+                contributions, like=weights, out=writer.arrays, exact=self.server.exact, kernel=self.server.kernel
             )
         except (NonFiniteError, IntegerRangeError, ExactDomainError) as error:
             raise Refusal(error) from error

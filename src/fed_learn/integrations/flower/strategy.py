@@ -1,5 +1,6 @@
 """`FedAvg` in the place of Flower's, and `WithHandlers` around any other strategy of its Message API."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from fed_learn.integrations.flower.records import RecordWriter, to_weights
 from fed_learn.integrations.flower.replies import N_ITER, without_arrays
 from fed_learn.server.receiving import Refusal
 from fed_learn.weights import FrozenWeights, Schema, check_finite
+
+logger = logging.getLogger("flwr")
 
 MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
 
@@ -126,7 +129,7 @@ class FedAvg(Handled, FlowerFedAvg):
             poll_interval=poll_interval,
         )
 
-    def _keep(self, message: Message) -> RecordDict:
+    def _keep(self, message: Message, contribution: Contribution) -> RecordDict:
         """See `Handled._keep`."""
         return without_arrays(message.content)
 
@@ -187,13 +190,17 @@ class WithHandlers(Handled, _Delegate):
     Args:
         strategy: The strategy.
         handlers: As of `FedAvg`, like all that follow.
-        kind: See `FedAvg`.
+        kind: See `FedAvg`. `Kind.DIFF` is for a strategy of one's own that makes the new model of differences.
         min_contributions: See `FedAvg`; None: the strategy's `min_train_nodes`, or 1.
         on_bad_contribution: See `FedAvg`.
         on_handler_error: See `FedAvg`.
         validation_metric: See `FedAvg`.
         n_iter_key: See `FedAvg`.
         poll_interval: See `FedAvg`.
+
+    Raises:
+        ValueError: Also for `Kind.DIFF` and a strategy of Flower's own, which would take the mean difference for the
+            new model.
 
     Example:
         >>> from flwr.serverapp.strategy import FedMedian
@@ -216,6 +223,8 @@ class WithHandlers(Handled, _Delegate):
         n_iter_key: str = N_ITER,
         poll_interval: float = 0.25,
     ) -> None:
+        if Kind(kind) is Kind.DIFF and type(strategy).__module__.startswith("flwr."):
+            raise ValueError(f"{type(strategy).__name__} makes a model of full weights: kind must be Kind.FULL")
         self.strategy = strategy
         for key in ("weighted_by_key", "arrayrecord_key", "configrecord_key"):
             setattr(self, key, getattr(strategy, key, getattr(type(self), key)))
@@ -236,24 +245,40 @@ class WithHandlers(Handled, _Delegate):
             aggregate=self._aggregate,
         )
 
-    def _keep(self, message: Message) -> Message:
+    def _keep(self, message: Message, contribution: Contribution) -> tuple[Message, Contribution]:
         """See `Handled._keep`."""
-        return message
+        return message, contribution
 
-    def _metrics_of_round(self, kept: list[Message]) -> MetricRecord | None:
+    def _metrics_of_round(self, kept: list[Any]) -> MetricRecord | None:
         """See `Handled._metrics_of_round`."""
         return self._metrics
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The strategy's; the scores serve the selection of models."""
+        """The strategy's, None if it refuses the replies; the scores serve the selection of models."""
         listed = list(replies)
         self._score(listed)
-        return super().aggregate_evaluate(server_round, listed)
+        try:
+            return super().aggregate_evaluate(server_round, listed)
+        except InconsistentMessageReplies as error:  # what clients report must not end the run
+            logger.error("round %d: %s: %s", server_round, type(self.strategy).__name__, error)
+            return None
 
     def _aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights) -> FrozenWeights:
         assert self.job is not None
         number, who = self.job.report.round + 1, type(self.strategy).__name__
-        accepted = [self._kept[name] for name in (c.contributor for c in contributions) if name in self._kept]
+        accepted, kept = [], dict(self._kept)
+        for counted in contributions:
+            message, contribution = kept.pop(counted.contributor, (None, None))
+            if (
+                contribution is None
+                or contribution.weights is not counted.weights
+                or contribution.aggregation_weight != counted.aggregation_weight
+            ):
+                raise ValueError(
+                    f"{counted.contributor}: a handler changed the contribution, but {who} aggregates the replies as "
+                    "they came: it can only be left out"
+                )
+            accepted.append(message)
         try:
             record, self._metrics = _Delegate.aggregate_train(self, number, accepted)
         except InconsistentMessageReplies as error:  # what clients report must not end the run
@@ -275,8 +300,8 @@ def _with_dtypes(weights: FrozenWeights, schema: Schema, who: str) -> FrozenWeig
     writer = RecordWriter(schema)
     for name, (_, dtype) in schema.items():
         values: Any = weights[name]
-        if dtype.kind in "biu" and values.dtype.kind not in "biu":
-            values = np.rint(values)
+        if dtype.kind in "biu" and values.dtype != dtype:
+            values = values if values.dtype.kind in "biu" else np.rint(values)
             info = np.iinfo(dtype) if dtype.kind != "b" else None
             low, high = (info.min, info.max) if info is not None else (0, 1)
             if values.size and not (low <= values.min() and values.max() <= high):
