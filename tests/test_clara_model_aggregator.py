@@ -28,13 +28,20 @@ def test_excluded_variables_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n_iter", "message"), [(None, "a: no n_iter"), (0, "a: aggregation weight 0 is not positive")]
+    ("n_iter", "message"),
+    [(None, "a: no n_iter, by which"), (0, "a: n_iter is 0, by which"), (-3, "a: n_iter is -3, by which")],
 )
-def test_the_model_aggregator_refuses_to_guess_iterations(n_iter: int | None, message: str) -> None:
-    clients = clients_of({"a": AddingLearner(n_iter=n_iter), "b": AddingLearner()}, kind=fl.Kind.DIFF)
-    result = server_with(ModelAggregator(), num_rounds=1).run(clients)
-    assert message in str(result.reports[0].error)
-    assert values(result.weights) == (0.0, 0.0, 0.0)
+def test_the_model_aggregator_refuses_a_contribution_without_iterations_and_averages_the_others(
+    n_iter: int | None, message: str
+) -> None:
+    clients = clients_of({"a": AddingLearner(n_iter=n_iter), "b": AddingLearner(3)}, kind=fl.Kind.DIFF)
+    result = server_with(ModelAggregator(), min_contributions=1, on_bad_contribution="reject").run(clients)
+    report = result.reports[0]
+    assert [(f.contributor, f.cause) for f in report.rejected] == [("a", "MetricError")]
+    assert str(report.rejected[0].error).startswith(message)
+    assert report.accepted == ("b",)
+    assert report.error is None
+    assert values(result.weights) == (3.0 * len(result.reports),) * 3
 
 
 def test_a_mean_that_leaves_the_range_of_a_dtype_is_lost() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fed_learn import kernels
 from fed_learn.aggregation import tensors
-from fed_learn.aggregation.arrays import Outputs, contiguous
+from fed_learn.aggregation.arrays import Outputs, finite_columns
 from fed_learn.aggregation.average import LIFT
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import fits, magnitude
@@ -31,7 +31,7 @@ from fed_learn.errors import (
 )
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import Float64Array
-from fed_learn.weights import Array, Schema, WeightDict, check_finite, first_of
+from fed_learn.weights import Array, Schema, WeightDict, first_of
 
 MOST_BORROWED = 10
 """Borrowed contributions that wait to be added at most: the sums are read and written once for all of them, and the
@@ -419,10 +419,9 @@ class Accumulator:
 
 def _scanned(kernel: Kernel, arrays: dict[str, Array], who: str) -> tuple[dict[str, Array], dict[str, int]]:
     """What a kernel takes, without NaN and infinity, and the largest integer of each variable of integers."""
-    columns = {name: contiguous(array) for name, array in arrays.items()}
-    flags = zip(columns, kernel.not_finite(list(columns.values())), strict=True)
-    check_finite({name: arrays[name] for name, flag in flags if flag}, who)
-    return columns, {name: magnitude(array) for name, array in arrays.items() if array.dtype.kind in "iu"}
+    return finite_columns(kernel, arrays, who), {
+        name: magnitude(array) for name, array in arrays.items() if array.dtype.kind in "iu"
+    }
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:

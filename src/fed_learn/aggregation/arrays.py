@@ -8,8 +8,9 @@ from types import NoneType
 import numpy as np
 
 from fed_learn.errors import OutputError
+from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.memory import Addresses, addresses
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, native_dtype
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, native_dtype
 
 ALIGNMENT = 64
 """Bytes of a cache line, at which the arrays of a slab begin."""
@@ -25,6 +26,18 @@ def contiguous(array: Array) -> Array:
     if flags.c_contiguous and flags.aligned and array.dtype.isnative:
         return array
     return np.require(array, native_dtype(array.dtype), ["C", "A"])
+
+
+def finite_columns(kernel: Kernel, arrays: WeightDict, contributor: str) -> dict[str, Array]:
+    """The arrays as a kernel takes them, contiguous, once it has found no NaN and no infinity in them.
+
+    Raises:
+        NonFiniteError: Says which value of which variable is not finite.
+    """
+    columns = {name: contiguous(array) for name, array in arrays.items()}
+    flags = zip(columns, kernel.not_finite(list(columns.values())), strict=True)
+    check_finite({name: arrays[name] for name, flag in flags if flag}, contributor)
+    return columns
 
 
 class Columns:

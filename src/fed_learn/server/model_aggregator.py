@@ -40,6 +40,13 @@ class Aggregator(ABC):
         array([2.])
     """
 
+    def check(self, contribution: Contribution) -> None:  # noqa: B027 - most have nothing to refuse
+        """Refuses a contribution that this aggregator could not use, before it counts; here none.
+
+        Raises:
+            ContributionError: Says who and why.
+        """
+
     @abstractmethod
     def process(self, accumulator: list[FLContext], fl_ctx: FLContext) -> bool:
         """Aggregates.
@@ -88,6 +95,17 @@ class ModelAggregator(Aggregator):
         self.aggregation_weights = FrozenDict(aggregation_weights or {})
         self.exact = exact
 
+    def check(self, contribution: Contribution) -> None:
+        """Refuses one without `n_iter`, or with none done.
+
+        Raises:
+            MetricError: By it contributions are weighed.
+        """
+        who, n_iter = contribution.contributor, contribution.n_iter
+        if n_iter is None or n_iter <= 0:
+            problem = "no n_iter" if n_iter is None else f"n_iter is {n_iter}"
+            raise MetricError(f"{who}: {problem}, by which contributions are weighed", contributor=who, metric="n_iter")
+
     def process(self, accumulator: list[FLContext], fl_ctx: FLContext) -> bool:
         """Aggregates; never calls a model the best.
 
@@ -109,15 +127,14 @@ class ModelAggregator(Aggregator):
     def _weighed(self, item: FLContext, schema: Schema) -> Contribution:
         """The contribution of what is averaged in it, by the weight that it has here."""
         contribution: Contribution = item.get_prop(ContextKey.CONTRIBUTION)
-        who, n_iter = contribution.contributor, contribution.n_iter
-        if n_iter is None:
-            raise MetricError(f"{who}: no n_iter, by which contributions are weighed", contributor=who, metric="n_iter")
+        self.check(contribution)
+        who = contribution.contributor
         arrays = model_arrays(item.get_model(), who)
         weights = {name: arrays[name] for name in schema if name in arrays}
         return Contribution(
             who,
             weights if schema.describes(weights) else to_dtypes(weights, schema, who),
-            check_aggregation_weight(n_iter, who) * self.aggregation_weights.get(who, 1.0),
+            check_aggregation_weight(contribution.n_iter, who) * self.aggregation_weights.get(who, 1.0),
             kind=Kind.DIFF,
         )
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from fed_learn import kernels
 from fed_learn.aggregation import Accumulator, weighted_average
+from fed_learn.aggregation.arrays import finite_columns
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.tensors import opened_contribution
 from fed_learn.contribution import (
@@ -33,8 +34,8 @@ from fed_learn.errors import (
     without_tracebacks,
 )
 from fed_learn.model_meta import FLContext
-from fed_learn.server.model_aggregator import run_aggregator
-from fed_learn.weights import Array, FrozenWeights, WeightDict, add_difference, check_finite
+from fed_learn.server.model_aggregator import Aggregator, run_aggregator
+from fed_learn.weights import Array, FrozenWeights, WeightDict, add_difference
 
 if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer
@@ -120,16 +121,15 @@ class Receiver:
             self._added[name] = aggregation_weight
         else:
             kept = _own(weights, sent.weights)
-            self._scan(kept, name)
+            finite_columns(kernels.resolve(self.server.kernel), kept, name)
             if self.server.exact:
                 check_domain(kept, aggregation_weight, name)
-        return Contribution(
+        taken = Contribution(
             name, kept, aggregation_weight, n_iter=n_iter, round=number, kind=sent.kind, metrics=metrics
         )
-
-    def _scan(self, weights: FrozenWeights, name: str) -> None:
-        flags = kernels.resolve(self.server.kernel).not_finite(list(weights.values()))
-        check_finite({n: array for (n, array), flag in zip(weights.items(), flags, strict=True) if flag}, name)
+        if isinstance(self.server.aggregator, Aggregator):
+            self.server.aggregator.check(taken)
+        return taken
 
     def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
         """The new global model. Another way to aggregate overrides this.

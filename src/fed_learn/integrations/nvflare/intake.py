@@ -9,7 +9,7 @@ from typing import Any
 
 from fed_learn import kernels
 from fed_learn.aggregation import Accumulator, weighted_average
-from fed_learn.aggregation.arrays import contiguous
+from fed_learn.aggregation.arrays import finite_columns
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.tensors import opened_contribution, schema_of
 from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport, check_contribution
@@ -22,7 +22,7 @@ from fed_learn.errors import (
     brief,
     without_tracebacks,
 )
-from fed_learn.weights import Schema, WeightDict, check_finite
+from fed_learn.weights import Schema, WeightDict
 
 
 class Intake:
@@ -168,12 +168,10 @@ class Intake:
         if self._stream is not None:
             self._stream.add(accepted)
         else:
-            kernel, who = kernels.resolve(self.kernel), sent.contributor
-            flags = kernel.not_finite([contiguous(array) for array in weights.values()])
-            check_finite({name: weights[name] for name, flag in zip(weights, flags, strict=True) if flag}, who)
+            finite_columns(kernels.resolve(self.kernel), weights, sent.contributor)
             if self.exact:
-                check_domain(weights, aggregation_weight, who)
-            self._kept[who] = accepted
+                check_domain(weights, aggregation_weight, sent.contributor)
+            self._kept[sent.contributor] = accepted
         self._schema = Schema.of(weights) if self._schema is None else self._schema
         if self.number is None and sent.round is not None:
             self.number = sent.round
