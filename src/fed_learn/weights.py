@@ -90,6 +90,10 @@ class FrozenWeights(FrozenDict):
         return adopted
 
 
+PLAIN = (dict, FrozenWeights)
+"""Weight dicts that give at each reading what they hold."""
+
+
 def _sealed(array: Array) -> Array:
     """A view of the array, which is made read-only: numpy refuses to make such a view writeable again."""
     array.flags.writeable = False
@@ -127,7 +131,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
         >>> as_weight_dict({"steps": np.int64(3)})
         {'steps': array(3)}
     """
-    if isinstance(weights, dict) and type(weights) in (dict, FrozenWeights):
+    if isinstance(weights, dict) and type(weights) in PLAIN:
         names, values = set(map(type, weights)), set(map(type, weights.values()))
         if names <= {str} and values <= {np.ndarray}:
             return dict(weights)  # the usual case, at a tenth of the time
@@ -261,8 +265,8 @@ def check_weights(
     Raises:
         WeightsTypeError, NamesError, ShapeError, DtypeError, NonFiniteError: What is wrong with it.
     """
-    if schema is not None and type(weights) is dict and schema.describes(weights):
-        arrays = weights.copy()
+    if schema is not None and isinstance(weights, dict) and type(weights) in PLAIN and schema.describes(weights):
+        arrays = dict(weights)
     else:
         arrays = as_weight_dict(weights, contributor)
         schema = Schema.of(arrays, contributor) if schema is None else schema

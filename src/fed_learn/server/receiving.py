@@ -1,6 +1,7 @@
 """What a server does with what clients send: checks it, keeps or folds in the contributions, averages them."""
 
 import logging
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -184,6 +185,6 @@ def checked_result(name: str, model: str, result: object, others: Sequence[Valid
 
 def _own(weights: dict[str, Array], sent: object) -> FrozenWeights:
     """A copy, unless what was sent is frozen already. Shapes are known to be right, so it is no larger than a model."""
-    if type(sent) is FrozenWeights and all(sent[name] is array for name, array in weights.items()):
-        return FrozenWeights.adopt(weights)
+    if type(sent) is FrozenWeights and all(map(operator.is_, weights.values(), sent.values())):
+        return sent
     return FrozenWeights(weights)
