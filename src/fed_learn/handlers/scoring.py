@@ -3,6 +3,7 @@
 import math
 import re
 import warnings
+from collections.abc import Sequence
 
 from fed_learn.contribution import BestModel
 
@@ -22,6 +23,16 @@ def check_count(name: str, value: object) -> None:
         raise ValueError(f"{name} must be at least 1, not {value}")
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Checks an argument that is one of a few words.
+
+    Raises:
+        ValueError: It is another.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
+
+
 def check_mode(mode: str, min_delta: float, metric_name: str) -> None:
     """Checks the arguments that say what is better.
 
@@ -31,8 +42,7 @@ def check_mode(mode: str, min_delta: float, metric_name: str) -> None:
     Warns:
         UserWarning: The metric's name looks like a loss and more of it would win.
     """
-    if mode not in ("max", "min"):
-        raise ValueError(f"mode must be 'max' or 'min', not {mode!r}")
+    check_choice("mode", mode, ("max", "min"))
     if not (math.isfinite(min_delta) and min_delta >= 0):
         raise ValueError(f"min_delta must be a finite number of at least 0, not {min_delta!r}")
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", metric_name)

@@ -8,7 +8,7 @@ from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
 from fed_learn.events import EventHandler, check_handlers
-from fed_learn.handlers.scoring import check_count
+from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.model_meta import FLContext
 from fed_learn.server.job import Job
 from fed_learn.server.model_aggregator import Aggregator, check_aggregator
@@ -85,10 +85,8 @@ class FederatedServer:
         check_count("num_rounds", num_rounds)
         if min_contributions is not None:
             check_count("min_contributions", min_contributions)
-        if on_bad_contribution not in ("raise", "reject"):
-            raise ValueError(f"on_bad_contribution must be 'raise' or 'reject', not {on_bad_contribution!r}")
-        if on_handler_error not in ("raise", "log"):
-            raise ValueError(f"on_handler_error must be 'raise' or 'log', not {on_handler_error!r}")
+        check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
+        check_choice("on_handler_error", on_handler_error, ("raise", "log"))
         arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
         self.schema = Schema.of(arrays, "global model")
         if Kind(kind) is Kind.DIFF:

@@ -172,19 +172,7 @@ class Job(JobEvents):
             return None
         accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
         contribution, refusal = self._receiver.receive(name, sent, self.report.round, accepted)
-        if refusal is None and contribution is not None:
-            accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
-        elif refusal is not None:
-            self.update_report(rejected=(*self.report.rejected, ClientFailure(name, refusal)))
-        self.ctx.set_props(
-            {
-                ContextKey.CONTRIBUTION: contribution,
-                ContextKey.CONTRIBUTIONS: accepted,
-                ContextKey.REJECTION: refusal,
-            }
-        )
-        self.update_report(accepted=tuple(c.contributor for c in accepted))
-        self.fire(EventType.RECEIVE_CONTRIBUTION, name)
+        self.fire_contribution(name, contribution, refusal)
         if refusal is None:
             return contribution
         if self.server.on_bad_contribution == "raise":

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fed_learn.contribution import Contribution, RoundReport
+from fed_learn.contribution import ClientFailure, Contribution, RoundReport
 from fed_learn.errors import HandlerError, HandlerFailure
-from fed_learn.events import EventHandler, fire_event
+from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.weights import FrozenWeights, Schema, as_weight_dict, check_finite
 
@@ -68,6 +68,32 @@ class JobEvents:
         model = self.ctx.get_model()
         self._fire(event, contributor)
         self.ctx.set_model(model)
+
+    def fire_contribution(self, name: str, contribution: Contribution | None, refusal: Exception | None) -> None:
+        """RECEIVE_CONTRIBUTION, with what a client sent in the context and in the report.
+
+        Args:
+            name: The client.
+            contribution: What it sent; None if that was none.
+            refusal: Why it is refused; None: it is accepted.
+
+        Raises:
+            HandlerError: As in `fire`.
+        """
+        accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
+        if refusal is not None:
+            self.update_report(rejected=(*self.report.rejected, ClientFailure(name, refusal)))
+        elif contribution is not None:
+            accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
+        self.ctx.set_props(
+            {
+                ContextKey.CONTRIBUTION: contribution,
+                ContextKey.CONTRIBUTIONS: accepted,
+                ContextKey.REJECTION: refusal,
+            }
+        )
+        self.update_report(accepted=tuple(c.contributor for c in accepted))
+        self.fire(EventType.RECEIVE_CONTRIBUTION, name)
 
     def fire_for_model(self, event: str, schema: Schema | None) -> FrozenWeights | None:
         """Fires an event in which a handler may replace the global model.

@@ -30,7 +30,7 @@ from fed_learn.errors import (
     WeightsTypeError,
     brief,
 )
-from fed_learn.handlers.scoring import check_count
+from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.intake import Intake
 
@@ -57,8 +57,7 @@ class _Averaging:
         stream: bool = False,
     ) -> None:
         super().__init__()
-        if on_bad_contribution not in ("raise", "reject"):
-            raise ValueError(f"on_bad_contribution must be 'raise' or 'reject', not {on_bad_contribution!r}")
+        check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
         if expected_data_kind not in tuple(KINDS):
             raise ValueError(
                 f"expected_data_kind must be one of {[k.value for k in KINDS]}, not {expected_data_kind!r}"

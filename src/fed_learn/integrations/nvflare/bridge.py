@@ -27,6 +27,7 @@ from fed_learn.contribution import (
 )
 from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, FedLearnError
 from fed_learn.events import EventHandler, check_handlers
+from fed_learn.handlers.scoring import check_choice
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.mirror import Mirror
 from fed_learn.model_meta import ContextKey
@@ -70,8 +71,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         on_handler_error: str = "raise",
     ) -> None:
         super().__init__()
-        if on_handler_error not in ("raise", "log"):
-            raise ValueError(f"on_handler_error must be 'raise' or 'log', not {on_handler_error!r}")
+        check_choice("on_handler_error", on_handler_error, ("raise", "log"))
         check_handlers([handler for handler in handlers if not isinstance(handler, str)])
         self.handlers = list(handlers)
         self.key_metric = key_metric

@@ -123,22 +123,10 @@ class Mirror(JobEvents):
 
     def receive(self, name: str, contribution: Contribution | None, refusal: Exception | None) -> None:
         """RECEIVE_CONTRIBUTION: what has been accepted, or refused."""
-        accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
-        if refusal is not None:
-            self.update_report(rejected=(*self.report.rejected, ClientFailure(name, without_tracebacks(refusal))))
-        elif contribution is not None:
-            accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
+        if refusal is None and contribution is not None:
             self._n_iter[name] = contribution.n_iter
         self._asked.pop(name, None)
-        self.ctx.set_props(
-            {
-                ContextKey.CONTRIBUTION: contribution,
-                ContextKey.CONTRIBUTIONS: accepted,
-                ContextKey.REJECTION: refusal,
-            }
-        )
-        self.update_report(accepted=tuple(c.contributor for c in accepted))
-        self.fire(EventType.RECEIVE_CONTRIBUTION, name)
+        self.fire_contribution(name, contribution, None if refusal is None else without_tracebacks(refusal))
 
     def before_aggregation(self) -> tuple[str, ...] | None:
         """BEFORE_AGGREGATION.
