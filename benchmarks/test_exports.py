@@ -5,8 +5,8 @@
 Sides are checked before they are timed, and timed in turn. An export without a copy is held to a hundredth of the time
 of the framework's own export, and of the model's memory. It is timed warm, one export after the other, and cold: after
 the framework's export has swept 256 MiB through the caches, as training does before a client's export. Cold, to read a
-handful of objects takes the time of their cache misses, whoever does it. So where the framework's bare calls alone (the
-names, and an array of each variable) take two thirds of a hundredth or more, 1.5 times their time is the bound.
+handful of objects takes the time of their cache misses, whoever does it: where the framework's bare calls alone (the
+names, and an array of each variable) take more than that, no library can; their time is printed beside ours.
 """
 
 import statistics
@@ -153,5 +153,5 @@ def test_an_export_without_a_copy_takes_a_hundredth_of_the_time_and_no_memory(
         print(f"\n{name}: ÷ its export of {one * 1e3:.1f} ms: {told}; {(beyond or 0) / 2**20:.1f} MiB of 128")
     assert len(kept) == LAYERS
     assert ratios["warm"] < 0.01
-    assert ratios["cold"] < max(0.01, 1.5 * ratios["its bare calls cold"])
+    assert ratios["cold"] < 0.01
     assert beyond is None or beyond < (1 << 27) / 100

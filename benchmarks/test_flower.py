@@ -60,7 +60,7 @@ def seconds(run: Callable[[], Any]) -> float:
     return taken
 
 
-def test_a_round_costs_a_third_of_the_time_and_no_more_than_the_new_model(
+def test_a_round_costs_a_quarter_of_the_time_and_no_more_than_the_new_model(
     inputs: Inputs, replies: list[Message], capsys: pytest.CaptureFixture[str]
 ) -> None:
     ours, stock = strategies(inputs)
@@ -101,7 +101,7 @@ def test_a_round_costs_a_third_of_the_time_and_no_more_than_the_new_model(
     with capsys.disabled():
         print(f"\naggregate_train: ours {mine * 1e3:.0f} ms, Flower's {theirs * 1e3:.0f} ms, ratio {ratio:.2f}")
         print("memory in models: " + ", ".join(f"{k} {(v or 0) / model:.2f}" for k, v in beyond.items()))
-    assert ratio >= 3
+    assert ratio >= 4
     assert beyond["ours"] is None or beyond["ours"] <= 1.5 * model
 
 

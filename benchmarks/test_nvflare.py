@@ -119,6 +119,6 @@ def test_accepting_and_averaging_models(pytestconfig: pytest.Config, capsys: pyt
             )
     if full:
         assert ratio("NVFlare, arrays", "ours, arrays") > 1
-        assert ratio("NVFlare, tensors", "ours, tensors") > 0.75  # its one pass against our two
+        assert ratio("NVFlare, tensors", "ours, tensors") > 1
         assert (peaks["ours, arrays"] or 0) < 1.5 * model
         assert (peaks["ours, streaming arrays"] or 0) < 3.5 * model

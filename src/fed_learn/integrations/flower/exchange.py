@@ -9,7 +9,7 @@ from flwr.serverapp import Grid
 
 logger = logging.getLogger("flwr")
 
-IN_FLIGHT = 4
+IN_FLIGHT = 2
 """Replies that are pulled at once: what the server holds beyond its sums."""
 
 

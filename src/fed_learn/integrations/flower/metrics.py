@@ -7,7 +7,7 @@ from flwr.app import MetricRecord, RecordDict
 
 from fed_learn.contribution import check_aggregation_weight
 from fed_learn.errors import AggregationWeightError
-from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of
+from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of, records_of
 
 logger = logging.getLogger("flwr")
 
@@ -31,7 +31,7 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
         except AggregationWeightError as error:
             logger.warning("the metrics of a reply are left out: %r: %s", weighted_by_key, error)
             continue
-        for record in content.metric_records.values():
+        for record in records_of(content, MetricRecord).values():
             for key, value in record.items():
                 if key not in (weighted_by_key, PARTITION_ID):
                     listed = [float(v) for v in value] if isinstance(value, list) else [float(value)]

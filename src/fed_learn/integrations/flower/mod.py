@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult
 from fed_learn.errors import MetricError
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.integrations.flower.records import to_record, to_weights
-from fed_learn.integrations.flower.replies import METADATA, PARTITION_ID, metrics_of, partition_name
+from fed_learn.integrations.flower.replies import METADATA, PARTITION_ID, metrics_of, partition_name, records_of
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.weights import FrozenWeights, difference
 
@@ -76,7 +76,7 @@ class ClientMod:
         """
         around = {MessageType.TRAIN: self._train, MessageType.EVALUATE: self._evaluate}
         run = around.get(message.metadata.message_type.split(".")[0])
-        if run is None or self.arrayrecord_key not in message.content.array_records:
+        if run is None or self.arrayrecord_key not in records_of(message.content, ArrayRecord):
             return call_next(message, context)
         ctx = FLContext({FLOWER_CONTEXT: context})
         name, number = self._name(context), _round_of(message)
@@ -110,7 +110,7 @@ class ClientMod:
             return reply
         content = reply.content
         if self.kind is Kind.DIFF:
-            for key, record in list(content.array_records.items()):
+            for key, record in records_of(content, ArrayRecord).items():
                 content[key] = to_record(difference(to_weights(record, like=received), received))
         stated = {"contributor": self._name(context), "round": ctx.get_prop(ContextKey.ROUND), "kind": str(self.kind)}
         content[METADATA] = ConfigRecord({key: value for key, value in stated.items() if value is not None})
@@ -139,7 +139,7 @@ class ClientMod:
         return None if partition is None else partition_name(partition)
 
     def _weights(self, message: Message) -> FrozenWeights:
-        return to_weights(message.content.array_records[self.arrayrecord_key])
+        return to_weights(records_of(message.content, ArrayRecord)[self.arrayrecord_key])
 
     def _with_model(self, message: Message, weights: FrozenWeights, event: str, ctx: FLContext) -> FrozenWeights:
         """The weights as the handlers leave them, in the message too."""
@@ -169,7 +169,7 @@ class ClientMod:
 def _round_of(message: Message) -> int | None:
     """The round from 0: our server's messages state it, Flower's in their configuration."""
     group: Any = message.metadata.group_id
-    for config in message.content.config_records.values():
+    for config in records_of(message.content, ConfigRecord).values():
         group = config.get("server-round", group)
     return int(group) - 1 if str(group).isdecimal() else None
 
@@ -178,6 +178,6 @@ def _add(content: RecordDict, scores: dict[str, float]) -> None:
     """Into the app's `MetricRecord`, for Flower's strategies take one; or one of their own."""
     if not scores:
         return
-    records = content.metric_records
+    records = records_of(content, MetricRecord)
     key = next(iter(records), "metrics")
     content[key] = MetricRecord({**records.get(key, {}), **scores})

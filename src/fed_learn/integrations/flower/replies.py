@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind
 from fed_learn.errors import (
@@ -17,6 +17,8 @@ from fed_learn.errors import (
 )
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.weights import Schema
+
+R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 METADATA = "fed_learn"
 """Key of the `ConfigRecord` in which `ClientMod` puts what a reply is: `contributor`, `round` (from 0), `kind`."""
@@ -79,7 +81,7 @@ def claimed_name(content: RecordDict, node: object) -> str | None:
     """
     claim = _metadata(content).get("contributor")
     if claim is None:
-        partitions = [r[PARTITION_ID] for r in content.metric_records.values() if PARTITION_ID in r]
+        partitions = [r[PARTITION_ID] for r in records_of(content, MetricRecord).values() if PARTITION_ID in r]
         if not partitions:
             return None
         claim = partition_name(partitions[0])
@@ -108,7 +110,7 @@ def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kin
     content = message.content
     weights = to_weights(only_arrays(content, name), like=schema, contributor=name)
     metrics = metrics_of(content)
-    if sum(keys.weight in record for record in content.metric_records.values()) > 1:
+    if sum(keys.weight in record for record in records_of(content, MetricRecord).values()) > 1:
         raise AggregationWeightError(
             f"{name}: two of the reply's MetricRecords have a {keys.weight!r}, and one must weigh it",
             contributor=name,
@@ -131,13 +133,18 @@ def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kin
     )
 
 
+def records_of(content: RecordDict, kind: type[R]) -> dict[str, R]:
+    """The records of one kind. Flower's own properties for it leave the content in a reference cycle, in memory."""
+    return {key: record for key, record in content.items() if isinstance(record, kind)}
+
+
 def only_arrays(content: RecordDict, name: str) -> ArrayRecord:
     """The only `ArrayRecord` of a reply.
 
     Raises:
         WeightsTypeError: There are none, or several.
     """
-    records = list(content.array_records.values())
+    records = list(records_of(content, ArrayRecord).values())
     if len(records) != 1:
         raise WeightsTypeError(f"{name}: the reply has {len(records)} ArrayRecords, not one", contributor=name)
     return records[0]
@@ -145,7 +152,7 @@ def only_arrays(content: RecordDict, name: str) -> ArrayRecord:
 
 def metrics_of(content: RecordDict) -> dict[str, Any]:
     """All single numbers of all `MetricRecord`s."""
-    records = content.metric_records.values()
+    records = records_of(content, MetricRecord).values()
     return {key: value for record in records for key, value in record.items() if not isinstance(value, list)}
 
 
@@ -168,7 +175,7 @@ def first_weights(replies: Iterable[Message]) -> list[Any]:
 
 
 def _metadata(content: RecordDict) -> Mapping[str, Any]:
-    return content.config_records.get(METADATA, {})
+    return records_of(content, ConfigRecord).get(METADATA, {})
 
 
 def _round_of(message: Message, stated: Mapping[str, Any]) -> int | None:
