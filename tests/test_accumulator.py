@@ -822,7 +822,7 @@ def test_a_borrowed_contribution_is_checked_before_it_waits() -> None:
     for weights, weight, contributor, error in (
         ({"w": np.array([1, np.nan])}, 1, "b", NonFiniteError),
         ({"w": np.ones(3)}, 1, "b", ShapeError),
-        ({"w": np.ones(2)}, 0, "b", AggregationWeightError),
+        ({"w": np.ones(2)}, -1, "b", AggregationWeightError),
         ({"w": np.ones(2)}, 1, "a", DuplicateContributionError),
     ):
         with pytest.raises(error):

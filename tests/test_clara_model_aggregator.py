@@ -29,7 +29,7 @@ def test_excluded_variables_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize(
     ("n_iter", "message"),
-    [(None, "a: no n_iter, by which"), (0, "a: n_iter is 0, by which"), (-3, "a: n_iter is -3, by which")],
+    [(None, "a: no n_iter, by which"), (-3, "a: n_iter is -3, by which")],
 )
 def test_the_model_aggregator_refuses_a_contribution_without_iterations_and_averages_the_others(
     n_iter: int | None, message: str

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import fed_learn as fl
 
@@ -38,6 +39,11 @@ STEPS = {"site-1": 10, "site-2": 20, "site-3": 70}
 def model(site: str, params: Any, **changes: Any) -> FLModel:
     meta = {"client_name": site, "NUM_STEPS_CURRENT_ROUND": STEPS[site]} | changes.pop("meta", {})
     return FLModel(params=params, meta=meta, **changes)
+
+
+def once(site: str, params: Any, **changes: Any) -> FLModel:
+    """A model that counts by one step."""
+    return model(site, params, meta={"NUM_STEPS_CURRENT_ROUND": 1}, **changes)
 
 
 def weights_of(k: int) -> dict[str, np.ndarray]:
@@ -175,9 +181,9 @@ def test_a_refused_client_may_try_again() -> None:
 def test_the_global_model_is_the_authority_over_the_first_contribution() -> None:
     aggregator = WeightedAverageAggregator()
     start_round(aggregator, 3, {"w": np.zeros(2, np.float32)})
-    with pytest.raises(fl.DtypeError, match="site-1: 'w' has dtype float64, expected float32"):
-        aggregator.accept_model(model("site-1", {"w": np.zeros(2)}))
-    with pytest.raises(fl.RoundError, match="site-1: contribution is of round 2, expected 3"):
+    with pytest.raises(fl.DtypeError, match="site-1: 'w' has dtype int64, expected float32"):
+        aggregator.accept_model(model("site-1", {"w": np.zeros(2, np.int64)}))
+    with pytest.raises(fl.RoundError, match="site-1: contribution is of round 3, expected 4"):
         aggregator.accept_model(model("site-1", {"w": np.zeros(2, np.float32)}, current_round=2))
     aggregator.accept_model(model("site-1", {"w": np.ones(2, np.float32)}, current_round=3))
     assert aggregator.aggregate_model().current_round == 3
@@ -206,20 +212,24 @@ def test_a_model_that_is_only_sent_is_the_authority_too() -> None:
     assert {name: array.tolist() for name, array in params.items()} == {"head": [7], "w": [1, 1]}
 
 
-def test_without_a_global_model_the_first_contribution_decides() -> None:
-    aggregator = WeightedAverageAggregator()
+@pytest.mark.parametrize("stream", [False, True])
+def test_without_a_global_model_the_commonest_form_decides(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    aggregator = WeightedAverageAggregator(stream=stream)
     start_round(aggregator, 0, {})
-    aggregator.accept_model(model("site-1", {"w": np.ones(2)}))
-    with pytest.raises(fl.NamesError, match="site-2: has other variables than expected: misses 'w' and adds 'v'"):
-        aggregator.accept_model(model("site-2", {"v": np.ones(2)}))
+    for site, params in (("site-1", {"v": np.ones(2)}), ("site-2", {"w": np.ones(2)}), ("site-3", {"w": np.ones(2)})):
+        aggregator.accept_model(model(site, params))
     assert aggregator.aggregate_model().params["w"].tolist() == [1, 1]
+    assert aggregator.report is not None
+    assert aggregator.report.accepted == ("site-2", "site-3")
+    assert [(r.contributor, r.cause) for r in aggregator.report.rejected] == [("site-1", "NamesError")]
+    assert "refused: site-1: misses 'w' and adds 'v', compared with what 2 of the round's" in caplog.text
 
 
 def test_refusals_end_the_job_when_they_should() -> None:
     aggregator = WeightedAverageAggregator(on_bad_contribution="raise")
     aggregator.accept_model(model("site-1", {"w": np.ones(2)}))
     with pytest.raises(fl.NonFiniteError):
-        aggregator.accept_model(model("site-2", {"w": np.full(2, np.inf)}))
+        aggregator.accept_model(model("site-2", {"w": np.full(2, np.nan)}))
     with pytest.raises(fl.NonFiniteError, match="site-2: 'w' at index"):
         aggregator.aggregate_model()
 
@@ -231,7 +241,7 @@ def test_too_few_contributions_leave_the_global_model_as_it_is() -> None:
     assert (result.params_type, result.params) == (ParamsType.DIFF, {})
     assert aggregator.report is not None
     assert isinstance(aggregator.report.error, fl.TooFewContributionsError)
-    assert "round 5: 1 accepted contributions, 2 required" in str(aggregator.report.error)
+    assert "round 6: 1 accepted contributions, 2 required" in str(aggregator.report.error)
 
 
 def test_excluded_variables_stay_those_of_the_global_model() -> None:
@@ -269,6 +279,82 @@ def test_clients_count_by_steps_times_their_factor_or_by_the_factor_alone() -> N
     assert aggregator.report.accepted == ("site-1",)
 
 
+def test_clients_that_send_no_number_of_steps_count_by_1_and_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    aggregator = WeightedAverageAggregator()
+    for number in (0, 1):
+        start_round(aggregator, number, {"w": np.zeros(1)})
+        for site, v, steps in (("site-1", 1.0, None), ("site-2", 3.0, None), ("site-3", 9.0, 2)):
+            meta = {"NUM_STEPS_CURRENT_ROUND": steps}
+            aggregator.accept_model(model(site, {"w": np.array([v])}, meta=meta, current_round=number))
+        assert aggregator.aggregate_model().params["w"].tolist() == [5.5]
+    told = [record.getMessage() for record in caplog.records if "counted by 1" in record.getMessage()]
+    assert [text.split(":")[0] for text in told] == ["site-1", "site-2"]
+
+
+def test_no_number_of_steps_can_be_refused_and_zero_steps_add_nothing() -> None:
+    aggregator = WeightedAverageAggregator(require_weight=True)
+    start_round(aggregator, 0, {"w": np.zeros(1)})
+    with pytest.raises(fl.AggregationWeightError, match="site-1: meta lacks 'NUM_STEPS_CURRENT_ROUND'"):
+        aggregator.accept_model(model("site-1", {"w": np.ones(1)}, meta={"NUM_STEPS_CURRENT_ROUND": None}))
+    aggregator.accept_model(model("site-2", {"w": np.array([4.0])}, meta={"NUM_STEPS_CURRENT_ROUND": 0}))
+    aggregator.accept_model(model("site-3", {"w": np.array([2.0])}, meta={"NUM_STEPS_CURRENT_ROUND": np.int64(5)}))
+    assert aggregator.aggregate_model().params["w"].tolist() == [2.0]
+    assert aggregator.report is not None
+    assert aggregator.report.accepted == ("site-2", "site-3")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "value", [3.0, np.float32(3), np.array(3.0), torch.tensor(3.0), torch.tensor(3.0).double()], ids=repr
+)
+def test_numbers_in_any_form_are_parameters(value: Any, stream: bool) -> None:
+    aggregator = WeightedAverageAggregator(stream=stream)
+    start_round(aggregator, 0, {"scale": np.float32(0)})
+    aggregator.accept_model(once("site-1", {"scale": value}))
+    aggregator.accept_model(once("site-2", {"scale": np.float32(1)}))
+    assert float(aggregator.aggregate_model().params["scale"]) == 2.0
+
+
+def test_a_part_is_averaged_and_the_global_model_keeps_the_rest() -> None:
+    aggregator = WeightedAverageAggregator()
+    start_round(aggregator, 0, {"bn": np.full(1, 7.0), "w": np.zeros(2)})
+    for site, v in (("site-1", 1.0), ("site-2", 3.0)):
+        aggregator.accept_model(once(site, {"w": np.full(2, v)}))
+    params = aggregator.aggregate_model().params
+    assert {name: array.tolist() for name, array in params.items()} == {"bn": [7], "w": [2, 2]}
+
+
+def test_parts_can_be_averaged_as_nvflare_does() -> None:
+    aggregator = WeightedAverageAggregator(partial="average")
+    start_round(aggregator, 0, {"a": np.zeros(1), "b": np.zeros(1), "c": np.full(1, 7.0)})
+    aggregator.accept_model(once("site-1", {"a": np.array([1.0])}))
+    aggregator.accept_model(once("site-2", {"a": np.array([3.0]), "b": np.array([5.0])}))
+    params = aggregator.aggregate_model().params
+    assert {name: array.tolist() for name, array in params.items()} == {"a": [2], "b": [5], "c": [7]}
+
+
+def test_bools_among_the_metrics_are_averaged_as_nvflare_does() -> None:
+    aggregator = WeightedAverageAggregator()
+    for site, done in (("site-1", True), ("site-2", False), ("site-3", np.True_)):
+        metrics = {"done": done, "loss": torch.tensor(0.5), "host": site}
+        aggregator.accept_model(once(site, {"w": np.zeros(1)}, metrics=metrics))
+    assert aggregator.aggregate_model().metrics == {"done": pytest.approx(2 / 3), "loss": 0.5}
+
+
+def test_a_contribution_of_another_round_than_the_context_is_false() -> None:
+    """A controller that only sets CURRENT_ROUND, and fires no event, tells the round by it."""
+    aggregator, fl_ctx = WeightedAverageDXOAggregator(), FLContext()
+    for number, stated, accepted in ((2, 1, False), (2, 3, False), (2, 2, True), (3, 2, False), (3, 3, True)):
+        fl_ctx.set_prop(AppConstants.CURRENT_ROUND, number)
+        sent = DXO(
+            DataKind.WEIGHT_DIFF, {"w": np.full(2, float(stated))}, {"NUM_STEPS_CURRENT_ROUND": 1}
+        ).to_shareable()
+        sent.set_peer_props({ReservedKey.IDENTITY_NAME: "site-1"})
+        sent.add_cookie(AppConstants.CONTRIBUTION_ROUND, stated)
+        assert aggregator.accept(sent, fl_ctx) is accepted
+    assert from_shareable(aggregator.aggregate(fl_ctx)).data["w"].tolist() == [3.0, 3.0]
+
+
 def test_metrics_that_all_sent_are_averaged_by_the_same_weights() -> None:
     aggregator = WeightedAverageAggregator()
     for site, v in zip(STEPS, (0.1, 0.2, 0.3), strict=True):
@@ -283,11 +369,11 @@ def test_metrics_that_all_sent_are_averaged_by_the_same_weights() -> None:
     [
         ({"meta": {"client_name": None}}, fl.UnknownContributorError, "contributor None is not a name"),
         ({"meta": {"NUM_STEPS_CURRENT_ROUND": "many"}}, fl.AggregationWeightError, "'many' is not a number"),
-        ({"meta": {"NUM_STEPS_CURRENT_ROUND": -3}}, fl.AggregationWeightError, "-3 is not positive"),
-        ({"meta": {"NUM_STEPS_CURRENT_ROUND": None}}, fl.AggregationWeightError, "lacks 'NUM_STEPS_CURRENT_ROUND'"),
+        ({"meta": {"NUM_STEPS_CURRENT_ROUND": -3}}, fl.AggregationWeightError, "-3 is negative"),
+        ({"meta": {"NUM_STEPS_CURRENT_ROUND": math.nan}}, fl.AggregationWeightError, "nan is not finite"),
         ({"meta": {"PROCESSED_ALGORITHM": "_he_"}}, fl.WeightsTypeError, "processed by '_he_'"),
         ({"params": [np.zeros(1)]}, fl.WeightsTypeError, "weights are a list"),
-        ({"params": {"w": 1.0}}, fl.WeightsTypeError, "'w' is a builtins.float, not a numpy array"),
+        ({"params": {"w": "1.0"}}, fl.WeightsTypeError, "'w' is a builtins.str, not a numpy array"),
         ({"params": {1: np.zeros(1)}}, fl.WeightsTypeError, "variable name 1 is a int"),
     ],
     ids=str,
@@ -333,7 +419,7 @@ def test_a_streaming_aggregator_keeps_no_model() -> None:
         ({"exclude_vars": "("}, "no regular expression"),
         (
             {"aggregation_weights": {"site-1": 0.0}},
-            "aggregation_weights: site-1: aggregation weight 0.0 is not positive",
+            "aggregation_weights: site-1: aggregation weight 0 is not positive",
         ),
         ({"kernel": "fastest"}, "fastest"),
     ],

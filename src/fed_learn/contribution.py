@@ -4,6 +4,7 @@ import enum
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
@@ -50,16 +51,19 @@ class Contribution:
     Attributes:
         contributor: The name of the client; stable from round to round.
         weights: Its weight dict. None once the weights are gone, as in a streaming server's records.
-        aggregation_weight: The scalar by which it counts: examples or iterations. Finite and > 0.
+        aggregation_weight: The scalar by which it counts: examples or iterations. Finite and ≥ 0; by 0 it is present
+            and adds nothing.
         n_iter: Local iterations done.
         round: The round it belongs to, from 0.
         kind: Full weights, or the difference to the global model.
-        metrics: Numbers the client measured, by name; kept as a read-only copy.
+        metrics: Numbers the client measured, by name, in any form; kept as a read-only copy of floats.
+        info: What else the client says: plain JSON values by name. Entries of `metrics` that are no numbers go here.
 
     Example:
-        >>> c = Contribution("site-1", {"w": np.ones(2)}, 120, n_iter=12, round=0, metrics={"loss": 0.3})
-        >>> c.contributor, c.aggregation_weight, c.metrics["loss"], c.kind
-        ('site-1', 120, 0.3, <Kind.FULL: 'full'>)
+        >>> metrics = {"loss": np.float32(0.5), "host": "a100"}
+        >>> c = Contribution("site-1", {"w": np.ones(2)}, 120, n_iter=12, round=0, metrics=metrics)
+        >>> c.contributor, c.aggregation_weight, c.metrics, c.info
+        ('site-1', 120, {'loss': 0.5}, {'host': 'a100'})
     """
 
     contributor: str
@@ -69,9 +73,12 @@ class Contribution:
     round: int | None = field(default=None, kw_only=True)
     kind: Kind = field(default=Kind.FULL, kw_only=True)
     metrics: Mapping[str, float] = field(default_factory=FrozenDict, kw_only=True)
+    info: Mapping[str, Any] = field(default_factory=FrozenDict, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", FrozenDict(self.metrics or {}))
+        numbers, others = split_metrics(dict(self.metrics or {}))
+        object.__setattr__(self, "metrics", FrozenDict(numbers))
+        object.__setattr__(self, "info", FrozenDict({**others, **plain_values(dict(self.info or {}))}))
         if self.kind in tuple(Kind):
             object.__setattr__(self, "kind", Kind(self.kind))
 
@@ -90,32 +97,123 @@ class Contribution:
         return replace(self, weights=None)
 
 
+def number_of(value: object) -> float | None:
+    """The number that a value is, in whatever form it comes: of Python or numpy, a 0-d array, a 0-d tensor.
+
+    Returns:
+        None for anything else: text, bools, what has several elements, an int that no float can hold.
+
+    Example:
+        >>> number_of(np.int64(3)), number_of(np.array(0.5)), number_of("3"), number_of(True)
+        (3.0, 0.5, None, None)
+    """
+    if type(value) is float:
+        return value
+    try:
+        shape = getattr(value, "shape", None)
+        if shape is not None and not isinstance(value, type):
+            if tuple(shape) != ():
+                return None
+            held: Any = value
+            value = held.item() if hasattr(held, "item") else held.numpy().item()
+        if isinstance(value, bool | np.bool_) or not isinstance(value, Real | Decimal):
+            return None
+        return float(value)
+    except Exception:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        return None
+
+
+DEEPEST = 8
+"""How deep lists and dicts nest in `Contribution.info`; below that they are described."""
+
+
+def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """The entries of a client's metrics that are numbers, as floats, and the others as plain values.
+
+    NaN and infinities are numbers; handlers deal with them.
+
+    Example:
+        >>> split_metrics({"accuracy": np.float32(0.5), "converged": True, "confusion": [[3, 1], [0, 4]]})
+        ({'accuracy': 0.5}, {'converged': True, 'confusion': ((3, 1), (0, 4))})
+    """
+    numbers: dict[str, float] = {}
+    others: dict[Any, Any] = {}
+    for name, value in metrics.items():
+        number = number_of(value) if isinstance(name, str) else None
+        if number is None:
+            others[name] = value
+        else:
+            numbers[name] = number
+    return numbers, plain_values(others)
+
+
+def plain_values(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """A copy of a mapping in plain JSON values that nobody can change; what is none becomes a short description."""
+    return {name if isinstance(name, str) else brief(name): _plain(value, DEEPEST) for name, value in values.items()}
+
+
+def _plain(value: Any, depth: int) -> Any:
+    if value is None or type(value) in (bool, float, str):
+        return value
+    if type(value) is int and abs(value) < 2**63:  # Python does not even print the longest ones
+        return value
+    number = number_of(value)
+    if number is not None:
+        return number
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, str):
+        return str(value)
+    if depth and isinstance(value, dict):
+        inner = {key if isinstance(key, str) else brief(key): _plain(item, depth - 1) for key, item in value.items()}
+        return FrozenDict(inner)
+    if depth and isinstance(value, list | tuple):
+        return tuple(_plain(item, depth - 1) for item in value)
+    return brief(value)
+
+
 def check_aggregation_weight(value: object, contributor: str | None = None) -> float:
     """The aggregation weight as a float.
 
     Raises:
-        AggregationWeightError: It is missing, not a real number, not finite, zero or negative.
+        AggregationWeightError: It is missing, not a number, not finite or negative.
 
     Example:
         >>> check_aggregation_weight(np.int64(120))
         120.0
     """
-    if type(value) is float and 0 < value < math.inf:
+    if type(value) is float and 0 <= value < math.inf:
         return value  # the usual case
     problem = None
-    number = _as_float(value)
+    number = number_of(value)
     if value is None:
         problem = "is missing"
     elif number is None:
         problem = f"{brief(value)} is not a number"
     elif not math.isfinite(number):
         problem = f"{number} is not finite"
-    elif number <= 0:
-        problem = f"{brief(value)} is not positive"
+    elif number < 0:
+        problem = f"{brief(value)} is negative"
+    elif number == 0 and value != 0:
+        problem = f"{brief(value)} is smaller than any float"
     if problem is not None or number is None:
         who = f"{contributor}: " if contributor is not None else ""
         raise AggregationWeightError(f"{who}aggregation weight {problem}", contributor=contributor, value=value)
     return number
+
+
+def check_factor(value: object, contributor: str) -> float:
+    """A factor of a contributor's aggregation weights, from the settings, as a float.
+
+    Raises:
+        AggregationWeightError: It is no number, not finite or not positive.
+    """
+    factor = check_aggregation_weight(value, contributor)
+    if factor == 0:
+        raise AggregationWeightError(
+            f"{contributor}: aggregation weight 0 is not positive", contributor=contributor, value=value
+        )
+    return factor
 
 
 INITIAL_VALIDATION_METRIC = "initial_validation_metric"
@@ -123,35 +221,6 @@ INITIAL_VALIDATION_METRIC = "initial_validation_metric"
 
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-100, 2.0**100
 """The usual range of aggregation weights: sums of products with float32 stay well within float64."""
-
-
-def checked_metrics(metrics: Mapping[str, float], contributor: str) -> dict[str, float]:
-    """The metrics as plain floats; NaN and infinities pass, and handlers deal with them.
-
-    Raises:
-        MetricError: One is not a number, or its name no str; names it.
-    """
-    plain: dict[str, float] = {}
-    for metric, value in metrics.items():
-        number = _as_float(value)
-        if number is None or not isinstance(metric, str):
-            raise MetricError(
-                f"{contributor}: metric {brief(metric)} is {brief(value)}, not a number",
-                contributor=contributor,
-                metric=metric,
-            )
-        plain[metric] = number
-    return plain
-
-
-def _as_float(value: object) -> float | None:
-    """A real number as a float; None for anything else, and for an int that no float can hold."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
-        return None
-    try:
-        return float(value)
-    except OverflowError:
-        return None
 
 
 def checked_n_iter(n_iter: object, contributor: str) -> int | None:
@@ -162,13 +231,82 @@ def checked_n_iter(n_iter: object, contributor: str) -> int | None:
     """
     if n_iter is None:
         return None
-    if not isinstance(n_iter, int | np.integer) or not -(2**63) <= n_iter < 2**63:
+    number = whole_number_of(n_iter)
+    if number is None:
         raise MetricError(
             f"{contributor}: n_iter is {brief(n_iter)}, not a 64-bit int",
             contributor=contributor,
             metric="n_iter",
         )
-    return int(n_iter)
+    return number
+
+
+def whole_number_of(value: object) -> int | None:
+    """The number that a value is, where it is a whole one of at most 64 bits; None for anything else.
+
+    Example:
+        >>> whole_number_of(np.float32(3)), whole_number_of(2.5), whole_number_of(10**400), whole_number_of("3")
+        (3, None, None, None)
+    """
+    if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
+        number = int(value)
+    else:
+        found = number_of(value)
+        if found is None or not found.is_integer():
+            return None
+        number = int(found)
+    return number if -(2**63) <= number < 2**63 else None
+
+
+def check_terms(
+    contribution: Contribution,
+    *,
+    kind: Kind | None = None,
+    round: int | None = None,
+    contributors: Container[str] = (),
+) -> float:
+    """Checks all of a contribution but its weights.
+
+    Args:
+        contribution: What a client sent. Untrusted.
+        kind: The kind that is expected, if any.
+        round: The round that is expected, if any. A contribution that states none passes.
+        contributors: Names that have contributed already.
+
+    Returns:
+        The aggregation weight as a float.
+
+    Raises:
+        ContributionError: One of its children, naming the contributor and the cause.
+    """
+    who = contribution.contributor
+    if not isinstance(who, str) or not who:
+        raise UnknownContributorError(f"contributor {brief(who)} is not a name", contributor=who)
+    if who in contributors:
+        raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
+    own_round = contribution.round
+    if own_round is not None and (not isinstance(own_round, Integral) or round not in (None, own_round)):
+        expected = "a number" if round is None else brief(_shown(round))
+        raise RoundError(
+            f"{who}: contribution is of round {brief(_shown(own_round))}, expected {expected}",
+            contributor=who,
+            round=own_round,
+            expected=round,
+        )
+    if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
+        raise KindError(
+            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}",
+            contributor=who,
+            kind=contribution.kind,
+            expected=kind,
+        )
+    checked_n_iter(contribution.n_iter, who)
+    return check_aggregation_weight(contribution.aggregation_weight, who)
+
+
+def _shown(number: object) -> object:
+    """A round as a person counts it, from 1."""
+    return number + 1 if isinstance(number, int | np.integer) and not isinstance(number, bool) else number
 
 
 def check_contribution(
@@ -185,9 +323,9 @@ def check_contribution(
     Args:
         contribution: What a client sent. Untrusted.
         schema: The names, shapes and dtypes it must have; None lets it set its own.
-        kind: The kind that is expected, if any.
-        round: The round that is expected, if any. A contribution that states none passes.
-        contributors: Names that have contributed already.
+        kind: See `check_terms`.
+        round: See `check_terms`.
+        contributors: See `check_terms`.
         scan: Look for NaN and infinity. Without, the caller sees to it that none gets through.
 
     Returns:
@@ -196,30 +334,8 @@ def check_contribution(
     Raises:
         ContributionError: One of its children, naming the contributor, the variable and the cause.
     """
+    aggregation_weight = check_terms(contribution, kind=kind, round=round, contributors=contributors)
     who = contribution.contributor
-    if not isinstance(who, str) or not who:
-        raise UnknownContributorError(f"contributor {brief(who)} is not a name", contributor=who)
-    if who in contributors:
-        raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
-    own_round = contribution.round
-    if own_round is not None and (not isinstance(own_round, Integral) or round not in (None, own_round)):
-        expected = "a number" if round is None else brief(round)
-        raise RoundError(
-            f"{who}: contribution is of round {brief(own_round)}, expected {expected}",
-            contributor=who,
-            round=own_round,
-            expected=round,
-        )
-    if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
-        raise KindError(
-            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}",
-            contributor=who,
-            kind=contribution.kind,
-            expected=kind,
-        )
-    checked_metrics(contribution.metrics, who)
-    checked_n_iter(contribution.n_iter, who)
-    aggregation_weight = check_aggregation_weight(contribution.aggregation_weight, who)
     weights = check_weights(contribution.weights, schema, who, scan=scan)
     if contribution.kind is Kind.DIFF:
         check_differences(Schema.of(weights, who), who)
@@ -261,7 +377,7 @@ class ValidationResult:
     n_iter: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", FrozenDict(self.metrics))
+        object.__setattr__(self, "metrics", FrozenDict(split_metrics(dict(self.metrics))[0]))
 
 
 FINAL_MODEL = "final"

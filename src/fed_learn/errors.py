@@ -86,7 +86,7 @@ class IntegerRangeError(ContributionError, ValueError):
 
 
 class AggregationWeightError(ContributionError, ValueError):
-    """The aggregation weight is missing, not a number, not finite, not positive or out of range. Attribute: `value`."""
+    """The aggregation weight is missing, not a number, not finite, negative or out of range. Attribute: `value`."""
 
     value: Any = None
 
@@ -116,7 +116,7 @@ class UnknownContributorError(ContributionError, ValueError):
 
 
 class EmptyAggregationError(FedLearnError, ValueError):
-    """There is nothing to average: no contribution, hence a total weight of zero."""
+    """There is nothing to average: no contribution, or none that counts by more than 0."""
 
 
 class FloatingPointEnvironmentError(FedLearnError, RuntimeError):
@@ -145,6 +145,19 @@ class ExactDomainError(FedLearnError, OverflowError):
 
 class TooFewContributionsError(FedLearnError, RuntimeError):
     """Fewer contributions than `min_contributions`. Attributes: `count`, `required`, `round`."""
+
+
+class NothingAggregatedError(FedLearnError, RuntimeError):
+    """A job is over and no round of it made a new global model: what it ends with is the initial one.
+
+    Attributes: `cause` (the commonest class of error, or "absent"), `count` (how often it was), `rounds`, and `result`,
+    what the job left behind.
+    """
+
+    cause: str = ""
+    count: int = 0
+    rounds: int = 0
+    result: Any = None
 
 
 class ClientQuitError(FedLearnError, RuntimeError):

@@ -218,34 +218,95 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             ShapeError: A shape differs; nothing is ever broadcast.
         """
         if weights.keys() != self.keys():
-            missing = tuple(name for name in self if name not in weights)
-            extra = tuple(name for name in weights if name not in self)
-            parts = [f"{what} {_some(names)}" for what, names in (("misses", missing), ("adds", extra)) if names]
-            raise NamesError(
-                f"{_who(contributor)}has other variables than expected: {' and '.join(parts)}",
-                contributor=contributor,
-                name=(missing or extra)[0],
-                missing=missing,
-                extra=extra,
-            )
+            raise self.names_error(weights, contributor)
         for name, (shape, dtype) in self.items():
             array = weights[name]
             if native_dtype(array.dtype) != dtype:
-                raise DtypeError(
-                    f"{_who(contributor, name)}has dtype {array.dtype}, expected {dtype}",
-                    contributor=contributor,
-                    name=name,
-                    dtype=array.dtype,
-                    expected=dtype,
-                )
+                raise dtype_error(name, array, dtype, contributor)
             if array.shape != shape:
-                raise ShapeError(
-                    f"{_who(contributor, name)}has shape {array.shape}, expected {shape}",
-                    contributor=contributor,
-                    name=name,
-                    shape=array.shape,
-                    expected=shape,
-                )
+                raise shape_error(name, array, shape, contributor)
+
+    def names_error(self, weights: WeightDict, contributor: str | None) -> NamesError:
+        """What is wrong with the names of weights that have others than these."""
+        missing = tuple(name for name in self if name not in weights)
+        extra = tuple(name for name in weights if name not in self)
+        parts = [f"{what} {listed(names)}" for what, names in (("misses", missing), ("adds", extra)) if names]
+        return NamesError(
+            f"{_who(contributor)}has other variables than expected: {' and '.join(parts)}",
+            contributor=contributor,
+            name=(missing or extra)[0],
+            missing=missing,
+            extra=extra,
+        )
+
+    def fit(
+        self, weights: WeightDict, contributor: str | None = None
+    ) -> tuple[dict[str, Array], dict[tuple[np.dtype[Any], np.dtype[Any]], list[str]]]:
+        """Weights of some or all of these variables, in their order and in their dtypes.
+
+        Args:
+            weights: In any byte order, floating-point numbers and integers of any width; see `fitted`.
+            contributor: Who sent them, for the error.
+
+        Returns:
+            The arrays, those that need no rounding as they are; and for each pair of the dtype that came and the one
+            that is expected, the names of the variables that were rounded.
+
+        Raises:
+            NamesError: There are others, or none.
+            DtypeError: A dtype is of another sort, or values do not fit.
+            ShapeError: A shape differs; nothing is ever broadcast.
+
+        Example:
+            >>> schema = Schema.of({"w": np.zeros(1, np.float32), "mask": np.zeros(1)})
+            >>> schema.fit({"w": np.array([0.5])})
+            ({'w': array([0.5], dtype=float32)}, {(dtype('float64'), dtype('float32')): ['w']})
+        """
+        if not weights.keys() <= self.keys() or not weights:
+            raise self.names_error(weights, contributor)
+        fit: dict[str, Array] = {}
+        rounded: dict[tuple[np.dtype[Any], np.dtype[Any]], list[str]] = {}
+        for name, (shape, dtype) in self.items():
+            array = weights.get(name)
+            if array is None:
+                continue
+            given = native_dtype(array.dtype)
+            if given != dtype and not same_sort(given, dtype):
+                raise dtype_error(name, array, dtype, contributor)
+            if array.shape != shape:
+                raise shape_error(name, array, shape, contributor)
+            found = np.asarray(array, dtype) if given == dtype else fitted(array, dtype)
+            if found is None:
+                raise dtype_error(name, array, dtype, contributor, "with values that do not fit into")
+            if given != dtype:
+                rounded.setdefault((given, dtype), []).append(name)
+            fit[name] = found
+        return fit, rounded
+
+
+def dtype_error(
+    name: str, array: Array, expected: np.dtype[Any], contributor: str | None, problem: str = "expected"
+) -> DtypeError:
+    """Says that a variable has another dtype than expected."""
+    comma = "," if problem == "expected" else ""
+    return DtypeError(
+        f"{_who(contributor, name)}has dtype {array.dtype}{comma} {problem} {expected}",
+        contributor=contributor,
+        name=name,
+        dtype=array.dtype,
+        expected=expected,
+    )
+
+
+def shape_error(name: str, array: Array, expected: tuple[int, ...], contributor: str | None) -> ShapeError:
+    """Says that a variable has another shape than expected."""
+    return ShapeError(
+        f"{_who(contributor, name)}has shape {array.shape}, expected {expected}",
+        contributor=contributor,
+        name=name,
+        shape=array.shape,
+        expected=expected,
+    )
 
 
 def check_weights(
@@ -277,8 +338,14 @@ def check_weights(
     return arrays
 
 
-def check_finite(weights: WeightDict, contributor: str | None = None) -> None:
+def check_finite(weights: WeightDict, contributor: str | None = None, *, constants: WeightDict | None = None) -> None:
     """Refuses NaN and infinity.
+
+    Args:
+        weights: Weights that may hold them.
+        contributor: Whose they are, for the error.
+        constants: A model with the same schema; what is not finite there passes where it is the same, as in a mask of
+            −inf.
 
     Raises:
         NonFiniteError: Says which value of which variable is not finite.
@@ -286,9 +353,10 @@ def check_finite(weights: WeightDict, contributor: str | None = None) -> None:
     for name, array in weights.items():
         if array.dtype.kind in "biu":
             continue
-        with np.errstate(invalid="ignore"):  # a signalling NaN
-            finite = np.isfinite(array)
-        if not finite.all():
+        finite = finite_elements(array)
+        if finite.all():
+            continue
+        if constants is None or not same_values(array[~finite], constants[name][~finite]):
             index, value = first_of(~finite, array)
             raise NonFiniteError(
                 f"{_who(contributor, name)}at index {index}: {value} is not finite",
@@ -299,6 +367,72 @@ def check_finite(weights: WeightDict, contributor: str | None = None) -> None:
             )
 
 
+def finite_elements(array: Array) -> npt.NDArray[np.bool_]:
+    """Where an array of floating-point numbers is finite; signalling NaNs cause no warning."""
+    with np.errstate(invalid="ignore"):
+        finite: npt.NDArray[np.bool_] = np.isfinite(array)
+    return finite
+
+
+def same_values(one: Array, other: Array) -> bool:
+    """Whether two arrays hold equal values everywhere, NaN being equal to NaN.
+
+    Example:
+        >>> mask = np.float32([0, -np.inf, np.nan])
+        >>> same_values(mask, mask.copy()), same_values(mask, np.zeros(3))
+        (True, False)
+    """
+    return one.shape == other.shape and bool(_same_elements(one, other).all())
+
+
+def _same_elements(one: Array, other: Array) -> npt.NDArray[np.bool_]:
+    with np.errstate(invalid="ignore"):
+        same: npt.NDArray[np.bool_] = np.asarray((one == other) | ((one != one) & (other != other)))
+    return same
+
+
+def same_sort(given: np.dtype[Any], expected: np.dtype[Any]) -> bool:
+    """Whether numbers of one dtype can be taken for those of another: see `fitted`.
+
+    Example:
+        >>> same_sort(np.dtype(np.float64), np.dtype(np.float32)), same_sort(np.dtype(int), np.dtype(np.float32))
+        (True, False)
+    """
+    return (given in FLOATS and expected in (*FLOATS, *INTEGERS)) or (given in INTEGERS and expected in INTEGERS)
+
+
+def fitted(array: Array, dtype: np.dtype[Any]) -> Array | None:
+    """An array rounded to another dtype of the same sort.
+
+    Floating-point numbers of one width become those of another, to the nearest, halves by way of float32; integers of
+    one width become those of another; and floating-point numbers become integers, half to even, as the mean of integers
+    does.
+
+    Args:
+        array: In any byte order.
+        dtype: What it should have; see `same_sort`.
+
+    Returns:
+        A new array; None where a value does not fit. NaN and infinities stay what they are, where `dtype` has them.
+
+    Example:
+        >>> fitted(np.array([0.1]), np.dtype(np.float32)), fitted(np.array([300]), np.dtype(np.int8))
+        (array([0.1], dtype=float32), None)
+    """
+    with np.errstate(all="ignore"):  # what does not fit is told below
+        if dtype in FLOATS:
+            rounded = np.asarray((array.astype(np.float32) if dtype.itemsize == 2 else array).astype(dtype))
+            lost = finite_elements(array) & ~finite_elements(rounded)
+            return None if lost.any() else rounded
+        whole = np.rint(array.astype(np.float64)) if native_dtype(array.dtype) in FLOATS else array
+        if whole.size and whole.dtype.kind == "f" and not np.isfinite(whole).all():
+            return None
+        bounds = np.iinfo(dtype)
+        if whole.size and not (bounds.min <= int(whole.min()) and int(whole.max()) <= bounds.max):
+            return None
+        return np.asarray(whole.astype(dtype))
+
+
 def first_of(bad: npt.NDArray[np.bool_], array: Array) -> tuple[tuple[int, ...], float]:
     """Index and value of the first element that `bad` marks."""
     index = tuple(int(i) for i in np.unravel_index(int(bad.argmax()), array.shape))
@@ -307,6 +441,8 @@ def first_of(bad: npt.NDArray[np.bool_], array: Array) -> tuple[tuple[int, ...],
 
 def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
     """`weights − base` per variable, taken in float64 (integers exactly) and rounded to the dtype.
+
+    Where both hold the same, be it an infinity or NaN as in masks, the difference is 0.
 
     Args:
         weights: A weight dict.
@@ -326,11 +462,18 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
     schema = Schema.of(base)
     schema.check(weights)
     check_differences(schema)
-    return _rounded({name: _wide(weights[name], name) - _wide(base[name], name) for name in schema}, schema)
+    with np.errstate(invalid="ignore"):  # of equal infinities, below
+        wide = {name: np.asarray(_wide(weights[name], name) - _wide(base[name], name)) for name in schema}
+    for name, array in wide.items():
+        if array.dtype.kind == "f" and not finite_elements(array).all():
+            array[_same_elements(weights[name], base[name])] = 0
+    return _rounded(wide, schema)
 
 
 def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
     """`base + diff` per variable, with the arithmetic of `difference`.
+
+    A variable of `base` that is not finite, as a mask, passes if the difference leaves it as it is.
 
     Raises:
         NonFiniteError, IntegerRangeError: The sum leaves the range of the dtype.
@@ -344,7 +487,7 @@ def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
     schema = Schema.of(base)
     schema.check(diff)
     check_differences(schema)
-    return _rounded({name: _wide(base[name], name) + _wide(diff[name], name) for name in schema}, schema)
+    return _rounded({name: _wide(base[name], name) + _wide(diff[name], name) for name in schema}, schema, base)
 
 
 def check_differences(schema: Schema, contributor: str | None = None) -> None:
@@ -374,10 +517,10 @@ def _wide(array: Array, name: str) -> Array:
     return wide
 
 
-def _rounded(wide: WeightDict, schema: Schema) -> dict[str, Array]:
+def _rounded(wide: WeightDict, schema: Schema, constants: WeightDict | None = None) -> dict[str, Array]:
     with np.errstate(all="ignore"):  # what overflows is reported by name below
         narrow = {name: np.asarray(wide[name]).astype(dtype) for name, (_, dtype) in schema.items()}
-    check_finite(narrow)
+    check_finite(narrow, constants=constants)
     for name, array in narrow.items():
         if array.dtype.kind == "i" and not np.array_equal(array, wide[name]):
             raise IntegerRangeError(f"{name!r} leaves the range of {array.dtype}", name=name)
@@ -388,7 +531,13 @@ def _who(contributor: str | None, name: str | None = None) -> str:
     return (f"{contributor}: " if contributor is not None else "") + (f"{name!r} " if name is not None else "")
 
 
-def _some(names: Iterable[str], most: int = 5) -> str:
-    listed = list(names)
-    shown = ", ".join(repr(name[:200]) for name in listed[:most])
-    return shown + (f" and {len(listed) - most} more" if len(listed) > most else "")
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Names for a message, the first few of them.
+
+    Example:
+        >>> listed(["a", "b", "c"], most=2)
+        "'a', 'b' and 1 more"
+    """
+    all_names = list(names)
+    shown = ", ".join(repr(name[:200]) for name in all_names[:most])
+    return shown + (f" and {len(all_names) - most} more" if len(all_names) > most else "")

@@ -93,7 +93,7 @@ class Accumulator:
         return tuple(self._contributors)
 
     def __len__(self) -> int:
-        """The number of contributions so far."""
+        """The number of contributions so far that count by more than 0."""
         return self._count
 
     @overload
@@ -115,7 +115,8 @@ class Accumulator:
 
         Args:
             weights: A weight dict, or a `Contribution`, which brings the other two.
-            aggregation_weight: The scalar by which it counts; a stream has no default for it.
+            aggregation_weight: The scalar by which it counts; a stream has no default for it. By 0 it is checked, and
+                adds nothing.
             contributor: Who sent it; the same name twice is refused. None: anonymous.
             borrow: The accumulator may keep the arrays, and the caller promises to leave them as they are, until it is
                 asked for `flush()`, `result()`, a merge or a copy. At most `MOST_BORROWED` wait. The bits are the same.
@@ -148,6 +149,10 @@ class Accumulator:
             columns, largest = tensors.scanned(resident, found.tensors, who)
         else:
             columns, largest = _scanned(kernel, arrays, who)
+        if a == 0:
+            self._schema = Schema.of(arrays) if self._schema is None else self._schema
+            self._contributors.update({who: None} if named else {})
+            return
         if self._exact:
             check_domain(arrays, a, who)
         elif not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
@@ -235,7 +240,7 @@ class Accumulator:
             A new dict in the order of the schema, of tensors where the first contribution had them; or `out`.
 
         Raises:
-            EmptyAggregationError: Nothing was added.
+            EmptyAggregationError: Nothing was added, or nothing that counts by more than 0.
             SumOverflowError: A sum left float64, although the inputs were finite. `weighted_average` has no such
                 limit.
             OutputError: `out` cannot be written to.

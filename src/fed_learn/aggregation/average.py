@@ -1,7 +1,7 @@
 """The weighted mean of a batch of contributions."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
 
@@ -56,8 +56,8 @@ def weighted_average(
 
     Args:
         contributions: Weight dicts, or `Contribution`s, all of one kind and round.
-        aggregation_weights: One positive number per weight dict; None: they count equally. `Contribution`s bring
-            their own.
+        aggregation_weights: One number ≥ 0 per weight dict; None: they count equally. `Contribution`s bring their own.
+            What counts by 0 is checked, and adds nothing.
         like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does.
         out: A weight dict of the same schema to write the result to; its content is undefined after an error.
         exact: Sum exactly, so that the bits do not depend on the list order of bare weight dicts either, and agree
@@ -70,7 +70,7 @@ def weighted_average(
 
     Raises:
         ContributionError: Something is wrong with one of them; the class says what, the attributes who and where.
-        EmptyAggregationError: There are no contributions.
+        EmptyAggregationError: There are no contributions, or none counts by more than 0.
         OutputError: `out` cannot be written to.
         ExactDomainError: With `exact`, a value or weight outside of the domain.
         FloatingPointEnvironmentError: The process does not compute as numbers are defined, and that would matter.
@@ -87,6 +87,7 @@ def weighted_average(
 
         return average_tensors(batch, aggregation_weights, like=like, out=out, exact=exact, kernel=kernel)
     schema, checked = checked_batch(batch, aggregation_weights, like)
+    checked = counting(checked, lambda who, weights: check_finite(weights, who))
     inputs = Columns([weights for _, weights, _ in checked])
     outputs = Outputs(schema, out, inputs)
     scalars = [a for _, _, a in checked]
@@ -180,6 +181,27 @@ def checked_batch(
             "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
         )
     return _checked_contributions(batch, schema)
+
+
+def counting(checked: Checked, check: Callable[[str, dict[str, Array]], None]) -> Checked:
+    """Those that count by more than 0; the sums will not show what is wrong with the others.
+
+    Args:
+        checked: All of them.
+        check: Looks for NaN and infinity in weights, of which it is told whose they are.
+
+    Raises:
+        NonFiniteError: One that counts by 0 holds them.
+        EmptyAggregationError: All count by 0.
+    """
+    idle = [(who, weights) for who, weights, a in checked if not a]
+    if not idle:
+        return checked
+    for who, weights in idle:
+        check(who, weights)
+    if len(idle) == len(checked):
+        raise EmptyAggregationError("no contribution counts by more than 0: all aggregation weights are 0")
+    return [row for row in checked if row[2]]
 
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Checked]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from fed_learn import kernels
 from fed_learn.adapters.base import Resident
-from fed_learn.aggregation.average import checked_batch, usual_scale, weighted_average
+from fed_learn.aggregation.average import checked_batch, counting, usual_scale, weighted_average
 from fed_learn.aggregation.integers import integer_mean, too_large
 from fed_learn.aggregation.tensor_outputs import Target, TensorOutputs, as_tensors
 from fed_learn.aggregation.tensors import Tensors, check_device, label_of, opened, placeholders, refuse_non_finite
@@ -54,6 +54,7 @@ def average_tensors(
         views = [_with_weights(item, one.weights) for item, one in zip(batch, found, strict=True)]
         schema, checked = checked_batch(views, aggregation_weights, shape_of)
         tensors = {label: one.tensors for label, one in zip(labels, found, strict=True)}
+        checked = counting(checked, lambda who, _: refuse_non_finite(framework, tensors[who], who))
         rows = [(who, tensors[who], a) for who, _, a in checked]
         outputs = TensorOutputs(schema, place, out, inputs)
         _average(chosen, framework, rows, outputs.arrays)

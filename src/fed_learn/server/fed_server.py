@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from fed_learn import kernels
+from fed_learn.aggregation.round import PARTIAL
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
@@ -15,7 +16,15 @@ from fed_learn.server.model_aggregator import Aggregator, check_aggregator
 from fed_learn.server.result import JobResult
 from fed_learn.server.roster import Roster
 from fed_learn.server.rounds import run_job
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_differences, check_finite
+from fed_learn.weights import (
+    FrozenWeights,
+    Schema,
+    WeightDict,
+    as_weight_dict,
+    check_differences,
+    check_finite,
+    finite_elements,
+)
 
 
 class FederatedServer:
@@ -28,7 +37,9 @@ class FederatedServer:
     END_AGGREGATION or END_ROUND, and decide what is averaged by rebinding `CONTRIBUTIONS` in BEFORE_AGGREGATION.
 
     Args:
-        weights: The initial global model; it sets names, shapes and dtypes for good. Copied.
+        weights: The initial global model; it sets names, shapes and dtypes for good. Copied. Values that are not finite
+            are constants, as in a mask of −inf: clients must send the same, and they are kept. An empty dict: the
+            contributions of the first round tell.
         num_rounds: Rounds to run, at least 1.
         handlers: The server's handlers.
         kind: The kind of contributions that is expected.
@@ -39,6 +50,10 @@ class FederatedServer:
         exact: Average with exact sums (see `fed_learn.weighted_average`).
         stream: Add up contributions as they arrive, and keep none: the memory of one sum, whatever the number of
             clients. Sums are then taken in the order of arrival, and handlers see contributions without weights.
+        partial: What becomes of contributions that hold a part of the variables. `"same"`: a part that is the same from
+            all is averaged, and the rest of the global model kept; of different parts the commonest counts, and the
+            others are refused. `"average"`: each variable is averaged over those who sent it (not with `stream`).
+            `"refuse"`: a part is refused.
         kernel: Name of the kernel; None: the current one, looked up now.
         aggregator: Makes the global model in place of the weighted mean; needs `kind=Kind.DIFF`. A round in which it
             raises, or leaves no model of the job's schema, fails like one with too few contributions.
@@ -79,6 +94,7 @@ class FederatedServer:
         on_handler_error: str = "raise",
         exact: bool = False,
         stream: bool = False,
+        partial: str = "same",
         kernel: str | None = None,
         aggregator: Aggregator | None = None,
     ) -> None:
@@ -89,9 +105,15 @@ class FederatedServer:
         check_choice("on_handler_error", on_handler_error, ("raise", "log"))
         arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
         self.schema = Schema.of(arrays, "global model")
+        check_choice("partial", partial, PARTIAL)
+        if stream and partial == "average":
+            raise ValueError("partial='average' needs all contributions of a round at once, which stream=True drops")
         if Kind(kind) is Kind.DIFF:
             check_differences(self.schema, "global model")
-        check_finite(arrays, "global model")
+            if not arrays:
+                raise ValueError("differences need a global model to be added to, and this one is empty")
+        if not any(finite_elements(array).any() for array in arrays.values() if array.size):
+            check_finite(arrays, "global model")
         if aggregator is not None:
             if Kind(kind) is not Kind.DIFF:
                 raise ValueError("an aggregator works on differences: pass kind=Kind.DIFF, to the clients too")
@@ -107,6 +129,7 @@ class FederatedServer:
         self.on_handler_error = on_handler_error
         self.exact = exact
         self.stream = stream
+        self.partial = partial
         self.kernel = kernels.resolve(kernel).name
         self.ctx = FLContext()
 
@@ -122,6 +145,8 @@ class FederatedServer:
             HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start. If it was when all
                 was done, at CLIENT_QUIT or SHUTDOWN, the error's `result` holds what this method would have returned.
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
+            NothingAggregatedError: No round made a new global model, whatever `on_bad_contribution` says; its `result`
+                holds what this method would have returned.
             ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none.
         """
         with closing(Roster(clients, max_workers)) as roster:

@@ -25,7 +25,7 @@ from fed_learn.errors import (
 )
 from fed_learn.events import EventType, fire_event, shut_down
 from fed_learn.model_meta import ContextKey, ModelData
-from fed_learn.server.job_events import JobEvents, checked_model
+from fed_learn.server.job_events import JobEvents, checked_model, nothing_aggregated
 from fed_learn.server.receiving import Receiver, Refusal, checked_result
 from fed_learn.server.result import JobResult
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
@@ -83,6 +83,9 @@ class Job(JobEvents):
         self._result: JobResult | None = None
         self._late: list[HandlerFailure] = []
         self._over = False
+        self._finished = False
+        self._schema = server.schema
+        self._initial = server.weights
         self._adopt(server.weights)
 
     @property
@@ -92,8 +95,8 @@ class Job(JobEvents):
 
     @property
     def schema(self) -> Schema:
-        """Names, shapes and dtypes of the global model."""
-        return self.server.schema
+        """Names, shapes and dtypes of the global model; empty until they are known."""
+        return self._schema
 
     @property
     def required(self) -> int:
@@ -132,9 +135,9 @@ class Job(JobEvents):
         """
         self._round_started = time.perf_counter()
         if weights is not None:
-            self._adopt(checked_model(weights, self.schema, "global model"))
+            self._adopt(checked_model(weights, self.schema, "global model", constants=self._weights))
         self._asked.clear()
-        self._receiver.clear(self._weights)
+        self._receiver.begin(self._weights, number)
         for key in (ContextKey.CONTRIBUTION, ContextKey.REJECTION):
             self.ctx.pop(key, None)
         self.ctx.set_props(
@@ -170,8 +173,7 @@ class Job(JobEvents):
         if isinstance(sent, Exception) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
             self.quit(name, sent)
             return None
-        accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
-        contribution, refusal = self._receiver.receive(name, sent, self.report.round, accepted)
+        contribution, refusal = self._receiver.receive(name, sent)
         self.fire_contribution(name, contribution, refusal)
         if refusal is None:
             return contribution
@@ -186,6 +188,9 @@ class Job(JobEvents):
     def aggregate(self) -> bool:
         """BEFORE_AGGREGATION, the average into the global model, END_AGGREGATION.
 
+        Where clients sent different parts of the model, it is decided first which of them count; for a contribution
+        that is refused now, RECEIVE_CONTRIBUTION is fired once more, with the reason.
+
         Handlers may take contributions out of the context before, except where the server streams, and replace the
         global model after. With too few contributions, or if the new model left the range of a dtype, the global
         model stands, and log and report say why.
@@ -193,6 +198,7 @@ class Job(JobEvents):
         Returns:
             Whether there is a new global model.
         """
+        self._settle()
         if not self._enough():
             return False
         self.fire(EventType.BEFORE_AGGREGATION)
@@ -203,7 +209,7 @@ class Job(JobEvents):
         try:
             mean = self._receiver.aggregate(contributions, self._weights, self.ctx)
         except Refusal as refusal:
-            logger.error("round %d: %s: the global model stands", self.report.round, refusal.error)
+            logger.error("round %d: %s; the global model stands", self.report.round + 1, refusal.error)
             self.update_report(error=without_tracebacks(refusal.error))
             return False
         self._adopt(mean)
@@ -220,7 +226,7 @@ class Job(JobEvents):
         """END_ROUND; returns the report of the round. The weights of its contributions are not kept."""
         self.update_report(seconds=time.perf_counter() - self._round_started)
         self._fire_and_adopt(EventType.END_ROUND)
-        self._receiver.clear(self._weights)
+        self._receiver.begin(self._weights)
         self.drop_weights()
         self.reports.append(self.report)
         return self.report
@@ -299,9 +305,14 @@ class Job(JobEvents):
         self._late += failures
 
     def finish(self) -> None:
-        """The work is done: what handlers put into the context from here on is not in the result."""
+        """The work is done: what handlers put into the context from here on is not in the result.
+
+        Raises:
+            NothingAggregatedError: Rounds were run, and none of them made a new global model.
+        """
         self.ctx.set_model(self._model)
         self._result = self._so_far()
+        self._refuse_untrained()
 
     def result(self) -> JobResult:
         """What the job leaves behind, or has so far."""
@@ -327,6 +338,8 @@ class Job(JobEvents):
         self, _: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.shut_down()
+        if error is None:
+            self._refuse_untrained()
         if error is not None:
             for failure in self._late:
                 error.add_note(f"during shutdown: {failure}")
@@ -352,24 +365,43 @@ class Job(JobEvents):
                 round=self.ctx.get_prop(ContextKey.ROUND),
             )
 
+    def _refuse_untrained(self) -> None:
+        """Raises, once, if the job ends as it began although clients were asked to train."""
+        error = nothing_aggregated(self.reports) if self._weights is self._initial and not self._finished else None
+        self._finished = True
+        if error is not None:
+            error.result = self.result()
+            raise error
+
     def _adopt(self, weights: FrozenWeights) -> None:
         """Replaces the global model, in the context too."""
+        self._schema = self._schema or Schema.of(weights)
         self._weights = weights
         self._model = ModelData(weights)
         self.ctx.set_model(self._model)
 
     def _fire_and_adopt(self, event: str) -> None:
         """Fires an event in which a handler may replace the global model; keeps what it put there."""
-        replaced = self.fire_for_model(event, self.schema)
+        replaced = self.fire_for_model(event, self.schema, self._weights)
         if replaced is not None:
             self._adopt(replaced)
+
+    def _settle(self) -> None:
+        """Refuses what cannot be averaged with the others, now that all contributions are known."""
+        refused = self._receiver.settle()
+        for contribution, error in refused:
+            others = tuple(c for c in self.ctx[ContextKey.CONTRIBUTIONS] if c.contributor != contribution.contributor)
+            self.ctx.set_prop(ContextKey.CONTRIBUTIONS, others)
+            self.fire_contribution(contribution.contributor, contribution.without_weights(), error)
+        if refused and self.server.on_bad_contribution == "raise":
+            raise refused[0][1]
 
     def _enough(self) -> bool:
         number, count = self.report.round, len(self.ctx[ContextKey.CONTRIBUTIONS])
         if count >= self.required:
             return True
         error = TooFewContributionsError(
-            f"round {number}: {count} accepted contributions, {self.required} required; the global model stands",
+            f"round {number + 1}: {count} accepted contributions, {self.required} required; the global model stands",
             count=count,
             required=self.required,
             round=number,

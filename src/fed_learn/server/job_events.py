@@ -1,14 +1,15 @@
 """`JobEvents`: the events of a job on its context, and the record of the handlers that failed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fed_learn.contribution import ClientFailure, Contribution, RoundReport
-from fed_learn.errors import HandlerError, HandlerFailure
+from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError
 from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.weights import FrozenWeights, Schema, as_weight_dict, check_finite
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
 
 
 class JobEvents:
@@ -95,12 +96,15 @@ class JobEvents:
         self.update_report(accepted=tuple(c.contributor for c in accepted))
         self.fire(EventType.RECEIVE_CONTRIBUTION, name)
 
-    def fire_for_model(self, event: str, schema: Schema | None) -> FrozenWeights | None:
+    def fire_for_model(
+        self, event: str, schema: Schema | None, constants: WeightDict | None = None
+    ) -> FrozenWeights | None:
         """Fires an event in which a handler may replace the global model.
 
         Args:
             event: The event.
-            schema: What a model must have; None: nobody knows yet.
+            schema: What a model must have; None or empty: nobody knows yet.
+            constants: See `checked_model`.
 
         Returns:
             What it was replaced by, checked and in the order of the schema; None if it was not.
@@ -114,7 +118,8 @@ class JobEvents:
         after = self.ctx.get_model()
         if after is before:
             return None
-        replaced = checked_model(None if after is None else after.weights, schema, f"model set by a handler at {event}")
+        given = None if after is None else after.weights
+        replaced = checked_model(given, schema, f"model set by a handler at {event}", constants=constants)
         self.ctx.set_model(ModelData(replaced))
         return replaced
 
@@ -131,20 +136,56 @@ class JobEvents:
                 raise
 
 
-def checked_model(weights: object, schema: Schema | None, who: str) -> FrozenWeights:
+def checked_model(
+    weights: object, schema: Schema | None, who: str, *, constants: WeightDict | None = None
+) -> FrozenWeights:
     """A global model that comes from outside, in the order of the schema. Copied, unless it is frozen.
 
     Args:
         weights: Should be a weight dict.
-        schema: What it must have; None: nobody knows.
+        schema: What it must have; None or empty: nobody knows.
         who: Whose it is, for the error.
+        constants: The global model before; what is not finite in it may stay as it is.
 
     Raises:
         ContributionError: It is no such model, or not finite.
     """
     arrays = as_weight_dict(weights, who)
-    if schema is not None:
+    if schema:
         schema.check(arrays, who)
-    check_finite(arrays, who)
+    check_finite(arrays, who, constants=constants or None)
     ordered = {name: arrays[name] for name in schema or arrays}
     return FrozenWeights.adopt(ordered) if type(weights) is FrozenWeights else FrozenWeights(ordered)
+
+
+def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError | None:
+    """The error of a job whose rounds are over and in which none of them made a new global model.
+
+    Returns:
+        None if there was one, or if nobody was asked for a contribution.
+
+    Example:
+        >>> refused = ClientFailure("site-1", ValueError("site-1: no number of examples"))
+        >>> error = nothing_aggregated([RoundReport(0, rejected=(refused,), error=ValueError("too few"))] * 2)
+        >>> error.rounds, error.count, error.cause
+        (2, 2, 'ValueError')
+    """
+    if any(report.accepted and report.error is None for report in reports):
+        return None
+    causes = [(f.cause, str(f.error)) for report in reports for f in (*report.rejected, *report.quits)]
+    absent = sum(len(report.absent) for report in reports)
+    if not causes and any(report.accepted for report in reports):
+        causes = [(type(report.error).__name__, str(report.error)) for report in reports]
+    if absent > len(causes):
+        causes = [("absent", "a client did not contribute")] * absent
+    if not causes:
+        return None
+    cause, count = Counter(cause for cause, _ in causes).most_common(1)[0]
+    example = next(text for named, text in causes if named == cause)
+    return NothingAggregatedError(
+        f"no round of {len(reports)} was aggregated, and the global model is the initial one; the commonest cause, "
+        f"{count} times: {cause}: {example}",
+        cause=cause,
+        count=count,
+        rounds=len(reports),
+    )

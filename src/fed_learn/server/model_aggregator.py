@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from fed_learn.aggregation import weighted_average
-from fed_learn.contribution import BestModel, Contribution, Kind, check_aggregation_weight
+from fed_learn.contribution import BestModel, Contribution, Kind, check_aggregation_weight, check_factor
 from fed_learn.errors import AggregatorError, FedLearnError, MetricError
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.numproto import model_arrays, model_to_weights, to_dtypes, weights_to_model
@@ -90,19 +90,19 @@ class ModelAggregator(Aggregator):
         except re.error as error:
             raise ValueError(f"exclude_vars {exclude_vars!r} is no regular expression: {error}") from error
         for contributor, factor in (aggregation_weights or {}).items():
-            check_aggregation_weight(factor, contributor)
+            check_factor(factor, contributor)
         self.exclude_vars = exclude_vars
         self.aggregation_weights = FrozenDict(aggregation_weights or {})
         self.exact = exact
 
     def check(self, contribution: Contribution) -> None:
-        """Refuses one without `n_iter`, or with none done.
+        """Refuses one without `n_iter`.
 
         Raises:
             MetricError: By it contributions are weighed.
         """
         who, n_iter = contribution.contributor, contribution.n_iter
-        if n_iter is None or n_iter <= 0:
+        if n_iter is None or n_iter < 0:
             problem = "no n_iter" if n_iter is None else f"n_iter is {n_iter}"
             raise MetricError(f"{who}: {problem}, by which contributions are weighed", contributor=who, metric="n_iter")
 

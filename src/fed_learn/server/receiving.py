@@ -1,28 +1,24 @@
-"""What a server does with what clients send: checks it, keeps or folds in the contributions, averages them."""
+"""What a server does with what clients send: a round receives it, and what counts makes the next global model."""
 
 import logging
-import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fed_learn import kernels
-from fed_learn.aggregation import Accumulator, weighted_average
-from fed_learn.aggregation.arrays import finite_columns
-from fed_learn.aggregation.exact import check_domain
-from fed_learn.aggregation.tensors import opened_contribution
+from fed_learn.aggregation.round import Combined, Round, Told
 from fed_learn.contribution import (
     INITIAL_VALIDATION_METRIC,
     Contribution,
     Kind,
     ValidationResult,
-    check_contribution,
-    checked_metrics,
     checked_n_iter,
+    split_metrics,
 )
 from fed_learn.errors import (
     AggregatorError,
     BrokenAccumulatorError,
     ContributionError,
+    EmptyAggregationError,
     ExactDomainError,
     FloatingPointEnvironmentError,
     IntegerRangeError,
@@ -36,12 +32,23 @@ from fed_learn.errors import (
 )
 from fed_learn.model_meta import FLContext
 from fed_learn.server.model_aggregator import Aggregator, run_aggregator
-from fed_learn.weights import Array, FrozenWeights, WeightDict, add_difference
+from fed_learn.weights import FrozenWeights, WeightDict, add_difference
 
 if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer
 
 logger = logging.getLogger(__name__)
+
+
+UNUSABLE = (
+    AggregatorError,
+    EmptyAggregationError,
+    ExactDomainError,
+    IntegerRangeError,
+    NonFiniteError,
+    SumOverflowError,
+)
+"""What keeps a round from having a new global model, and a job from nothing else."""
 
 
 class Refusal(Exception):  # noqa: N818 - no failure of the library
@@ -53,7 +60,7 @@ class Refusal(Exception):  # noqa: N818 - no failure of the library
 
 
 class Receiver:
-    """The contributions of one round, kept until they are averaged or, where the server streams, folded in at once.
+    """The contributions of the rounds of one job, one round after another.
 
     Args:
         server: The settings.
@@ -61,18 +68,19 @@ class Receiver:
 
     def __init__(self, server: "FederatedServer") -> None:
         self.server = server
-        self._stream: Accumulator | None = None
-        self._added: dict[str, float] = {}
+        self._told = Told()
+        self._round = self._begun(server.weights, None)
 
-    def clear(self, weights: WeightDict) -> None:
-        """Forgets the contributions of the last round."""
-        self._added = {}
-        if self.server.stream:
-            self._stream = Accumulator(like=weights, exact=self.server.exact, kernel=self.server.kernel)
+    def begin(self, weights: WeightDict, number: int | None = None) -> None:
+        """Forgets the contributions of the last round, and begins another.
 
-    def receive(
-        self, name: str, sent: object, number: int, accepted: Sequence[Contribution]
-    ) -> tuple[Contribution | None, Exception | None]:
+        Args:
+            weights: The global model; empty: not known yet.
+            number: The round, from 0.
+        """
+        self._round = self._begun(weights, number)
+
+    def receive(self, name: str, sent: object) -> tuple[Contribution | None, Exception | None]:
         """Judges what a client sent.
 
         Returns:
@@ -83,7 +91,9 @@ class Receiver:
         try:
             # What handlers see of a refused contribution: everything but its weights.
             contribution = sent.without_weights() if isinstance(sent, Contribution) else None
-            return self._accepted(name, sent, number, accepted), None
+            aggregator = self.server.aggregator
+            check = aggregator.check if isinstance(aggregator, Aggregator) else None
+            return self._round.receive(_from_client(name, sent), check), None
         except (BrokenAccumulatorError, FloatingPointEnvironmentError):
             raise  # not the client's doing
         except (ContributionError, ExactDomainError) as error:
@@ -96,41 +106,9 @@ class Receiver:
             logger.error("%s", unreadable, exc_info=error)
             return contribution, without_tracebacks(unreadable)
 
-    def _accepted(self, name: str, sent: object, number: int, accepted: Sequence[Contribution]) -> Contribution:
-        """The contribution with weights that nobody else holds: those that have been checked."""
-        if isinstance(sent, ContributionError):
-            raise sent
-        if not isinstance(sent, Contribution):
-            raise WeightsTypeError(f"{name}: sent a {type(sent).__name__}, not a Contribution", contributor=name)
-        if not isinstance(sent.contributor, str) or sent.contributor != name:
-            raise UnknownContributorError(
-                f"{name}: sent a contribution in the name of {brief(sent.contributor)}", contributor=name
-            )
-        sent, _ = opened_contribution(sent, None, on_host=True)
-        weights, aggregation_weight = check_contribution(
-            sent,
-            self.server.schema,
-            kind=self.server.kind,
-            round=number,
-            contributors={c.contributor for c in accepted},
-            scan=False,
-        )
-        n_iter, metrics = checked_n_iter(sent.n_iter, name), checked_metrics(sent.metrics, name)
-        kept: FrozenWeights | None = None
-        if self._stream is not None:
-            self._stream.add(Contribution(name, weights, aggregation_weight, round=number, kind=sent.kind))
-            self._added[name] = aggregation_weight
-        else:
-            kept = _own(weights, sent.weights)
-            finite_columns(kernels.resolve(self.server.kernel), kept, name)
-            if self.server.exact:
-                check_domain(kept, aggregation_weight, name)
-        taken = Contribution(
-            name, kept, aggregation_weight, n_iter=n_iter, round=number, kind=sent.kind, metrics=metrics
-        )
-        if isinstance(self.server.aggregator, Aggregator):
-            self.server.aggregator.check(taken)
-        return taken
+    def settle(self) -> list[tuple[Contribution, Exception]]:
+        """Those that are refused now that all contributions are known, and why; see `Round.settle`."""
+        return [(contribution, without_tracebacks(error)) for contribution, error in self._round.settle()]
 
     def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
         """The new global model. Another way to aggregate overrides this.
@@ -141,27 +119,57 @@ class Receiver:
             ctx: The server's context.
 
         Raises:
-            Refusal: It would leave the range of a dtype, or the server's aggregator failed.
+            Refusal: It would leave the range of a dtype, nothing counts, or the server's aggregator failed.
             ValueError: A handler took contributions out or weighed them anew, and the server streams.
         """
         try:
             if self.server.aggregator is not None:
                 with kernels.use(self.server.kernel):
-                    return run_aggregator(self.server.aggregator, contributions, weights, ctx)
-            mean = self._mean(contributions, weights)
-            return FrozenWeights.adopt(mean if self.server.kind is Kind.FULL else add_difference(weights, mean))
-        except (AggregatorError, NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError) as error:
+                    whole = self._round.completed(contributions, weights)
+                    return run_aggregator(self.server.aggregator, whole, weights, ctx)
+            return moved(weights, self._round.combine(contributions), self.server.kind)
+        except UNUSABLE as error:
             raise Refusal(error) from error
 
-    def _mean(self, contributions: Sequence[Contribution], weights: FrozenWeights) -> WeightDict:
-        if self._stream is None:
-            return weighted_average(contributions, like=weights, exact=self.server.exact, kernel=self.server.kernel)
-        if sorted(self._added.items()) != sorted((c.contributor, c.aggregation_weight) for c in contributions):
-            raise ValueError(
-                "a handler changed which contributions are averaged, or their weights, but this server streams: they "
-                "are added up already"
-            )
-        return self._stream.result()
+    def _begun(self, weights: WeightDict, number: int | None) -> Round:
+        return Round(
+            number=number,
+            model=weights,
+            kind=self.server.kind,
+            partial=self.server.partial,
+            exact=self.server.exact,
+            stream=self.server.stream,
+            kernel=self.server.kernel,
+            told=self._told,
+        )
+
+
+def moved(weights: FrozenWeights, combined: Combined, kind: Kind) -> FrozenWeights:
+    """The global model that the mean of a round makes of the one before; what was not sent is kept.
+
+    Raises:
+        NonFiniteError, IntegerRangeError: It would leave the range of a dtype.
+    """
+    mean = combined.mean
+    if kind is Kind.DIFF:
+        mean = add_difference({name: weights[name] for name in mean}, mean)
+    if mean.keys() == weights.keys():
+        return FrozenWeights.adopt({name: mean[name] for name in weights})
+    new = {**weights, **combined.constants, **mean}
+    return FrozenWeights.adopt({name: new[name] for name in weights or combined.sent})
+
+
+def _from_client(name: str, sent: object) -> Contribution:
+    """What a client sent, if it is a contribution in its own name."""
+    if isinstance(sent, ContributionError):
+        raise sent
+    if not isinstance(sent, Contribution):
+        raise WeightsTypeError(f"{name}: sent a {type(sent).__name__}, not a Contribution", contributor=name)
+    if not isinstance(sent.contributor, str) or sent.contributor != name:
+        raise UnknownContributorError(
+            f"{name}: sent a contribution in the name of {brief(sent.contributor)}", contributor=name
+        )
+    return sent
 
 
 def checked_result(name: str, model: str, result: object, others: Sequence[ValidationResult] = ()) -> ValidationResult:
@@ -175,16 +183,9 @@ def checked_result(name: str, model: str, result: object, others: Sequence[Valid
         raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
     if any(other.contributor == name for other in others):
         raise MetricError(f"{name}: sent a result on {model!r} already", contributor=name, metric=None)
-    metrics, n_iter = checked_metrics(result.metrics, name), checked_n_iter(result.n_iter, name)
+    (metrics, _), n_iter = split_metrics(result.metrics), checked_n_iter(result.n_iter, name)
     if INITIAL_VALIDATION_METRIC not in metrics:
         raise MetricError(
             f"{name}: no {INITIAL_VALIDATION_METRIC!r}", contributor=name, metric=INITIAL_VALIDATION_METRIC
         )
     return ValidationResult(name, model, metrics, n_iter)
-
-
-def _own(weights: dict[str, Array], sent: object) -> FrozenWeights:
-    """A copy, unless what was sent is frozen already. Shapes are known to be right, so it is no larger than a model."""
-    if type(sent) is FrozenWeights and all(map(operator.is_, weights.values(), sent.values())):
-        return sent
-    return FrozenWeights(weights)

@@ -19,6 +19,7 @@ def run_job(job: Job, roster: Roster) -> None:
         ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
         HandlerError: A handler raised, with `on_handler_error="raise"`.
         TooFewContributionsError: Too few clients are left for another round.
+        NothingAggregatedError: No round made a new global model.
     """
     _register(job, roster)
     for number in range(job.server.num_rounds):
@@ -26,10 +27,12 @@ def run_job(job: Job, roster: Roster) -> None:
         if job.stopped:
             break
     _score_final_model(job, roster)
-    job.finish()
-    for name in roster:
-        job.quit(name)
-        job.record(roster.remove(name).stop())
+    try:
+        job.finish()
+    finally:
+        for name in roster:
+            job.quit(name)
+            job.record(roster.remove(name).stop())
 
 
 def _register(job: Job, roster: Roster) -> None:
@@ -92,7 +95,7 @@ def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
                 weights = as_weight_dict(without_tensors(answer, name), name)
                 job.schema.check(weights, name)
                 frozen = FrozenWeights(weights)  # what is checked below is what is kept
-                check_finite(frozen, name)
+                check_finite(frozen, name, constants=job.weights)
             except ContributionError as error:
                 logger.error("the best model of %s is left out of the cross-site validation: %s", name, error)
             else:

@@ -7,7 +7,6 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
-from fed_learn.aggregation import weighted_average
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
@@ -18,20 +17,17 @@ from fed_learn.contribution import (
 )
 from fed_learn.errors import (
     ClientQuitError,
-    ExactDomainError,
     HandlerError,
-    IntegerRangeError,
-    NonFiniteError,
     UnknownContributorError,
     without_tracebacks,
 )
-from fed_learn.integrations.flower.records import RecordWriter, recorded, to_record
+from fed_learn.integrations.flower.records import RecordWriter, to_record
 from fed_learn.integrations.flower.replies import node_name
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
-from fed_learn.server.receiving import Receiver, Refusal
-from fed_learn.weights import FrozenWeights, WeightDict
+from fed_learn.server.receiving import UNUSABLE, Receiver, Refusal, moved
+from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
 
@@ -261,13 +257,17 @@ class _FlowerReceiver(Receiver):
         """See `Receiver.aggregate`."""
         if self._aggregate is not None:
             return self._aggregate(contributions, weights)
-        if self._stream is not None or self.server.kind is Kind.DIFF:
-            return recorded(super().aggregate(contributions, weights, ctx))
-        writer = RecordWriter(self.server.schema)
+        writers: list[RecordWriter] = []
+
+        def written(schema: Schema) -> WeightDict:
+            writers.append(RecordWriter(schema))
+            return writers[0].arrays
+
         try:
-            weighted_average(
-                contributions, like=weights, out=writer.arrays, exact=self.server.exact, kernel=self.server.kernel
-            )
-        except (NonFiniteError, IntegerRangeError, ExactDomainError) as error:
+            combined = self._round.combine(contributions, None if self.server.kind is Kind.DIFF else written)
+            written_mean = writers[0].finish() if writers else None
+            if written_mean is not None and written_mean.keys() == weights.keys():
+                return written_mean
+            return moved(weights, combined, self.server.kind)
+        except UNUSABLE as error:
             raise Refusal(error) from error
-        return writer.finish()

@@ -19,7 +19,15 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn import kernels
-from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight
+from fed_learn.aggregation.round import PARTIAL, Told
+from fed_learn.contribution import (
+    Contribution,
+    Kind,
+    RoundReport,
+    check_aggregation_weight,
+    check_factor,
+    whole_number_of,
+)
 from fed_learn.errors import (
     AggregationWeightError,
     BrokenAccumulatorError,
@@ -52,12 +60,17 @@ class _Averaging:
         *,
         on_bad_contribution: str = "reject",
         min_contributions: int = 1,
+        require_weight: bool = False,
+        partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
         stream: bool = False,
     ) -> None:
         super().__init__()
         check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
+        check_choice("partial", partial, PARTIAL)
+        if stream and partial == "average":
+            raise ValueError("partial='average' needs all contributions of a round at once, which stream=True drops")
         if expected_data_kind not in tuple(KINDS):
             raise ValueError(
                 f"expected_data_kind must be one of {[k.value for k in KINDS]}, not {expected_data_kind!r}"
@@ -66,7 +79,7 @@ class _Averaging:
         kernels.resolve(kernel)
         for name, weight in (aggregation_weights or {}).items():
             try:
-                check_aggregation_weight(weight, name)
+                check_factor(weight, name)
             except AggregationWeightError as error:
                 raise ValueError(f"aggregation_weights: {error}") from error
         try:
@@ -79,6 +92,8 @@ class _Averaging:
         self.weigh_by_local_iter = weigh_by_local_iter
         self.on_bad_contribution = on_bad_contribution
         self.min_contributions = min_contributions
+        self.require_weight = require_weight
+        self.partial = partial
         self.exact = exact
         self.kernel = kernel
         self.stream = stream
@@ -89,12 +104,13 @@ class _Averaging:
         self._global: dict[str, Any] | None = None
         self._skipped: set[str] = set()
         self._intake: Intake | None = None
+        self._told = Told(logger)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Learns of the round and the global model, where NVFlare sends events; nothing depends on it."""
         super().handle_event(event_type, fl_ctx)  # type: ignore[misc] # of NVFlare's class beside this one
         if event_type == AppEventType.ROUND_STARTED:
-            self._round = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+            self._learn_round(fl_ctx)
             self._global = props.global_weights(fl_ctx)
             self._intake = None
         elif event_type == AppEventType.BEFORE_TRAIN_TASK and self._global is None:
@@ -102,6 +118,14 @@ class _Averaging:
             self._global = FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params or None
         elif event_type in (AppEventType.BEFORE_CONTRIBUTION_ACCEPT, AppEventType.BEFORE_AGGREGATION):
             self.fl_ctx = fl_ctx
+            self._learn_round(fl_ctx)
+
+    def _learn_round(self, fl_ctx: FLContext) -> None:
+        """Takes over the round of a context that states one; what another round has left behind is forgotten."""
+        number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
+        with self._lock:
+            if number is not None and number != self._round:
+                self._round, self._intake = number, None
 
     def _clear(self) -> None:
         with self._lock:
@@ -116,9 +140,11 @@ class _Averaging:
                 like=None if self._global is None else self._averaged_part(self._global),
                 kind=KINDS[self.expected_data_kind],
                 min_contributions=self.min_contributions,
+                partial=self.partial,
                 exact=self.exact,
                 kernel=self.kernel,
                 stream=self.stream,
+                told=self._told,
             )
         return self._intake
 
@@ -172,23 +198,37 @@ class _Averaging:
                 f"{who}: weights are processed by {brief(algorithm)}, such as encrypted; only plain ones are averaged",
                 contributor=who,
             )
-        factor = (self.aggregation_weights or {}).get(who, 1.0)
-        if self.weigh_by_local_iter and steps is None:
-            raise AggregationWeightError(
-                f"{who}: meta lacks {str(MetaKey.NUM_STEPS_CURRENT_ROUND)!r}, by which it would count; "
-                "with weigh_by_local_iter=False all clients count equally",
-                contributor=who,
-                value=None,
-            )
+        weight = (self.aggregation_weights or {}).get(who, 1.0)
+        if self.weigh_by_local_iter:
+            weight *= self._steps(who, steps)
         return Contribution(
             who,
             self._averaged_part(weights),
-            check_aggregation_weight(steps, who) * factor if self.weigh_by_local_iter else factor,
-            n_iter=props.whole(steps),
+            weight,
+            n_iter=whole_number_of(steps),
             round=number,
             kind=KINDS.get(kind, kind),
             metrics=props.numbers_in(metrics),
+            info=props.others_in(metrics),
         )
+
+    def _steps(self, who: Any, steps: Any) -> float:
+        """The number of steps by which a client counts; one that sends none counts by 1, as NVFlare counts it.
+
+        Raises:
+            AggregationWeightError: It is no number, negative or not finite; or there is none, with `require_weight`.
+        """
+        if steps is not None:
+            return check_aggregation_weight(steps, who)
+        lacks = (
+            f"{who}: meta lacks {str(MetaKey.NUM_STEPS_CURRENT_ROUND)!r}, the number of steps by which it would count"
+        )
+        if self.require_weight:
+            raise AggregationWeightError(
+                f"{lacks}; with weigh_by_local_iter=False all clients count equally", contributor=who, value=None
+            )
+        self._told.once((who, "steps"), f"{lacks}: counted by 1, as NVFlare does (require_weight=True refuses it)")
+        return 1.0
 
     def _average(self) -> tuple[dict[str, Any] | None, dict[str, float], RoundReport]:
         """The mean of the round, None if the round fails; the metrics; the report.
@@ -199,6 +239,8 @@ class _Averaging:
         """
         with self._lock:
             intake, self._intake = self._begun(), None
+            for error in intake.settle():
+                logger.error("refused: %s", error)
             if intake.rejected and self.on_bad_contribution == "raise":
                 raise intake.rejected[0].error
             only = None if self.fl_ctx is None else props.taken(self.fl_ctx, props.CONTRIBUTORS)
@@ -211,15 +253,20 @@ class _Averaging:
                 props.put(self.fl_ctx, AppConstants.AGGREGATION_STATS, self._stats(report, mean or {}))
             if mean is None:
                 return None, {}, report
-            if self.expected_data_kind == DataKind.WEIGHTS and self._skipped:
-                # What is excluded stays as it is; NVFlare takes the average for the whole of the new global model.
-                if self._global is None:
-                    raise FedLearnError(
-                        f"exclude_vars leaves {min(self._skipped)!r} as it is in the global model, "
-                        "which this workflow has not shown to the aggregator"
-                    )
-                mean = {name: mean.get(name, value) for name, value in self._global.items()}
+            if self.expected_data_kind == DataKind.WEIGHTS:
+                mean = self._completed(mean)
             return mean, intake.metrics(only), report
+
+    def _completed(self, mean: dict[str, Any]) -> dict[str, Any]:
+        """The whole new global model, for which NVFlare takes the average: what was not averaged stays as it is."""
+        if self._global is not None:
+            return mean if len(mean) == len(self._global) else {**self._global, **mean}
+        if self._skipped:
+            raise FedLearnError(
+                f"exclude_vars leaves {min(self._skipped)!r} as it is in the global model, "
+                "which this workflow has not shown to the aggregator"
+            )
+        return mean
 
     def _stats(self, report: RoundReport, mean: Mapping[str, Any]) -> dict[str, Any]:
         """What NVFlare's own reports tell of a round."""
@@ -241,8 +288,9 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
     Each model is checked whole before any of it counts, against the global model: names, shapes, dtypes, NaN and
     infinity, round, number of steps, a second contribution. One that fails is refused by an exception that names client
     and cause, which NVFlare logs; the others are averaged (see `fed_learn.weighted_average`). A client counts by
-    `meta["NUM_STEPS_CURRENT_ROUND"]` times its entry of `aggregation_weights`. Dtypes stay, and tensors stay tensors.
-    Metrics that all clients sent are averaged too, by the same weights.
+    `meta["NUM_STEPS_CURRENT_ROUND"]` times its entry of `aggregation_weights`; one that sends no number of steps counts
+    by 1, as in NVFlare, and 0 steps add nothing. Dtypes stay, and tensors stay tensors. Metrics that all clients sent
+    are averaged too, by the same weights, bools as 0 and 1.
 
     If a round fails, because too few contributions were accepted or the mean left the range of a dtype, an error is
     logged and the global model stands.
@@ -256,6 +304,10 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
         on_bad_contribution: `"reject"` goes on without a refused contribution; `"raise"` ends the job when the round in
             which there was one is to be averaged.
         min_contributions: Accepted contributions that a round needs.
+        require_weight: Refuse clients that send no number of steps, rather than count them by 1.
+        partial: What becomes of models that hold a part of the variables. `"same"`: a part that is the same from all is
+            averaged, and the global model keeps the rest; of different parts the commonest counts. `"average"`: each
+            variable is averaged over those who sent it, as NVFlare does (not with `stream`). `"refuse"`: it is refused.
         exact: Exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
         stream: Add each model to float64 sums as it comes, in order of arrival, and keep none. Otherwise the models are
@@ -342,6 +394,8 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         *,
         on_bad_contribution: str = "reject",
         min_contributions: int = 1,
+        require_weight: bool = False,
+        partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
         stream: bool = False,
@@ -353,6 +407,8 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
             weigh_by_local_iter,
             on_bad_contribution=on_bad_contribution,
             min_contributions=min_contributions,
+            require_weight=require_weight,
+            partial=partial,
             exact=exact,
             kernel=kernel,
             stream=stream,
@@ -361,6 +417,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
     def accept(self, shareable: Shareable, fl_ctx: FLContext) -> bool:
         """Accepts what a client sent, or refuses it: logs why, and returns False."""
         self.fl_ctx = fl_ctx
+        self._learn_round(fl_ctx)
         who = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
         code = shareable.get_return_code()
         if code and code != ReturnCode.OK:

@@ -24,6 +24,7 @@ from fed_learn.contribution import (
     Contribution,
     Kind,
     check_aggregation_weight,
+    whole_number_of,
 )
 from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, FedLearnError
 from fed_learn.events import EventHandler, check_handlers
@@ -271,7 +272,7 @@ def _read(name: str, result: Any, number: int | None) -> Contribution | None:
         weight = 1.0  # as NVFlare counts whatever is no number of steps
     kind = Kind.DIFF if model.params_type == ParamsType.DIFF else Kind.FULL
     metrics = props.numbers_in(model.metrics)
-    return Contribution(name, None, weight, n_iter=props.whole(steps), round=number, kind=kind, metrics=metrics)
+    return Contribution(name, None, weight, n_iter=whole_number_of(steps), round=number, kind=kind, metrics=metrics)
 
 
 def _put_into(weights: dict[str, Any] | None, replaced: WeightDict | None) -> None:

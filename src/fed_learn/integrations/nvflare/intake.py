@@ -8,12 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from fed_learn import kernels
-from fed_learn.aggregation import Accumulator, weighted_average
-from fed_learn.aggregation.arrays import finite_columns
-from fed_learn.aggregation.exact import check_domain
-from fed_learn.aggregation.tensors import opened_contribution, schema_of
-from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport, check_contribution
+from fed_learn.aggregation.round import Round, Told
+from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport
 from fed_learn.errors import (
+    EmptyAggregationError,
     ExactDomainError,
     IntegerRangeError,
     NonFiniteError,
@@ -22,7 +20,7 @@ from fed_learn.errors import (
     brief,
     without_tracebacks,
 )
-from fed_learn.weights import Schema, WeightDict
+from fed_learn.weights import WeightDict
 
 
 class Intake:
@@ -57,22 +55,32 @@ class Intake:
         like: WeightDict | None = None,
         kind: Kind = Kind.FULL,
         min_contributions: int = 1,
+        partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
         stream: bool = False,
+        told: Told | None = None,
     ) -> None:
-        self.number = number
         self.like = like
-        self.kind = kind
         self.min_contributions = min_contributions
-        self.exact = exact
-        self.kernel = kernel
-        self.accepted: dict[str, Contribution] = {}
         self.rejected: list[ClientFailure] = []
         self.report = RoundReport(-1 if number is None else number, kernel=kernels.resolve(kernel).name)
-        self._schema: Schema | None = None if like is None else schema_of(like, "global model")
-        self._kept: dict[str, Contribution] = {}
-        self._stream: Accumulator | None = Accumulator(like=like, exact=exact, kernel=kernel) if stream else None
+        self._round = Round(
+            number=number,
+            model=like,
+            kind=kind,
+            partial=partial,
+            exact=exact,
+            stream=stream,
+            kernel=kernel,
+            own=False,
+            told=told,
+        )
+
+    @property
+    def accepted(self) -> dict[str, Contribution]:
+        """The contributions so far, by name."""
+        return self._round.accepted
 
     def receive(self, contribution: Contribution) -> Contribution:
         """Accepts a contribution, or refuses it and is as if it had never come.
@@ -88,10 +96,13 @@ class Intake:
             ContributionError, ExactDomainError: It is refused; the caller tells `refuse`.
             Exception: Whatever reading the weights raises, such as a file that is gone.
         """
-        accepted = self._accept(contribution)
-        self.accepted[accepted.contributor] = accepted
-        self._note(accepted=tuple(sorted(self.accepted)))
-        return accepted
+        if isinstance(contribution.weights, Mapping):
+            loaded = {name: _loaded(value) for name, value in contribution.weights.items()}
+            contribution = replace(contribution, weights=loaded)
+        accepted = self._round.receive(contribution)
+        number = self._round.number
+        self._note(accepted=tuple(sorted(self.accepted)), round=-1 if number is None else number)
+        return accepted.without_weights()
 
     def refuse(self, who: object, error: Exception) -> Exception:
         """Notes in the report that a contribution was refused, and why.
@@ -104,6 +115,12 @@ class Intake:
         self._note(rejected=tuple(self.rejected))
         return kept
 
+    def settle(self) -> list[Exception]:
+        """Refuses what cannot be averaged with the others, now that all are in, and says why; see `Round.settle`."""
+        refused = [self.refuse(contribution.contributor, error) for contribution, error in self._round.settle()]
+        self._note(accepted=tuple(sorted(self.accepted)))
+        return refused
+
     def average(self, only: Collection[str] | None = None) -> dict[str, Any] | None:
         """The mean of what was accepted; the report tells of it.
 
@@ -111,78 +128,53 @@ class Intake:
             only: Names of those that are averaged; None: all.
 
         Returns:
-            A new dict of arrays, or of tensors where the first contribution has them. None if the round fails, because
-            there are too few contributions or the mean left the range of a dtype: the report's `error` says so.
+            A new dict of arrays, or of tensors where the first contribution has them: of the variables that clients
+            sent, or of all where the global model is known. None if the round fails, because there are too few
+            contributions, none counts by more than 0, or the mean left the range of a dtype: the report's `error` says
+            so.
 
         Raises:
             ValueError: `only` leaves some out, and they are added up already (`stream`).
         """
         chosen = [name for name in sorted(self.accepted) if only is None or name in only]
-        if self._stream is not None and len(chosen) < len(self.accepted):
-            raise ValueError(
-                "with stream=True the contributions are added up as they come: none can be taken out later"
-            )
         if len(chosen) < self.min_contributions:
-            count, required = len(chosen), self.min_contributions
-            self._note(
-                accepted=tuple(chosen),
-                error=TooFewContributionsError(
-                    f"round {self.number}: {count} accepted contributions, {required} required; "
-                    "the global model stands",
-                    count=count,
-                    required=required,
-                    round=self.number,
-                ),
-            )
+            self._note(accepted=tuple(chosen), error=self._too_few(len(chosen)))
             return None
         started = time.perf_counter()
         try:
-            mean = self._mean(chosen)
-        except (NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError) as error:
+            combined = self._round.combine([self.accepted[name] for name in chosen])
+        except (EmptyAggregationError, NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError) as error:
             self._note(error=without_tracebacks(error))
             return None
+        weights = [self.accepted[name].aggregation_weight for name in chosen]
         self._note(
             accepted=tuple(chosen),
-            total_weight=float(sum(self.accepted[name].aggregation_weight for name in chosen)),
+            total_weight=float(sum(weights)),
             aggregation_seconds=time.perf_counter() - started,
-            aggregation_bytes=len(chosen) * sum(int(value.nbytes) for value in mean.values()),
+            aggregation_bytes=len(chosen) * sum(int(value.nbytes) for value in combined.mean.values()),
         )
-        return mean
+        mean = {**combined.constants, **combined.mean}
+        return {name: mean[name] for name in self.like or combined.sent if name in mean}
 
     def metrics(self, only: Collection[str] | None = None) -> dict[str, float]:
         """The weighted means of the metrics that every averaged contribution has, finite ones."""
         chosen = [c for name, c in sorted(self.accepted.items()) if only is None or name in only]
         total = sum(c.aggregation_weight for c in chosen)
-        names = [name for name in chosen[0].metrics if all(name in c.metrics for c in chosen)] if chosen else []
+        if not total:
+            return {}
+        names = [name for name in chosen[0].metrics if all(name in c.metrics for c in chosen)]
         means = {name: sum(c.metrics[name] * c.aggregation_weight for c in chosen) / total for name in names}
         return {name: mean for name, mean in means.items() if math.isfinite(mean)}
 
-    def _accept(self, sent: Contribution) -> Contribution:
-        if isinstance(sent.weights, Mapping):
-            sent = replace(sent, weights={name: _loaded(value) for name, value in sent.weights.items()})
-        opened, _ = opened_contribution(sent, None, on_host=True)
-        weights, aggregation_weight = check_contribution(
-            opened, self._schema, kind=self.kind, round=self.number, contributors=self.accepted, scan=False
+    def _too_few(self, count: int) -> TooFewContributionsError:
+        number = self.report.round
+        return TooFewContributionsError(
+            f"round {number + 1 if number >= 0 else '?'}: {count} accepted contributions, {self.min_contributions} "
+            "required; the global model stands",
+            count=count,
+            required=self.min_contributions,
+            round=self._round.number,
         )
-        accepted = replace(sent, aggregation_weight=aggregation_weight)
-        if self._stream is not None:
-            self._stream.add(accepted)
-        else:
-            finite_columns(kernels.resolve(self.kernel), weights, sent.contributor)
-            if self.exact:
-                check_domain(weights, aggregation_weight, sent.contributor)
-            self._kept[sent.contributor] = accepted
-        self._schema = Schema.of(weights) if self._schema is None else self._schema
-        if self.number is None and sent.round is not None:
-            self.number = sent.round
-            self._note(round=sent.round)
-        return accepted.without_weights()
-
-    def _mean(self, chosen: list[str]) -> dict[str, Any]:
-        if self._stream is not None:
-            return dict(self._stream.result())
-        contributions = [self._kept[name] for name in chosen]
-        return dict(weighted_average(contributions, like=self.like, exact=self.exact, kernel=self.kernel))
 
     def _note(self, **changes: Any) -> None:
         self.report = replace(self.report, **changes)

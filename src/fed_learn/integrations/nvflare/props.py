@@ -7,13 +7,12 @@ each works without.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 
-from fed_learn.contribution import Contribution
+from fed_learn.contribution import Contribution, split_metrics
 
 OUTCOME = "fed_learn.outcome"
 """Aggregator to bridge, from one contribution's acceptance to the event after it: an `Outcome`."""
@@ -52,32 +51,26 @@ def global_weights(fl_ctx: Any) -> dict[str, Any] | None:
 
 
 def numbers_in(metrics: object) -> dict[str, float]:
-    """The metrics that are plain numbers; NVFlare's clients may send anything beside them.
+    """The metrics that are numbers, bools among them, as NVFlare counts them; its clients may send anything beside.
 
     Example:
         >>> numbers_in({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
-        {'accuracy': 0.5}
+        {'accuracy': 0.5, 'converged': 1.0}
     """
-    items = metrics.items() if isinstance(metrics, Mapping) else ()
-    found = {}
-    for name, value in items:
-        if isinstance(name, str) and isinstance(value, Real) and not isinstance(value, bool):
-            try:
-                found[name] = float(value)
-            except OverflowError:  # an int that no float holds
-                continue
-    return found
+    numbers, others = split_metrics(_entries(metrics))
+    return numbers | {name: float(value) for name, value in others.items() if isinstance(value, bool)}
 
 
-def whole(steps: object) -> int | None:
-    """A number of steps as a 64-bit int, where it is one.
+def others_in(metrics: object) -> dict[str, Any]:
+    """The metrics that are no numbers, as plain values.
 
     Example:
-        >>> whole(3.0), whole(2.5), whole(10**400), whole("3")
-        (3, None, None, None)
+        >>> others_in({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
+        {'confusion': ((1, 2),)}
     """
-    if isinstance(steps, bool) or not isinstance(steps, Integral | float):
-        return None
-    if isinstance(steps, float) and not steps.is_integer():
-        return None
-    return int(steps) if abs(int(steps)) < 2**63 else None
+    _, others = split_metrics(_entries(metrics))
+    return {name: value for name, value in others.items() if not isinstance(value, bool)}
+
+
+def _entries(metrics: object) -> dict[Any, Any]:
+    return dict(metrics) if isinstance(metrics, Mapping) else {}

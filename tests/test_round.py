@@ -1,0 +1,608 @@
+"""What a round accepts although it is not as the global model has it, which of several parts counts, and the values."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fed_learn as fl
+from fed_learn import kernels
+from fed_learn.aggregation.round import MOST_FORMS, Combined, Round
+from fed_learn.contribution import Contribution, Kind
+from fed_learn.weights import Array, FrozenWeights, WeightDict
+
+KERNELS = kernels.available()
+STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["kept", "stream"])
+INF = np.inf
+MODEL: dict[str, Array] = {
+    "fc.weight": np.zeros((2, 3), np.float32),
+    "fc.bias": np.zeros(3, np.float64),
+    "bn.mean": np.full(3, 7, np.float32),
+    "bn.count": np.array(5, np.int64),
+}
+
+
+def f32(values: Any) -> Array:
+    return np.array(values, np.float32)
+
+
+def model(value: float, *names: str) -> dict[str, Array]:
+    """All variables, or some of them, with one value everywhere."""
+    return {name: np.full_like(array, value) for name, array in MODEL.items() if name in (names or MODEL)}
+
+
+def sent(who: str, weights: Any, weight: Any = 1, **fields: Any) -> Contribution:
+    return Contribution(who, weights, weight, **fields)
+
+
+def combined(this: Round, *contributions: Contribution) -> Combined:
+    for contribution in contributions:
+        this.receive(contribution)
+    assert this.settle() == []
+    return this.combine()
+
+
+def firsts(weights: WeightDict) -> dict[str, float]:
+    """The first element of each variable."""
+    return {name: float(np.asarray(array).reshape(-1)[0]) for name, array in weights.items()}
+
+
+# Dtypes
+
+
+@STREAMS
+@pytest.mark.parametrize("given", ["float16", ml_dtypes.bfloat16, "float32", "float64"], ids=str)
+@pytest.mark.parametrize("expected", ["float16", ml_dtypes.bfloat16, "float32", "float64"], ids=str)
+def test_another_width_of_floats_is_rounded_to_that_of_the_model(given: Any, expected: Any, stream: bool) -> None:
+    rng = np.random.default_rng(1)
+    values = [rng.normal(size=33).astype(given) for _ in range(3)]
+    this = Round(model={"w": np.zeros(33, expected)}, stream=stream)
+    mean = combined(this, *(sent(f"{k}", {"w": array}, k + 1) for k, array in enumerate(values))).mean["w"]
+    rounded = [
+        np.float32(a).astype(expected) if np.dtype(expected).itemsize == 2 else a.astype(expected) for a in values
+    ]
+    assert mean.dtype == np.dtype(expected)
+    assert mean.tobytes() == fl.weighted_average([{"w": a} for a in rounded], [1, 2, 3])["w"].tobytes()
+
+
+def test_float64_to_bfloat16_goes_by_way_of_float32_in_every_place() -> None:
+    # Exactly between two bfloat16 numbers once it is a float32, and above that as a float64.
+    value = np.array([1 + 2.0**-8 + 2.0**-30])
+    this = Round(model={"w": np.zeros(1, ml_dtypes.bfloat16)})
+    assert combined(this, sent("a", {"w": value})).mean["w"].astype(float).tolist() == [1.0]
+
+
+@STREAMS
+def test_integers_take_other_widths_that_fit_and_floats_half_to_even(stream: bool) -> None:
+    this = Round(model={"n": np.array([0, 0, 0], np.int64)}, stream=stream)
+    mean = combined(
+        this,
+        sent("a", {"n": np.array([1, 2, 3], np.int32)}),
+        sent("b", {"n": np.array([0.5, 1.5, 3.0])}),
+        sent("c", {"n": np.array([-1, 5, 3], np.int8)}),
+    )
+    assert mean.mean["n"].dtype == np.int64
+    assert mean.mean["n"].tolist() == [0, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("expected", "array"),
+    [
+        (np.float16, np.array([70_000.0])),
+        (np.float32, np.array([1e39])),
+        (ml_dtypes.bfloat16, np.array([3.4e38])),
+        (np.int8, np.array([128])),
+        (np.int8, np.array([-129.0])),
+        (np.uint8, np.array([-1], np.int16)),
+        (np.int64, np.array([2.0**63])),
+        (np.uint64, np.array([2.0**64])),
+        (np.int64, np.array([np.nan])),
+        (np.int32, np.array([np.inf])),
+    ],
+    ids=str,
+)
+def test_values_that_do_not_fit_are_refused_by_name(expected: Any, array: Array) -> None:
+    this = Round(model={"w": np.zeros(1, expected)})
+    with pytest.raises(fl.DtypeError, match=r"site-1: 'w' has dtype \w+ with values that do not fit into") as caught:
+        this.receive(sent("site-1", {"w": array}))
+    assert (caught.value.contributor, caught.value.name, caught.value.expected) == ("site-1", "w", np.dtype(expected))
+    assert not this.accepted
+
+
+@pytest.mark.parametrize(
+    ("expected", "array"),
+    [
+        (np.float32, np.array([1])),
+        (np.float32, np.array([True])),
+        (np.bool_, np.array([1])),
+        (np.bool_, np.array([1.0])),
+        (np.int64, np.array([True])),
+        (np.float32, np.array([1 + 0j])),
+        (np.float32, np.array(["1"])),
+        (np.float32, np.zeros(1, "V4")),
+    ],
+    ids=str,
+)
+def test_another_sort_of_dtype_is_refused(expected: Any, array: Array) -> None:
+    with pytest.raises(fl.DtypeError):
+        Round(model={"w": np.zeros(1, expected)}).receive(sent("site-1", {"w": array}))
+
+
+def test_nan_in_another_dtype_is_nan() -> None:
+    with pytest.raises(fl.NonFiniteError, match=r"site-1: 'w' at index \(1,\): nan is not finite"):
+        Round(model={"w": np.zeros(2, np.float32)}).receive(sent("site-1", {"w": np.array([1.0, np.nan])}))
+
+
+def test_rounding_is_told_once_per_client(caplog: pytest.LogCaptureFixture) -> None:
+    this = Round(model={"w": np.zeros(2, np.float32)})
+    again = Round(model={"w": np.zeros(2, np.float32)}, told=this._told)
+    for one in (this, again):
+        for who in "ab":
+            one.receive(sent(who, {"w": np.ones(2)}))
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{who}: 'w' came as float64 and is rounded to float32, as the global model has it" for who in "ab"
+    ]
+
+
+# Numbers
+
+
+@STREAMS
+@pytest.mark.parametrize("value", [3, 3.0, np.float32(3), np.array(3.0), np.int64(3)], ids=repr)
+def test_a_number_in_any_form_is_a_variable_without_dimensions(value: Any, stream: bool) -> None:
+    kind = np.asarray(value).dtype.kind
+    expected = np.zeros((), np.int32 if kind == "i" else np.float32)
+    found = combined(
+        Round(model={"w": expected}, stream=stream), sent("a", {"w": value}), sent("b", {"w": expected})
+    ).mean
+    assert found["w"].dtype == expected.dtype
+    assert found["w"] == (2 if kind == "i" else 1.5)
+
+
+def test_a_number_is_not_broadcast() -> None:
+    with pytest.raises(fl.ShapeError, match="a: 'w' has shape \\(\\), expected \\(2,\\)"):
+        Round(model={"w": np.zeros(2)}).receive(sent("a", {"w": 1.0}))
+
+
+# Parts
+
+
+@STREAMS
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_part_that_is_the_same_from_all_is_averaged(
+    kind: Kind, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    part = ("fc.bias", "fc.weight")
+    this = Round(model=MODEL, kind=kind, stream=stream)
+    found = combined(this, sent("a", model(1, *part), 1, kind=kind), sent("b", model(5, *part), 3, kind=kind))
+    assert firsts(found.mean) == {"fc.weight": 4.0, "fc.bias": 4.0}
+    assert found.sent == ("fc.weight", "fc.bias")  # in the order of the global model
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.startswith("clients send 2 of the global model's 4 variables")
+    assert "'bn.mean', 'bn.count'" in told
+
+
+@STREAMS
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)], ids=str)
+def test_of_different_parts_the_commonest_counts_whoever_came_first(order: Sequence[int], stream: bool) -> None:
+    contributions = [
+        sent("a", model(1, "fc.weight")),
+        sent("b", model(3, "fc.weight", "fc.bias")),
+        sent("c", model(5, "fc.weight", "fc.bias")),
+    ]
+    this = Round(model=MODEL, stream=stream)
+    for k in order:
+        this.receive(contributions[k])
+    ((refused, error),) = this.settle()
+    assert (refused.contributor, type(error), error.contributor) == ("a", fl.NamesError, "a")
+    assert str(error).startswith("a: misses 'fc.bias', compared with what 2 of the round's contributions hold")
+    assert error.missing == ("fc.bias",)
+    assert sorted(this.accepted) == ["b", "c"]
+    assert firsts(this.combine().mean) == {"fc.weight": 4.0, "fc.bias": 4.0}
+
+
+def test_the_whole_model_wins_against_as_many_parts() -> None:
+    this = Round(model=MODEL)
+    this.receive(sent("a", model(1, "fc.weight")))
+    this.receive(sent("b", model(3)))
+    assert [refused.contributor for refused, _ in this.settle()] == ["a"]
+    assert firsts(this.combine().mean) == dict.fromkeys(MODEL, 3.0)
+
+
+@STREAMS
+def test_of_parts_as_common_and_as_large_the_choice_does_not_depend_on_arrival(stream: bool) -> None:
+    for order in ((0, 1), (1, 0)):
+        this = Round(model=MODEL, stream=stream)
+        contributions = [sent("a", model(1, "fc.weight")), sent("b", model(3, "fc.bias"))]
+        for k in order:
+            this.receive(contributions[k])
+        assert [refused.contributor for refused, _ in this.settle()] == ["b"]
+
+
+def test_parts_average_each_variable_over_those_who_sent_it() -> None:
+    this = Round(model=MODEL, partial="average")
+    this.receive(sent("a", model(1, "fc.weight"), 1))
+    this.receive(sent("b", model(3, "fc.weight", "fc.bias"), 3))
+    this.receive(sent("c", model(9, "bn.count"), 5))
+    assert this.settle() == []
+    assert firsts(this.combine().mean) == {"fc.weight": 2.5, "fc.bias": 3.0, "bn.count": 9.0}
+
+
+@given(st.data())
+def test_parts_average_as_exact_rationals_do(data: st.DataObject) -> None:
+    names = ["a", "b", "c"]
+    known = {name: np.zeros(2, np.float32) for name in names}
+    numbers = st.integers(-1000, 1000).map(float)
+    clients = data.draw(
+        st.lists(
+            st.tuples(st.dictionaries(st.sampled_from(names), numbers, min_size=1), st.integers(0, 9)),
+            min_size=1,
+            max_size=6,
+        )
+    )
+    this = Round(model=known, partial="average")
+    for k, (values, weight) in enumerate(clients):
+        this.receive(sent(f"{k}", {n: np.full(2, v, np.float32) for n, v in values.items()}, weight))
+    assert this.settle() == []
+    expected: dict[str, float] = {}
+    for name in names:
+        terms = [(Fraction(values[name]), weight) for values, weight in clients if name in values and weight]
+        if terms:
+            expected[name] = float(np.float32(float(sum(v * w for v, w in terms) / sum(w for _, w in terms))))
+    if not any(weight for _, weight in clients):
+        with pytest.raises(fl.EmptyAggregationError):
+            this.combine()
+    else:
+        assert firsts(this.combine().mean) == expected
+
+
+def test_a_part_can_be_refused() -> None:
+    with pytest.raises(fl.NamesError, match=r"a: has other variables than expected: misses 'fc.bias'"):
+        Round(model=MODEL, partial="refuse").receive(sent("a", model(1, "fc.weight")))
+
+
+@pytest.mark.parametrize("partial", ["same", "average"])
+@pytest.mark.parametrize("weights", [{"new": np.zeros(1)}, {**model(1), "new": np.zeros(1)}, {}], ids=str)
+def test_names_that_the_model_has_not_and_none_at_all_are_refused(weights: Any, partial: str) -> None:
+    with pytest.raises(fl.NamesError):
+        Round(model=MODEL, partial=partial).receive(sent("a", weights))
+
+
+def test_a_stream_keeps_a_few_parts_apart_and_refuses_more() -> None:
+    known = {f"{k}": np.zeros(1) for k in range(MOST_FORMS + 1)}
+    this = Round(model=known, stream=True)
+    for k in range(MOST_FORMS):
+        this.receive(sent(f"site-{k}", {f"{k}": np.ones(1)}))
+    with pytest.raises(fl.NamesError):
+        this.receive(sent("last", {f"{MOST_FORMS}": np.ones(1)}))
+    this.receive(sent("site-x", {"2": np.array([3.0])}))
+    assert len(this.settle()) == MOST_FORMS - 1
+    assert firsts(this.combine().mean) == {"2": 2.0}
+
+
+# A global model that nobody knows
+
+
+@STREAMS
+def test_without_a_model_the_commonest_form_counts(stream: bool) -> None:
+    this = Round(stream=stream)
+    this.receive(sent("a", {"w": np.ones(3), "new": np.ones(1)}))
+    this.receive(sent("b", {"w": np.ones(2)}))
+    this.receive(sent("c", {"w": np.full(2, 3.0)}))
+    ((refused, error),) = this.settle()
+    assert refused.contributor == "a"
+    assert isinstance(error, fl.NamesError)
+    found = this.combine()
+    assert found.mean["w"].tolist() == [2.0, 2.0]
+    assert found.sent == ("w",)
+
+
+# Constants
+
+MASK: Array = f32([[0, -INF], [0, 0]])
+SCORES: dict[str, Array] = {
+    "w": np.zeros(2, np.float32),
+    "mask": MASK,
+    "low": np.array(INF),
+    "nan": np.array([np.nan, 1.0]),
+}
+
+
+def scores(value: float, **changed: Any) -> dict[str, Array]:
+    return {**SCORES, "w": np.full(2, value, np.float32), **changed}
+
+
+@STREAMS
+@pytest.mark.parametrize("own", [True, False], ids=["copied", "as sent"])
+def test_constants_that_are_not_finite_and_equal_everywhere_are_kept(
+    own: bool, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    this = Round(model=SCORES, stream=stream, own=own)
+    found = combined(this, sent("a", scores(1)), sent("b", scores(3)))
+    assert found.mean["w"].tolist() == [2.0, 2.0]
+    assert sorted(found.mean) == ["w"]
+    assert found.sent == ("w", "mask", "low", "nan")
+    assert "'mask', 'low', 'nan': not finite in the global model" in caplog.text
+
+
+@STREAMS
+def test_differences_of_constants_are_nan_or_zero_and_leave_them_as_they_are(stream: bool) -> None:
+    this = Round(model=SCORES, kind=Kind.DIFF, stream=stream)
+    with np.errstate(invalid="ignore"):
+        naive = {name: array - SCORES[name] for name, array in scores(1).items()}
+    ours = fl.weights.difference(scores(3), SCORES)
+    assert all(np.isfinite(array).all() for array in ours.values())
+    naive["low"] = np.asarray(naive["low"])
+    this.receive(sent("a", naive, kind=Kind.DIFF))
+    this.receive(sent("b", naive, kind=Kind.DIFF))
+    assert this.settle() == []
+    mean = this.combine().mean
+    assert mean["w"].tolist() == [1.0, 1.0]
+    moved = fl.weights.add_difference(SCORES, ours)
+    assert {n: a.tobytes() for n, a in moved.items()} == {n: a.tobytes() for n, a in scores(3).items()}
+
+
+@STREAMS
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"mask": f32([[0, 0], [0, -INF]])},
+        {"mask": f32([[0, INF], [0, 0]])},
+        {"mask": f32([[0, -INF], [-INF, 0]])},
+        {"low": np.array(-INF)},
+        {"nan": np.array([np.nan, np.nan])},
+        {"w": f32([1, np.nan])},
+    ],
+    ids=str,
+)
+def test_values_that_are_not_finite_elsewhere_are_refused(changed: Mapping[str, Array], stream: bool) -> None:
+    (name,) = changed
+    this = Round(model=SCORES, stream=stream)
+    with pytest.raises(fl.NonFiniteError) as caught:
+        this.receive(sent("a", {**scores(1), **changed}))
+    assert (caught.value.contributor, caught.value.name) == ("a", name)
+    assert not this.accepted
+
+
+@STREAMS
+@pytest.mark.parametrize("kind", list(Kind))
+def test_where_only_some_places_are_constants_the_others_are_averaged(kind: Kind, stream: bool) -> None:
+    bias = f32([1, -INF, 3])
+    known = {"bias": bias, "w": np.zeros(1)}
+    rows = [f32([2, -INF, 4]), f32([4, -INF, 8])]
+    if kind is Kind.DIFF:
+        with np.errstate(invalid="ignore"):
+            rows = [row - bias for row in rows]
+    this = Round(model=known, kind=kind, stream=stream)
+    found = combined(this, *(sent(f"{k}", {"bias": row, "w": np.ones(1)}, kind=kind) for k, row in enumerate(rows)))
+    assert found.mean["bias"].tolist() == ([3, -INF, 6] if kind is Kind.FULL else [2, 0, 3])
+
+
+@STREAMS
+def test_what_was_not_finite_may_become_a_number_if_it_does_everywhere(stream: bool) -> None:
+    """As the range of a quantization observer does, which begins at infinity."""
+    known = {"w": np.zeros(1), "low": np.array(INF)}
+    this = Round(model=known, stream=stream)
+    found = combined(this, *(sent(who, {"w": np.ones(1), "low": np.array(x)}) for who, x in (("a", 1.0), ("b", 3.0))))
+    assert found.mean["low"] == 2.0
+    mixed = Round(model=known, stream=stream)
+    for who, low in (("a", 1.0), ("b", 3.0), ("c", INF)):
+        mixed.receive(sent(who, {"w": np.ones(1), "low": np.array(low)}))
+    assert [refused.contributor for refused, _ in mixed.settle()] == ["c"]
+    assert mixed.combine().mean["low"] == 2.0
+
+
+@STREAMS
+def test_without_a_model_infinities_are_constants_if_another_sends_the_same(stream: bool) -> None:
+    this = Round(stream=stream)
+    for who, value in (("a", 1.0), ("b", 3.0)):
+        this.receive(sent(who, {"w": np.full(2, value), "mask": MASK}))
+    assert this.settle() == []
+    found = this.combine()
+    assert found.mean["w"].tolist() == [2.0, 2.0]
+    assert found.constants["mask"].tobytes() == MASK.tobytes()
+    alone = Round(stream=stream)
+    alone.receive(sent("a", {"w": np.full(2, 1.0), "mask": MASK}))
+    ((_, error),) = alone.settle()
+    assert isinstance(error, fl.NonFiniteError)
+    assert error.name == "mask"
+    with pytest.raises(fl.NonFiniteError):
+        Round(stream=stream).receive(sent("a", {"w": np.array([1.0, np.nan])}))
+
+
+def test_a_model_of_constants_alone_is_nothing_to_average() -> None:
+    this = Round(model={"mask": MASK})
+    this.receive(sent("a", {"mask": MASK}))
+    with pytest.raises(fl.EmptyAggregationError, match="no variable can be averaged"):
+        this.combine()
+
+
+# Zeros
+
+
+@STREAMS
+def test_a_client_without_examples_is_present_and_adds_nothing(stream: bool) -> None:
+    this = Round(model=MODEL, stream=stream)
+    found = combined(this, sent("a", model(1), 0), sent("b", model(3), 2), sent("c", model(5), 2))
+    assert sorted(this.accepted) == ["a", "b", "c"]
+    assert firsts(found.mean) == dict.fromkeys(MODEL, 4.0)
+
+
+@STREAMS
+def test_no_examples_anywhere_is_nothing_to_average(stream: bool) -> None:
+    this = Round(model=MODEL, stream=stream)
+    this.receive(sent("a", model(1), 0))
+    assert this.settle() == []
+    with pytest.raises(fl.EmptyAggregationError, match="counts by more than 0"):
+        this.combine()
+
+
+# Bits
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_part_has_the_bits_that_its_variables_have_in_the_whole(kernel: str) -> None:
+    rng = np.random.default_rng(5)
+    whole = [
+        {name: (rng.normal(size=array.shape) * 9).astype(array.dtype) for name, array in MODEL.items()}
+        for _ in range(5)
+    ]
+    part = ("fc.weight", "bn.count")
+    expected = fl.weighted_average(whole, [1, 2, 3, 4, 5], kernel=kernel)
+    this = Round(model=MODEL, kernel=kernel)
+    contributions = [sent(f"{k}", {name: w[name] for name in part}, k + 1) for k, w in enumerate(whole)]
+    found = combined(this, *contributions).mean
+    assert {name: array.tobytes() for name, array in found.items()} == {name: expected[name].tobytes() for name in part}
+
+
+# Jobs
+
+
+class Sending(fl.Learner):
+    """Sends what a function makes of the weights it was given."""
+
+    def __init__(self, make: Any, weight: Any = 1) -> None:
+        self.make = make
+        self.weight = weight
+
+    def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult:
+        return fl.TrainingResult(self.make(weights), self.weight)
+
+    def validate(self, weights: WeightDict, ctx: fl.FLContext) -> Mapping[str, float]:
+        return {"accuracy": 0.5}
+
+
+def plus(step: float, *names: str, dtype: Any = None) -> Any:
+    def make(weights: WeightDict) -> WeightDict:
+        with np.errstate(invalid="ignore"):  # NaN for a counter
+            return {n: (a + step).astype(dtype or a.dtype) for n, a in weights.items() if n in names}
+
+    return make
+
+
+@STREAMS
+def test_a_job_averages_a_part_and_keeps_the_rest_of_the_global_model(stream: bool) -> None:
+    server = fl.FederatedServer(MODEL, num_rounds=3, stream=stream)
+    part = ("fc.weight", "fc.bias")
+    learners = {"a": Sending(plus(1, *part)), "b": Sending(plus(3, *part, dtype=np.float64))}
+    result = server.run([fl.FederatedClient(name, learner) for name, learner in learners.items()])
+    assert [report.accepted for report in result.reports] == [("a", "b")] * 3
+    assert firsts(result.weights) == {"fc.weight": 6.0, "fc.bias": 6.0, "bn.mean": 7.0, "bn.count": 5.0}
+    assert {name: array.dtype for name, array in result.weights.items()} == {n: a.dtype for n, a in MODEL.items()}
+
+
+def test_a_minority_that_is_refused_when_the_round_closes_is_in_event_report_and_log() -> None:
+    seen: list[tuple[str, Any]] = []
+
+    class Watch(fl.Handler):
+        def receive_contribution(self, ctx: fl.FLContext) -> None:
+            seen.append((ctx[fl.ContextKey.CONTRIBUTOR], ctx[fl.ContextKey.REJECTION]))
+
+        def before_aggregation(self, ctx: fl.FLContext) -> None:
+            assert [c.contributor for c in ctx[fl.ContextKey.CONTRIBUTIONS]] == ["b", "c"]
+
+    server = fl.FederatedServer(
+        MODEL, num_rounds=1, handlers=[Watch()], on_bad_contribution="reject", min_contributions=1
+    )
+    learners = {"a": Sending(plus(1, "fc.weight")), "b": Sending(plus(3, *MODEL)), "c": Sending(plus(5, *MODEL))}
+    result = server.run([fl.FederatedClient(name, learner) for name, learner in learners.items()])
+    assert [(name, error is None) for name, error in seen] == [("a", True), ("b", True), ("c", True), ("a", False)]
+    (report,) = result.reports
+    assert report.accepted == ("b", "c")
+    assert [(failure.contributor, failure.cause) for failure in report.rejected] == [("a", "NamesError")]
+    assert firsts(result.weights) == {"fc.weight": 4.0, "fc.bias": 4.0, "bn.mean": 11.0, "bn.count": 9.0}
+    strict = fl.FederatedServer(MODEL, num_rounds=1)
+    with pytest.raises(fl.NamesError, match=r"a: misses 'fc\.bias'"):
+        strict.run([fl.FederatedClient(name, learner) for name, learner in learners.items()])
+
+
+@pytest.mark.parametrize("kind", list(Kind))
+def test_a_job_keeps_a_mask_whatever_the_kind(kind: Kind) -> None:
+    server = fl.FederatedServer(SCORES, num_rounds=2, kind=kind, handlers=[fl.ModelSelectionHandler()])
+    clients = [
+        fl.FederatedClient(name, Sending(lambda w, step=step: {**w, "w": w["w"] + np.float32(step)}), kind=kind)
+        for name, step in (("a", 1), ("b", 3))
+    ]
+    result = server.run(clients)
+    assert {n: a.tobytes() for n, a in result.weights.items()} == {n: a.tobytes() for n, a in scores(4).items()}
+    assert result.best is not None
+
+
+def test_an_empty_global_model_is_what_the_contributions_of_the_first_round_say() -> None:
+    server = fl.FederatedServer({}, num_rounds=2)
+    clients = [
+        fl.FederatedClient(name, Sending(lambda w, step=step: {"w": (w["w"] if w else np.zeros(2)) + step}))
+        for name, step in (("a", 1.0), ("b", 3.0))
+    ]
+    assert server.run(clients).weights["w"].tolist() == [4.0, 4.0]
+    with pytest.raises(ValueError, match="differences need a global model"):
+        fl.FederatedServer({}, num_rounds=1, kind=Kind.DIFF)
+
+
+def test_no_examples_anywhere_leaves_the_model_as_it_is_and_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    clients = [fl.FederatedClient(name, Sending(plus(1, *MODEL), weight=0)) for name in "ab"]
+    server = fl.FederatedServer(MODEL, num_rounds=2, on_bad_contribution="reject")
+    with pytest.raises(fl.NothingAggregatedError, match="2 times: EmptyAggregationError") as caught:
+        server.run(clients)
+    result = caught.value.result
+    assert [report.accepted for report in result.reports] == [("a", "b")] * 2
+    assert firsts(result.weights) == firsts(MODEL)
+    assert "round 1: no contribution counts by more than 0 examples; the global model stands" in caplog.text
+
+
+@pytest.mark.parametrize("on_bad_contribution", ["reject", "raise"])
+def test_a_job_in_which_nothing_was_ever_aggregated_names_the_commonest_cause(on_bad_contribution: str) -> None:
+    bad = {"a": plus(np.nan, *MODEL), "b": lambda w: {"other": np.zeros(1)}, "c": lambda w: {"another": np.zeros(1)}}
+    server = fl.FederatedServer(MODEL, num_rounds=3, min_contributions=1, on_bad_contribution=on_bad_contribution)
+    clients = [fl.FederatedClient(name, Sending(make)) for name, make in bad.items()]
+    if on_bad_contribution == "raise":
+        with pytest.raises(fl.ContributionError, match="a: "):
+            server.run(clients)
+        return
+    with pytest.raises(fl.NothingAggregatedError) as caught:
+        server.run(clients)
+    error = caught.value
+    assert (error.cause, error.count, error.rounds) == ("NamesError", 6, 3)
+    assert str(error).startswith("no round of 3 was aggregated, and the global model is the initial one")
+    assert "6 times: NamesError: b: has other variables than expected" in str(error)
+    assert error.result.weights["fc.bias"].tolist() == [0.0, 0.0, 0.0]
+    assert [len(report.rejected) for report in error.result.reports] == [3, 3, 3]
+
+
+def test_a_job_that_asked_nobody_and_one_with_a_single_good_round_end_well() -> None:
+    with fl.FederatedServer(MODEL, num_rounds=1).begin() as job:
+        job.start_round(0)
+        assert not job.aggregate()
+        job.end_round()
+    calls = []
+
+    def once(weights: WeightDict) -> WeightDict:
+        calls.append(1)
+        return plus(1 if len(calls) == 2 else np.nan, *MODEL)(weights)  # type: ignore[no-any-return]
+
+    server = fl.FederatedServer(MODEL, num_rounds=3, on_bad_contribution="reject")
+    result = server.run([fl.FederatedClient("a", Sending(once))])
+    assert [len(report.accepted) for report in result.reports] == [0, 1, 0]
+
+
+def test_clients_that_all_sit_out_every_round_leave_a_job_without_a_model(caplog: pytest.LogCaptureFixture) -> None:
+    class Idle(Sending):
+        def train(self, weights: WeightDict, ctx: fl.FLContext) -> Any:
+            return None
+
+    with caplog.at_level(logging.ERROR), pytest.raises(fl.NothingAggregatedError) as caught:
+        fl.FederatedServer(MODEL, num_rounds=2).run([fl.FederatedClient(name, Idle(None)) for name in "ab"])
+    assert (caught.value.cause, caught.value.count) == ("absent", 4)
+
+
+def test_weights_that_are_frozen_in_another_order_come_in_that_of_the_model() -> None:
+    turned = FrozenWeights(dict(reversed(model(1).items())))
+    taken = Round(model=MODEL).receive(sent("a", turned))
+    assert taken.weights is not None
+    assert list(taken.weights) == list(MODEL)
