@@ -2,7 +2,7 @@
 
 import logging
 import tracemalloc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import permutations
 
@@ -125,6 +125,30 @@ def test_without_a_number_every_client_that_was_asked_must_contribute(caplog: py
     job.shut_down()
     assert isinstance(report.error, fl.TooFewContributionsError)
     assert "round 1: 1 accepted contributions, 2 required; the global model stands" in caplog.text
+
+
+def test_what_is_called_out_of_turn_says_what_comes_first() -> None:
+    job = FederatedServer(initial_weights(), num_rounds=2).begin()
+    calls: dict[str, Callable[[], object]] = {
+        "receive": lambda: job.receive("a", contribution("a", noise(1))),
+        "absent": lambda: job.absent("a"),
+        "aggregate": job.aggregate,
+        "end_round": job.end_round,
+    }
+    for what, call in calls.items():
+        with pytest.raises(fl.OutOfTurnError, match=f"^{what}: start_round comes first$"):
+            call()
+    with pytest.raises(fl.OutOfTurnError, match="begin_validation comes first"):
+        job.receive_validation_result("a", None)
+    job.start_round(0)
+    calls["receive"]()
+    assert job.aggregate()
+    job.end_round()
+    model = bits(job.weights)
+    for what, call in calls.items():
+        with pytest.raises(fl.OutOfTurnError, match=f"^{what}: start_round comes first, for that of round 1 is over$"):
+            call()
+    assert bits(job.weights) == model
 
 
 def test_weights_that_are_frozen_already_are_not_copied() -> None:

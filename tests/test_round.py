@@ -435,6 +435,27 @@ def test_a_client_without_examples_is_present_and_adds_nothing(stream: bool) -> 
 
 
 @STREAMS
+def test_clients_without_examples_have_no_say_in_which_part_counts(stream: bool) -> None:
+    this = Round(model=MODEL, stream=stream)
+    this.receive(sent("a", model(1), 0))
+    this.receive(sent("b", model(2), 0))
+    this.receive(sent("c", model(3, "fc.bias"), 5))
+    assert [refused.contributor for refused, _ in this.settle()] == ["a", "b"]
+    assert firsts(this.combine().mean) == {"fc.bias": 3.0}
+
+
+def test_what_a_handler_makes_is_checked_and_must_be_of_the_same_part() -> None:
+    this = Round(model=MODEL)
+    kept = [this.receive(sent(who, model(value, "fc.bias"))) for who, value in (("a", 1), ("b", 3))]
+    halved = [Contribution(c.contributor, {"fc.bias": (c.weights or {})["fc.bias"] / 2}, 1) for c in kept]
+    assert firsts(this.combine(halved).mean) == {"fc.bias": 1.0}
+    with pytest.raises(fl.NamesError, match=r"b: has other variables than expected: adds 'fc\.weight'"):
+        this.combine([kept[0], Contribution("b", model(3, "fc.bias", "fc.weight"), 1)])
+    with pytest.raises(fl.NonFiniteError):
+        this.combine([kept[0], Contribution("b", model(np.nan, "fc.bias"), 1)])
+
+
+@STREAMS
 def test_no_examples_anywhere_is_nothing_to_average(stream: bool) -> None:
     this = Round(model=MODEL, stream=stream)
     this.receive(sent("a", model(1), 0))

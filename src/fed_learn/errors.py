@@ -160,6 +160,10 @@ class NothingAggregatedError(FedLearnError, RuntimeError):
     result: Any = None
 
 
+class OutOfTurnError(FedLearnError, RuntimeError):
+    """A method of a job was called at a moment at which it has no meaning; the message says what comes first."""
+
+
 class ClientQuitError(FedLearnError, RuntimeError):
     """A client leaves the job of its own will."""
 

@@ -191,6 +191,7 @@ class Round:
         elif self._partial == "average" and self._terms.schema:
             mean = self._mean_of_each(counting)
         else:
+            self._check_alike(counting)
             mean = self._mean(counting, counting[0].averaged, out)
         if not mean:
             raise EmptyAggregationError("no variable can be averaged: all that is sent are constants, not finite")
@@ -269,6 +270,16 @@ class Round:
             )
         return self._scanned(self._terms.check(given, lambda text: None))
 
+    def _check_alike(self, chosen: Sequence[Checked]) -> None:
+        """Refuses a contribution that a handler has made of another part than the others."""
+        expected = set(chosen[0].averaged)
+        for checked in chosen:
+            if checked.averaged != chosen[0].averaged and set(checked.averaged) != expected:
+                who = checked.contribution.contributor
+                raise Schema.of({name: chosen[0].arrays[name] for name in expected}).names_error(
+                    {name: checked.arrays[name] for name in checked.averaged}, who
+                )
+
     def _mean(
         self,
         chosen: Sequence[Checked],
@@ -324,8 +335,12 @@ class Round:
             forms.setdefault(checked.form if apart else checked.masked, []).append(name)
         if len(forms) < 2:
             return []
-        averaged = {names[0]: len(self._checked[names[0]].averaged) for names in forms.values()}
-        usual, *others = sorted(forms.values(), key=lambda names: (-len(names), -averaged[names[0]], min(names)))
+
+        def rank(names: list[str]) -> tuple[int, int, int, str]:
+            counting = sum(1 for name in names if self.accepted[name].aggregation_weight)
+            return -counting, -len(names), -len(self._checked[names[0]].averaged), min(names)
+
+        usual, *others = sorted(forms.values(), key=rank)
         expected = self._checked[usual[0]]
         return [
             (self._drop(name), self._other_form(name, checked, expected, len(usual)))

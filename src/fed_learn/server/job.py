@@ -20,6 +20,7 @@ from fed_learn.errors import (
     HandlerError,
     HandlerFailure,
     MetricError,
+    OutOfTurnError,
     TooFewContributionsError,
     without_tracebacks,
 )
@@ -84,6 +85,7 @@ class Job(JobEvents):
         self._late: list[HandlerFailure] = []
         self._over = False
         self._finished = False
+        self._in_round = False
         self._schema = server.schema
         self._initial = server.weights
         self._adopt(server.weights)
@@ -134,6 +136,7 @@ class Job(JobEvents):
             ContributionError: These, or what a handler set, is no model of the job's schema.
         """
         self._round_started = time.perf_counter()
+        self._in_round = True
         if weights is not None:
             self._adopt(checked_model(weights, self.schema, "global model", constants=self._weights))
         self._asked.clear()
@@ -169,7 +172,9 @@ class Job(JobEvents):
 
         Raises:
             ContributionError: It is refused, with `on_bad_contribution="raise"`.
+            OutOfTurnError: No round has begun.
         """
+        self._check_in_round("receive")
         if isinstance(sent, Exception) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
             self.quit(name, sent)
             return None
@@ -182,7 +187,12 @@ class Job(JobEvents):
         return None
 
     def absent(self, name: str) -> None:
-        """Notes in the report that a client sits the round out, or did not answer in time."""
+        """Notes in the report that a client sits the round out, or did not answer in time.
+
+        Raises:
+            OutOfTurnError: No round has begun.
+        """
+        self._check_in_round("absent")
         self.update_report(absent=(*self.report.absent, name))
 
     def aggregate(self) -> bool:
@@ -197,7 +207,11 @@ class Job(JobEvents):
 
         Returns:
             Whether there is a new global model.
+
+        Raises:
+            OutOfTurnError: No round has begun.
         """
+        self._check_in_round("aggregate")
         self._settle()
         if not self._enough():
             return False
@@ -223,9 +237,15 @@ class Job(JobEvents):
         return True
 
     def end_round(self) -> RoundReport:
-        """END_ROUND; returns the report of the round. The weights of its contributions are not kept."""
+        """END_ROUND; returns the report of the round. The weights of its contributions are not kept.
+
+        Raises:
+            OutOfTurnError: No round has begun.
+        """
+        self._check_in_round("end_round")
         self.update_report(seconds=time.perf_counter() - self._round_started)
         self._fire_and_adopt(EventType.END_ROUND)
+        self._in_round = False
         self._receiver.begin(self._weights)
         self.drop_weights()
         self.reports.append(self.report)
@@ -264,11 +284,15 @@ class Job(JobEvents):
             name: The client.
             result: A `ValidationResult`; an exception means that the client failed, and leaves the job. A bad result is
                 left out, and logged.
+
+        Raises:
+            OutOfTurnError: No model is being validated.
         """
         if isinstance(result, Exception):
             self.quit(name, result)
             return None
-        assert self._validated is not None, "begin_validation comes first"
+        if self._validated is None:
+            raise OutOfTurnError("receive_validation_result: begin_validation comes first")
         results: tuple[ValidationResult, ...] = self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ())
         try:
             checked = checked_result(name, self._validated, result, results)
@@ -364,6 +388,11 @@ class Job(JobEvents):
                 required=self.required,
                 round=self.ctx.get_prop(ContextKey.ROUND),
             )
+
+    def _check_in_round(self, what: str) -> None:
+        if not self._in_round:
+            last = f", for that of round {len(self.reports)} is over" if self.reports else ""
+            raise OutOfTurnError(f"{what}: start_round comes first{last}")
 
     def _refuse_untrained(self) -> None:
         """Raises, once, if the job ends as it began although clients were asked to train."""
