@@ -80,15 +80,32 @@ def test_float64_to_bfloat16_goes_by_way_of_float32_in_every_place() -> None:
 
 @STREAMS
 def test_integers_take_other_widths_that_fit_and_floats_half_to_even(stream: bool) -> None:
-    this = Round(model={"n": np.array([0, 0, 0], np.int64)}, stream=stream)
+    this = Round(model={"n": np.array([0, 0, 0], np.int64), "count": np.array(0), "w": np.zeros(1)}, stream=stream)
     mean = combined(
         this,
-        sent("a", {"n": np.array([1, 2, 3], np.int32)}),
-        sent("b", {"n": np.array([0.5, 1.5, 3.0])}),
-        sent("c", {"n": np.array([-1, 5, 3], np.int8)}),
-    )
-    assert mean.mean["n"].dtype == np.int64
-    assert mean.mean["n"].tolist() == [0, 3, 3]
+        sent("a", {"n": np.array([1, 2, 3], np.int32), "count": 12.5, "w": np.ones(1)}),
+        sent("b", {"n": np.array([0.0, 2.0, 3.0]), "count": 13.5, "w": np.ones(1)}),
+        sent("c", {"n": np.array([-1, 5, 3], np.int8), "count": 14, "w": np.ones(1)}),
+    ).mean
+    assert mean["n"].dtype == mean["count"].dtype == np.int64
+    assert mean["n"].tolist() == [0, 3, 3]
+    assert mean["count"] == 13  # of 12, 14 and 14: 13.3
+
+
+@pytest.mark.parametrize(
+    "known",
+    [
+        {"w": np.array([0, 0])},
+        {"w": np.array([0, 0]), "b": np.zeros(1)},
+        {"w": np.array([0])},
+    ],
+    ids=["weights begun as integers", "among others", "a single one"],
+)
+def test_fractions_are_not_cut_off_weights_that_were_begun_as_integers(known: dict[str, Array]) -> None:
+    this = Round(model=known)
+    fractions = {name: array + 0.25 for name, array in known.items()}
+    with pytest.raises(fl.DtypeError, match="a: 'w' has dtype float64 with fractions, and the global model has int64"):
+        this.receive(sent("a", fractions))
 
 
 @pytest.mark.parametrize(

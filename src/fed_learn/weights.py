@@ -4,6 +4,7 @@ A weight dict is a `dict[str, numpy.ndarray]`, parameter name → array. This mo
 kernels or frameworks; who sent a weight dict is only passed through into the errors.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
 from typing import Any, NoReturn, Self, TypeAlias
@@ -245,7 +246,8 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
         """Weights of some or all of these variables, in their order and in their dtypes.
 
         Args:
-            weights: In any byte order, floating-point numbers and integers of any width; see `fitted`.
+            weights: In any byte order, floating-point numbers and integers of any width; see `fitted`. Fractions for
+                integers are taken only in counters: single numbers beside variables of floating-point numbers.
             contributor: Who sent them, for the error.
 
         Returns:
@@ -278,10 +280,16 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             found = np.asarray(array, dtype) if given == dtype else fitted(array, dtype)
             if found is None:
                 raise dtype_error(name, array, dtype, contributor, "with values that do not fit into")
+            if given in FLOATS and dtype in INTEGERS and not (self._is_counter(name) or np.array_equal(found, array)):
+                raise dtype_error(name, array, dtype, contributor, "with fractions, and the global model has")
             if given != dtype:
                 rounded.setdefault((given, dtype), []).append(name)
             fit[name] = found
         return fit, rounded
+
+    def _is_counter(self, name: str) -> bool:
+        """Whether integers are a number beside weights, rather than the weights of a model that was begun with them."""
+        return math.prod(self[name][0]) == 1 and any(dtype in FLOATS for _, dtype in self.values())
 
 
 def dtype_error(

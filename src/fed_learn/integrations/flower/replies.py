@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind
+from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind, whole_number_of
 from fed_learn.errors import (
     AggregationWeightError,
     ClientQuitError,
@@ -76,16 +76,26 @@ def failure_of(message: Message) -> ClientQuitError:
 def claimed_name(content: RecordDict, node: object) -> str | None:
     """The name under which a reply contributes; None if it tells none.
 
+    A metric `"partition-id"` tells one if it is a number of a partition; whatever else an app means by it is its own.
+
     Raises:
-        UnknownContributorError: It is nothing that could be a name, or is another node's.
+        UnknownContributorError: What `ClientMod` states is nothing that could be a name, or is another node's.
     """
     claim = _metadata(content).get("contributor")
-    if claim is None:
-        partitions = [r[PARTITION_ID] for r in records_of(content, MetricRecord).values() if PARTITION_ID in r]
-        if not partitions:
-            return None
-        claim = partition_name(partitions[0])
-    return checked_name(claim, node)
+    if claim is not None:
+        return checked_name(claim, node)
+    partition = whole_number_of(metrics_of(content).get(PARTITION_ID))
+    return None if partition is None else partition_name(partition)
+
+
+def of_partition(name: str) -> bool:
+    """Whether a name is that of a partition of the data, which several nodes may have.
+
+    Example:
+        >>> of_partition("partition-3"), of_partition("hospital-a")
+        (True, False)
+    """
+    return name.startswith(partition_name(""))
 
 
 def checked_name(claim: object, node: object) -> str:
@@ -121,15 +131,15 @@ def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kin
             f"{name}: the reply has no number {keys.weight!r} to be weighted by", contributor=name, value=None
         )
     stated = _metadata(content)
-    n_iter = metrics.get(keys.n_iter)
     return Contribution(
         name,
         weights,
         metrics[keys.weight],
-        n_iter=n_iter,
+        n_iter=whole_number_of(metrics.get(keys.n_iter)),  # whatever else an app means by that name is its own
         round=_round_of(message, stated),
         kind=stated.get("kind", kind),
         metrics={key: value for key, value in metrics.items() if key not in (PARTITION_ID, keys.weight)},
+        info=lists_of(content),
     )
 
 
@@ -154,6 +164,12 @@ def metrics_of(content: RecordDict) -> dict[str, Any]:
     """All single numbers of all `MetricRecord`s."""
     records = records_of(content, MetricRecord).values()
     return {key: value for record in records for key, value in record.items() if not isinstance(value, list)}
+
+
+def lists_of(content: RecordDict) -> dict[str, Any]:
+    """All lists of numbers of all `MetricRecord`s."""
+    records = records_of(content, MetricRecord).values()
+    return {key: value for record in records for key, value in record.items() if isinstance(value, list)}
 
 
 def without_arrays(content: RecordDict) -> RecordDict:

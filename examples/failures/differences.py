@@ -1,0 +1,192 @@
+"""Where this library's drop-ins for Flower and NVFlare deliberately differ from the stack's own averaging.
+
+    python examples/failures/differences.py --write docs/differences.md
+
+Each line is run with both; beside what comes out stand the reason and the way back to what the stack does.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import flower_failures as flower
+import numpy as np
+import nvflare_failures as nvflare
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from outcomes import Outcome, Row, run
+
+from fed_learn.integrations.flower import FedAvg, LocalGrid, to_record, to_weights
+from fed_learn.integrations.nvflare import WeightedAverageAggregator
+
+f32 = flower.f32
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A line of the page.
+
+    Attributes:
+        run: Runs it with the stack and with ours.
+        why: The reason.
+        back: How to get what the stack does.
+    """
+
+    run: Callable[[], Row]
+    why: str
+    back: str
+
+
+def flower_job(
+    case: str, train: Callable[[Message, Context], Message], initial: dict[str, Any], rounds: int = 2
+) -> Row:
+    """Whole jobs of both strategies, with an app of three nodes in one process."""
+    outcomes = []
+    for strategy in (FlowerFedAvg(fraction_evaluate=0.0), FedAvg(fraction_evaluate=0.0)):
+        try:
+            with np.errstate(all="ignore"):
+                result = strategy.start(LocalGrid(train, 3), to_record(initial), num_rounds=rounds)
+        except Exception as error:  # noqa: BLE001 - that is what is asked for
+            outcomes.append(Outcome(error=error))
+            continue
+        outcomes.append(Outcome(dict(to_weights(result.arrays))))
+    return Row(case, *outcomes)
+
+
+def replying(content: Callable[[Message, Context], RecordDict]) -> Callable[[Message, Context], Message]:
+    return lambda message, context: Message(content(message, context), reply_to=message)
+
+
+def all_refused() -> Row:
+    def content(message: Message, context: Context) -> RecordDict:
+        arrays = to_record({"w": f32(np.nan)})
+        return RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 1})})
+
+    return flower_job("every client sends NaN in every round", replying(content), {"w": f32(0)})
+
+
+def misnamed_weight() -> Row:
+    def content(message: Message, context: Context) -> RecordDict:
+        metrics = MetricRecord({"num_examples" if context.node_config["partition-id"] == 2 else "num-examples": 1})
+        return RecordDict({"arrays": to_record({"w": f32(2)}), "metrics": metrics})
+
+    return flower_job("one client names its examples otherwise", replying(content), {"w": f32(0)})
+
+
+def part_of_the_model() -> Row:
+    def content(message: Message, context: Context) -> RecordDict:
+        return RecordDict({"arrays": to_record({"fc": f32(2)}), "metrics": MetricRecord({"num-examples": 1})})
+
+    return flower_job("all send fc of a model of fc and bn", replying(content), {"fc": f32(0), "bn": f32(7)})
+
+
+def wider_floats() -> Row:
+    weights = [{"w": np.array([v, 0.1])} for v in (1.0, 2.0, 3.0)]
+    return flower.both("float64 replies to a float32 model", flower.sent(weights), {"w": f32(0, 0)})
+
+
+def integers_for_floats() -> Row:
+    weights = [{"w": f32(1)}, {"w": f32(1)}, {"w": np.array([4])}]
+    return flower.both("client 2 sends integers for a float32 variable", flower.sent(weights), weights[0])
+
+
+def no_examples_in_nvflare() -> Row:
+    return nvflare.zero_steps()
+
+
+def parts_in_nvflare() -> Row:
+    whole = {"a": f32(1), "b": f32(1)}
+    return nvflare.both("site-3 leaves a variable out", nvflare.sent([whole, whole, {"a": f32(4)}]), whole)
+
+
+def part_in_nvflare() -> Row:
+    models = nvflare.sent([{"fc": f32(v)} for v in (1, 2, 3)])
+    return nvflare.both("all send fc of a model of fc and bn", models, {"fc": f32(0), "bn": f32(7)})
+
+
+STRICT = "a wrong number in the mean cannot be told afterwards"
+NONE = "only by the stack's own averaging"
+DTYPES = "the model is the authority: a mean does not change its dtypes"
+
+DIFFERENCES: dict[str, Sequence[Difference]] = {
+    f"Flower {version('flwr')}": (
+        Difference(flower.one_nan, STRICT, NONE),
+        Difference(flower.one_infinity, f"{STRICT}; infinities that the global model has itself pass", NONE),
+        Difference(flower.wrong_shape, "nothing is broadcast", NONE),
+        Difference(flower.negative_weight, STRICT, NONE),
+        Difference(flower.stale, "it was trained from another model", "clear `metadata.group_id` of the messages"),
+        Difference(flower.duplicate, "one client counts once", NONE),
+        Difference(
+            flower.missing_variable,
+            "a part that only some send has no clear mean",
+            '`partial="average"`, over those who sent it',
+        ),
+        Difference(
+            part_of_the_model,
+            "the rest of the global model is kept, in `result.arrays`; clients are sent the part, as by Flower",
+            "take the names that clients send out of `result.arrays`",
+        ),
+        Difference(wider_floats, DTYPES, "initial arrays in float64"),
+        Difference(flower.int64_counter, DTYPES, "initial arrays in float64"),
+        Difference(integers_for_floats, "an integer where a fraction is due has been cut off", NONE),
+        Difference(misnamed_weight, "the others' work is not lost", '`on_bad_contribution="raise"`'),
+        Difference(flower.zero_total, "the round fails with a word, and a job of such rounds ends with an error", NONE),
+        Difference(all_refused, "a job that ends with its initial model has failed", NONE),
+        Difference(
+            flower.other_metrics,
+            "metrics are no reason to lose weights",
+            "`train_metrics_aggr_fn=` Flower's `aggregate_metricrecords`",
+        ),
+        Difference(flower.order_of_arrival, "the same bits, whoever is first", NONE),
+    ),
+    f"NVFlare {version('nvflare')}": (
+        Difference(nvflare.one_nan, STRICT, NONE),
+        Difference(nvflare.one_infinity, f"{STRICT}; infinities that the global model has itself pass", NONE),
+        Difference(nvflare.broadcast, "nothing is broadcast", NONE),
+        Difference(nvflare.nan_steps, STRICT, "`weigh_by_local_iter=False`"),
+        Difference(nvflare.zero_steps, "who did no step has nothing to add", "`weigh_by_local_iter=False`"),
+        Difference(parts_in_nvflare, "a part that only some send has no clear mean", '`partial="average"`'),
+        Difference(part_in_nvflare, "the global model keeps its other variables, and clients receive them too", NONE),
+        Difference(nvflare.duplicate, "one client counts once", NONE),
+        Difference(nvflare.stale, "it was trained from another model", NONE),
+        Difference(nvflare.wrong_kind, "a difference is no model", NONE),
+        Difference(nvflare.int64_counters, DTYPES, "a global model in float64"),
+        Difference(nvflare.nothing, "there is no mean of nothing", NONE),
+        Difference(nvflare.order_of_arrival, "the same bits, whoever is first", NONE),
+        Difference(nvflare.handler_raises, "no failure is invisible", '`on_handler_error="log"`'),
+    ),
+}
+
+
+def document() -> str:
+    """The page of the docs."""
+    parts = [
+        "# Where a drop-in differs from the stack, on purpose\n",
+        "What a stack accepts and has one clear meaning is accepted here too, so that changing the import costs no\n"
+        "training. These differences are left. Each line was run with both; `python examples/failures/differences.py\n"
+        "--write docs/differences.md` wrote this page.\n",
+    ]
+    for stack, differences in DIFFERENCES.items():
+        lines = [("case", stack, "fed_learn", "why", "the stack's behaviour"), ("---",) * 5]
+        rows = run([difference.run for difference in differences])
+        for row, difference in zip(rows, differences, strict=True):
+            lines.append((row.case, str(row.stock), str(row.ours), difference.why, difference.back))
+        parts += [f"## {stack}\n", "".join(f"| {' | '.join(line)} |\n" for line in lines)]
+    return "\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the page of the docs instead")
+    file = parser.parse_args().write
+    if file is None:
+        print(document())
+    else:
+        file.write_text(document(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
