@@ -147,6 +147,17 @@ class TooFewContributionsError(FedLearnError, RuntimeError):
     """Fewer contributions than `min_contributions`. Attributes: `count`, `required`, `round`."""
 
 
+class NothingAggregatedError(FedLearnError, RuntimeError):
+    """A job ended, and no contribution of any of its rounds was aggregated.
+
+    Attributes: `cause` (the commonest error, by the name of its class), `count` (how often it came), `rounds`.
+    """
+
+    cause: str = ""
+    count: int = 0
+    rounds: int = 0
+
+
 class ClientQuitError(FedLearnError, RuntimeError):
     """A client leaves the job of its own will."""
 

@@ -1,11 +1,12 @@
-"""`JobEvents`: the events of a job on its context, and the record of the handlers that failed."""
+"""`JobEvents`: the events of a job on its context, and the record of what failed."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from fed_learn.contribution import ClientFailure, Contribution, RoundReport
-from fed_learn.errors import HandlerError, HandlerFailure
+from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError
 from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.weights import FrozenWeights, Schema, as_weight_dict, check_finite
@@ -148,3 +149,41 @@ def checked_model(weights: object, schema: Schema | None, who: str) -> FrozenWei
     check_finite(arrays, who)
     ordered = {name: arrays[name] for name in schema or arrays}
     return FrozenWeights.adopt(ordered) if type(weights) is FrozenWeights else FrozenWeights(ordered)
+
+
+def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError | None:
+    """The error with which a job ends that trained in vain.
+
+    Args:
+        reports: Those of all rounds that ended.
+
+    Returns:
+        What to raise: it names the commonest cause, how often it came, and one case of it. None if some round was
+        aggregated, or if in no round anybody contributed.
+
+    Example:
+        >>> from fed_learn.errors import NonFiniteError
+        >>> refused = [ClientFailure(name, NonFiniteError(f"{name}: nan")) for name in ("site-1", "site-2")]
+        >>> print(nothing_aggregated([RoundReport(0, rejected=tuple(refused))]))
+        nothing was aggregated in 1 round: NonFiniteError 2 times, the first: site-1: nan
+        >>> nothing_aggregated([RoundReport(0, rejected=tuple(refused)), RoundReport(1, ("site-1",))]) is None
+        True
+    """
+    if any(report.accepted and report.error is None for report in reports):
+        return None
+    # A round that failed though nobody was refused failed for its own reason, such as too few contributions.
+    errors: list[Exception] = []
+    for report in reports:
+        refused = [failure.error for failure in report.rejected]
+        errors += refused or ([report.error] if report.accepted and report.error is not None else [])
+    if not errors:
+        return None
+    ((cause, count),) = Counter(type(error).__name__ for error in errors).most_common(1)
+    first = next(error for error in errors if type(error).__name__ == cause)
+    rounds, times = len(reports), "once" if count == 1 else f"{count} times"
+    return NothingAggregatedError(
+        f"nothing was aggregated in {rounds} round{'s'[: rounds != 1]}: {cause} {times}, the first: {first}",
+        cause=cause,
+        count=count,
+        rounds=rounds,
+    )
