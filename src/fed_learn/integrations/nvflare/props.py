@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.contribution import Contribution
+from fed_learn.errors import FedLearnError
 
 OUTCOME = "fed_learn.outcome"
 """Aggregator to bridge, from one contribution's acceptance to the event after it: an `Outcome`."""
@@ -51,16 +55,57 @@ def global_weights(fl_ctx: Any) -> dict[str, Any] | None:
     return weights if isinstance(weights, dict) and weights else None
 
 
-def numbers_in(metrics: object) -> dict[str, float]:
-    """The metrics that are plain numbers; NVFlare's clients may send anything beside them.
+def scores_in(answer: Shareable) -> dict[str, float]:
+    """The numbers of a client's answer to a validation task.
+
+    An answer with weights scores nothing: the script did not ask `flare.is_evaluate()`, trained, and may have measured
+    before or after that. (In training, metrics beside weights are by NVFlare's convention those of the model received.)
+
+    Raises:
+        FedLearnError: There are none, for the reason that the message tells.
 
     Example:
-        >>> numbers_in({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
+        >>> from nvflare.apis.dxo import DXO, DataKind
+        >>> scores_in(DXO(DataKind.METRICS, {"accuracy": 0.5}).to_shareable())
         {'accuracy': 0.5}
+    """
+    code = answer.get_return_code()
+    if code and code != ReturnCode.OK:
+        raise FedLearnError(f"failed with {code}")
+    try:
+        model = FLModelUtils.from_shareable(answer)
+    except Exception as error:
+        raise FedLearnError(f"sent something unreadable: {type(error).__name__}: {error}") from error
+    if model.params is not None:
+        raise FedLearnError("sent weights, and scores nothing unless its script asks flare.is_evaluate()")
+    scores = numbers_in(model.metrics)
+    if not scores:
+        raise FedLearnError("sent no metric that is a number")
+    return scores
+
+
+def plain(value: Any) -> Any:
+    """A numpy scalar, or an array or tensor without dimensions, as the Python number in it; the rest as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> plain(np.array(3)), plain(np.float32(0.5)), plain([1])
+        (3, 0.5, [1])
+    """
+    return value.item() if getattr(value, "shape", None) == () and hasattr(value, "item") else value
+
+
+def numbers_in(metrics: object) -> dict[str, float]:
+    """The metrics that are numbers; NVFlare's clients may send anything beside them.
+
+    Example:
+        >>> import numpy as np
+        >>> numbers_in({"accuracy": 0.5, "loss": np.array(2), "confusion": [[1, 2]], "converged": True})
+        {'accuracy': 0.5, 'loss': 2.0}
     """
     items = metrics.items() if isinstance(metrics, Mapping) else ()
     found = {}
-    for name, value in items:
+    for name, value in ((name, plain(value)) for name, value in items):
         if isinstance(name, str) and isinstance(value, Real) and not isinstance(value, bool):
             try:
                 found[name] = float(value)
@@ -76,6 +121,7 @@ def whole(steps: object) -> int | None:
         >>> whole(3.0), whole(2.5), whole(10**400), whole("3")
         (3, None, None, None)
     """
+    steps = plain(steps)
     if isinstance(steps, bool) or not isinstance(steps, Integral | float):
         return None
     if isinstance(steps, float) and not steps.is_integer():
