@@ -11,7 +11,8 @@ def main() -> None:
     from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
 
     parser = argparse.ArgumentParser()
-    parser.add_argument("--bad", default="", help="site:round:what")
+    parser.add_argument("--bad", default="", help="site:round:what, or *:what")
+    parser.add_argument("--careless", action="store_true", help="train on whatever comes")
     parser.add_argument("--diff", action="store_true")
     parser.add_argument("--tensors", action="store_true")
     options = parser.parse_args()
@@ -23,7 +24,7 @@ def main() -> None:
             break
         number = received.current_round
         metrics = {"accuracy": number_of(site) * (1 + number), "note": "no number"}
-        if flare.is_evaluate():
+        if flare.is_evaluate() and not options.careless:
             flare.send(FLModel(metrics=metrics))
             continue
         if options.tensors:
@@ -35,8 +36,9 @@ def main() -> None:
             params = train(received.params, site, number)
             if options.diff:
                 params = {name: params[name] - received.params[name] for name in params}
-        if options.bad.startswith(f"{site}:{number}:"):
-            spoil(params, options.bad.rpartition(":")[2])
+        when, _, how = options.bad.rpartition(":")
+        if when in ("*", f"{site}:{number}"):
+            spoil(params, how)
         kind = ParamsType.DIFF if options.diff else ParamsType.FULL
         meta = {"NUM_STEPS_CURRENT_ROUND": 3 * number_of(site) + 1}
         flare.send(FLModel(params=params, params_type=kind, metrics=metrics, meta=meta))

@@ -84,6 +84,7 @@ class Recorder(fl.Handler):
         line = {
             "event": str(event),
             "round": ctx.get_prop(fl.ContextKey.ROUND),
+            "num_rounds": ctx.get_prop(fl.ContextKey.NUM_ROUNDS),
             "contributor": ctx.get_prop(fl.ContextKey.CONTRIBUTOR),
             "contribution": contribution and [contribution.contributor, contribution.n_iter],
             "contributions": [c.contributor for c in ctx.get_prop(fl.ContextKey.CONTRIBUTIONS, ())],

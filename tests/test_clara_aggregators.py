@@ -223,7 +223,9 @@ def test_a_verdict_that_is_none_costs_the_round_too() -> None:
             super().process(accumulator, fl_ctx)
             return np.ones(2)
 
-    with pytest.raises(fl.NothingAggregatedError, match="1 times: AggregatorError: aggregator Undecided") as caught:
+    with pytest.raises(
+        fl.NothingAggregatedError, match="AggregatorError once, the first: aggregator Undecided"
+    ) as caught:
         server_with(Undecided(), 1).run(two_clients())
     result = caught.value.result
     assert values(result.weights) == values(initial_weights())

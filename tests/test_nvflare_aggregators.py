@@ -355,13 +355,13 @@ def test_a_contribution_of_another_round_than_the_context_is_false() -> None:
     assert from_shareable(aggregator.aggregate(fl_ctx)).data["w"].tolist() == [3.0, 3.0]
 
 
-def test_metrics_that_all_sent_are_averaged_by_the_same_weights() -> None:
+def test_each_metric_is_averaged_by_the_same_weights_over_those_who_sent_a_number() -> None:
     aggregator = WeightedAverageAggregator()
     for site, v in zip(STEPS, (0.1, 0.2, 0.3), strict=True):
         metrics = {"accuracy": v, "note": "text", **({"extra": 1.0} if site == "site-1" else {})}
         metrics["loss"] = math.nan if site == "site-2" else 1.0  # best for good, in NVFlare's choice of a model
         aggregator.accept_model(model(site, {"w": np.zeros(1)}, metrics=metrics))
-    assert aggregator.aggregate_model().metrics == {"accuracy": pytest.approx(0.26)}
+    assert aggregator.aggregate_model().metrics == {"accuracy": pytest.approx(0.26), "extra": 1.0, "loss": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -417,6 +417,7 @@ def test_a_streaming_aggregator_keeps_no_model() -> None:
         ({"expected_data_kind": "METRICS"}, "expected_data_kind must be one of"),
         ({"min_contributions": 0}, "min_contributions must be at least 1"),
         ({"exclude_vars": "("}, "no regular expression"),
+        ({"exclude_vars": 2.0}, "no regular expression"),
         (
             {"aggregation_weights": {"site-1": 0.0}},
             "aggregation_weights: site-1: aggregation weight 0 is not positive",

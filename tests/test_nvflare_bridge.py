@@ -1,6 +1,9 @@
 """What `HandlerBridge` is made of: the events that a foreign job brings about, and what goes wrong in them."""
 
+import json
+import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,21 +15,27 @@ import fed_learn as fl
 pytest.importorskip("nvflare")
 
 from nvflare.apis.client import Client
+from nvflare.apis.dxo import DXO, DataKind
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey, ReservedKey
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
-from nvflare.apis.shareable import Shareable
+from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.utils.event import fire_event_to_components
 from nvflare.app_common.abstract.fl_model import FLModel
 from nvflare.app_common.abstract.model import ModelLearnableKey, make_model_learnable
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
+from nvflare.app_common.np.recipes.fedavg import NumpyFedAvgRecipe
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
+from nvflare.app_common.workflows.fedavg import FedAvg
+from nvflare.job_config.base_fed_job import BaseFedJob
 
-from fed_learn.errors import HandlerError
-from fed_learn.integrations.nvflare import HandlerBridge
+from fed_learn.contribution import ClientFailure
+from fed_learn.errors import HandlerError, NothingAggregatedError
+from fed_learn.integrations.nvflare import HandlerBridge, WeightedAverageAggregator, add_handlers, props
 from fed_learn.integrations.nvflare.mirror import Mirror
+from fed_learn.server.job_events import nothing_aggregated
 
 W = {"w": np.zeros(2, np.float32)}
 
@@ -315,13 +324,13 @@ def test_a_model_of_a_handler_goes_into_nvflares_own(tensors: bool) -> None:
     assert held["w"].tolist() == [3, 3]
 
 
-def contributed(ear: Ear, fl_ctx: FLContext, site: str, accepted: bool = True, steps: Any = 4) -> None:
+def contributed(ear: Ear, fl_ctx: FLContext, site: str, accepted: bool = True, steps: Any = 4, params: Any = W) -> None:
     """NVFlare's events when a result comes that another aggregator than ours took, or did not."""
     peer = FLContext()
     peer.put(ReservedKey.IDENTITY_NAME, site, private=False, sticky=False)
     fl_ctx.set_peer_context(peer)
     result = FLModelUtils.to_shareable(
-        FLModel(params=W, metrics={"loss": 0.5}, meta={"NUM_STEPS_CURRENT_ROUND": steps})
+        FLModel(params=params, metrics={"loss": 0.5}, meta={"NUM_STEPS_CURRENT_ROUND": steps})
     )
     for key, value in ((AppConstants.AGGREGATION_ACCEPTED, accepted), (AppConstants.TRAINING_RESULT, result)):
         fl_ctx.set_prop(key, value, private=True, sticky=False)
@@ -381,7 +390,7 @@ def test_a_validation_result_that_cannot_be_read_is_left_out(caplog: pytest.LogC
     ear.fire_event(AppEventType.VALIDATION_RESULT_RECEIVED, fl_ctx)
     assert EventType.FATAL_SYSTEM_ERROR not in [event for event, _ in ear.heard]
     assert "_receiveValidationResults" not in [event for event, _ in log.seen]
-    assert "a: an unreadable validation result on 'final': ValueError" in caplog.text
+    assert "a: no validation result on 'final': sent something unreadable: ValueError" in caplog.text
 
 
 def test_a_model_of_a_handler_is_not_lost_where_nvflare_holds_none() -> None:
@@ -440,3 +449,188 @@ def test_nvflare_is_told_of_a_new_best_model_when_it_holds_it() -> None:
     assert fl_ctx.get_prop(AppConstants.VALIDATION_RESULT) == 0.5
     ear.fire_event(EventType.END_WORKFLOW, fl_ctx)  # nothing new
     assert [event for event, _ in ear.heard].count(AppEventType.GLOBAL_BEST_MODEL_AVAILABLE) == 1
+
+
+@pytest.mark.parametrize("mode", [None, "min"])
+def test_handlers_are_told_which_metric_and_which_direction(mode: str | None) -> None:
+    log = Log()
+    ear, bridge = Ear(), HandlerBridge([log], key_metric="loss", mode=mode)
+    ear.fire_event(EventType.START_RUN, context(bridge, ear))
+    (event, ctx) = log.seen[0]
+    assert (event, ctx[fl.ContextKey.SCORE_METRIC]) == ("_startup", "loss")
+    assert ctx.get_prop(fl.ContextKey.SCORE_MODE, "nobody said") == (mode or "nobody said")
+
+
+def test_a_mode_is_max_or_min() -> None:
+    with pytest.raises(ValueError, match="mode must be 'max' or 'min', not 'up'"):
+        HandlerBridge([], mode="up")
+
+
+def test_a_job_is_exported_with_the_bridges_arguments(tmp_path: Path) -> None:
+    job = BaseFedJob(name="job", min_clients=1, key_metric="")
+    job.to_server(FedAvg(num_clients=1))
+    add_handlers(job, [fl.ModelSelectionHandler(mode="min")], key_metric="loss", mode="min", on_handler_error="log")
+    job.export_job(str(tmp_path))
+    (file,) = tmp_path.rglob("config_fed_server.json")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    (bridge,) = [component for component in config["components"] if component["id"] == "handlers"]
+    arguments = {"key_metric": "loss", "on_handler_error": "log", "mode": "min"}
+    assert bridge["args"] == {"handlers": ["ModelSelectionHandler"], **arguments}
+
+
+def test_arguments_of_a_recipe_that_reach_no_aggregator_are_told_of() -> None:
+    def recipe(**arguments: Any) -> NumpyFedAvgRecipe:
+        script = str(Path(__file__).with_name("nvflare_client.py"))
+        return NumpyFedAvgRecipe(min_clients=1, model=[1.0], train_script=script, key_metric="", **arguments)
+
+    ours = WeightedAverageAggregator()
+    with pytest.warns(UserWarning, match="aggregation_weights and exclude_vars do not reach a custom aggregator"):
+        add_handlers(recipe(aggregator=ours, aggregation_weights={"site-1": 2.0}, exclude_vars="head"), [])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        add_handlers(recipe(aggregation_weights={"site-1": 2.0}), [])
+        add_handlers(recipe(aggregator=ours), [])
+
+
+def test_the_number_of_rounds_stays_known_and_begins_with_the_first_round() -> None:
+    log = Log()
+    ear, bridge = Ear(), HandlerBridge([log])
+    fl_ctx = context(bridge, ear)
+    ear.fire_event(EventType.START_RUN, fl_ctx)
+    for first, count in ((5, 2), (7, 3)):  # two workflows
+        ear.fire_event(EventType.START_WORKFLOW, fl_ctx)
+        for number in range(first, first + count):
+            fl_ctx.set_prop(AppConstants.CURRENT_ROUND, number)
+            fl_ctx.set_prop(AppConstants.NUM_ROUNDS, count if number == first else None)
+            ear.fire_event(AppEventType.ROUND_STARTED, fl_ctx)
+    rounds = [(ctx[fl.ContextKey.ROUND], ctx[fl.ContextKey.NUM_ROUNDS]) for e, ctx in log.seen if e == "_startRound"]
+    assert rounds == [(5, 7), (6, 7), (7, 10), (8, 10), (9, 10)]
+
+
+@pytest.mark.parametrize("steps", [np.float32(4), np.int64(4), np.array(4), 4.0], ids=repr)
+def test_numbers_of_steps_may_be_of_numpy(steps: Any) -> None:
+    ear, bridge = Ear(), HandlerBridge([])
+    fl_ctx = context(bridge, ear)
+    for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+        ear.fire_event(event, fl_ctx)
+    contributed(ear, fl_ctx, "a", steps=steps)
+    assert bridge.mirror is not None
+    (sent,) = bridge.mirror.ctx[fl.ContextKey.CONTRIBUTIONS]
+    assert (sent.aggregation_weight, sent.n_iter) == (4, 4)
+
+
+@pytest.mark.parametrize("params", [None, {}], ids=["none", "empty"])
+def test_a_result_without_weights_is_refused_by_name(params: Any) -> None:
+    ear, bridge = Ear(), HandlerBridge([])
+    fl_ctx = context(bridge, ear)
+    for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+        ear.fire_event(event, fl_ctx)
+    contributed(ear, fl_ctx, "a", accepted=False, params=params)
+    assert bridge.mirror is not None
+    assert [str(failure.error) for failure in bridge.mirror.report.rejected] == ["a: sent no weights"]
+
+
+def ended(*accepted: bool, fatal: bool = False) -> list[str]:
+    """Why a job of one round ends with an error, if it does; one client for each answer."""
+    ear, bridge = Ear(), HandlerBridge([], key_metric="loss")
+    fl_ctx = context(bridge, ear)
+    fl_ctx.set_prop(FLContextKey.FATAL_SYSTEM_ERROR, fatal)
+    for event in (EventType.START_RUN, EventType.START_WORKFLOW, AppEventType.ROUND_STARTED):
+        ear.fire_event(event, fl_ctx)
+    for name, taken in zip("ab", accepted, strict=False):
+        contributed(ear, fl_ctx, name, accepted=taken)
+    for event in (
+        AppEventType.BEFORE_AGGREGATION,
+        AppEventType.AFTER_AGGREGATION,
+        AppEventType.AFTER_SHAREABLE_TO_LEARNABLE,
+        EventType.END_WORKFLOW,
+        EventType.END_WORKFLOW,  # of the workflow after it
+    ):
+        ear.fire_event(event, fl_ctx)
+    return [data for event, data in ear.heard if event == EventType.FATAL_SYSTEM_ERROR]
+
+
+def test_a_training_in_vain_ends_the_job_once() -> None:
+    first = "a: not accepted; the log of NVFlare says why"
+    initial = "nothing was aggregated in 1 round, and the model is still the initial one"
+    assert ended(False, False) == [f"{initial}: ContributionError 2 times, the first: {first}"]
+    assert ended(True, False) == []
+    assert ended() == []  # nobody contributed
+    assert ended(False, fatal=True) == []  # the job ends with an error already
+
+
+def refused(*errors: Exception) -> tuple[ClientFailure, ...]:
+    return tuple(ClientFailure("a", error) for error in errors)
+
+
+def test_the_commonest_cause_is_named() -> None:
+    nan, shape = fl.NonFiniteError("a: nan"), fl.ShapeError("a: shape")
+    few = fl.TooFewContributionsError("1 of 2")
+    reports = [
+        fl.RoundReport(0, rejected=refused(shape, nan), error=few),
+        fl.RoundReport(1, ("b",), rejected=refused(nan), error=few),
+    ]
+    error = nothing_aggregated(reports)
+    assert isinstance(error, NothingAggregatedError)
+    assert (error.cause, error.count, error.rounds) == ("NonFiniteError", 2, 2)
+    assert str(error).endswith(
+        "in 2 rounds, and the model is still the initial one: NonFiniteError 2 times, the first: a: nan"
+    )
+    assert nothing_aggregated([*reports, fl.RoundReport(2, ("b",))]) is None
+
+
+def test_a_round_may_fail_though_nobody_is_refused() -> None:
+    error = nothing_aggregated([fl.RoundReport(0, ("a",), error=fl.TooFewContributionsError("1 of 2"))])
+    assert str(error).endswith(
+        "in 1 round, and the model is still the initial one: TooFewContributionsError once, the first: 1 of 2"
+    )
+    nobody = nothing_aggregated([fl.RoundReport(0, absent=("a",), error=fl.TooFewContributionsError("0 of 1"))])
+    assert nobody is not None
+    assert (nobody.cause, nobody.count) == ("absent", 1)
+    assert nothing_aggregated([]) is None
+
+
+def answer(**model: Any) -> Shareable:
+    return FLModelUtils.to_shareable(FLModel(**model))
+
+
+def test_scores_are_the_numbers_of_an_answer() -> None:
+    metrics = {
+        "loss": np.float32(0.5),
+        "n": np.int64(3),
+        "zero_d": np.array(0.25),
+        "nested": {"loss": 1.0},
+        "ok": True,
+        "also": np.bool_(True),
+        "list": [1.0],
+        "none": None,
+        "text": "1",
+        "one": np.ones(1),
+        "huge": 10**400,
+        3: 1.0,
+    }
+    assert props.scores_in(answer(metrics=metrics)) == {"loss": 0.5, "n": 3.0, "zero_d": 0.25, "ok": 1.0, "also": 1.0}
+
+
+def test_scores_may_be_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    metrics = {"accuracy": torch.tensor(0.5), "half": torch.tensor(0.25, dtype=torch.bfloat16), "many": torch.ones(2)}
+    assert props.scores_in(answer(metrics=metrics)) == {"accuracy": 0.5, "half": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (answer(params=W, metrics={"accuracy": 1.0}), "sent weights"),
+        (answer(params=W), "sent weights"),
+        (answer(metrics={"accuracy": "good"}), "sent no metric that is a number"),
+        (answer(metrics={}), "sent no metric that is a number"),
+        (make_reply(ReturnCode.EXECUTION_EXCEPTION), "failed with EXECUTION_EXCEPTION"),
+        (Shareable(), "sent something unreadable: ValueError"),
+        (DXO(DataKind.COLLECTION, {}).to_shareable(), "sent weights"),
+    ],
+    ids=["weights and metrics", "weights", "text", "nothing", "failed", "unreadable", "collection"],
+)
+def test_an_answer_may_score_nothing(sent: Shareable, why: str) -> None:
+    with pytest.raises(fl.FedLearnError, match=why):
+        props.scores_in(sent)

@@ -25,9 +25,7 @@ BAD: dict[str, tuple[str, Any, Any]] = {
     "broadcast": ("ShapeError", np.full((3, 3), np.float32(2 / 3)), [[0.5]] * 3),
     "one_nan": ("NonFiniteError", [1, np.nan], [1, 1]),
     "one_infinity": ("NonFiniteError", [1, np.inf], [0.5, 0.5]),
-    "zero_steps": ("AggregationWeightError", [1020 / 21], [1]),
     "nan_steps": ("AggregationWeightError", [1020 / 21], [1]),
-    "missing_steps": ("AggregationWeightError", [1020 / 21], [1]),
     "missing_variable": ("NamesError", [2], [1]),
     "duplicate": ("DuplicateContributionError", [2.5], [2]),
     "stale": ("RoundError", [2], [1]),
@@ -47,6 +45,13 @@ def test_nvflare_averages_what_we_refuse_by_name(rows: dict[str, Any], case: str
     who = "site-2" if case == "one_nan" else "site-3"
     assert row.ours.refused == ((who, cause),)
     assert is_array(row.ours.weights["w"], ours, np.float32)
+
+
+def test_no_steps_add_nothing_and_no_number_of_steps_counts_by_1_as_in_nvflare(rows: dict[str, Any]) -> None:
+    for case, ours in (("zero_steps", 1), ("missing_steps", 1020 / 21)):
+        assert np.allclose(rows[case].stock.weights["w"], 1020 / 21)
+        assert rows[case].ours.refused == ()
+        assert is_array(rows[case].ours.weights["w"], [ours], np.float32)
 
 
 def test_integers_stay_integers(rows: dict[str, Any]) -> None:

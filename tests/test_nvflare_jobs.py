@@ -133,6 +133,20 @@ def bad_raises(folder: Path) -> BaseFedJob:
     return new_job(folder, fedavg(3, aggregator=aggregator), options="--bad=site-2:0:nan")
 
 
+def careless(folder: Path) -> BaseFedJob:
+    """Scripts that never ask whether they should only validate."""
+    job = new_job(folder, fedavg(1, aggregator=WeightedAverageAggregator()), options="--careless")
+    add_handlers(job, [fl.ModelSelectionHandler(), recorder(folder)])
+    return job
+
+
+def in_vain(folder: Path) -> BaseFedJob:
+    """Everybody sends NaN in each round."""
+    job = new_job(folder, fedavg(2, aggregator=WeightedAverageAggregator()), options="--bad=*:nan")
+    add_handlers(job, [recorder(folder)])
+    return job
+
+
 def simulate(make: Callable[[Path], BaseFedJob], folder: Path) -> Done:
     folder.mkdir()
     make(folder).export_job(str(folder / "exported"))
@@ -177,7 +191,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
                 "example": pool.submit(run_example, folder / "example"),
                 "stock": pool.submit(run_example, folder / "stock", "--stock"),
             }
-            for make in (full, diff, tensors, handler_raises, bad_raises):
+            for make in (full, diff, tensors, handler_raises, bad_raises, careless, in_vain):
                 runs[make.__name__] = pool.submit(simulate, make, folder / make.__name__)
     return runs
 
@@ -276,6 +290,41 @@ def test_the_last_model_is_scored_and_wins(jobs: dict[str, Future[Done]]) -> Non
     assert {line["round"] for line in results} == {3}
     assert sorted(line["contributor"] for line in results) == list(SITES)
     assert done.events[-1]["best"] == [3, 8.0]
+
+
+def test_the_number_of_rounds_is_known_in_each(jobs: dict[str, Future[Done]]) -> None:
+    done = jobs["full"].result()
+    assert {line["num_rounds"] for line in done.events if line["round"] is not None} == {3}
+
+
+def test_scripts_that_train_when_asked_to_validate_do_no_harm(jobs: dict[str, Future[Done]]) -> None:
+    done = jobs["careless"].result()
+    assert done.code == 0
+    assert_same(done.model(0), averaged(initial_weights(), 0, SITES))
+    assert "Traceback" not in done.log
+    assert " - ERROR - " not in done.log
+    (told,) = [line for line in done.log.splitlines() if "not scored" in line]
+    assert " - WARNING - " in told
+    assert "the final model is not scored by site-1, site-2, site-3: sent weights" in told
+    # With their metrics the final model would have won, though they may be of the models that they trained.
+    assert done.of("_receiveValidationResults") == []
+    assert done.events[-1]["best"] == [0, 2.0]
+    for site in SITES:
+        log = (done.folder / "workspace" / site / "log.txt").read_text(encoding="utf-8")
+        assert "execute for task (validate)" in log
+        assert "Traceback" not in log
+        assert " - ERROR - " not in log
+
+
+def test_a_training_in_vain_ends_the_job_and_says_why(jobs: dict[str, Future[Done]]) -> None:
+    done = jobs["in_vain"].result()
+    assert done.code != 0
+    assert (
+        done.log.count("FATAL_SYSTEM_ERROR received: nothing was aggregated in 2 rounds: NonFiniteError 6 times") == 1
+    )
+    assert done.events[-1]["event"] == "_shutdown"
+    assert done.of("_receiveValidationResults") == []
+    assert_same(done.model(1), initial_weights())
 
 
 def test_a_handler_that_raises_is_logged_and_recorded(jobs: dict[str, Future[Done]]) -> None:

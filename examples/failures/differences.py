@@ -15,12 +15,11 @@ from typing import Any
 import flower_failures as flower
 import numpy as np
 import nvflare_failures as nvflare
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from outcomes import Outcome, Row, run
 
 from fed_learn.integrations.flower import FedAvg, LocalGrid, to_record, to_weights
-from fed_learn.integrations.nvflare import WeightedAverageAggregator
 
 f32 = flower.f32
 

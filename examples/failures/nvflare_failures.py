@@ -69,6 +69,8 @@ def round_of(aggregator: WeightedAverageAggregator | None, models: list[FLModel]
             result = controller._get_aggregated_result()
         except Exception as error:  # noqa: BLE001 - this one ends the run
             return Outcome(error=error, refused=tuple(refused))
+    if aggregator is not None and aggregator.report is not None:
+        refused = [(failure.contributor, failure.cause) for failure in aggregator.report.rejected]
     params = FLModelUtils.update_model(FLModel(params=dict(initial)), result).params
     return Outcome({name: np.asarray(array) for name, array in params.items()}, refused=tuple(refused))
 

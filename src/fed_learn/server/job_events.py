@@ -182,9 +182,10 @@ def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError
         return None
     cause, count = Counter(cause for cause, _ in causes).most_common(1)[0]
     example = next(text for named, text in causes if named == cause)
+    rounds = "1 round" if len(reports) == 1 else f"{len(reports)} rounds"
     return NothingAggregatedError(
-        f"no round of {len(reports)} was aggregated, and the global model is the initial one; the commonest cause, "
-        f"{count} times: {cause}: {example}",
+        f"nothing was aggregated in {rounds}, and the model is still the initial one: {cause} "
+        f"{'once' if count == 1 else f'{count} times'}, the first: {example}",
         cause=cause,
         count=count,
         rounds=len(reports),

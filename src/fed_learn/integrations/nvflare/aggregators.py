@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
-from nvflare.apis.fl_constant import ReservedKey, ReturnCode
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.aggregator import Aggregator
@@ -41,6 +42,7 @@ from fed_learn.errors import (
 from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.intake import Intake
+from fed_learn.server.job_events import nothing_aggregated
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ class _Averaging:
                 raise ValueError(f"aggregation_weights: {error}") from error
         try:
             self._excluded = re.compile(exclude_vars) if exclude_vars else None
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise ValueError(f"exclude_vars {exclude_vars!r} is no regular expression: {error}") from error
         self.exclude_vars = exclude_vars
         self.aggregation_weights = aggregation_weights
@@ -105,11 +107,21 @@ class _Averaging:
         self._skipped: set[str] = set()
         self._intake: Intake | None = None
         self._told = Told(logger)
+        self._reports: list[RoundReport] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Learns of the round and the global model, where NVFlare sends events; nothing depends on it."""
+        """Learns of the round and the global model, where NVFlare sends events; no average depends on it.
+
+        At the end of a workflow in which no round was aggregated it ends the job with an error.
+        """
         super().handle_event(event_type, fl_ctx)  # type: ignore[misc] # of NVFlare's class beside this one
-        if event_type == AppEventType.ROUND_STARTED:
+        if event_type == EventType.START_RUN:
+            self._reports, self._told = [], Told(logger)
+        elif event_type == EventType.END_WORKFLOW:
+            error = nothing_aggregated(self._reports)
+            if error is not None and not fl_ctx.get_prop(FLContextKey.FATAL_SYSTEM_ERROR):
+                self.system_panic(str(error), fl_ctx)  # type: ignore[attr-defined] # of NVFlare's class
+        elif event_type == AppEventType.ROUND_STARTED:
             self._learn_round(fl_ctx)
             self._global = props.global_weights(fl_ctx)
             self._intake = None
@@ -246,6 +258,7 @@ class _Averaging:
             only = None if self.fl_ctx is None else props.taken(self.fl_ctx, props.CONTRIBUTORS)
             mean = intake.average(only)
             self.report = report = intake.report
+            self._reports.append(report)
             if report.error is not None:
                 logger.error("%s", report.error)
             if self.fl_ctx is not None:
@@ -289,8 +302,8 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
     infinity, round, number of steps, a second contribution. One that fails is refused by an exception that names client
     and cause, which NVFlare logs; the others are averaged (see `fed_learn.weighted_average`). A client counts by
     `meta["NUM_STEPS_CURRENT_ROUND"]` times its entry of `aggregation_weights`; one that sends no number of steps counts
-    by 1, as in NVFlare, and 0 steps add nothing. Dtypes stay, and tensors stay tensors. Metrics that all clients sent
-    are averaged too, by the same weights, bools as 0 and 1.
+    by 1, as in NVFlare, and 0 steps add nothing. Dtypes stay, and tensors stay tensors. Each metric is averaged too,
+    over the clients that sent a finite number for it, by the same weights, bools as 0 and 1.
 
     If a round fails, because too few contributions were accepted or the mean left the range of a dtype, an error is
     logged and the global model stands.

@@ -7,7 +7,7 @@ from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.fl_component import FLComponent
-from nvflare.apis.fl_constant import FLContextKey, ReservedKey, ReturnCode
+from nvflare.apis.fl_constant import FLContextKey, ReservedKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.fl_model import FLModel, MetaKey, ParamsType
@@ -26,12 +26,20 @@ from fed_learn.contribution import (
     check_aggregation_weight,
     whole_number_of,
 )
-from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, FedLearnError
+from fed_learn.errors import (
+    AggregationWeightError,
+    ClientQuitError,
+    ContributionError,
+    FedLearnError,
+    NothingAggregatedError,
+    WeightsTypeError,
+)
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.scoring import check_choice
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.mirror import Mirror
 from fed_learn.model_meta import ContextKey
+from fed_learn.server.job_events import nothing_aggregated
 from fed_learn.weights import WeightDict
 
 
@@ -47,6 +55,8 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
     NVFlare is told (GLOBAL_BEST_MODEL_AVAILABLE), so that its persistor keeps it; NVFlare's own model selector should
     then be off (`key_metric=""`). To have the model of the last round scored as well, add `FinalValidation`.
 
+    A training of which no round was aggregated ends the job with an error that names the commonest cause.
+
     Each handler is exported as a component of its own, by its path and arguments, so its arguments must be what JSON
     holds or objects that are exported in the same way.
 
@@ -56,10 +66,12 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             `initial_validation_metric` too.
         on_handler_error: `"raise"` ends the job when a handler raised (NVFlare's `system_panic`); `"log"` goes on. Both
             log and record it.
+        mode: `"max"` or `"min"`: which `key_metric` is better, for handlers that are not told otherwise; None: nobody
+            says.
 
     Raises:
         TypeError: A handler lacks `handle_event` or `rollback`.
-        ValueError: For another `on_handler_error`.
+        ValueError: For another `on_handler_error` or `mode`.
 
     Attributes:
         mirror: The context, the reports and the failures of the job that runs or ran last; None before.
@@ -70,19 +82,25 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         handlers: Sequence[EventHandler | str],
         key_metric: str = "accuracy",
         on_handler_error: str = "raise",
+        mode: str | None = None,
     ) -> None:
         super().__init__()
         check_choice("on_handler_error", on_handler_error, ("raise", "log"))
+        if mode is not None:
+            check_choice("mode", mode, ("max", "min"))
         check_handlers([handler for handler in handlers if not isinstance(handler, str)])
         self.handlers = list(handlers)
         self.key_metric = key_metric
         self.on_handler_error = on_handler_error
+        self.mode = mode
         self.mirror: Mirror | None = None
         self._lock = threading.RLock()
         self._first_round: int | None = None
+        self._num_rounds: int | None = None
         self._announced: BestModel | None = None
         self._failed = False
         self._actions: dict[str, Callable[[Mirror, FLContext], None]] = {
+            EventType.START_WORKFLOW: self._start_workflow,
             AppEventType.ROUND_STARTED: self._start_round,
             AppEventType.BEFORE_TRAIN_TASK: self._send_model,
             AppEventType.AFTER_CONTRIBUTION_ACCEPT: self._receive,
@@ -107,7 +125,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         for handler in self.handlers:
             named = isinstance(handler, str)
             ids.append(handler if named else job.add_component(type(handler).__name__, handler, ctx))
-        exported = HandlerBridge(ids, self.key_metric, self.on_handler_error)
+        exported = HandlerBridge(ids, self.key_metric, self.on_handler_error, self.mode)
         return job.add_component(ctx.comp_id or "handlers", exported, ctx)
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
@@ -122,6 +140,10 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
                 elif event_type in self._actions and self.mirror is not None and not self._failed:
                     self._actions[event_type](self.mirror, fl_ctx)
                     announce = self._best_changed(event_type)
+        except NothingAggregatedError as error:
+            self._failed = True
+            self.system_panic(str(error), fl_ctx)
+            return
         except Exception as error:  # noqa: BLE001 - ends the job, below
             self._failed = True
             self.log_exception(fl_ctx, f"at {event_type}: {type(error).__name__}: {error}")
@@ -140,22 +162,31 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             if component is None:
                 raise FedLearnError(f"the job has no component {handler!r}, which should be a handler")
             found.append(component)
-        self._failed, self._first_round, self._announced = False, None, None
+        self._failed, self._announced = False, None
         self.mirror = Mirror(check_handlers(found), self.on_handler_error)
+        if self.key_metric:
+            self.mirror.ctx.set_prop(ContextKey.SCORE_METRIC, self.key_metric)
+        if self.mode is not None:
+            self.mirror.ctx.set_prop(ContextKey.SCORE_MODE, self.mode)
         self.mirror.start()
 
     def _shut_down(self) -> None:
         if self.mirror is not None:
             self.mirror.shut_down()
 
+    def _start_workflow(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+        self._first_round = self._num_rounds = None
+
     def _start_round(self, mirror: Mirror, fl_ctx: FLContext) -> None:
         number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
-        self._first_round = number if self._first_round is None else self._first_round
-        count = fl_ctx.get_prop(AppConstants.NUM_ROUNDS)
+        if self._first_round is None:
+            # From the second round on, FedAvg fires this event on a context that knows the number of rounds no more.
+            self._first_round, count = number, fl_ctx.get_prop(AppConstants.NUM_ROUNDS)
+            self._num_rounds = None if count is None else number + count
         for client in fl_ctx.get_engine().get_clients():
             mirror.register(client.name)
         weights = props.global_weights(fl_ctx)
-        _put_into(weights, mirror.start_round(number, None if count is None else self._first_round + count, weights))
+        _put_into(weights, mirror.start_round(number, self._num_rounds, weights))
 
     def _send_model(self, mirror: Mirror, fl_ctx: FLContext) -> None:
         if not mirror.in_round:
@@ -177,7 +208,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         else:
             contribution, refusal = _read(name, result, fl_ctx.get_prop(AppConstants.CURRENT_ROUND)), None
         if refusal is None and not accepted:
-            refusal = ContributionError(f"{name}: not accepted; the log of NVFlare says why", contributor=name)
+            refusal = _why_not(name, result)
         if contribution is not None:
             contribution = replace(contribution, metrics=self._named(contribution.metrics))
         mirror.receive(name, contribution, refusal)
@@ -212,18 +243,10 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
     def _receive_result(self, mirror: Mirror, fl_ctx: FLContext) -> None:
         name, model = fl_ctx.get_prop(AppConstants.DATA_CLIENT), fl_ctx.get_prop(AppConstants.MODEL_OWNER)
         result: Shareable = fl_ctx.get_prop(AppConstants.VALIDATION_RESULT)
-        code = result.get_return_code()
-        if code and code != ReturnCode.OK:
-            self.log_error(fl_ctx, f"{name}: no validation result on {model!r}: {code}", fire_event=False)
-            return
         try:
-            metrics = props.numbers_in(FLModelUtils.from_shareable(result).metrics)
-        except Exception as error:  # noqa: BLE001 - from outside, and must not end the job
-            reason = f"{type(error).__name__}: {error}"
-            self.log_error(fl_ctx, f"{name}: an unreadable validation result on {model!r}: {reason}", fire_event=False)
-            return
-        if not metrics:
-            self.log_error(fl_ctx, f"{name}: a validation result on {model!r} without metrics", fire_event=False)
+            metrics = props.scores_in(result)
+        except FedLearnError as error:
+            self.log_warning(fl_ctx, f"{name}: no validation result on {model!r}: {error}", fire_event=False)
             return
         mirror.receive_result(name, self._named(metrics), model)
 
@@ -232,7 +255,13 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         mirror.quit(name, ClientQuitError(f"{name}: disconnected", contributor=name))
 
     def _end_workflow(self, mirror: Mirror, fl_ctx: FLContext) -> None:
-        """Only a moment at which the best model may have changed: when all have scored the final model."""
+        """Ends the job if its training was in vain, unless it ends with an error already.
+
+        It is also a moment at which the best model may have changed: when all have scored the final model.
+        """
+        error = nothing_aggregated(mirror.reports)
+        if error is not None and not fl_ctx.get_prop(FLContextKey.FATAL_SYSTEM_ERROR):
+            raise error
 
     def _best_changed(self, event_type: str) -> bool:
         """Whether to tell NVFlare of a new best model; at moments at which its global model is that model."""
@@ -267,12 +296,23 @@ def _read(name: str, result: Any, number: int | None) -> Contribution | None:
         return None
     steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
     try:
-        weight = check_aggregation_weight(steps, name)
+        weight = check_aggregation_weight(steps, name) or 1.0
     except AggregationWeightError:
         weight = 1.0  # as NVFlare counts whatever is no number of steps
     kind = Kind.DIFF if model.params_type == ParamsType.DIFF else Kind.FULL
     metrics = props.numbers_in(model.metrics)
     return Contribution(name, None, weight, n_iter=whole_number_of(steps), round=number, kind=kind, metrics=metrics)
+
+
+def _why_not(name: str, result: Any) -> ContributionError:
+    """Why NVFlare did not accept a result, as far as can be told from outside."""
+    try:
+        empty = not FLModelUtils.from_shareable(result).params
+    except Exception:  # noqa: BLE001 - from outside, or not there at all: its client failed
+        empty = False
+    if empty:
+        return WeightsTypeError(f"{name}: sent no weights", contributor=name)
+    return ContributionError(f"{name}: not accepted; the log of NVFlare says why", contributor=name)
 
 
 def _put_into(weights: dict[str, Any] | None, replaced: WeightDict | None) -> None:

@@ -14,6 +14,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.contribution import FINAL_MODEL
+from fed_learn.errors import FedLearnError
 from fed_learn.integrations.nvflare import props
 
 
@@ -22,7 +23,10 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
 
     A client's metrics are of the model that it received, so training alone leaves the last model unscored. Add this to
     the job after the workflow that trains: `job.to_server(FinalValidation())`. Client scripts get the task from their
-    `flare.receive()`, with `flare.is_evaluate()` true, and send an `FLModel` with metrics.
+    `flare.receive()`, with `flare.is_evaluate()` true, and send an `FLModel` with metrics and no weights.
+
+    A script that trains on whatever it receives does no harm: what it sends is left out, and one warning names all
+    clients that scored nothing, and why. Its metrics are left out too: it may have measured the model that it trained.
 
     Args:
         task_name: Name of the task.
@@ -34,6 +38,7 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
         self.task_name = task_name
         self.timeout = timeout
         self._rounds = 0
+        self._unscored: dict[str, str] = {}
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
         """Counts the rounds of the workflow that trains."""
@@ -56,6 +61,7 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
                 "there is no global model to be validated: put FinalValidation after the training", fl_ctx
             )
             return
+        self._unscored = {client.name: "did not answer" for client in fl_ctx.get_engine().get_clients()}
         model = FLModel(
             params=weights,
             params_type=ParamsType.FULL,
@@ -71,6 +77,11 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
             result_received_cb=self._received,
         )
         self.broadcast_and_wait(task, fl_ctx, min_responses=0, abort_signal=abort_signal)
+        if self._unscored and not abort_signal.triggered:
+            reasons = sorted(set(self._unscored.values()))
+            names = [", ".join(sorted(n for n, why in self._unscored.items() if why == reason)) for reason in reasons]
+            told = "; ".join(f"{who}: {reason}" for who, reason in zip(names, reasons, strict=True))
+            self.log_warning(fl_ctx, f"the final model is not scored by {told}")
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
@@ -82,9 +93,16 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
         self._tell(AppEventType.SEND_MODEL_FOR_VALIDATION, client_task, fl_ctx, AppConstants.MODEL_TO_VALIDATE, None)
 
     def _received(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
-        result, event = client_task.result, AppEventType.VALIDATION_RESULT_RECEIVED
+        result, client_task.result = client_task.result, None
+        try:
+            props.scores_in(result)
+        except FedLearnError as error:
+            # NVFlare's own components would log an error each for an event about an answer without metrics.
+            self._unscored[client_task.client.name] = str(error)
+            return
+        self._unscored.pop(client_task.client.name, None)
+        event = AppEventType.VALIDATION_RESULT_RECEIVED
         self._tell(event, client_task, fl_ctx, AppConstants.VALIDATION_RESULT, result)
-        client_task.result = None
 
     def _tell(self, event: str, client_task: ClientTask, fl_ctx: FLContext, key: str, value: Any) -> None:
         """Fires an event as NVFlare's own cross-site evaluation does."""

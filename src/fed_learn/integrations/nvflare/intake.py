@@ -157,14 +157,17 @@ class Intake:
         return {name: mean[name] for name in self.like or combined.sent if name in mean}
 
     def metrics(self, only: Collection[str] | None = None) -> dict[str, float]:
-        """The weighted means of the metrics that every averaged contribution has, finite ones."""
-        chosen = [c for name, c in sorted(self.accepted.items()) if only is None or name in only]
-        total = sum(c.aggregation_weight for c in chosen)
-        if not total:
-            return {}
-        names = [name for name in chosen[0].metrics if all(name in c.metrics for c in chosen)]
-        means = {name: sum(c.metrics[name] * c.aggregation_weight for c in chosen) / total for name in names}
-        return {name: mean for name, mean in means.items() if math.isfinite(mean)}
+        """The weighted mean of each metric over those averaged contributions in which it is a finite number."""
+        terms: dict[str, list[tuple[float, float]]] = {}
+        for name, contribution in sorted(self.accepted.items()):
+            if contribution.aggregation_weight and (only is None or name in only):
+                for metric, value in contribution.metrics.items():
+                    if math.isfinite(value):
+                        terms.setdefault(metric, []).append((value, contribution.aggregation_weight))
+        return {
+            metric: math.fsum(value * weight for value, weight in pairs) / math.fsum(weight for _, weight in pairs)
+            for metric, pairs in terms.items()
+        }
 
     def _too_few(self, count: int) -> TooFewContributionsError:
         number = self.report.round

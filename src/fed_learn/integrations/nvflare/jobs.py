@@ -1,5 +1,6 @@
 """Handlers into a job in one call."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ def add_handlers(
     *,
     key_metric: str = "accuracy",
     on_handler_error: str = "raise",
+    mode: str | None = None,
     score_final_model: bool = True,
 ) -> None:
     """Adds a `HandlerBridge` to a recipe or a job; to a job after the workflow that trains.
@@ -23,9 +25,19 @@ def add_handlers(
         handlers: The handlers.
         key_metric: See `HandlerBridge`.
         on_handler_error: See `HandlerBridge`.
+        mode: See `HandlerBridge`.
         score_final_model: Add `FinalValidation` too.
+
+    Warns:
+        UserWarning: The recipe has arguments that NVFlare does not pass on to its aggregator.
     """
+    lost = [name for name in ("aggregation_weights", "exclude_vars") if getattr(recipe, name, None)]
+    if lost and getattr(recipe, "aggregator", None) is not None:
+        warnings.warn(
+            f"the recipe's {' and '.join(lost)} do not reach a custom aggregator: pass them to the aggregator",
+            stacklevel=2,
+        )
     job = recipe if hasattr(recipe, "to_server") else recipe._job  # where NVFlare's own utilities find it
     if score_final_model:
         job.to_server(FinalValidation(), id="final_validation")
-    job.to_server(HandlerBridge(handlers, key_metric, on_handler_error), id="handlers")
+    job.to_server(HandlerBridge(handlers, key_metric, on_handler_error, mode), id="handlers")

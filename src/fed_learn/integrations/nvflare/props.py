@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.contribution import Contribution, split_metrics
+from fed_learn.errors import FedLearnError
 
 OUTCOME = "fed_learn.outcome"
 """Aggregator to bridge, from one contribution's acceptance to the event after it: an `Outcome`."""
@@ -48,6 +52,35 @@ def global_weights(fl_ctx: Any) -> dict[str, Any] | None:
     model = fl_ctx.get_prop(AppConstants.GLOBAL_MODEL)
     weights = model.get(ModelLearnableKey.WEIGHTS) if isinstance(model, Mapping) else None
     return weights if isinstance(weights, dict) and weights else None
+
+
+def scores_in(answer: Shareable) -> dict[str, float]:
+    """The numbers of a client's answer to a validation task.
+
+    An answer with weights scores nothing: the script did not ask `flare.is_evaluate()`, trained, and may have measured
+    before or after that. (In training, metrics beside weights are by NVFlare's convention those of the model received.)
+
+    Raises:
+        FedLearnError: There are none, for the reason that the message tells.
+
+    Example:
+        >>> from nvflare.apis.dxo import DXO, DataKind
+        >>> scores_in(DXO(DataKind.METRICS, {"accuracy": 0.5}).to_shareable())
+        {'accuracy': 0.5}
+    """
+    code = answer.get_return_code()
+    if code and code != ReturnCode.OK:
+        raise FedLearnError(f"failed with {code}")
+    try:
+        model = FLModelUtils.from_shareable(answer)
+    except Exception as error:
+        raise FedLearnError(f"sent something unreadable: {type(error).__name__}: {error}") from error
+    if model.params is not None:
+        raise FedLearnError("sent weights, and scores nothing unless its script asks flare.is_evaluate()")
+    scores = numbers_in(model.metrics)
+    if not scores:
+        raise FedLearnError("sent no metric that is a number")
+    return scores
 
 
 def numbers_in(metrics: object) -> dict[str, float]:
