@@ -126,7 +126,7 @@ def test_a_partition_has_one_name_and_no_longer_one_than_others() -> None:
     claims: list[Any] = [0, 0.0, "x" * 201]
     for (_, result), claim in zip(trained, claims, strict=True):
         result.metrics = {"partition-id": claim}
-    strategy = LegacyFedAvg(min_contributions=1)
+    strategy = LegacyFedAvg()
     strategy.aggregate_fit(1, trained, [])
     assert strategy.job is not None
     (report,) = strategy.job.reports

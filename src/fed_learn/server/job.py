@@ -286,13 +286,17 @@ class Job(JobEvents):
 
     def note_failure(self, name: str, error: Exception, what: str) -> None:
         """Logs and records that a client failed, without an event."""
-        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
+        self.log_failure(name, error, what)
         failure = ClientFailure(name, without_tracebacks(error))
         self.quits.append(failure)
         if ContextKey.REPORT in self.ctx:
             self.update_report(quits=(*self.report.quits, failure))
         if isinstance(error, HandlerError):
             self.record(error.failures)
+
+    def log_failure(self, name: str, error: Exception, what: str) -> None:
+        """Logs that a client failed. A stack that has said so in its own words overrides this."""
+        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
 
     def record_late(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers while a job shuts down: they do not stop it from doing so."""

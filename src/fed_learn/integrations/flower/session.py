@@ -1,23 +1,23 @@
 """A job of ours behind a strategy of Flower's: which node is which contributor, and when which event is due."""
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fed_learn.aggregation import weighted_average
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
-    ClientFailure,
     Contribution,
     Kind,
     ValidationResult,
 )
 from fed_learn.errors import (
     ClientQuitError,
+    ContributionError,
     ExactDomainError,
     HandlerError,
     IntegerRangeError,
@@ -25,18 +25,35 @@ from fed_learn.errors import (
     UnknownContributorError,
     without_tracebacks,
 )
-from fed_learn.integrations.flower.records import RecordWriter, recorded, to_record
+from fed_learn.integrations.flower.records import RecordWriter, copy_of, recorded, same_bytes, to_record
 from fed_learn.integrations.flower.replies import node_name
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
 from fed_learn.server.receiving import Receiver, Refusal
-from fed_learn.weights import FrozenWeights, WeightDict
+from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
 
-Aggregate = Callable[[Sequence[Contribution], FrozenWeights], FrozenWeights]
-"""Accepted contributions and the global model → the new global model."""
+Aggregate: TypeAlias = Callable[["Session", Sequence[Contribution]], FrozenWeights]
+"""A job and its accepted contributions → the new global model."""
+LISTED = 10
+"""Names in one line of the log."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What is kept of a reply whose contribution was accepted, until its round is over.
+
+    Attributes:
+        content: What the client sent, without the arrays if the server streams.
+        contribution: As it was accepted.
+        message: The reply itself; None if the server streams.
+    """
+
+    content: RecordDict
+    contribution: Contribution
+    message: Message | None
 
 
 class Session:
@@ -48,11 +65,18 @@ class Session:
         num_rounds: How many rounds there will be; None: nobody knows.
         handlers: The server's.
         aggregate: What aggregates; None: the weighted mean, written where the next record's bytes are.
+        guessed: The weights are those of the first reply, for want of a global model. Such a job states nothing beyond
+            a round: it goes on only as long as `takes` says.
         settings: Further arguments of `FederatedServer`.
 
     Attributes:
         job: The job.
         num_rounds: As given.
+        guessed: As given.
+        states_round: Whether the messages state the round as their group.
+        final: Whether the evaluation that is under way scores the final model.
+        accepted: What is kept of the replies of this round, by contributor.
+        failed: The replies of this round that carry an error.
         number: The round that is under way, from 0; None between rounds.
         heard: Nodes that answered in this round.
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
@@ -67,13 +91,19 @@ class Session:
         num_rounds: int | None,
         handlers: Sequence[Any] = (),
         aggregate: Aggregate | None = None,
+        guessed: bool = False,
         **settings: Any,
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
-        self.job = Job(server, receiver=_FlowerReceiver(server, aggregate))
+        self.job = _FlowerJob(server, receiver=_FlowerReceiver(server, self, aggregate))
         if num_rounds is None:
             self.job.ctx.pop(ContextKey.NUM_ROUNDS)
         self.num_rounds = num_rounds
+        self.guessed = guessed
+        self.states_round = not guessed
+        self.final = False
+        self.accepted: dict[str, Accepted] = {}
+        self.failed: list[Message] = []
         self.number: int | None = None
         self.heard: dict[Hashable, None] = {}
         self.contributed: dict[Hashable, None] = {}
@@ -82,12 +112,19 @@ class Session:
         self._record = (self.job.weights, record)
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
-        self._scored: FrozenWeights | None = None
         self.clients_score = False
 
     @property
     def record(self) -> ArrayRecord:
-        """The global model as Flower sends it; written once."""
+        """The global model as Flower sends it: a record of the caller's own, who may change it."""
+        return copy_of(self._own_record)
+
+    def holds(self, arrays: ArrayRecord) -> bool:
+        """Whether a record is the global model, unchanged."""
+        return same_bytes(arrays, self._own_record)
+
+    @property
+    def _own_record(self) -> ArrayRecord:
         weights, record = self._record
         if weights is not self.job.weights or record is None:
             record = to_record(self.job.weights)
@@ -98,6 +135,20 @@ class Session:
         """Whether rounds count from 1 again, after others: another job begins."""
         return server_round == 1 and bool(self.job.reports)
 
+    def takes(self, server_round: int, replies: Iterable[WeightDict]) -> bool:
+        """Whether replies that no message asked for may belong to this job.
+
+        In a guessed one it takes a later round, and a reply that has the names, shapes and dtypes of the global model.
+        """
+        if not self.guessed:
+            return True
+        later = not self.job.reports or server_round - 1 > self.job.reports[-1].round
+        return later and any(_schema_of(weights) == self.job.schema for weights in replies)
+
+    def change_model(self, schema: Schema) -> None:
+        """From the next round on the model has other names, shapes or dtypes."""
+        self.job.server.schema = schema
+
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
         """START_ROUND.
 
@@ -106,9 +157,12 @@ class Session:
             weights: Replaces the global model, before any handler sees it.
         """
         self._asked, self.heard, self.contributed = {}, {}, {}
+        if self.guessed:  # nothing says that the nodes are those of the call before
+            self._names = {}
         self.number = number
+        before = self.job.weights if weights is None else weights
         self.job.start_round(number, weights)
-        if self._scored is not self.job.weights:
+        if not _same_memory(before, self.job.weights):  # a handler replaced what the clients had scored
             self._scores = {}
 
     def ask(self, node: Hashable) -> None:
@@ -160,21 +214,38 @@ class Session:
         Returns:
             Whether there is a new global model.
         """
-        for node in self._asked:
-            if node not in self.heard:
-                self.job.absent(self._names.get(node, node_name(node)))
+        absent = [self._names.get(node, node_name(node)) for node in self._asked if node not in self.heard]
+        for name in absent:
+            self.job.absent(name)
+        if absent:
+            more = f" and {len(absent) - LISTED} more" if len(absent) > LISTED else ""
+            logger.warning("\t> No reply from %s%s", ", ".join(absent[:LISTED]), more)
         before = self.job.weights
         if error is not None:
             self.job.update_report(error=error)
-        aggregated = error is None and self.job.aggregate()
-        self._log(self.job.end_round())
-        self.number = None
+        # Where nobody was asked and nobody answered, there is nothing that could be missing.
+        expected = bool(self._asked or self.heard)
+        try:
+            aggregated = error is None and expected and self.job.aggregate()
+        finally:
+            for failure in self.job.report.rejected:
+                logger.warning("\t> Refused: %s: %s", failure.cause, failure.error)
+        self.end_round()
+        if self.job.weights is not before:
+            self._scores = {}
         return aggregated or self.job.weights is not before
+
+    def end_round(self) -> None:
+        """END_ROUND."""
+        self.job.end_round()
+        self.forget_round()
+
+    def forget_round(self) -> None:
+        """Keeps nothing of a round that ended, or was broken off: if it comes again, it begins anew."""
+        self.number, self.accepted, self.failed = None, {}, []
 
     def note_score(self, node: Hashable, claim: Callable[[], str | None], metric: float) -> None:
         """Notes what a client measured on the global model, which it will receive in the next round."""
-        if self._scored is not self.job.weights:
-            self._scored, self._scores = self.job.weights, {}
         try:
             self._scores[self._register(node, claim())] = metric
         except UnknownContributorError as error:
@@ -186,7 +257,7 @@ class Session:
         Args:
             weights: What they are sent, if it is not the job's global model.
         """
-        self._asked, self.heard = {}, {}
+        self._asked, self.heard, self.final = {}, {}, True
         self.job.begin_validation(FINAL_MODEL, weights)
 
     def receive_final(
@@ -236,31 +307,28 @@ class Session:
             self.job.register(name)
         return name
 
-    def _log(self, report: Any) -> None:
-        logger.info(
-            "round %d: %d contributions accepted, %d refused, %d missing, %d clients failed",
-            report.round + 1,
-            len(report.accepted),
-            len(report.rejected),
-            len(report.absent),
-            len(report.quits),
-        )
-        failures: Sequence[ClientFailure] = (*report.rejected, *report.quits)
-        for failure in failures:
-            logger.warning("\t> %s: %s", failure.cause, failure.error)
+
+class _FlowerJob(Job):
+    """A job that leaves it to Flower's words to say that a node failed."""
+
+    def log_failure(self, name: str, error: Exception, what: str) -> None:
+        """See `Job.log_failure`."""
+        if not isinstance(error, ClientQuitError):
+            super().log_failure(name, error, what)
 
 
 class _FlowerReceiver(Receiver):
     """Writes the mean where the bytes of the next message are, or leaves the aggregation to another strategy."""
 
-    def __init__(self, server: FederatedServer, aggregate: Aggregate | None) -> None:
+    def __init__(self, server: FederatedServer, session: Session, aggregate: Aggregate | None) -> None:
         super().__init__(server)
+        self._session = session
         self._aggregate = aggregate
 
     def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
         """See `Receiver.aggregate`."""
         if self._aggregate is not None:
-            return self._aggregate(contributions, weights)
+            return self._aggregate(self._session, contributions)
         if self._stream is not None or self.server.kind is Kind.DIFF:
             return recorded(super().aggregate(contributions, weights, ctx))
         writer = RecordWriter(self.server.schema)
@@ -271,3 +339,18 @@ class _FlowerReceiver(Receiver):
         except (NonFiniteError, IntegerRangeError, ExactDomainError) as error:
             raise Refusal(error) from error
         return writer.finish()
+
+
+def _schema_of(weights: WeightDict) -> Schema | None:
+    """None for what cannot be averaged."""
+    try:
+        return Schema.of(weights)
+    except ContributionError:
+        return None
+
+
+def _same_memory(left: WeightDict, right: WeightDict) -> bool:
+    return len(left) == len(right) and all(
+        name in right and array.__array_interface__["data"] == right[name].__array_interface__["data"]
+        for name, array in left.items()
+    )
