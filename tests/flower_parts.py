@@ -1,4 +1,4 @@
-"""Small parts for tests of the strategies in Flower: nodes that add one, a clock without waiting, replies without a grid."""
+"""Small parts for tests of the strategies in Flower: nodes that add one, a clock that never waits, made-up replies."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -6,31 +6,26 @@ from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Context, Message, MetricRecord, RecordDict
 
 from fed_learn.integrations.flower import LocalGrid
 
 
 def adding(message: Message, context: Context) -> Message:
     """A node that adds one to the model; it has ten examples and a loss, and says in an evaluation what it received."""
-    arrays = message.content["arrays"].to_numpy_ndarrays()
+    received: Any = message.content["arrays"]
+    arrays = received.to_numpy_ndarrays()
     metrics: dict[str, Any] = {"num-examples": 10}
     if message.metadata.message_type.startswith("evaluate"):
         return Message(
             RecordDict({"m": MetricRecord({**metrics, "accuracy": float(arrays[0].flat[0])})}), reply_to=message
         )
-    named = dict(zip(message.content["arrays"], (array + 1 for array in arrays), strict=True))
+    named = dict(zip(received, (array + 1 for array in arrays), strict=True))
     return Message(RecordDict({"a": record(**named), "m": MetricRecord({**metrics, "loss": 0.5})}), reply_to=message)
 
 
 def record(**arrays: Any) -> ArrayRecord:
-    return ArrayRecord({name: array_of(array) for name, array in arrays.items()})
-
-
-def array_of(array: Any) -> Any:
-    from flwr.app import Array
-
-    return Array(np.asarray(array))
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
 
 
 def content(*arrays: Any, examples: float = 1, **metrics: Any) -> RecordDict:

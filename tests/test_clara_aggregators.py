@@ -210,7 +210,7 @@ def test_a_round_whose_aggregator_fails_is_lost_and_the_global_model_stands(
     assert isinstance(error.__cause__, cause)
     assert str(error).startswith("aggregator Doing: ")
     assert message in str(error)
-    assert [record.getMessage() for record in caplog.records] == [f"round 1: {error}: the global model stands"]
+    assert [record.getMessage() for record in caplog.records] == [f"round 2: {error}; the global model stands"]
     (ctx,) = (c for c in recorder.at(EventType.END_ROUND) if c[fl.ContextKey.ROUND] == 1)
     assert "trace" not in ctx
     assert values(ctx.get_model().weights) == (2.5, 2.5, 2.0)  # type: ignore[union-attr,arg-type]

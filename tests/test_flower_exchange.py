@@ -163,7 +163,7 @@ def test_a_reply_that_the_grid_says_is_lost_is_its_nodes() -> None:
             if not listed:
                 return replies
             lost = Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "gone"), reply_to=listed[0])
-            lost.metadata._src_node_id = SUPERLINK_NODE_ID
+            lost.metadata.__dict__["_src_node_id"] = SUPERLINK_NODE_ID
             return [lost, *replies[1:]]
 
     result = FedAvg(fraction_evaluate=0.0).start(Losing(adding, 3), record(w=np.zeros(1)), num_rounds=1)

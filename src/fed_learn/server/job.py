@@ -203,7 +203,7 @@ class Job(JobEvents):
         try:
             mean = self._receiver.aggregate(contributions, self._weights, self.ctx)
         except Refusal as refusal:
-            logger.error("round %d: %s: the global model stands", self.report.round, refusal.error)
+            logger.error("round %d: %s; the global model stands", self.report.round + 1, refusal.error)
             self.update_report(error=without_tracebacks(refusal.error))
             return False
         self._adopt(mean)
@@ -373,7 +373,7 @@ class Job(JobEvents):
         if count >= self.required:
             return True
         error = TooFewContributionsError(
-            f"round {number}: {count} accepted contributions, {self.required} required; the global model stands",
+            f"round {number + 1}: {count} accepted contributions, {self.required} required; the global model stands",
             count=count,
             required=self.required,
             round=number,

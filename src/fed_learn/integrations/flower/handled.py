@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from fed_learn.integrations.flower.replies import (
     readable_weights,
     without_arrays,
 )
-from fed_learn.integrations.flower.session import Accepted, Aggregate, Session
+from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, listed
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
 from fed_learn.weights import Schema, WeightDict
@@ -74,10 +75,12 @@ class Handled(Strategy):
         *,
         handlers: Sequence[EventHandler],
         kind: Kind,
+        min_contributions: int,
+        on_bad_contribution: str,
+        on_handler_error: str,
         validation_metric: str,
         n_iter_key: str,
         poll_interval: float,
-        **settings: Any,
     ) -> None:
         """Takes the arguments that `FedAvg` describes.
 
@@ -89,11 +92,12 @@ class Handled(Strategy):
             raise ValueError(f"poll_interval must be positive, not {poll_interval!r}")
         self.handlers = check_handlers(handlers)
         self.kind = Kind(kind)
+        self.min_contributions = min_contributions
+        self.on_bad_contribution = on_bad_contribution
+        self.on_handler_error = on_handler_error
         self.validation_metric = validation_metric
         self.n_iter_key = n_iter_key
         self.poll_interval = poll_interval
-        for name, value in settings.items():
-            setattr(self, name, value)
         self.job: Job | None = None
         self.__session: Session | None = None
         self.__begin({"nothing": np.zeros(1)}, None, handlers=())  # refuses what a job would refuse later
@@ -161,7 +165,7 @@ class Handled(Strategy):
                 session.finish()
         except FedLearnError as error:
             result.arrays, result.job = arrays, session.job.result()
-            error.handled = result
+            error.handled = result  # type: ignore[attr-defined] # beside `result`, which every stack has
             raise
         finally:
             self.__session = None
@@ -229,10 +233,11 @@ class Handled(Strategy):
                 del message  # while the next one is awaited, a streaming server holds none
             if self.__streams:
                 log_replies(place - len(failed), failed)
+            session.failed = failed
             for message in failed:
                 place += 1
-                self.__receive(session, place, message)
-            session.failed = failed
+                if message.has_error():  # a subclass may put aside others, which just do not count
+                    self.__receive(session, place, message)
             accepted = session.accepted
             changed = session.close_round()
         except BaseException:
@@ -276,14 +281,17 @@ class Handled(Strategy):
         session = self.__session
         if session is None:
             return
+        silent = []
         for place, message in enumerate(replies, 1):
             if session.final:
-                self.__receive_final(session, place, message)
+                silent += self.__receive_final(session, place, message)
             elif message.has_content():
                 metric = self.__with_score(message).get(INITIAL_VALIDATION_METRIC)
                 if metric is not None:
                     node = node_of(message, place)
-                    session.note_score(node, lambda message=message, node=node: _claim(message, node), metric)
+                    session.note_score(node, partial(_claim, message, node), metric)
+        if silent and self.validation_metric != INITIAL_VALIDATION_METRIC:
+            logger.warning("\t> No %r of the final model from %s", self.validation_metric, listed(silent))
 
     @property
     def __streams(self) -> bool:
@@ -407,14 +415,14 @@ class Handled(Strategy):
 
     def __sent(self, session: Session, messages: Iterable[Message] | None, server_round: int) -> list[Message]:
         """SEND_MODEL for each message, which from now on states its round."""
-        listed = list(messages or ())
+        sent = list(messages or ())
         # A strategy that uses group ids in its own way tells nothing of rounds by them.
-        session.states_round = all(message.metadata.group_id in ("", str(server_round)) for message in listed)
-        for message in listed:
+        session.states_round = all(message.metadata.group_id in ("", str(server_round)) for message in sent)
+        for message in sent:
             if not message.metadata.group_id:
                 message.metadata.group_id = str(server_round)
             session.ask(message.metadata.dst_node_id)
-        return listed
+        return sent
 
     def __receive(self, session: Session, place: int, message: Message) -> None:
         keys = Keys(self.weighted_by_key, self.n_iter_key, self.arrayrecord_key)
@@ -426,14 +434,15 @@ class Handled(Strategy):
             found = contribution_of(message, name, keys, session.job.schema, self.kind)
             return found if session.states_round or METADATA in message.content else replace(found, round=None)
 
-        contribution = session.receive(node, lambda: _claim(message, node), read)
+        contribution = session.receive(node, partial(_claim, message, node), read)
         if contribution is not None:
             content = without_arrays(message.content) if self.__streams else message.content
             session.accepted[contribution.contributor] = Accepted(
                 content, contribution, None if self.__streams else message
             )
 
-    def __receive_final(self, session: Session, place: int, message: Message) -> None:
+    def __receive_final(self, session: Session, place: int, message: Message) -> list[str]:
+        """Takes a score of the final model; returns whom there is none from."""
         node = node_of(message, place)
 
         def read() -> dict[str, Any]:
@@ -441,10 +450,10 @@ class Handled(Strategy):
                 raise failure_of(message, node)
             return self.__with_score(message)
 
-        if message.has_error() or INITIAL_VALIDATION_METRIC in self.__with_score(message):
-            session.receive_final(node, lambda: _claim(message, node), read)
-        else:
-            logger.info("\t> %s reports no %r", node_name(node), self.validation_metric)
+        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(message):
+            return [node_name(node)]
+        session.receive_final(node, partial(_claim, message, node), read)
+        return []
 
     def __with_score(self, message: Message) -> dict[str, Any]:
         """The metrics of an evaluation, the one to select by under the name that handlers know."""

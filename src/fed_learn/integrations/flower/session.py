@@ -218,8 +218,7 @@ class Session:
         for name in absent:
             self.job.absent(name)
         if absent:
-            more = f" and {len(absent) - LISTED} more" if len(absent) > LISTED else ""
-            logger.warning("\t> No reply from %s%s", ", ".join(absent[:LISTED]), more)
+            logger.warning("\t> No reply from %s", listed(absent))
         before = self.job.weights
         if error is not None:
             self.job.update_report(error=error)
@@ -339,6 +338,17 @@ class _FlowerReceiver(Receiver):
         except (NonFiniteError, IntegerRangeError, ExactDomainError) as error:
             raise Refusal(error) from error
         return writer.finish()
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for one line of the log.
+
+    Example:
+        >>> listed([f"node-{k}" for k in range(2, 15)])
+        'node-2, node-3, node-4, node-5, node-6, node-7, node-8, node-9, node-10, node-11 and 3 more'
+    """
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 def _schema_of(weights: WeightDict) -> Schema | None:

@@ -116,15 +116,15 @@ class FedAvg(Handled, FlowerFedAvg):
             train_metrics_aggr_fn=train_metrics_aggr_fn or mean_metrics,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn or mean_metrics,
         )
+        self.exact = exact
+        self.kernel = kernel
+        self.stream = stream
         self._job_set_up(
             handlers=handlers,
             kind=kind,
             min_contributions=min_contributions,
             on_bad_contribution=on_bad_contribution,
             on_handler_error=on_handler_error,
-            exact=exact,
-            kernel=kernel,
-            stream=stream,
             validation_metric=validation_metric,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
