@@ -840,7 +840,7 @@ def test_zero_contributions_are_an_error_and_never_nan() -> None:
     ids=lambda value: str(type(value).__name__),
 )
 def test_an_entry_of_metrics_that_is_no_number_goes_to_the_info(value: Any, kept: Any) -> None:
-    contribution = replace(good("site-2"), metrics={"loss": np.float32(0.5), "accuracy": value})
+    contribution = replace(good("site-2"), metrics={"loss": np.float32(0.5), "accuracy": value})  # type: ignore[dict-item]
     assert contribution.metrics == {"loss": 0.5}
     assert type(contribution.metrics["loss"]) is float
     found = contribution.info["accuracy"]

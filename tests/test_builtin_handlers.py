@@ -466,7 +466,7 @@ def test_what_went_wrong_in_a_round_is_in_its_line(tmp_path: Path) -> None:
     ]
     assert first["error"] is None
     assert second["absent"] == ["a"]
-    assert second["error"] == "round 1: 0 accepted contributions, 1 required; the global model stands"
+    assert second["error"] == "round 2: 0 accepted contributions, 1 required; the global model stands"
 
 
 # EarlyStoppingHandler
@@ -662,7 +662,7 @@ def test_what_went_wrong_is_printed_below_the_round(capsys: pytest.CaptureFixtur
     assert lines[2].strip() == "WeightsTypeError: b: sent a str, not a Contribution"
     assert lines[3].strip() == "RuntimeError: out of memory"
     assert lines[5].strip() == "WeightsTypeError: b: sent a str, not a Contribution"
-    assert lines[6].strip().startswith("round failed: round 1: 0 accepted contributions")
+    assert lines[6].strip().startswith("round failed: round 2: 0 accepted contributions")
     assert len(lines) == 7
 
 

@@ -1,7 +1,10 @@
 """`LegacyFedAvg` behind Flower's older interface, run by Flower's own server."""
 
+import copy
+import pickle
 from dataclasses import replace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -121,20 +124,17 @@ def test_clients_are_named_by_their_ids_where_they_say_nothing() -> None:
     assert strategy.job.reports[0].accepted == ("node-100", "node-101")
 
 
-def test_a_partition_has_one_name_and_no_longer_one_than_others() -> None:
+def test_several_clients_of_a_partition_are_several_contributors_and_what_is_none_is_the_apps_own() -> None:
     trained = results(step(0), step(1), step(2), metrics={})
     claims: list[Any] = [0, 0.0, "x" * 201]
     for (_, result), claim in zip(trained, claims, strict=True):
         result.metrics = {"partition-id": claim}
-    strategy = LegacyFedAvg(min_contributions=1)
+    strategy = LegacyFedAvg()
     strategy.aggregate_fit(1, trained, [])
     assert strategy.job is not None
     (report,) = strategy.job.reports
-    assert report.accepted == ("partition-0",)
-    assert [(f.contributor, f.cause) for f in report.rejected] == [
-        ("node-101", "UnknownContributorError"),
-        ("node-102", "UnknownContributorError"),
-    ]
+    assert report.accepted == ("node-102", "partition-0", "partition-0@node-101")
+    assert report.rejected == ()
 
 
 def test_an_evaluation_without_examples_has_no_loss() -> None:
@@ -209,3 +209,102 @@ def test_it_is_flowers_fedavg_with_its_arguments() -> None:
     assert strategy.num_fit_clients(10) == (5, 5)
     with pytest.raises(ValueError, match="on_bad_contribution"):
         LegacyFedAvg(on_bad_contribution="ignore")
+
+
+BOTH = pytest.mark.parametrize("base", [FlowerFedAvg, LegacyFedAvg])
+
+
+def values(parameters: Any) -> Any:
+    assert parameters is not None
+    return parameters_to_ndarrays(parameters)[0].tolist()
+
+
+def results_of(*arrays: Any, clients: Any = None) -> Any:
+    clients = [Proxy(str(k)) for k in range(len(arrays))] if clients is None else clients[: len(arrays)]
+    parameters = [ndarrays_to_parameters([np.asarray(array)]) for array in arrays]
+    return [(c, FitRes(Status(Code.OK, ""), p, 1, {})) for c, p in zip(clients, parameters, strict=True)]
+
+
+@BOTH
+def test_what_is_sampled_is_no_threshold(base: Any) -> None:
+    strategy = base(min_fit_clients=3, min_available_clients=3)
+    failures: Any = [RuntimeError("lost")]
+    assert values(strategy.aggregate_fit(1, results_of([1.0], [3.0]), failures)[0]) == [2.0]
+    assert base(accept_failures=False).aggregate_fit(1, results_of([1.0]), failures) == (None, {})
+
+
+def test_the_users_own_threshold_holds() -> None:
+    strategy = LegacyFedAvg(min_contributions=3)
+    assert strategy.aggregate_fit(1, results_of([1.0], [3.0]), []) == (None, {})
+    assert LegacyFedAvg().min_contributions == 1
+
+
+@BOTH
+def test_aggregate_fit_is_a_pure_function(base: Any) -> None:
+    strategy = base()
+    one_client = MagicMock()
+    for number, arrays, mean in [
+        (1, ([1.0], [3.0]), [2.0]),
+        (1, ([1.0], [5.0]), [3.0]),
+        (2, ([1.0, 1.0], [3.0, 5.0]), [2.0, 3.0]),
+        (2, ([1.0, 1.0], [5.0, 5.0]), [3.0, 3.0]),
+        (9, ([7.0],), [7.0]),
+        (4, ([8.0],), [8.0]),
+    ]:
+        for clients in (None, [one_client, one_client], [MagicMock(), MagicMock()]):
+            assert values(strategy.aggregate_fit(number, results_of(*arrays, clients=clients), [])[0]) == mean
+    assert strategy.aggregate_fit(1, [], []) == (None, {})
+
+
+class Manager(SimpleClientManager):
+    def sample(self, *arguments: Any, **options: Any) -> Any:
+        return [Proxy("0"), Proxy("1")]
+
+
+@BOTH
+@pytest.mark.parametrize("num_rounds", [None, 3])
+def test_a_subclass_may_make_another_model(base: Any, num_rounds: int | None) -> None:
+    class Mine(base):  # type: ignore[misc]
+        def aggregate_fit(self, server_round: int, results: Any, failures: Any) -> Any:
+            parameters, metrics = super().aggregate_fit(server_round, results, failures)
+            if server_round == 1:  # in place
+                parameters.tensors[0] = ndarrays_to_parameters([parameters_to_ndarrays(parameters)[0] * 2]).tensors[0]
+                return parameters, metrics
+            more = [*parameters_to_ndarrays(parameters), np.zeros(3)]
+            return ndarrays_to_parameters(more), metrics
+
+    strategy = Mine(**({"num_rounds": num_rounds} if base is LegacyFedAvg else {}))
+    parameters = ndarrays_to_parameters([np.zeros(2)])
+    for number in (1, 2, 3):
+        sent = [ins.parameters for _, ins in strategy.configure_fit(number, parameters, Manager())]
+        moved = [ndarrays_to_parameters([a + 1 for a in parameters_to_ndarrays(p)]) for p in sent]
+        trained = [(Proxy(str(k)), FitRes(Status(Code.OK, ""), p, 1, {})) for k, p in enumerate(moved)]
+        parameters, _ = strategy.aggregate_fit(number, trained, [])
+    assert [a.tolist() for a in parameters_to_ndarrays(parameters)] == [[4.0, 4.0], [1.0] * 3, [0.0] * 3]
+    if base is LegacyFedAvg:
+        assert len(strategy.job.reports) == (3 if num_rounds else 1)
+
+
+def test_a_strategy_can_be_copied_and_pickled_at_any_time() -> None:
+    strategy = LegacyFedAvg()
+    strategy.aggregate_fit(1, results_of([1.0]), [])
+    for other in (copy.deepcopy(strategy), pickle.loads(pickle.dumps(strategy))):
+        assert other.job is None
+        assert values(other.aggregate_fit(2, results_of([2.0]), [])[0]) == [2.0]
+
+
+def test_each_failure_is_told_once_and_so_is_the_lack_of_a_function_for_metrics(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    failed = (Proxy("7"), FitRes(Status(Code.FIT_NOT_IMPLEMENTED, "no fit"), ndarrays_to_parameters([]), 0, {}))
+    strategy = LegacyFedAvg()
+    for number in (1, 2):
+        strategy.aggregate_fit(number, results_of([1.0], [np.nan]), [failed, RuntimeError("lost")])
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        *(once := ["\t> 7: FIT_NOT_IMPLEMENTED: no fit", "\t> a client failed: RuntimeError: lost"]),
+        "\t> Refused: NonFiniteError: node-1: '0' at index (0,): nan is not finite",
+        "No fit_metrics_aggregation_fn provided",
+        *once,
+        "\t> Refused: NonFiniteError: node-1: '0' at index (0,): nan is not finite",
+    ]

@@ -23,6 +23,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
 from outcomes import Outcome, Row, run, show
 
+import fed_learn as fl
 from fed_learn.integrations.flower import FedAvg, LegacyFedAvg, LocalGrid, to_record, to_weights
 
 CLIENTS = 3
@@ -64,7 +65,10 @@ def round_of(strategy: Strategy, replies: list[Message], initial: Weights) -> Ou
     if not isinstance(strategy, FedAvg):
         return Outcome(weights)
     weights = None if arrays is None else dict(to_weights(arrays))
-    job = strategy.close()
+    try:
+        job = strategy.close()
+    except fl.NothingAggregatedError as error:  # of a job of this one round
+        job = error.result
     assert job is not None
     return Outcome(weights, refused=tuple((failure.contributor, failure.cause) for failure in job.reports[0].rejected))
 

@@ -202,6 +202,15 @@ class Round:
             constants = {name: array for name, array in first.arrays.items() if name not in first.averaged}
         return Combined(mean, constants, tuple(name for name in self._terms.schema or sent if name in sent))
 
+    def sent(self, contributions: Sequence[Contribution]) -> tuple[str, ...]:
+        """Names of the variables that are in any of these contributions, in the order of the global model."""
+        found = {name: None for contribution in contributions for name in self._found(contribution).arrays}
+        return tuple(name for name in self._terms.schema or found if name in found)
+
+    def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
+        """Names of the variables of these contributions that are averaged: all but constants."""
+        return frozenset(name for contribution in contributions for name in self._found(contribution).averaged)
+
     def completed(self, contributions: Sequence[Contribution], model: WeightDict) -> list[Contribution]:
         """Differences that count, with zeros for the variables of which nothing was sent.
 

@@ -138,7 +138,8 @@ class Job(JobEvents):
         self._round_started = time.perf_counter()
         self._in_round = True
         if weights is not None:
-            self._adopt(checked_model(weights, self.schema, "global model", constants=self._weights))
+            before = self._weights if Schema.of(self._weights) == self.schema else None
+            self._adopt(checked_model(weights, self.schema, "global model", constants=before))
         self._asked.clear()
         self._receiver.begin(self._weights, number)
         for key in (ContextKey.CONTRIBUTION, ContextKey.REJECTION):
@@ -316,13 +317,17 @@ class Job(JobEvents):
 
     def note_failure(self, name: str, error: Exception, what: str) -> None:
         """Logs and records that a client failed, without an event."""
-        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
+        self.log_failure(name, error, what)
         failure = ClientFailure(name, without_tracebacks(error))
         self.quits.append(failure)
         if ContextKey.REPORT in self.ctx:
             self.update_report(quits=(*self.report.quits, failure))
         if isinstance(error, HandlerError):
             self.record(error.failures)
+
+    def log_failure(self, name: str, error: Exception, what: str) -> None:
+        """Logs that a client failed. A stack that has said so in its own words overrides this."""
+        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
 
     def record_late(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers while a job shuts down: they do not stop it from doing so."""
@@ -393,6 +398,10 @@ class Job(JobEvents):
         if not self._in_round:
             last = f", for that of round {len(self.reports)} is over" if self.reports else ""
             raise OutOfTurnError(f"{what}: start_round comes first{last}")
+
+    def change_schema(self, schema: Schema) -> None:
+        """From the next round on the global model, which `start_round` is given, has other names, shapes or dtypes."""
+        self._schema = schema
 
     def _refuse_untrained(self) -> None:
         """Raises, once, if the job ends as it began although clients were asked to train."""

@@ -1,38 +1,52 @@
-"""What turns a strategy of Flower's into one with our events: a round as a job of ours sees it."""
+"""What turns a strategy of Flower's into one with our events: a round as a job of ours sees it.
 
+Users derive classes from these and give methods and attributes names of their own, so what belongs to this module alone
+has names with two underscores, and what its children replace begins with `_job_`.
+"""
+
+import io
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import ContributionError
+from fed_learn.errors import FedLearnError
 from fed_learn.events import EventHandler, check_handlers
-from fed_learn.integrations.flower.exchange import replies_to
+from fed_learn.integrations.flower.exchange import gathers, replies_to
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
     METADATA,
     Keys,
+    Place,
     claimed_name,
     contribution_of,
     failure_of,
-    first_weights,
     metrics_of,
+    node_name,
+    node_of,
+    readable_weights,
+    without_arrays,
 )
-from fed_learn.integrations.flower.session import Aggregate, Session
+from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, listed
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
 from fed_learn.weights import Schema, WeightDict
 
 logger = logging.getLogger("flwr")
 
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
-@dataclass
+
+@dataclass(repr=False)  # Flower's, which is short
 class HandledResult(Result):
     """Flower's result, with ours beside it.
 
@@ -47,24 +61,26 @@ class Handled(Strategy):
     """A base beside one of Flower's strategies, whose methods it reaches by `super()`.
 
     Attributes:
-        job: The `Job` that runs or ran last; None before the first.
+        job: The `Job` that runs or ran last; None before the first. Not in copies and pickles of the strategy.
     """
 
     weighted_by_key: str = "num-examples"
     arrayrecord_key: str = "arrays"
     configrecord_key: str = "config"
+    _job_settings: tuple[str, ...] = ("kind", "min_contributions", "on_bad_contribution", "on_handler_error")
+    """Attributes that are arguments of `FederatedServer` too."""
 
-    def _set_up(
+    def _job_set_up(
         self,
         *,
         handlers: Sequence[EventHandler],
         kind: Kind,
         min_contributions: int,
+        on_bad_contribution: str,
+        on_handler_error: str,
         validation_metric: str,
         n_iter_key: str,
         poll_interval: float,
-        aggregate: Aggregate | None = None,
-        **settings: Any,
     ) -> None:
         """Takes the arguments that `FedAvg` describes.
 
@@ -76,16 +92,18 @@ class Handled(Strategy):
             raise ValueError(f"poll_interval must be positive, not {poll_interval!r}")
         self.handlers = check_handlers(handlers)
         self.kind = Kind(kind)
+        self.min_contributions = min_contributions
+        self.on_bad_contribution = on_bad_contribution
+        self.on_handler_error = on_handler_error
         self.validation_metric = validation_metric
         self.n_iter_key = n_iter_key
         self.poll_interval = poll_interval
-        self._settings = {"kind": self.kind, "min_contributions": min_contributions, "aggregate": aggregate, **settings}
         self.job: Job | None = None
-        self._session: Session | None = None
-        self._kept: dict[str, Any] = {}
-        self._final = False
-        self._states_round = True
-        self._begin({"nothing": np.zeros(1)}, None, 1, handlers=())  # refuses what a job would refuse later
+        self.__session: Session | None = None
+        self.__begin({"nothing": np.zeros(1)}, None, handlers=())  # refuses what a job would refuse later
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "job": None, "_Handled__session": None}
 
     def start(
         self,
@@ -95,95 +113,140 @@ class Handled(Strategy):
         timeout: float = 3600,
         train_config: ConfigRecord | None = None,
         evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        evaluate_fn: EvaluateFn | None = None,
     ) -> HandledResult:
-        """Runs a job; arguments as of Flower's `Strategy.start`.
+        """Runs a job; arguments as of Flower's `Strategy.start`, and its log in Flower's words.
 
-        Replies are taken as they arrive. The clients' evaluation in the last round scores the final model; if there is
-        none, clients that scored the models they received are asked for one.
+        The clients' evaluation in the last round scores the final model; if there is none, clients that scored the
+        models they received are asked for one.
 
         Returns:
             Flower's result, `job` beside it.
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
-            HandlerError: A handler raised, with `on_handler_error="raise"`.
+            HandlerError: A handler raised, with `on_handler_error="raise"`. What had been done is in the error: as
+                `result` the `JobResult` so far, as `handled` what this method would have returned. After any other
+                error `strategy.job.result()` has the former.
         """
         logger.info("Starting %s strategy:", type(self).__name__)
+        log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
         self.summary()
+        logger.info("")
+        if self.__streams and gathers(grid):
+            logger.info("\t└──> %s gathers the replies of a round before they are added up", type(grid).__name__)
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
+        began = time.time()
         self.close()
         result, arrays = HandledResult(), initial_arrays
-        session = self._start_job(to_weights(initial_arrays), initial_arrays, num_rounds)
+        session = self.__start_job(to_weights(initial_arrays), initial_arrays, num_rounds)
         try:
             with session.job:
-                _evaluate_here(evaluate_fn, 0, arrays, result)
+                if evaluate_fn:
+                    metrics = evaluate_fn(0, arrays)
+                    logger.info("Initial global evaluation results: %s", metrics)
+                    if metrics is not None:
+                        result.evaluate_metrics_serverapp[0] = metrics
                 for number in range(1, num_rounds + 1):
+                    logger.info("")
                     logger.info("[ROUND %s/%s]", number, num_rounds)
-                    arrays = self._train(grid, number, arrays, train_config, timeout, result)
+                    arrays = self.__train(grid, number, arrays, train_config, timeout, result)
                     last = number == num_rounds or session.job.stopped
-                    self._evaluate(grid, number, arrays, evaluate_config, timeout, result, last)
-                    _evaluate_here(evaluate_fn, number, arrays, result)
+                    self.__evaluate(grid, number, arrays, evaluate_config, timeout, result, last)
+                    if evaluate_fn:
+                        logger.info("Global evaluation")
+                        metrics = evaluate_fn(number, session.whole(arrays))
+                        logger.info("\t└──> MetricRecord: %s", metrics)
+                        if metrics is not None:
+                            result.evaluate_metrics_serverapp[number] = metrics
                     if last:
                         break
                 session.finish()
-            job = session.job.result()
-            if arrays is not session.record:  # a subclass has made something else of the average
-                job = replace(job, weights=to_weights(arrays, like=session.job.schema))
-            result.arrays, result.job = arrays, job
+        except FedLearnError as error:
+            result.arrays, result.job = session.whole(arrays), session.job.result()
+            error.handled = result  # type: ignore[attr-defined] # beside `result`, which every stack has
+            raise
         finally:
-            self._session, self._final = None, False
+            self.__session = None
+        job, whole = session.job.result(), session.whole(arrays)
+        if not session.holds(arrays):  # a subclass has made something else of the average
+            job = replace(job, weights=to_weights(whole, like=session.job.schema))
+        result.arrays, result.job = whole, job
+        logger.info("")
+        logger.info("Strategy execution finished in %.2fs", time.time() - began)
+        logger.info("")
+        logger.info("Final results:")
+        logger.info("")
+        for line in io.StringIO(str(result)):
+            logger.info("\t%s", line.strip("\n"))
+        logger.info("")
         return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """START_ROUND, which may replace the global model; Flower's messages; SEND_MODEL for each."""
-        under_way = self._session is not None and self._session.number == server_round - 1
-        session = self._open(server_round, arrays)
-        arrays = arrays if under_way else session.record
+        session = self.__session
+        if session is None or session.num_rounds is None or session.number != server_round - 1:
+            session = self.__open(server_round, arrays)
+            arrays = session.record
         # What comes next in the order of bases is a strategy of Flower's.
         messages = super().configure_train(server_round, arrays, config, grid)  # type: ignore[safe-super]
-        return self._sent(messages, server_round)
+        return self.__sent(session, messages, server_round)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """RECEIVE_CONTRIBUTION for each reply, as soon as it comes; aggregation; END_ROUND.
+        """RECEIVE_CONTRIBUTION for each reply, CLIENT_QUIT for each that carries an error; aggregation; END_ROUND.
 
-        Outside of `start`, the global model is the one that `configure_train` was given; without that, the first reply
-        that can be read tells names, shapes and dtypes.
+        Outside of `start`, the global model is the one that `configure_train` was given. Without that, the replies tell
+        names, shapes and dtypes, the commonest ones, and only as long as replies have them and rounds count up: the
+        method may be called with anything, in any order, as Flower's may.
 
         Args:
             server_round: From 1.
-            replies: To `configure_train`'s messages, in any order; any iterable.
+            replies: To `configure_train`'s messages, in any order. A list, unless the server streams: then `start`
+                passes an iterator, which gives each reply once, as soon as it comes.
 
         Returns:
-            The new global model, None if it stands as it was; and the clients' metrics.
+            The new global model, None if it stands as it was, and of a model of which clients send a part that part;
+            and the clients' metrics.
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        if self._session is None:
-            replies = list(replies)
-            if not self._begin_from(replies):
-                logger.error("round %d: no reply can be read, and the global model is not known", server_round)
-                return None, None
-        session = self._open(server_round, None)
+        if replies is None or not self.__streams or self.__session is None:
+            replies = list(replies or ())
+        good, failed = self._job_replies(replies)
+        session = self.__session_for(server_round, good)
+        if session is None:
+            return None, None
         try:
-            for message in replies:
-                contribution = self._receive(session, message)
-                if contribution is not None:
-                    self._kept[contribution.contributor] = self._keep(message, contribution)
-                del message, contribution  # while the next one is awaited, a streaming server holds none
+            place = 0
+            for message in good:
+                place += 1
+                if message.has_error():  # of a stream
+                    failed.append(message)
+                else:
+                    self.__receive(session, place, message)
+                del message  # while the next one is awaited, a streaming server holds none
+            if self.__streams:
+                log_replies(place - len(failed), failed)
+            session.failed = failed
+            for message in failed:
+                place += 1
+                if message.has_error():  # a subclass may put aside others, which just do not count
+                    self.__receive(session, place, message)
+            accepted = session.accepted
             changed = session.close_round()
-            report = session.job.reports[-1]
-            counted = [self._kept[name] for name in report.accepted if name in self._kept]
-            metrics = self._metrics_of_round(counted) if report.error is None else None
-        finally:
-            self._kept = {}
+        except BaseException:
+            session.forget_round()
+            raise
+        report = session.job.reports[-1]
+        counted = [accepted[name].content for name in report.accepted if name in accepted]
+        metrics = self._job_metrics(counted if report.error is None else [])
         return (session.record if changed else None), metrics
 
     def close(self, replies: Iterable[Message] = ()) -> JobResult | None:
@@ -192,54 +255,70 @@ class Handled(Strategy):
         Args:
             replies: Of the last evaluation, by which the final model is scored.
         """
-        session, self._session = self._session, None
+        session, self.__session = self.__session, None
         if session is None:
             return None
         with session.job:
             session.begin_final()
-            for message in replies:
-                self._receive_final(session, message)
+            for place, message in enumerate(replies, 1):
+                self.__receive_final(session, place, message)
             session.finish()
         return session.job.result()
 
-    def _keep(self, message: Message, contribution: Contribution) -> Any:
-        """What is kept of an accepted reply, and of the contribution in it, until the round is over."""
+    def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
+        """Replies with content, and those that carry an error; what streams is not looked into."""
         raise NotImplementedError
 
-    def _metrics_of_round(self, kept: list[Any]) -> MetricRecord | None:
-        """The metrics of the clients whose contributions counted."""
+    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
+        """The metrics of a round, of the replies that counted."""
         raise NotImplementedError
 
-    def _score(self, replies: Iterable[Message]) -> list[Message]:
-        """Takes the clients' scores of the global model from an evaluation; returns the replies that have content."""
-        good: list[Message] = []
-        for message in replies:
-            session = self._session
-            if session is not None and self._final:
-                self._receive_final(session, message)
-            elif session is not None and message.has_content():
-                self._note_score(session, message)
-            if message.has_content():
-                good.append(message)
-            else:
-                logger.info("\t> %s", failure_of(message))
-        return good
+    def _job_aggregate(self) -> Aggregate | None:
+        """What aggregates; None: the weighted mean."""
+        return None
 
-    def _train(
+    def _job_scores(self, replies: Sequence[Message]) -> None:
+        """Takes the clients' scores of the global model from an evaluation."""
+        session = self.__session
+        if session is None:
+            return
+        silent = []
+        for place, message in enumerate(replies, 1):
+            if session.final:
+                silent += self.__receive_final(session, place, message)
+            elif message.has_content():
+                metric = self.__with_score(message).get(INITIAL_VALIDATION_METRIC)
+                if metric is not None:
+                    node = node_of(message, place)
+                    session.note_score(node, partial(_claim, message, node), metric)
+        if silent and self.validation_metric != INITIAL_VALIDATION_METRIC:
+            logger.warning("\t> No %r of the final model from %s", self.validation_metric, listed(silent))
+
+    @property
+    def __streams(self) -> bool:
+        return bool(getattr(self, "stream", False))
+
+    def __train(
         self, grid: Grid, number: int, arrays: ArrayRecord, config: ConfigRecord, timeout: float, result: HandledResult
     ) -> ArrayRecord:
         """One round of training; returns the global model after it."""
-        sent = self._open(number, arrays).record
-        messages = self._sent(self.configure_train(number, sent, config, grid), number)
-        replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval)
+        session = self.__open(number, arrays)
+        sent = session.record
+        messages = self.__sent(session, self.configure_train(number, sent, config, grid), number)
+        replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval, stream=self.__streams)
         del messages
         aggregated, metrics = self.aggregate_train(number, replies)
+        if session.number is not None:
+            if aggregated is not None:
+                who = f"{type(self).__name__}.aggregate_train"
+                logger.warning("\t> %s does not call super(): handlers see no contribution of this round", who)
+            session.end_round()
         if metrics is not None:
             logger.info("\t└──> Aggregated MetricRecord: %s", metrics)
             result.train_metrics_clientapp[number] = metrics
         return sent if aggregated is None else aggregated
 
-    def _evaluate(
+    def __evaluate(
         self,
         grid: Grid,
         number: int,
@@ -250,16 +329,15 @@ class Handled(Strategy):
         last: bool,
     ) -> None:
         """The clients' evaluation after a round."""
-        messages = list(self.configure_evaluate(number, arrays, config, grid))
-        session = self._session
+        messages = list(self.configure_evaluate(number, arrays, config, grid) or ())
+        session = self.__session
         assert session is not None
         if last and self.handlers:
             if not messages and session.clients_score:
                 content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
                 nodes = [node for node in session.contributed if isinstance(node, int)]
                 messages = [Message(content, node, MessageType.EVALUATE) for node in nodes]
-            self._final = True
-            session.begin_final(None if arrays is session.record else to_weights(arrays, like=session.job.schema))
+            session.begin_final(None if session.holds(arrays) else to_weights(session.whole(arrays)))
             for message in messages:
                 session.ask(message.metadata.dst_node_id)
         replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval)
@@ -268,85 +346,118 @@ class Handled(Strategy):
             logger.info("\t└──> Aggregated MetricRecord: %s", metrics)
             result.evaluate_metrics_clientapp[number] = metrics
 
-    def _begin(
-        self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None, handlers: Sequence[EventHandler]
+    def __begin(
+        self,
+        weights: WeightDict,
+        record: ArrayRecord | None,
+        num_rounds: int | None = None,
+        *,
+        handlers: Sequence[EventHandler],
+        guessed: bool = False,
     ) -> Session:
-        return Session(weights, record, num_rounds=num_rounds, handlers=handlers, **self._settings)
+        settings = {name: getattr(self, name) for name in self._job_settings}
+        return Session(
+            weights,
+            record,
+            num_rounds=num_rounds,
+            handlers=handlers,
+            aggregate=self._job_aggregate(),
+            guessed=guessed,
+            **settings,
+        )
 
-    def _open(self, server_round: int, arrays: ArrayRecord | None) -> Session:
-        """The job, in this round; begins either if need be."""
-        if arrays is not None and self._session is not None and self._session.is_over(server_round):
+    def __start_job(
+        self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None = None, *, guessed: bool = False
+    ) -> Session:
+        session = self.__begin(weights, record, num_rounds, handlers=self.handlers, guessed=guessed)
+        session.job.start()
+        self.__session, self.job = session, session.job
+        return session
+
+    def __open(self, server_round: int, arrays: ArrayRecord) -> Session:
+        """The job with this global model, in this round; begins either if need be."""
+        if self.__session is not None and self.__session.is_over(server_round):
             self.close()
-        session = self._session
-        given = None
-        if arrays is not None and (session is None or arrays is not session.record):
+        session, given = self.__session, None
+        if session is None or not session.holds(arrays):
             given = to_weights(arrays, like=None if session is None else session.job.schema)
-            if session is None or Schema.of(given) != session.job.schema:
-                if session is not None and session.num_rounds is not None:  # `start` runs one job
-                    session.job.schema.check(given, f"global model of {type(self).__name__}")
+            given = given if session is None else session.completed(given)
+            schema = Schema.of(given)
+            if session is not None and session.num_rounds is not None:  # `start` runs one job
+                if schema != session.job.schema:
+                    session.change_model(schema)
+            elif session is None or schema != session.job.schema:
                 self.close()  # another model: another job
-                session, given = self._start_job(given, arrays), None
-        assert session is not None
-        if session.number != server_round - 1:
+                session, given = self.__start_job(given, arrays), None
+        session.guessed = False
+        if session.number != server_round - 1 or given is not None:
             session.start_round(server_round - 1, given)
         return session
 
-    def _start_job(self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None = None) -> Session:
-        session = self._begin(weights, record, num_rounds, self.handlers)
-        session.job.start()
-        self._session, self.job = session, session.job
+    def __session_for(self, server_round: int, replies: Iterable[Message]) -> Session | None:
+        """The job in which these replies count, in this round; begins either if need be.
+
+        None if there is nothing to begin with.
+        """
+        session = self.__session
+        if session is not None and not session.takes(server_round, readable_weights(replies, self.arrayrecord_key)):
+            self.close()
+            session = None
+        if (
+            session is None
+            and self.kind is Kind.FULL
+            and any(True for _ in readable_weights(replies, self.arrayrecord_key))
+        ):
+            session = self.__start_job({}, None, guessed=True)
+        if session is None and any(True for _ in replies):
+            logger.error("round %d: no reply can be read, and the global model is not known", server_round)
+        if session is not None and session.number != server_round - 1:
+            session.start_round(server_round - 1)
         return session
 
-    def _begin_from(self, replies: list[Message]) -> bool:
-        """Begins a job with the model of the first reply that holds one; False if none does."""
-        for weights in first_weights(replies) if self.kind is Kind.FULL else ():
-            try:
-                self._start_job(weights, None)
-            except ContributionError:  # it will be refused as a contribution too, with the reason
-                continue
-            return True
-        return False
-
-    def _sent(self, messages: Iterable[Message], server_round: int) -> list[Message]:
+    def __sent(self, session: Session, messages: Iterable[Message] | None, server_round: int) -> list[Message]:
         """SEND_MODEL for each message, which from now on states its round."""
-        listed = list(messages)
+        sent = list(messages or ())
         # A strategy that uses group ids in its own way tells nothing of rounds by them.
-        self._states_round = all(message.metadata.group_id in ("", str(server_round)) for message in listed)
-        for message in listed:
+        session.states_round = all(message.metadata.group_id in ("", str(server_round)) for message in sent)
+        for message in sent:
             if not message.metadata.group_id:
                 message.metadata.group_id = str(server_round)
-            if self._session is not None:
-                self._session.ask(message.metadata.dst_node_id)
-        return listed
+            session.ask(message.metadata.dst_node_id)
+        return sent
 
-    def _receive(self, session: Session, message: Message) -> Contribution | None:
-        keys = Keys(self.weighted_by_key, self.n_iter_key)
+    def __receive(self, session: Session, place: int, message: Message) -> None:
+        keys = Keys(self.weighted_by_key, self.n_iter_key, self.arrayrecord_key)
+        node = node_of(message, place)
 
         def read(name: str) -> Contribution:
             if message.has_error():
-                raise failure_of(message)
+                raise failure_of(message, node)
             found = contribution_of(message, name, keys, session.job.schema, self.kind)
-            return found if self._states_round or METADATA in message.content else replace(found, round=None)
+            return found if session.states_round or METADATA in message.content else replace(found, round=None)
 
-        return session.receive(message.metadata.src_node_id, lambda: _claim(message), read)
+        contribution = session.receive(node, partial(_claim, message, node), read)
+        if contribution is not None:
+            content = without_arrays(message.content) if self.__streams else message.content
+            session.accepted[contribution.contributor] = Accepted(
+                content, contribution, None if self.__streams else message
+            )
 
-    def _receive_final(self, session: Session, message: Message) -> None:
+    def __receive_final(self, session: Session, place: int, message: Message) -> list[str]:
+        """Takes a score of the final model; returns whom there is none from."""
+        node = node_of(message, place)
+
         def read() -> dict[str, Any]:
             if message.has_error():
-                raise failure_of(message)
-            return self._with_score(message)
+                raise failure_of(message, node)
+            return self.__with_score(message)
 
-        if message.has_error() or INITIAL_VALIDATION_METRIC in self._with_score(message):
-            session.receive_final(message.metadata.src_node_id, lambda: _claim(message), read)
-        else:
-            logger.info("\t> node-%d reports no %r", message.metadata.src_node_id, self.validation_metric)
+        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(message):
+            return [node_name(node)]
+        session.receive_final(node, partial(_claim, message, node), read)
+        return []
 
-    def _note_score(self, session: Session, message: Message) -> None:
-        metric = self._with_score(message).get(INITIAL_VALIDATION_METRIC)
-        if metric is not None:
-            session.note_score(message.metadata.src_node_id, lambda: _claim(message), metric)
-
-    def _with_score(self, message: Message) -> dict[str, Any]:
+    def __with_score(self, message: Message) -> dict[str, Any]:
         """The metrics of an evaluation, the one to select by under the name that handlers know."""
         metrics = metrics_of(message.content)
         if self.validation_metric in metrics:
@@ -354,18 +465,13 @@ class Handled(Strategy):
         return metrics
 
 
-def _claim(message: Message) -> str | None:
-    return claimed_name(message.content, message.metadata.src_node_id) if message.has_content() else None
+def log_replies(results: int, failed: Sequence[Message]) -> None:
+    """What Flower's strategies log of the replies of a training round, where none of them does."""
+    if results or failed:
+        logger.info("aggregate_train: Received %s results and %s failures", results, len(failed))
+    for message in failed:
+        logger.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
 
 
-def _evaluate_here(
-    evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
-    number: int,
-    arrays: ArrayRecord,
-    result: HandledResult,
-) -> None:
-    """Flower's own evaluation on the server."""
-    metrics = None if evaluate_fn is None else evaluate_fn(number, arrays)
-    if metrics is not None:
-        logger.info("Global evaluation: %s", metrics)
-        result.evaluate_metrics_serverapp[number] = metrics
+def _claim(message: Message, node: int | Place) -> str | None:
+    return claimed_name(message.content, node) if message.has_content() else None

@@ -1,7 +1,8 @@
 """`LegacyFedAvg` in the place of `flwr.server.strategy.FedAvg`, for apps that have not moved to the Message API."""
 
 import logging
-from collections.abc import Sequence
+import operator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -12,11 +13,17 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, number_of, whole_number_of
 from fed_learn.errors import ClientQuitError, ContributionError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.flower.records import NPY, to_weights
-from fed_learn.integrations.flower.replies import N_ITER, PARTITION_ID, checked_name, partition_name
+from fed_learn.integrations.flower.replies import (
+    N_ITER,
+    PARTITION_ID,
+    Place,
+    node_name,
+    partition_name,
+)
 from fed_learn.integrations.flower.session import Session
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
@@ -34,6 +41,9 @@ class LegacyFedAvg(FlowerFedAvg):
     Parameters have no names there: variables are `"0"`, `"1"`, … A contributor is named by the `"partition-id"` among
     its metrics, or else by Flower's client id, which is another one in every run.
 
+    `aggregate_fit` may be called without `configure_fit`, with anything and in any order, as Flower's may: the first
+    result that can be read then stands for the global model.
+
     Flower does not tell a strategy when a job is over. With `num_rounds` it ends with the evaluation of that round, or
     with its training if `fraction_evaluate` is 0; else call `close()`.
 
@@ -41,7 +51,7 @@ class LegacyFedAvg(FlowerFedAvg):
         num_rounds: As of Flower's `ServerConfig`.
         handlers: As of `fed_learn.integrations.flower.FedAvg`, like all but the last.
         kind: See there.
-        min_contributions: See there; None: `min_fit_clients`.
+        min_contributions: See there.
         on_bad_contribution: See there.
         on_handler_error: See there.
         exact: See there.
@@ -51,10 +61,10 @@ class LegacyFedAvg(FlowerFedAvg):
         **flower: Arguments of Flower's `FedAvg`.
 
     Attributes:
-        job: The `Job` that runs or ran last; None before the first.
+        job: The `Job` that runs or ran last; None before the first. Not in copies and pickles of the strategy.
 
     Example:
-        >>> LegacyFedAvg(fraction_fit=0.5, min_contributions=1)
+        >>> LegacyFedAvg(fraction_fit=0.5)
         LegacyFedAvg(accept_failures=True)
     """
 
@@ -64,7 +74,7 @@ class LegacyFedAvg(FlowerFedAvg):
         num_rounds: int | None = None,
         handlers: Sequence[EventHandler] = (),
         kind: Kind = Kind.FULL,
-        min_contributions: int | None = None,
+        min_contributions: int = 1,
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
         exact: bool = False,
@@ -85,9 +95,11 @@ class LegacyFedAvg(FlowerFedAvg):
         self.validation_metric = validation_metric
         self.n_iter_key = n_iter_key
         self.job: Job | None = None
-        self._session: Session | None = None
-        self._parameters: Parameters | None = None
-        self._begin({"nothing": np.zeros(1)}, ())  # refuses what a job would refuse later
+        self.__session: Session | None = None
+        self.__begin({"nothing": np.zeros(1)}, ())  # refuses what a job would refuse later
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "job": None, "_LegacyFedAvg__session": None}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(accept_failures={self.accept_failures})"
@@ -96,11 +108,10 @@ class LegacyFedAvg(FlowerFedAvg):
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
         """START_ROUND, which may replace the global model; Flower's instructions; SEND_MODEL for each client."""
-        session = self._open(server_round, parameters)
-        assert session is not None
-        instructions = super().configure_fit(server_round, self._sent(session), client_manager)
+        session = self.__open(server_round, parameters)
+        instructions = super().configure_fit(server_round, _parameters(session), client_manager)
         for client, _ in instructions:
-            session.ask(client.cid)
+            session.ask(_node(client, 0))
         return instructions
 
     def aggregate_fit(
@@ -116,23 +127,33 @@ class LegacyFedAvg(FlowerFedAvg):
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        session = self._open(server_round, None, [result.parameters for _, result in results])
+        session = self.__session_for(server_round, [result.parameters for _, result in results])
         if session is None:
-            logger.error("round %d: no result can be read, and the global model is not known", server_round)
+            for failure in failures:
+                logger.warning("\t> %s", _failure(failure, 0)[1])
             return None, {}
         by_name: dict[str, FitRes] = {}
-        for client, result in results:
-            contribution = self._receive(session, client, result)
-            if contribution is not None:
-                by_name[contribution.contributor] = result
-        errors = [_fail(session, failure) for failure in failures]
-        changed = session.close_round(error=errors[0] if errors and not self.accept_failures else None)
+        try:
+            for place, (client, result) in enumerate(results, 1):
+                contribution = self.__receive(session, _node(client, place), result)
+                if contribution is not None:
+                    by_name[contribution.contributor] = result
+            errors = [
+                _fail(session, *_failure(failure, place)) for place, failure in enumerate(failures, len(results) + 1)
+            ]
+            changed = session.close_round(error=errors[0] if errors and not self.accept_failures else None)
+        except BaseException:
+            session.forget_round()
+            raise
         report = session.job.reports[-1]
         metrics: Metrics = {}
-        if self.fit_metrics_aggregation_fn is not None and report.error is None:
-            accepted = [by_name[name] for name in report.accepted if name in by_name]
-            metrics = self.fit_metrics_aggregation_fn([(result.num_examples, result.metrics) for result in accepted])
-        sent = self._sent(session) if changed else None
+        accepted = [by_name[name] for name in report.accepted if name in by_name]
+        if accepted and report.error is None:
+            if self.fit_metrics_aggregation_fn is not None:
+                metrics = self.fit_metrics_aggregation_fn([(r.num_examples, r.metrics) for r in accepted])
+            elif server_round == 1:
+                logger.warning("No fit_metrics_aggregation_fn provided")
+        sent = _parameters(session) if changed else None
         if server_round == self.num_rounds and self.fraction_evaluate == 0.0:
             self.close()
         return sent, metrics
@@ -144,14 +165,15 @@ class LegacyFedAvg(FlowerFedAvg):
 
         The scores serve the selection of models, those of the last round for the final one.
         """
-        session = self._session
+        session = self.__session
         if session is not None and server_round == self.num_rounds:
             self.close(results)
         elif session is not None:
-            for client, result in results:
-                score = _numbers(self._scored(result.metrics)).get(INITIAL_VALIDATION_METRIC)
+            for place, (client, result) in enumerate(results, 1):
+                score = number_of(self.__scored(result.metrics).get(INITIAL_VALIDATION_METRIC))
+                node = _node(client, place)
                 if score is not None:
-                    session.note_score(client.cid, partial(_claim, client, result.metrics), score)
+                    session.note_score(node, partial(_claim, node, result.metrics), score)
         counted = [(client, result) for client, result in results if result.num_examples > 0]
         aggregated: tuple[float | None, Metrics] = super().aggregate_evaluate(server_round, counted, failures)
         return aggregated
@@ -162,92 +184,115 @@ class LegacyFedAvg(FlowerFedAvg):
         Args:
             results: Of the last evaluation, by which the final model is scored.
         """
-        session, self._session = self._session, None
+        session, self.__session = self.__session, None
         if session is None:
             return None
         with session.job:
             session.begin_final()
-            for client, result in results or ():
-                metrics = self._scored(result.metrics)
+            for place, (client, result) in enumerate(results or (), 1):
+                metrics, node = self.__scored(result.metrics), _node(client, place)
                 if INITIAL_VALIDATION_METRIC in metrics:
-                    claim = partial(_claim, client, result.metrics)
-                    session.receive_final(client.cid, claim, partial(_numbers, metrics))
+                    session.receive_final(node, partial(_claim, node, result.metrics), partial(_own_metrics, metrics))
             session.finish()
         return session.job.result()
 
-    def _begin(self, weights: Any, handlers: Sequence[EventHandler]) -> Session:
-        least = max(1, self.min_fit_clients) if self.min_contributions is None else self.min_contributions
+    def __begin(self, weights: Any, handlers: Sequence[EventHandler], *, guessed: bool = False) -> Session:
         return Session(
             weights,
             num_rounds=self.num_rounds,
             handlers=handlers,
+            guessed=guessed,
             kind=self.kind,
-            min_contributions=least,
+            min_contributions=self.min_contributions,
             on_bad_contribution=self.on_bad_contribution,
             on_handler_error=self.on_handler_error,
             exact=self.exact,
             kernel=self.kernel,
         )
 
-    def _open(
-        self, server_round: int, parameters: Parameters | None, results: Sequence[Parameters] = ()
-    ) -> Session | None:
-        """The job, in this round; begins either if need be. None if there is no model to begin with."""
-        if parameters is not None and self._session is not None and self._session.is_over(server_round):
+    def __start(self, weights: FrozenWeights, *, guessed: bool = False) -> Session:
+        session = self.__begin(weights, self.handlers, guessed=guessed)
+        session.job.start()
+        self.__session, self.job = session, session.job
+        return session
+
+    def __open(self, server_round: int, parameters: Parameters) -> Session:
+        """The job with this global model, in this round; begins either if need be."""
+        if self.__session is not None and self.__session.is_over(server_round):
             self.close()
-        session, given = self._session, None
-        if parameters is not None and parameters is not self._parameters:
+        session, given = self.__session, None
+        if session is None or not _holds(session, parameters):
             given = _weights(parameters, None if session is None else session.job.schema)
-            if session is not None and Schema.of(given) != session.job.schema:
+            given = given if session is None else session.completed(given)
+            schema = Schema.of(given)
+            if session is not None and schema != session.job.schema and session.num_rounds is not None:
+                session.change_model(schema)  # Flower's server runs one job
+            elif session is None or schema != session.job.schema:
                 self.close()  # another model: another job
-                session = None
-            if session is None:
-                session, given = self._start(given), None
-        if session is None:
-            session = self._start_from(results)
-        if session is not None and session.number != server_round - 1:
+                session, given = self.__start(given), None
+        session.guessed = False
+        if session.number != server_round - 1 or given is not None:
             session.start_round(server_round - 1, given)
         return session
 
-    def _start(self, weights: FrozenWeights) -> Session:
-        session = self._begin(weights, self.handlers)
-        session.job.start()
-        self._session, self.job = session, session.job
+    def __session_for(self, server_round: int, results: Sequence[Parameters]) -> Session | None:
+        """The job in which these results count, in this round; None if there is nothing to begin with."""
+        session = self.__session
+        if session is not None and not session.takes(server_round, _readable(results)):
+            self.close()
+            session = None
+        if session is None and self.kind is Kind.FULL and any(True for _ in _readable(results)):
+            session = self.__start(FrozenWeights({}), guessed=True)
+        if session is None and results:
+            logger.error("round %d: no result can be read, and the global model is not known", server_round)
+        if session is not None and session.number != server_round - 1:
+            session.start_round(server_round - 1)
         return session
 
-    def _start_from(self, results: Sequence[Parameters]) -> Session | None:
-        """A job with the model of the first result that can be read."""
-        for parameters in results if self.kind is Kind.FULL else ():
-            try:
-                return self._start(_weights(parameters))
-            except ContributionError:  # it will be refused as a contribution too, with the reason
-                continue
-        return None
-
-    def _sent(self, session: Session) -> Parameters:
-        """The global model as Flower's older interface has it: the bytes of the record."""
-        self._parameters = Parameters([array.data for array in session.record.values()], NPY)
-        return self._parameters
-
-    def _receive(self, session: Session, client: ClientProxy, result: FitRes) -> Contribution | None:
+    def __receive(self, session: Session, node: Hashable, result: FitRes) -> Contribution | None:
         def read(name: str) -> Contribution:
-            metrics = _numbers(result.metrics)
+            metrics = _own_metrics(result.metrics)
             return Contribution(
                 name,
                 _weights(result.parameters, session.job.schema, name),
                 result.num_examples,
-                n_iter=metrics.get(self.n_iter_key),
+                n_iter=whole_number_of(metrics.get(self.n_iter_key)),
                 kind=self.kind,
                 metrics=metrics,
             )
 
-        return session.receive(client.cid, lambda: _claim(client, result.metrics), read)
+        return session.receive(node, partial(_claim, node, result.metrics), read)
 
-    def _scored(self, metrics: Metrics) -> Metrics:
+    def __scored(self, metrics: Metrics) -> Metrics:
         """The metrics, the one to select by under the name that handlers know."""
         if self.validation_metric not in metrics:
             return metrics
         return {INITIAL_VALIDATION_METRIC: metrics[self.validation_metric], **metrics}
+
+
+def _node(client: ClientProxy, place: int) -> Hashable:
+    """What tells clients apart: their id; where a test has made up a client without one, its place."""
+    return client.cid if isinstance(client.cid, str) else Place(place)
+
+
+def _parameters(session: Session) -> Parameters:
+    """The global model as Flower's older interface has it: the bytes of the record."""
+    return Parameters([array.data for array in session.record.values()], NPY)
+
+
+def _holds(session: Session, parameters: Parameters) -> bool:
+    """Whether these are the global model, unchanged."""
+    own = [array.data for array in session.record.values()]
+    return len(own) == len(parameters.tensors) and all(map(operator.is_, own, parameters.tensors))
+
+
+def _readable(results: Sequence[Parameters]) -> Iterator[FrozenWeights]:
+    """The weights of those results that can be read, for want of a global model."""
+    for parameters in results:
+        try:
+            yield _weights(parameters)
+        except ContributionError:  # to be refused with its reason where it is received
+            continue
 
 
 def _weights(parameters: Parameters, schema: Schema | None = None, contributor: str | None = None) -> FrozenWeights:
@@ -255,29 +300,30 @@ def _weights(parameters: Parameters, schema: Schema | None = None, contributor: 
     return to_weights({str(i): Array("", (), NPY, data) for i, data in tensors}, like=schema, contributor=contributor)
 
 
-def _numbers(metrics: Metrics) -> Metrics:
-    return {
-        key: value
-        for key, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and key != PARTITION_ID
-    }
+def _own_metrics(metrics: Metrics) -> Metrics:
+    return {key: value for key, value in metrics.items() if key != PARTITION_ID}
 
 
-def _claim(client: ClientProxy, metrics: Metrics) -> str | None:
-    return checked_name(partition_name(metrics[PARTITION_ID]), client.cid) if PARTITION_ID in metrics else None
+def _claim(node: Hashable, metrics: Metrics) -> str | None:
+    partition = whole_number_of(metrics.get(PARTITION_ID))
+    return None if partition is None else partition_name(partition)
 
 
-def _fail(session: Session, failure: tuple[ClientProxy, Any] | BaseException) -> ClientQuitError:
-    """A client that failed: by an exception, which names no client, or with a status that says why."""
+def _failure(failure: tuple[ClientProxy, Any] | BaseException, place: int) -> tuple[Hashable | None, ClientQuitError]:
+    """A client that failed, and why: by an exception, which names no client, or with a status that says it."""
     if isinstance(failure, BaseException):
-        unnamed = ClientQuitError(f"a client failed: {type(failure).__name__}: {failure}")
-        logger.warning("\t> %s", unnamed)
-        return unnamed
+        return None, ClientQuitError(f"a client failed: {type(failure).__name__}: {failure}")
     client, result = failure
-    error = ClientQuitError(f"{client.cid}: {result.status.code.name}: {result.status.message}")
+    node = _node(client, place)
+    who = client.cid if node == client.cid else node_name(node)
+    return node, ClientQuitError(f"{who}: {result.status.code.name}: {result.status.message}")
 
+
+def _fail(session: Session, node: Hashable | None, error: ClientQuitError) -> ClientQuitError:
     def read(_: str) -> Contribution:
         raise error
 
-    session.receive(client.cid, lambda: None, read)
+    logger.warning("\t> %s", error)
+    if node is not None:
+        session.receive(node, lambda: None, read)
     return error

@@ -1,5 +1,6 @@
 """`LocalGrid`: nodes in this process, to try a strategy and an app without a SuperLink or Flower's simulation."""
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -103,7 +104,7 @@ class LocalGrid(Grid):
     def _answer(self, sent: Message) -> Message | None:
         context = self._contexts[sent.metadata.dst_node_id]
         # What an app does to its message stays with it: elsewhere each gets bytes of its own.
-        received = Message(RecordDict(dict(sent.content)), metadata=sent.metadata)  # type: ignore[call-overload]
+        received = Message(copy.deepcopy(sent.content), metadata=sent.metadata)  # type: ignore[call-overload]
         try:
             return self._app(received, context)
         except Exception as error:  # noqa: BLE001 - as Flower does

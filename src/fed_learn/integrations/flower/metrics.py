@@ -16,7 +16,8 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
     """The mean of each metric over the clients that report it, weighted by their number under `weighted_by_key`.
 
     Takes the place of Flower's `aggregate_metricrecords`, which refuses a round in which clients report different
-    metrics. A reply without a positive, finite weight is left out, and so are lists of different lengths; both logged.
+    metrics. A reply by a weight of 0 adds nothing; one without a weight, or by a negative one, is left out, and so are
+    lists of different lengths; both logged.
 
     Example:
         >>> contents = [RecordDict({"m": MetricRecord({"n": n, "loss": x})}) for n, x in [(1, 2.0), (3, 6.0)]]
@@ -30,6 +31,8 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
             weight = check_aggregation_weight(metrics_of(content).get(weighted_by_key))
         except AggregationWeightError as error:
             logger.warning("the metrics of a reply are left out: %r: %s", weighted_by_key, error)
+            continue
+        if not weight:
             continue
         for record in records_of(content, MetricRecord).values():
             for key, value in record.items():

@@ -102,6 +102,24 @@ def recorded(weights: WeightDict) -> "RecordWeights":
     return writer.finish()
 
 
+def copy_of(record: ArrayRecord) -> ArrayRecord:
+    """Another record with the same bytes: what becomes of it, the first does not notice."""
+    copied = ArrayRecord()
+    for name, array in record.items():
+        copied[name] = Array(array.dtype, array.shape, array.stype, array.data)
+    return copied
+
+
+def same_bytes(left: ArrayRecord, right: ArrayRecord) -> bool:
+    """Whether two records hold the same objects of bytes, under the same names in one order."""
+    return list(left) == list(right) and all(left[name].data is right[name].data for name in left)
+
+
+def record_bytes(record: ArrayRecord) -> int:
+    """How many bytes the arrays of a record take."""
+    return sum(len(array.data) for array in record.values())
+
+
 class RecordWeights(FrozenWeights):
     """The weights of a record that was written here: views of its bytes.
 

@@ -1,10 +1,11 @@
 """What clients' replies say: who sent them, and the contribution or the scores in them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind, whole_number_of
 from fed_learn.errors import (
@@ -16,7 +17,7 @@ from fed_learn.errors import (
     brief,
 )
 from fed_learn.integrations.flower.records import to_weights
-from fed_learn.weights import Schema
+from fed_learn.weights import FrozenWeights, Schema
 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
@@ -37,10 +38,19 @@ class Keys:
     Attributes:
         weight: The aggregation weight.
         n_iter: The number of local iterations.
+        arrays: The `ArrayRecord` with the model, where a reply has several.
     """
 
     weight: str
     n_iter: str
+    arrays: str = "arrays"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a reply stands among those of its round, counted from 1: in place of a node that has no number."""
+
+    number: int
 
 
 def partition_name(partition_id: object) -> str:
@@ -59,16 +69,22 @@ def node_name(node: object) -> str:
     """The name of a node that tells none: not the same in another run.
 
     Example:
-        >>> node_name(17)
-        'node-17'
+        >>> node_name(17), node_name(Place(2))
+        ('node-17', 'reply-2')
     """
-    return f"node-{node}"
+    return f"reply-{node.number}" if isinstance(node, Place) else f"node-{node}"
 
 
-def failure_of(message: Message) -> ClientQuitError:
+def node_of(message: Message, place: int) -> int | Place:
+    """The number of the node that sent a reply; its place, if no node did, as in a test without a grid."""
+    node = message.metadata.src_node_id
+    return node if isinstance(node, int) and node not in (0, SUPERLINK_NODE_ID) else Place(place)
+
+
+def failure_of(message: Message, node: object) -> ClientQuitError:
     """What a reply says of the error that it carries."""
-    name = node_name(message.metadata.src_node_id)
-    reason = (message.error.reason or "").strip().splitlines()  # the last line says it
+    name = node_name(node)
+    reason = str(message.error.reason or "").strip().splitlines()  # the last line says it
     shown = reason[-1].rstrip("'>") if reason else "no reason given"
     return ClientQuitError(f"{name}: {shown} (code {message.error.code})")
 
@@ -118,7 +134,7 @@ def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kin
         ContributionError: It is none.
     """
     content = message.content
-    weights = to_weights(only_arrays(content, name), like=schema, contributor=name)
+    weights = to_weights(only_arrays(content, name, keys.arrays), like=schema, contributor=name)
     metrics = metrics_of(content)
     if sum(keys.weight in record for record in records_of(content, MetricRecord).values()) > 1:
         raise AggregationWeightError(
@@ -148,16 +164,26 @@ def records_of(content: RecordDict, kind: type[R]) -> dict[str, R]:
     return {key: record for key, record in content.items() if isinstance(record, kind)}
 
 
-def only_arrays(content: RecordDict, name: str) -> ArrayRecord:
-    """The only `ArrayRecord` of a reply.
+def array_records(content: RecordDict) -> list[ArrayRecord]:
+    """The `ArrayRecord`s of a message."""
+    return list(records_of(content, ArrayRecord).values())
+
+
+def only_arrays(content: RecordDict, name: str, key: str = "arrays") -> ArrayRecord:
+    """The only `ArrayRecord` of a reply, or of several the one under the key under which the model was sent.
 
     Raises:
-        WeightsTypeError: There are none, or several.
+        WeightsTypeError: There is none.
     """
-    records = list(records_of(content, ArrayRecord).values())
-    if len(records) != 1:
-        raise WeightsTypeError(f"{name}: the reply has {len(records)} ArrayRecords, not one", contributor=name)
-    return records[0]
+    records = records_of(content, ArrayRecord)
+    if len(records) != 1 and key not in records:
+        raise WeightsTypeError(
+            f"{name}: the reply has {len(records)} ArrayRecords, and none of them is called {key!r}"
+            if records
+            else f"{name}: the reply has no ArrayRecord",
+            contributor=name,
+        )
+    return records[key] if key in records else next(iter(records.values()))
 
 
 def metrics_of(content: RecordDict) -> dict[str, Any]:
@@ -177,17 +203,14 @@ def without_arrays(content: RecordDict) -> RecordDict:
     return RecordDict({key: record for key, record in content.items() if not isinstance(record, ArrayRecord)})
 
 
-def first_weights(replies: Iterable[Message]) -> list[Any]:
+def readable_weights(replies: Iterable[Message], key: str) -> Iterator[FrozenWeights]:
     """The weights of those replies that can be read, for want of a global model."""
-    found = []
     for message in replies:
         if message.has_content():
             try:
-                name = node_name(message.metadata.src_node_id)
-                found.append(to_weights(only_arrays(message.content, name), contributor=name))
+                yield to_weights(only_arrays(message.content, "", key))
             except ContributionError:  # to be refused with its reason where it is received
                 continue
-    return found
 
 
 def _metadata(content: RecordDict) -> Mapping[str, Any]:
@@ -200,4 +223,4 @@ def _round_of(message: Message, stated: Mapping[str, Any]) -> int | None:
     if number is not None:
         return number  # type: ignore[no-any-return] # whatever it is, it is checked with the contribution
     group = message.metadata.group_id
-    return int(group) - 1 if group.isdecimal() and len(group) < 19 else None
+    return int(group) - 1 if isinstance(group, str) and group.isdecimal() and len(group) < 19 else None

@@ -1,28 +1,28 @@
 """A job of ours behind a strategy of Flower's: which node is which contributor, and when which event is due."""
 
 import logging
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Message, RecordDict
 
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
-    ClientFailure,
     Contribution,
     Kind,
     ValidationResult,
 )
 from fed_learn.errors import (
     ClientQuitError,
+    ContributionError,
     HandlerError,
     UnknownContributorError,
     without_tracebacks,
 )
-from fed_learn.integrations.flower.records import RecordWriter, to_record
-from fed_learn.integrations.flower.replies import node_name
+from fed_learn.integrations.flower.records import RecordWriter, copy_of, same_bytes, to_record, to_weights
+from fed_learn.integrations.flower.replies import node_name, of_partition
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
@@ -31,8 +31,25 @@ from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
 
-Aggregate = Callable[[Sequence[Contribution], FrozenWeights], FrozenWeights]
-"""Accepted contributions and the global model → the new global model."""
+Aggregate: TypeAlias = Callable[["Session", Sequence[Contribution]], FrozenWeights]
+"""A job and its accepted contributions → the new global model."""
+LISTED = 10
+"""Names in one line of the log."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What is kept of a reply whose contribution was accepted, until its round is over.
+
+    Attributes:
+        content: What the client sent, without the arrays if the server streams.
+        contribution: As it was accepted.
+        message: The reply itself; None if the server streams.
+    """
+
+    content: RecordDict
+    contribution: Contribution
+    message: Message | None
 
 
 class Session:
@@ -44,11 +61,18 @@ class Session:
         num_rounds: How many rounds there will be; None: nobody knows.
         handlers: The server's.
         aggregate: What aggregates; None: the weighted mean, written where the next record's bytes are.
+        guessed: There is no global model, and the replies of the first round tell what it is. Such a job states nothing
+            beyond a round: it goes on only as long as `takes` says.
         settings: Further arguments of `FederatedServer`.
 
     Attributes:
         job: The job.
         num_rounds: As given.
+        guessed: As given.
+        states_round: Whether the messages state the round as their group.
+        final: Whether the evaluation that is under way scores the final model.
+        accepted: What is kept of the replies of this round, by contributor.
+        failed: The replies of this round that carry an error.
         number: The round that is under way, from 0; None between rounds.
         heard: Nodes that answered in this round.
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
@@ -63,36 +87,93 @@ class Session:
         num_rounds: int | None,
         handlers: Sequence[Any] = (),
         aggregate: Aggregate | None = None,
+        guessed: bool = False,
         **settings: Any,
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
-        self.job = Job(server, receiver=_FlowerReceiver(server, aggregate))
+        self._receiver = _FlowerReceiver(server, self, aggregate)
+        self.job = _FlowerJob(server, receiver=self._receiver)
         if num_rounds is None:
             self.job.ctx.pop(ContextKey.NUM_ROUNDS)
         self.num_rounds = num_rounds
+        self.guessed = guessed
+        self.states_round = not guessed
+        self.final = False
+        self.accepted: dict[str, Accepted] = {}
+        self.failed: list[Message] = []
         self.number: int | None = None
         self.heard: dict[Hashable, None] = {}
         self.contributed: dict[Hashable, None] = {}
         self._asked: dict[Hashable, None] = {}
         self._names: dict[Hashable, str] = {}
         self._record = (self.job.weights, record)
+        self._part: tuple[str, ...] | None = None
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
-        self._scored: FrozenWeights | None = None
         self.clients_score = False
 
     @property
     def record(self) -> ArrayRecord:
-        """The global model as Flower sends it; written once."""
+        """The global model as Flower sends it: a record of the caller's own, who may change it.
+
+        Of a model of which clients send a part it has that part, as with Flower, once a round has shown it: they may
+        keep the rest of it for themselves, and would take over what they receive.
+        """
+        return copy_of(self._own_record)
+
+    def whole(self, arrays: ArrayRecord) -> ArrayRecord:
+        """The whole global model; with what a subclass has made of it, if `arrays` are not what `record` gave."""
+        if self.holds(arrays):
+            return arrays if self._part is None else to_record(self.job.weights)
+        return to_record(self.completed(to_weights(arrays, like=self.job.schema)))
+
+    def completed(self, weights: FrozenWeights) -> FrozenWeights:
+        """A model that comes from outside, with the rest of the global model where it has a part of that."""
+        schema = self.job.schema
+        if not weights or not weights.keys() < schema.keys():
+            return weights
+        fit, _ = schema.fit(weights, "global model")
+        return FrozenWeights.adopt({name: fit.get(name, array) for name, array in self.job.weights.items()})
+
+    def holds(self, arrays: ArrayRecord) -> bool:
+        """Whether a record is the global model, unchanged."""
+        return same_bytes(arrays, self._own_record)
+
+    @property
+    def _own_record(self) -> ArrayRecord:
         weights, record = self._record
         if weights is not self.job.weights or record is None:
-            record = to_record(self.job.weights)
+            weights = self.job.weights
+            record = to_record(weights if self._part is None else {name: weights[name] for name in self._part})
             self._record = self.job.weights, record
         return record
+
+    def note_part(self, names: Sequence[str]) -> None:
+        """Notes which variables the clients have sent."""
+        self._part = None if len(names) == len(self.job.schema) or not self.job.schema else tuple(names)
 
     def is_over(self, server_round: int) -> bool:
         """Whether rounds count from 1 again, after others: another job begins."""
         return server_round == 1 and bool(self.job.reports)
+
+    def takes(self, server_round: int, replies: Iterable[WeightDict]) -> bool:
+        """Whether replies that no message asked for may belong to this job.
+
+        In a guessed one it takes a later round, and a reply that has the names, shapes and dtypes of the global model.
+        """
+        if not self.guessed:
+            return True
+        later = not self.job.reports or server_round - 1 > self.job.reports[-1].round
+        return later and any(_schema_of(weights) == self.job.schema for weights in replies)
+
+    def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
+        """Names of the variables of contributions that are averaged; see `Round.averaged`."""
+        return self._receiver.averaged(contributions)
+
+    def change_model(self, schema: Schema) -> None:
+        """From the next round on the model has other names, shapes or dtypes."""
+        self.job.change_schema(schema)
+        self._part = None
 
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
         """START_ROUND.
@@ -102,9 +183,12 @@ class Session:
             weights: Replaces the global model, before any handler sees it.
         """
         self._asked, self.heard, self.contributed = {}, {}, {}
+        if self.guessed:  # nothing says that the nodes are those of the call before
+            self._names = {}
         self.number = number
+        before = self.job.weights if weights is None else weights
         self.job.start_round(number, weights)
-        if self._scored is not self.job.weights:
+        if not _same_memory(before, self.job.weights):  # a handler replaced what the clients had scored
             self._scores = {}
 
     def ask(self, node: Hashable) -> None:
@@ -156,21 +240,37 @@ class Session:
         Returns:
             Whether there is a new global model.
         """
-        for node in self._asked:
-            if node not in self.heard:
-                self.job.absent(self._names.get(node, node_name(node)))
+        absent = [self._names.get(node, node_name(node)) for node in self._asked if node not in self.heard]
+        for name in absent:
+            self.job.absent(name)
+        if absent:
+            logger.warning("\t> No reply from %s", listed(absent))
         before = self.job.weights
         if error is not None:
             self.job.update_report(error=error)
-        aggregated = error is None and self.job.aggregate()
-        self._log(self.job.end_round())
-        self.number = None
+        # Where nobody was asked and nobody answered, there is nothing that could be missing.
+        expected = bool(self._asked or self.heard)
+        try:
+            aggregated = error is None and expected and self.job.aggregate()
+        finally:
+            for failure in self.job.report.rejected:
+                logger.warning("\t> Refused: %s: %s", failure.cause, failure.error)
+        self.end_round()
+        if self.job.weights is not before:
+            self._scores = {}
         return aggregated or self.job.weights is not before
+
+    def end_round(self) -> None:
+        """END_ROUND."""
+        self.job.end_round()
+        self.forget_round()
+
+    def forget_round(self) -> None:
+        """Keeps nothing of a round that ended, or was broken off: if it comes again, it begins anew."""
+        self.number, self.accepted, self.failed = None, {}, []
 
     def note_score(self, node: Hashable, claim: Callable[[], str | None], metric: float) -> None:
         """Notes what a client measured on the global model, which it will receive in the next round."""
-        if self._scored is not self.job.weights:
-            self._scored, self._scores = self.job.weights, {}
         try:
             self._scores[self._register(node, claim())] = metric
         except UnknownContributorError as error:
@@ -182,7 +282,7 @@ class Session:
         Args:
             weights: What they are sent, if it is not the job's global model.
         """
-        self._asked, self.heard = {}, {}
+        self._asked, self.heard, self.final = {}, {}, True
         self.job.begin_validation(FINAL_MODEL, weights)
 
     def receive_final(
@@ -201,10 +301,16 @@ class Session:
         self.job.receive_validation_result(name, result)
 
     def finish(self) -> None:
-        """CLIENT_QUIT of every client; what is left is SHUTDOWN."""
-        self.job.finish()
-        for name in tuple(self.job.clients):
-            self.job.quit(name)
+        """CLIENT_QUIT of every client; what is left is SHUTDOWN.
+
+        Raises:
+            NothingAggregatedError: No round made a new global model.
+        """
+        try:
+            self.job.finish()
+        finally:
+            for name in tuple(self.job.clients):
+                self.job.quit(name)
 
     def _register(self, node: Hashable, claim: str | None) -> str:
         """The name of a node; CLIENT_REGISTER if it is new.
@@ -215,48 +321,56 @@ class Session:
         own = node_name(node)
         known = self._names.get(node)
         name = claim or known or own
+        shared = f"{name}@{own}" if of_partition(name) else None
+        if known not in (None, own) and shared is not None:
+            name = known  # whatever an app counts as its partition from message to message
         if known not in (None, own, name):
             raise UnknownContributorError(
                 f"{known}: {own} has contributed under this name, and now claims to be {name!r}", contributor=known
             )
         other = next((other for other, taken in self._names.items() if taken == name and other != node), None)
         if other is not None:
-            if other in self._asked or other in self.heard:
+            if other not in self._asked and other not in self.heard:
+                del self._names[other]  # a node that was started anew has another id
+            elif shared is not None:
+                name = shared  # several nodes may hold one partition, and contribute each for itself
+            else:
                 raise UnknownContributorError(
                     f"{own}: claims to be {name!r}, which is {node_name(other)}", contributor=own
                 )
-            del self._names[other]  # a node that was started anew has another id
         self._names[node] = name
         self.heard[node] = None
         if name not in self.job.clients:
             self.job.register(name)
         return name
 
-    def _log(self, report: Any) -> None:
-        logger.info(
-            "round %d: %d contributions accepted, %d refused, %d missing, %d clients failed",
-            report.round + 1,
-            len(report.accepted),
-            len(report.rejected),
-            len(report.absent),
-            len(report.quits),
-        )
-        failures: Sequence[ClientFailure] = (*report.rejected, *report.quits)
-        for failure in failures:
-            logger.warning("\t> %s: %s", failure.cause, failure.error)
+
+class _FlowerJob(Job):
+    """A job that leaves it to Flower's words to say that a node failed."""
+
+    def log_failure(self, name: str, error: Exception, what: str) -> None:
+        """See `Job.log_failure`."""
+        if not isinstance(error, ClientQuitError):
+            super().log_failure(name, error, what)
 
 
 class _FlowerReceiver(Receiver):
     """Writes the mean where the bytes of the next message are, or leaves the aggregation to another strategy."""
 
-    def __init__(self, server: FederatedServer, aggregate: Aggregate | None) -> None:
+    def __init__(self, server: FederatedServer, session: Session, aggregate: Aggregate | None) -> None:
         super().__init__(server)
+        self._session = session
         self._aggregate = aggregate
+
+    def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
+        """See `Round.averaged`."""
+        return self._round.averaged(contributions)
 
     def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
         """See `Receiver.aggregate`."""
         if self._aggregate is not None:
-            return self._aggregate(contributions, weights)
+            self._session.note_part(self._round.sent(contributions))
+            return self._aggregate(self._session, contributions)
         writers: list[RecordWriter] = []
 
         def written(schema: Schema) -> WeightDict:
@@ -265,9 +379,36 @@ class _FlowerReceiver(Receiver):
 
         try:
             combined = self._round.combine(contributions, None if self.server.kind is Kind.DIFF else written)
-            written_mean = writers[0].finish() if writers else None
-            if written_mean is not None and written_mean.keys() == weights.keys():
-                return written_mean
-            return moved(weights, combined, self.server.kind)
+            self._session.note_part(combined.sent)
+            if not writers:
+                return moved(weights, combined, self.server.kind)
+            mean = writers[0].finish()
+            return mean if mean.keys() == weights.keys() else moved(weights, replace(combined, mean=mean), Kind.FULL)
         except UNUSABLE as error:
             raise Refusal(error) from error
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names for one line of the log.
+
+    Example:
+        >>> listed([f"node-{k}" for k in range(2, 15)])
+        'node-2, node-3, node-4, node-5, node-6, node-7, node-8, node-9, node-10, node-11 and 3 more'
+    """
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _schema_of(weights: WeightDict) -> Schema | None:
+    """None for what cannot be averaged."""
+    try:
+        return Schema.of(weights)
+    except ContributionError:
+        return None
+
+
+def _same_memory(left: WeightDict, right: WeightDict) -> bool:
+    return len(left) == len(right) and all(
+        name in right and array.__array_interface__["data"] == right[name].__array_interface__["data"]
+        for name, array in left.items()
+    )

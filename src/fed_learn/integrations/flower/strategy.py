@@ -1,23 +1,26 @@
 """`FedAvg` in the place of Flower's, and `WithHandlers` around any other strategy of its Message API."""
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from traceback import walk_tb
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.exception import InconsistentMessageReplies
+from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import FedLearnError, IntegerRangeError
 from fed_learn.events import EventHandler
-from fed_learn.integrations.flower.handled import Handled
+from fed_learn.integrations.flower.handled import Handled, log_replies
 from fed_learn.integrations.flower.metrics import mean_metrics
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
-from fed_learn.integrations.flower.replies import N_ITER, without_arrays
+from fed_learn.integrations.flower.replies import N_ITER
+from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server.receiving import Refusal
 from fed_learn.weights import FrozenWeights, Schema, check_finite
 
@@ -42,23 +45,25 @@ class FedAvg(Handled, FlowerFedAvg):
         weighted_by_key: See Flower.
         arrayrecord_key: See Flower.
         configrecord_key: See Flower.
-        train_metrics_aggr_fn: See Flower. None: `mean_metrics`. It is given the replies without their arrays.
+        train_metrics_aggr_fn: See Flower. None: `mean_metrics`. It is given the replies that were accepted.
         evaluate_metrics_aggr_fn: See Flower. None: `mean_metrics`.
         handlers: The server's handlers.
         kind: Whether clients send full weights or the difference to what they received.
-        min_contributions: Accepted contributions that a round needs, or else the global model stands. None:
-            `min_train_nodes`.
+        min_contributions: Accepted contributions that a round needs, or else the global model stands. How many nodes
+            are sampled, or waited for, is another matter: that is what Flower's arguments say.
         on_bad_contribution: `"reject"` goes on without it; `"raise"` ends the job.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
         exact: Average with exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
         stream: Add up contributions as they arrive, and keep none: the memory of one sum, whatever the number of
-            clients. Sums are then taken in the order of arrival (unless `exact`), and handlers see no weights.
+            clients. Sums are then taken in the order of arrival (unless `exact`), handlers see no weights, and
+            `train_metrics_aggr_fn` gets replies without their arrays. The `aggregate_train` of a subclass is given an
+            iterator, which can be gone through once and has no `len()`; without `stream` it is given a list.
         validation_metric: The metric of the clients' evaluation by which models are selected. What a client measured
             after a round is its score of the model that it receives in the next one. Scores that clients send with
             their contributions, as `initial_validation_metric`, come first.
         n_iter_key: Where a reply's metrics hold the number of local iterations.
-        poll_interval: Seconds between two looks for replies.
+        poll_interval: Seconds from the first look for replies to the second. From look to look they grow by half, to 4.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -71,6 +76,8 @@ class FedAvg(Handled, FlowerFedAvg):
         >>> strategy.fraction_train, len(strategy.handlers)
         (0.5, 1)
     """
+
+    _job_settings = (*Handled._job_settings, "exact", "kernel", "stream")
 
     def __init__(
         self,
@@ -87,7 +94,7 @@ class FedAvg(Handled, FlowerFedAvg):
         *,
         handlers: Sequence[EventHandler] = (),
         kind: Kind = Kind.FULL,
-        min_contributions: int | None = None,
+        min_contributions: int = 1,
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
         exact: bool = False,
@@ -109,39 +116,42 @@ class FedAvg(Handled, FlowerFedAvg):
             train_metrics_aggr_fn=train_metrics_aggr_fn or mean_metrics,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn or mean_metrics,
         )
-        self.min_contributions = min_contributions
-        self.on_bad_contribution = on_bad_contribution
-        self.on_handler_error = on_handler_error
         self.exact = exact
         self.kernel = kernel
         self.stream = stream
-        self._set_up(
+        self._job_set_up(
             handlers=handlers,
             kind=kind,
-            min_contributions=max(1, self.min_train_nodes) if min_contributions is None else min_contributions,
+            min_contributions=min_contributions,
             on_bad_contribution=on_bad_contribution,
             on_handler_error=on_handler_error,
-            exact=exact,
-            kernel=kernel,
-            stream=stream,
             validation_metric=validation_metric,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
         )
 
-    def _keep(self, message: Message, contribution: Contribution) -> RecordDict:
-        """See `Handled._keep`."""
-        return without_arrays(message.content)
-
-    def _metrics_of_round(self, kept: list[RecordDict]) -> MetricRecord | None:
-        """See `Handled._metrics_of_round`."""
-        metrics: MetricRecord = self.train_metrics_aggr_fn(kept, self.weighted_by_key)
-        return metrics
-
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """The clients' metrics of an evaluation, whose scores serve the selection of models."""
-        contents = [message.content for message in self._score(replies)]
-        return self.evaluate_metrics_aggr_fn(contents, self.weighted_by_key) if contents else None
+        listed = list(replies or ())
+        self._job_scores(listed)
+        good, _ = self.__looked_through(listed, is_train=False)
+        return self.evaluate_metrics_aggr_fn([m.content for m in good], self.weighted_by_key) if good else None
+
+    def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
+        """See `Handled._job_replies`."""
+        return self.__looked_through(replies, is_train=True) if isinstance(replies, list) else (replies, [])
+
+    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
+        """See `Handled._job_metrics`."""
+        return self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None
+
+    def __looked_through(self, replies: list[Message], *, is_train: bool) -> tuple[list[Message], list[Message]]:
+        """Replies with content and with errors, as Flower's method logs and separates them, or a subclass's."""
+        look = self._check_and_log_replies
+        # That replies are like one another is checked later, one by one. A subclass may not know of the choice.
+        choice = {"validate": False} if "validate" in inspect.signature(look).parameters else {}
+        good, failed = look(replies, is_train=is_train, **choice)
+        return list(good), list(failed)
 
 
 class _Delegate(Strategy):
@@ -184,14 +194,16 @@ class _Delegate(Strategy):
 class WithHandlers(Handled, _Delegate):
     """Any strategy of Flower's Message API with our checks before it and our handlers around it.
 
-    The strategy samples nodes and aggregates, and is given the accepted replies alone, in the order of the
-    contributors' names. What it aggregates gets the dtypes of the global model back.
+    The strategy samples nodes and aggregates. It is given the accepted replies, in the order of the contributors'
+    names, and behind them the nodes' errors. What it aggregates gets the dtypes of the global model back. Where the
+    code of Flower cannot aggregate what clients sent, the round fails, and the global model stands; an error in the
+    code of a strategy of the user's is raised.
 
     Args:
         strategy: The strategy.
         handlers: As of `FedAvg`, like all that follow.
         kind: See `FedAvg`. `Kind.DIFF` is for a strategy of one's own that makes the new model of differences.
-        min_contributions: See `FedAvg`; None: the strategy's `min_train_nodes`, or 1.
+        min_contributions: See `FedAvg`.
         on_bad_contribution: See `FedAvg`.
         on_handler_error: See `FedAvg`.
         validation_metric: See `FedAvg`.
@@ -216,7 +228,7 @@ class WithHandlers(Handled, _Delegate):
         *,
         handlers: Sequence[EventHandler] = (),
         kind: Kind = Kind.FULL,
-        min_contributions: int | None = None,
+        min_contributions: int = 1,
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
         validation_metric: str = INITIAL_VALIDATION_METRIC,
@@ -228,78 +240,120 @@ class WithHandlers(Handled, _Delegate):
         self.strategy = strategy
         for key in ("weighted_by_key", "arrayrecord_key", "configrecord_key"):
             setattr(self, key, getattr(strategy, key, getattr(type(self), key)))
-        self.min_contributions = min_contributions
-        self.on_bad_contribution = on_bad_contribution
-        self.on_handler_error = on_handler_error
-        self._metrics: MetricRecord | None = None
-        at_least = max(1, getattr(strategy, "min_train_nodes", 1))
-        self._set_up(
+        self.__metrics: MetricRecord | None = None
+        self.__unsaid: tuple[int, list[Message]] | None = None
+        self._job_set_up(
             handlers=handlers,
             kind=kind,
-            min_contributions=at_least if min_contributions is None else min_contributions,
+            min_contributions=min_contributions,
             on_bad_contribution=on_bad_contribution,
             on_handler_error=on_handler_error,
             validation_metric=validation_metric,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
-            aggregate=self._aggregate,
         )
 
-    def _keep(self, message: Message, contribution: Contribution) -> tuple[Message, Contribution]:
-        """See `Handled._keep`."""
-        return message, contribution
-
-    def _metrics_of_round(self, kept: list[Any]) -> MetricRecord | None:
-        """See `Handled._metrics_of_round`."""
-        return self._metrics
-
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """The strategy's, None if it refuses the replies; the scores serve the selection of models."""
-        listed = list(replies)
-        self._score(listed)
+        """The strategy's, None if it cannot aggregate the replies; the scores serve the selection of models."""
+        listed = list(replies or ())
+        self._job_scores(listed)
         try:
             return super().aggregate_evaluate(server_round, listed)
-        except InconsistentMessageReplies as error:  # what clients report must not end the run
-            logger.error("round %d: %s: %s", server_round, type(self.strategy).__name__, error)
+        except Exception as error:
+            if not _by_replies(error):
+                raise
+            who = type(self.strategy).__name__
+            logger.error("round %d: %s cannot aggregate the evaluation: %s", server_round, who, _said(error))
             return None
 
-    def _aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights) -> FrozenWeights:
-        assert self.job is not None
-        number, who = self.job.report.round + 1, type(self.strategy).__name__
-        accepted, kept = [], dict(self._kept)
+    def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
+        """See `Handled._job_replies`. The strategy itself logs them, if it is asked."""
+        listed = list(replies)
+        good, failed = [m for m in listed if not m.has_error()], [m for m in listed if m.has_error()]
+        self.__metrics, self.__unsaid = None, (len(good), failed)
+        return good, failed
+
+    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
+        """See `Handled._job_metrics`."""
+        unsaid, self.__unsaid = self.__unsaid, None
+        if unsaid is not None:
+            log_replies(*unsaid)
+        return self.__metrics
+
+    def _job_aggregate(self) -> Aggregate | None:
+        """See `Handled._job_aggregate`."""
+        return self.__aggregate
+
+    def __aggregate(self, session: Session, contributions: Sequence[Contribution]) -> FrozenWeights:
+        number, who = session.job.report.round + 1, type(self.strategy).__name__
+        self.__unsaid = None
+        accepted: list[Message] = []
+        kept = dict(session.accepted)
         for counted in contributions:
-            message, contribution = kept.pop(counted.contributor, (None, None))
+            own = kept.pop(counted.contributor, None)
             if (
-                contribution is None
-                or contribution.weights is not counted.weights
-                or contribution.aggregation_weight != counted.aggregation_weight
+                own is None
+                or own.message is None
+                or own.contribution.weights is not counted.weights
+                or own.contribution.aggregation_weight != counted.aggregation_weight
             ):
                 raise ValueError(
                     f"{counted.contributor}: a handler changed the contribution, but {who} aggregates the replies as "
                     "they came: it can only be left out"
                 )
-            accepted.append(message)
+            accepted.append(own.message)
         try:
-            record, self._metrics = _Delegate.aggregate_train(self, number, accepted)
-        except InconsistentMessageReplies as error:  # what clients report must not end the run
-            raise Refusal(error) from error
+            record, self.__metrics = _Delegate.aggregate_train(self, number, [*accepted, *session.failed])
+        except Exception as error:
+            if not _by_replies(error):
+                raise
+            raise Refusal(FedLearnError(f"{who} cannot aggregate the replies: {_said(error)}")) from error
         if record is None:
-            raise Refusal(FedLearnError(f"round {number}: {who} aggregated nothing; the global model stands"))
+            raise Refusal(FedLearnError(f"{who} aggregated nothing"))
         try:
-            return _with_dtypes(to_weights(record, like=self.job.schema), self.job.schema, who)
+            made = to_weights(record, like=session.job.schema)
+            return _with_dtypes(made, session.job.weights, session.averaged(contributions), who)
         except FedLearnError as error:
             raise Refusal(error) from error
 
 
-def _with_dtypes(weights: FrozenWeights, schema: Schema, who: str) -> FrozenWeights:
-    """What a strategy made, in the dtypes of the global model; integers are rounded half to even."""
-    Schema(
-        {name: (shape, weights[name].dtype if name in weights else dtype) for name, (shape, dtype) in schema.items()}
-    ).check(weights, who)
-    check_finite(weights, who)
+def _by_replies(error: Exception) -> bool:
+    """Whether what clients sent made a strategy raise: an error of Flower's, or one in Flower's own code.
+
+    With code of the user's on the way there only arithmetic counts, such as a division by no examples at all: all else
+    may be the mistake of that code.
+    """
+    if isinstance(error, InconsistentMessageReplies | AggregationError):
+        return True
+    modules = [frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    inner = [module for module in modules if module not in ("numpy", "fed_learn")]
+    if not inner or inner[-1] != "flwr":
+        return False
+    return isinstance(error, ArithmeticError) or set(inner) == {"flwr"}
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _with_dtypes(made: FrozenWeights, model: FrozenWeights, averaged: frozenset[str], who: str) -> FrozenWeights:
+    """The global model with what a strategy made of it, in its own dtypes; integers are rounded half to even.
+
+    Args:
+        made: What the strategy made.
+        model: The global model; what clients did not send, and constants, stay as they are there. Empty: not known.
+        averaged: Names of what clients sent.
+        who: The strategy.
+    """
+    expected = {name: array for name, array in (model or made).items() if name in averaged}
+    found = {name: array for name, array in made.items() if name in expected or name not in model}
+    schema = Schema.of(expected)
+    given = {name: found[name].dtype if name in found else dtype for name, (_, dtype) in schema.items()}
+    Schema({name: (shape, given[name]) for name, (shape, _) in schema.items()}).check(found, who)
+    check_finite(found, who, constants=model or None)
     writer = RecordWriter(schema)
     for name, (_, dtype) in schema.items():
-        values: Any = weights[name]
+        values: Any = found[name]
         if dtype.kind in "biu" and values.dtype != dtype:
             values = values if values.dtype.kind in "biu" else np.rint(values)
             info = np.iinfo(dtype) if dtype.kind != "b" else None
@@ -307,6 +361,6 @@ def _with_dtypes(weights: FrozenWeights, schema: Schema, who: str) -> FrozenWeig
             if values.size and not (low <= values.min() and values.max() <= high):
                 raise IntegerRangeError(f"{who}: {name!r} leaves the range of {dtype}", contributor=who, name=name)
         writer.arrays[name][...] = values.astype(dtype)
-    made = writer.finish()
-    check_finite(made, who)
-    return made
+    new = writer.finish()
+    check_finite(new, who, constants=model or None)
+    return new if len(new) == len(model or new) else FrozenWeights.adopt({**model, **new})
