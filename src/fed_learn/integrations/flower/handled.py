@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -17,12 +17,15 @@ from fed_learn.integrations.flower.exchange import replies_to
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
     METADATA,
+    SCORE_ONLY,
+    SCORES,
     Keys,
     claimed_name,
     contribution_of,
     failure_of,
     first_weights,
     metrics_of,
+    states,
 )
 from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server import JobResult
@@ -83,6 +86,7 @@ class Handled(Strategy):
         self.job: Job | None = None
         self._session: Session | None = None
         self._kept: dict[str, Any] = {}
+        self._scorers: dict[Any, str] = {}  # nodes whose mod scores → the type of the messages that reach it
         self._final = False
         self._states_round = True
         self._begin({"nothing": np.zeros(1)}, None, 1, handlers=())  # refuses what a job would refuse later
@@ -100,7 +104,7 @@ class Handled(Strategy):
         """Runs a job; arguments as of Flower's `Strategy.start`.
 
         Replies are taken as they arrive. The clients' evaluation in the last round scores the final model; if there is
-        none, clients that scored the models they received are asked for one.
+        none, those whose `ClientMod` scored the models they received are asked for that score alone.
 
         Returns:
             Flower's result, `job` beside it.
@@ -253,20 +257,33 @@ class Handled(Strategy):
         messages = list(self.configure_evaluate(number, arrays, config, grid))
         session = self._session
         assert session is not None
+        ours = last and bool(self.handlers) and not messages
+        if ours:
+            messages = self._questions(session, number, arrays)
         if last and self.handlers:
-            if not messages and session.clients_score:
-                content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-                nodes = [node for node in session.contributed if isinstance(node, int)]
-                messages = [Message(content, node, MessageType.EVALUATE) for node in nodes]
             self._final = True
             session.begin_final(None if arrays is session.record else to_weights(arrays, like=session.job.schema))
             for message in messages:
                 session.ask(message.metadata.dst_node_id)
         replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval)
+        if ours:  # no evaluation of the strategy's
+            self._score(replies)
+            return
         metrics = self.aggregate_evaluate(number, replies)
         if metrics is not None:
             logger.info("\t└──> Aggregated MetricRecord: %s", metrics)
             result.evaluate_metrics_clientapp[number] = metrics
+
+    def _questions(self, session: Session, number: int, arrays: ArrayRecord) -> list[Message]:
+        """Asks the nodes of the last round whose `ClientMod` scores for the score of the final model alone."""
+        content = RecordDict({self.arrayrecord_key: arrays, METADATA: ConfigRecord({SCORE_ONLY: True})})
+        asked = [node for node in self._scorers if node in session.contributed]
+        if not asked:
+            logger.info(
+                "the final model is not scored by clients: for that, give their ClientApp a ClientMod(validate=...), "
+                "or the strategy a fraction_evaluate above 0"
+            )
+        return [Message(content, node, self._scorers[node], group_id=str(number)) for node in asked]
 
     def _begin(
         self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None, handlers: Sequence[EventHandler]
@@ -295,6 +312,7 @@ class Handled(Strategy):
         session = self._begin(weights, record, num_rounds, self.handlers)
         session.job.start()
         self._session, self.job = session, session.job
+        self._scorers = {}
         return session
 
     def _begin_from(self, replies: list[Message]) -> bool:
@@ -325,6 +343,8 @@ class Handled(Strategy):
         def read(name: str) -> Contribution:
             if message.has_error():
                 raise failure_of(message)
+            if states(message.content, SCORES):
+                self._scorers[message.metadata.src_node_id] = message.metadata.message_type
             found = contribution_of(message, name, keys, session.job.schema, self.kind)
             return found if self._states_round or METADATA in message.content else replace(found, round=None)
 
