@@ -165,7 +165,7 @@ def test_a_validation_gives_numbers_of_any_kind_by_name_or_one_alone(score: Any,
 
 
 def test_what_is_no_number_among_the_scores_is_left_out_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    given = {"accuracy": 0.5, "site": "north", "converged": np.bool_(True), "per class": [0.1, 0.9], "w": np.ones(1)}
+    given = {"accuracy": 0.5, "site": "north", "converged": np.bool_(True), "per class": [0.1, 0.9], "w": np.ones(2)}
     mod = ClientMod(validate=lambda weights, context: given)
     for _ in range(2):
         metrics = answer(mod).content.metric_records["metrics"]
