@@ -12,6 +12,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil  # type: ignore[import-untyped]
+
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -77,6 +79,22 @@ def environment(home: Path) -> dict[str, str]:
     """This process's, with Flower's own settings."""
     path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"  # Flower finds its other commands there
     return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
+
+
+@contextmanager
+def local_superlink(home: Path) -> Iterator[dict[str, str]]:
+    """Settings with which `flwr run` starts a SuperLink of its own, on ports that are free; it is ended afterwards."""
+    ports = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(free_port()), "FLWR_LOCAL_CONTROL_API_PORT": str(free_port())}
+    started = {"FLWR_HOME": str(home), **ports}
+    try:
+        yield started
+    finally:
+        for process in psutil.process_iter(["cmdline"]):
+            if str(home / "local-superlink" / "superlink.log") in (process.info["cmdline"] or ()):
+                os.killpg(process.pid, signal.SIGTERM)  # it leads its group
+                psutil.wait_procs([process], timeout=10)
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 def program(name: str) -> str:

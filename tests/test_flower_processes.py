@@ -39,8 +39,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
         def made(name: str) -> Path:
             output = home / name.replace("'", "").lower()
-            printed = processes.run(APP, {**RUNS[name], "output": str(output)})
-            assert (output / "final.npz").exists(), printed + processes.logs()
+            printed = processes.run(APP, {**RUNS[name], "min-nodes": 3, "output": str(output)})
+            logs = processes.logs()
+            assert (output / "final.npz").exists(), printed + logs
+            assert "Traceback" not in printed + logs
             return output
 
         runs = {name: pool.submit(made, name) for name in RUNS}
@@ -123,3 +125,4 @@ def test_flowers_simulation_runs_it_too(tmp_path: Path) -> None:
     assert [failure["contributor"] for failure in second["quits"]] == ["partition-3"]
     assert "out of memory" in second["quits"][0]["message"]
     assert (printed["best round"], printed["final results"]) == (2, 5)  # node 4 is there, though refused
+    assert done.stderr.count("Traceback") == 1  # of node 3: the final model is scored without an evaluation of the app

@@ -1,6 +1,7 @@
 """Installing from a clean copy of the project: the README's command, wheels, and machines without a compiler."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import venv
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flower_network import local_superlink
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +67,34 @@ def test_the_command_of_the_readme_installs_and_runs_in_a_fresh_environment(chec
     assert "Best model" in done.stdout
     assert "native" in done.stdout
     assert (checkout / "fed-learn-job" / "best.safetensors").stat().st_size > 30_000
+
+
+def test_the_commands_of_the_flower_page_run_the_app_in_a_fresh_environment(checkout: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "flower.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^```sh\n(.*?)^```$", page, flags=re.MULTILINE | re.DOTALL)[0]
+    assert commands.splitlines()[-1] == "flwr run examples/flower --stream"
+    pinned = commands.replace("pip install", "pip install -c tests/constraints.txt")
+    with local_superlink(tmp_path / "flwr") as settings:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # its python3 makes the environment
+        done = subprocess.run(
+            ["bash", "-euc", pinned],
+            cwd=checkout,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **settings, "PATH": path, "PYTHONPATH": "", "FLWR_TELEMETRY_ENABLED": "0"},
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    scores = re.findall(r"^round (\d): 2 nodes, accuracy (0\.\d{3})$", done.stdout, flags=re.MULTILINE)
+    assert [int(number) for number, _ in scores] == [1, 2, 3, 4, 5], done.stdout
+    (best,) = re.findall(r"^best model: of round (\d), accuracy (0\.\d{3})$", done.stdout, flags=re.MULTILINE)
+    assert best in scores
+    assert best[1] == max(accuracy for _, accuracy in scores)
+    assert float(best[1]) > 0.9
+    assert f"\nfiles: {checkout / 'digits-job'}\n" in done.stdout
+    assert "Traceback" not in done.stdout
+    with np.load(checkout / "digits-job" / "best.npz") as kept:
+        assert kept["hidden.weight"].shape == (64, 32)
 
 
 def test_the_wheel_serves_python_3_11_and_all_after_it(checkout: Path, tmp_path: Path) -> None:

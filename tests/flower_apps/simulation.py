@@ -84,7 +84,6 @@ def main() -> None:
         )
         results.append(strategy.start(grid, to_record(initial), num_rounds=ROUNDS))
 
-    client.evaluate()(ClientMod().evaluate)
     start = time.perf_counter()
     resources: Any = {"client_resources": {"num_cpus": 1}}
     run_simulation(server_app=server, client_app=client, num_supernodes=arguments.nodes, backend_config=resources)

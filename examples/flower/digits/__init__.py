@@ -1,1 +1,1 @@
-"""A Flower app on scikit-learn's digits: three nodes, our strategy with handlers, a torch or a Keras model."""
+"""A Flower app on scikit-learn's digits: our strategy with handlers, and a model of numpy, torch or Keras."""

@@ -4,12 +4,12 @@ import keras
 import numpy as np
 import numpy.typing as npt
 
-from fed_learn.simulation.datasets import Part
+from fed_learn.simulation import Part
 
-from .tasks import BATCH_SIZE
+from .tasks import BATCH_SIZE, Weights, weights_of, with_weights
 
 
-def model() -> keras.Model:
+def network() -> keras.Model:
     """A small network with batch normalisation."""
     keras.utils.set_random_seed(0)
     layers = [
@@ -25,13 +25,19 @@ def model() -> keras.Model:
     return made
 
 
-def train(model: keras.Model, part: Part, order: npt.NDArray[np.intp]) -> float:
+def initial() -> Weights:
+    """The weights of a new network."""
+    return weights_of(network())
+
+
+def train(weights: Weights, part: Part, order: npt.NDArray[np.intp]) -> tuple[Weights, float]:
     """One pass of SGD."""
+    model = with_weights(network(), weights)
     history = model.fit(part.x[order], part.y[order], batch_size=BATCH_SIZE, shuffle=False, verbose=0)
-    return float(history.history["loss"][-1])
+    return weights_of(model), float(history.history["loss"][-1])
 
 
-def accuracy(model: keras.Model, part: Part) -> float:
+def accuracy(weights: Weights, part: Part) -> float:
     """The share of right answers."""
-    answers = np.asarray(model(part.x, training=False)).argmax(axis=1)
+    answers = np.asarray(with_weights(network(), weights)(part.x, training=False)).argmax(axis=1)
     return float((answers == part.y).mean())

@@ -12,19 +12,28 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 import fed_learn as fl
 from fed_learn.integrations.flower import FedAvg, to_record, to_weights
 
-from .tasks import Task, data, model_of, task, weights_of
+from .tasks import Task, data, task
 
 app = ServerApp()
 
 
-class Events(fl.Handler):
-    """Notes every event, for whoever wants to see when handlers run."""
+class Progress(fl.Handler):
+    """Prints a line per round, and notes every event, for whoever wants to see when handlers run."""
 
     def __init__(self) -> None:
         self.log: list[tuple[str, str | None]] = []
 
     def handle_event(self, event: str, ctx: fl.FLContext) -> None:
         self.log.append((str(event), ctx.get_prop(fl.ContextKey.CONTRIBUTOR)))
+        super().handle_event(event, ctx)
+
+    def end_round(self, ctx: fl.FLContext) -> None:
+        report: fl.RoundReport = ctx[fl.ContextKey.REPORT]
+        if report.error is not None:
+            print(f"round {report.round + 1}: no new model: {report.error}")
+            return
+        accuracy = report.metrics["server_validation"]
+        print(f"round {report.round + 1}: {len(report.accepted)} nodes, accuracy {accuracy:.3f}")
 
 
 class Evaluator(fl.ModelEvaluator):
@@ -32,14 +41,14 @@ class Evaluator(fl.ModelEvaluator):
 
     metric_name = "accuracy"
 
-    def __init__(self, chosen: Task, num_nodes: int) -> None:
+    def __init__(self, chosen: Task) -> None:
         self.chosen = chosen
-        self.part = data(num_nodes).server
+        self.part = data(1).server
         self.score = float("nan")
 
     def evaluate(self, ctx: fl.FLContext) -> None:
         assert ctx.model is not None and ctx.model.weights is not None
-        self.score = self.chosen.accuracy(model_of(self.chosen, ctx.model.weights), self.part)
+        self.score = self.chosen.accuracy(ctx.model.weights, self.part)
 
     def get_metric(self) -> float:
         return self.score
@@ -49,34 +58,32 @@ class Evaluator(fl.ModelEvaluator):
 def main(grid: Grid, context: Context) -> None:
     """One job."""
     config: Any = context.run_config
-    chosen, nodes, rounds = task(config["framework"]), int(config["num-nodes"]), int(config["num-server-rounds"])
-    initial = to_record(weights_of(chosen.model()))
+    chosen, nodes, rounds = task(config["framework"]), int(config["min-nodes"]), int(config["num-server-rounds"])
+    initial = to_record(chosen.initial())
     sampling: dict[str, Any] = {"fraction_evaluate": 0.0, "min_train_nodes": nodes, "min_available_nodes": nodes}
     if config["strategy"] == "flower":
         stock = FlowerFedAvg(**sampling)
         save(config["output"], stock.start(grid, initial, num_rounds=rounds).arrays, None, [])
         return
-    events = Events()
+    progress = Progress()
     selection = fl.ModelSelectionHandler(weigh_by_local_iter=True)
-    validation = fl.ServerValidationHandler(Evaluator(chosen, nodes), num_rounds_per_valid=1)
-    strategy = FedAvg(**sampling, stream=bool(config["stream"]), handlers=[events, selection, validation])
+    validation = fl.ServerValidationHandler(Evaluator(chosen), num_rounds_per_valid=1)
+    strategy = FedAvg(**sampling, stream=bool(config["stream"]), handlers=[selection, validation, progress])
     result = strategy.start(grid, initial, num_rounds=rounds)
-    save(config["output"], result.arrays, result.job, events.log)
+    save(config["output"], result.arrays, result.job, progress.log)
 
 
 def save(output: str, arrays: ArrayRecord, job: fl.JobResult | None, log: list[tuple[str, str | None]]) -> None:
-    """Writes the final and the best model, and prints how the job went."""
-    if job is not None and job.best is not None:
-        print(f"best: the model of round {job.best.round}, {job.best.metric_name} {job.best.metric:.3f}")
-    if not output:
-        return
-    folder = Path(output)
+    """Writes the final and the best model and what happened, and prints how the job went."""
+    folder = Path(output).expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     np.savez(folder / "final.npz", **to_weights(arrays))
     if job is not None and job.best is not None:
+        print(f"best model: of round {job.best.round + 1}, {job.best.metric_name} {job.best.metric:.3f}")
         np.savez(folder / "best.npz", **job.best.weights)
         best = {"round": job.best.round, "metric": job.best.metric, "metric_name": job.best.metric_name}
         reports = [report.as_dict() for report in job.reports]
         final = {result.contributor: dict(result.metrics) for result in job.validation_results}
         content = {"best": best, "reports": reports, "events": log, "final": final, "metrics": dict(job.metrics)}
         (folder / "log.json").write_text(json.dumps(content))
+    print(f"files: {folder}")

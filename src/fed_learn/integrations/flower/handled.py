@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
@@ -25,6 +25,8 @@ from fed_learn.integrations.flower.exchange import gathers, replies_to
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
     METADATA,
+    SCORE_ONLY,
+    SCORES,
     Keys,
     Place,
     claimed_name,
@@ -34,6 +36,7 @@ from fed_learn.integrations.flower.replies import (
     node_name,
     node_of,
     readable_weights,
+    states,
     without_arrays,
 )
 from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, listed
@@ -117,8 +120,8 @@ class Handled(Strategy):
     ) -> HandledResult:
         """Runs a job; arguments as of Flower's `Strategy.start`, and its log in Flower's words.
 
-        The clients' evaluation in the last round scores the final model; if there is none, clients that scored the
-        models they received are asked for one.
+        The clients' evaluation in the last round scores the final model; if there is none, those whose `ClientMod`
+        scored the models they received are asked for that score alone.
 
         Returns:
             Flower's result, `job` beside it.
@@ -332,19 +335,32 @@ class Handled(Strategy):
         messages = list(self.configure_evaluate(number, arrays, config, grid) or ())
         session = self.__session
         assert session is not None
+        ours = last and bool(self.handlers) and not messages
+        if ours:
+            messages = self.__questions(session, number, arrays)
         if last and self.handlers:
-            if not messages and session.clients_score:
-                content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-                nodes = [node for node in session.contributed if isinstance(node, int)]
-                messages = [Message(content, node, MessageType.EVALUATE) for node in nodes]
             session.begin_final(None if session.holds(arrays) else to_weights(session.whole(arrays)))
             for message in messages:
                 session.ask(message.metadata.dst_node_id)
         replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval)
+        if ours:  # no evaluation of the strategy's
+            self._job_scores(list(replies))
+            return
         metrics = self.aggregate_evaluate(number, replies)
         if metrics is not None:
             logger.info("\t└──> Aggregated MetricRecord: %s", metrics)
             result.evaluate_metrics_clientapp[number] = metrics
+
+    def __questions(self, session: Session, number: int, arrays: ArrayRecord) -> list[Message]:
+        """Asks the nodes of the last round whose `ClientMod` scores for the score of the final model alone."""
+        content = RecordDict({self.arrayrecord_key: arrays, METADATA: ConfigRecord({SCORE_ONLY: True})})
+        asked = [node for node in session.scorers if node in session.contributed and isinstance(node, int)]
+        if not asked:
+            logger.info(
+                "the final model is not scored by clients: for that, give their ClientApp a ClientMod(validate=...), "
+                "or the strategy a fraction_evaluate above 0"
+            )
+        return [Message(content, node, session.scorers[node], group_id=str(number)) for node in asked]
 
     def __begin(
         self,
@@ -433,6 +449,8 @@ class Handled(Strategy):
         def read(name: str) -> Contribution:
             if message.has_error():
                 raise failure_of(message, node)
+            if states(message.content, SCORES):
+                session.scorers[node] = message.metadata.message_type
             found = contribution_of(message, name, keys, session.job.schema, self.kind)
             return found if session.states_round or METADATA in message.content else replace(found, round=None)
 

@@ -1,23 +1,37 @@
 """`ClientMod`: what our server wants to know of a client, and the client's own handlers, around any `ClientApp`."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult
-from fed_learn.errors import MetricError
+from fed_learn.errors import MetricError, brief
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.integrations.flower.records import to_record, to_weights
-from fed_learn.integrations.flower.replies import METADATA, PARTITION_ID, metrics_of, partition_name, records_of
+from fed_learn.integrations.flower.replies import (
+    METADATA,
+    PARTITION_ID,
+    SCORE_ONLY,
+    SCORES,
+    metrics_of,
+    partition_name,
+    records_of,
+    states,
+)
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.weights import FrozenWeights, difference
+
+logger = logging.getLogger("flwr")
 
 FLOWER_CONTEXT = "flower_context"
 """The prop of the client's context that holds Flower's `Context`: what lasts between messages goes into its `state`."""
 
-Validate = Callable[[FrozenWeights, Context], Mapping[str, float]]
+Validate = Callable[[FrozenWeights, Context], Mapping[str, Any] | SupportsFloat]
+"""Weights and Flower's `Context` → scores by name, or the one score: numbers of Python or numpy, or 0-d tensors."""
 
 
 class ClientMod:
@@ -26,7 +40,8 @@ class ClientMod:
     A reply to a training message gets the contributor's name, its round and kind in a `ConfigRecord` of its own and,
     with `validate`, the scores of the model that was received: as `initial_<name>`, the one to select by also as
     `initial_validation_metric`. So does a reply to an evaluation. The number of local iterations is what the app's own
-    `MetricRecord` holds as `"num-iterations"`.
+    `MetricRecord` holds as `"num-iterations"`. Where our server asks for the score of the final model alone, the mod
+    answers from `validate`, and the app is not called: it needs no evaluation of its own.
 
     Handlers see the client's events: STARTUP, GET_MODEL, RECEIVE_MODEL, SHUTDOWN around training, and
     RECEIVE_VALIDATION_MODEL, SEND_VALIDATION_RESULTS around an evaluation; a model that they put into the context is
@@ -35,8 +50,10 @@ class ClientMod:
 
     Args:
         handlers: The client's handlers.
-        validate: Scores weights on data that is not trained on.
-        validation_metric: The score to select by, where `validate` gives several.
+        validate: Scores weights on data that is not trained on: gives numbers by name, or a single number. Entries that
+            are no numbers (text, booleans, lists) are left out of the reply, and the log says so once.
+        validation_metric: Name of the score to select by; a single number gets this name. Whether more of it is better
+            is for the server to say.
         name: Gives the contributor's name, which must be the same in every run; None: `partition-<id>` of the node's
             configuration, where it says so.
         kind: `Kind.DIFF` sends the difference to what was received, in the place of the trained weights.
@@ -66,16 +83,19 @@ class ClientMod:
         self.name = name
         self.kind = Kind(kind)
         self.arrayrecord_key = arrayrecord_key
+        self._left_out: set[str] = set()
 
     def __call__(self, message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         """Around one message; those that bring no model pass as they are.
 
         Raises:
             HandlerError: A handler raised; Flower reports it to the server.
-            MetricError: `validate` does not give the metric to select by.
+            MetricError: What `validate` gives has not the metric to select by, or is neither a mapping nor a number.
         """
         around = {MessageType.TRAIN: self._train, MessageType.EVALUATE: self._evaluate}
         run = around.get(message.metadata.message_type.split(".")[0])
+        if states(message.content, SCORE_ONLY):
+            run, call_next = self._evaluate, self.evaluate
         if run is None or self.arrayrecord_key not in records_of(message.content, ArrayRecord):
             return call_next(message, context)
         ctx = FLContext({FLOWER_CONTEXT: context})
@@ -112,7 +132,12 @@ class ClientMod:
         if self.kind is Kind.DIFF:
             for key, record in records_of(content, ArrayRecord).items():
                 content[key] = to_record(difference(to_weights(record, like=received), received))
-        stated = {"contributor": self._name(context), "round": ctx.get_prop(ContextKey.ROUND), "kind": str(self.kind)}
+        stated = {
+            "contributor": self._name(context),
+            "round": ctx.get_prop(ContextKey.ROUND),
+            "kind": str(self.kind),
+            SCORES: True if self.validate is not None else None,
+        }
         content[METADATA] = ConfigRecord({key: value for key, value in stated.items() if value is not None})
         _add(content, scores)
         return reply
@@ -156,14 +181,34 @@ class ClientMod:
     def _scores(self, weights: FrozenWeights, context: Context) -> dict[str, float]:
         if self.validate is None:
             return {}
-        scores = self.validate(weights, context)
-        if self.validation_metric not in scores:
+        given = self.validate(weights, context)
+        scores: Mapping[str, Any] = given if isinstance(given, Mapping) else {self.validation_metric: given}
+        numbers: dict[str, float] = {}
+        for key, value in scores.items():
+            number = _number(value)
+            if number is not None:
+                numbers[str(key)] = number
+            elif key not in self._left_out and key != self.validation_metric:
+                self._left_out.add(key)
+                logger.warning("ClientMod: %r of validate is no number and is left out: %s", key, brief(value))
+        if self.validation_metric not in numbers:
             raise MetricError(
-                f"validate gave {sorted(scores)}, without the {self.validation_metric!r} to select by",
+                f"ClientMod: validate must return a number, or numbers by name with {self.validation_metric!r} among "
+                f"them (ClientMod(validation_metric=...) gives another name to select by), and not {brief(given)}",
                 metric=self.validation_metric,
             )
-        named = {f"initial_{key}": float(value) for key, value in scores.items()}
-        return {**named, INITIAL_VALIDATION_METRIC: float(scores[self.validation_metric])}
+        named = {f"initial_{key}": number for key, number in numbers.items()}
+        return {**named, INITIAL_VALIDATION_METRIC: numbers[self.validation_metric]}
+
+
+def _number(value: Any) -> float | None:
+    """The value as a float, whatever kind of single number it is; None for text, booleans, and what has a shape."""
+    if isinstance(value, bool | np.bool_ | str | bytes) or tuple(getattr(value, "shape", ())):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def _round_of(message: Message) -> int | None:

@@ -22,7 +22,12 @@ from fed_learn.weights import FrozenWeights, Schema
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 METADATA = "fed_learn"
-"""Key of the `ConfigRecord` in which `ClientMod` puts what a reply is: `contributor`, `round` (from 0), `kind`."""
+"""Key of the `ConfigRecord` that is ours. In a reply `ClientMod` states `contributor`, `round` (from 0), `kind` and
+`SCORES`; in a message our server may state `SCORE_ONLY`."""
+SCORES = "scores"
+"""The entry of `METADATA` that is true in a reply of a `ClientMod` that scores the models that it receives."""
+SCORE_ONLY = "score-only"
+"""The entry of `METADATA` that is true where such a `ClientMod` is to score the model of a message, not to train it."""
 PARTITION_ID = "partition-id"
 """The entry of a node's configuration that names it, and of a `MetricRecord` that passes it on."""
 N_ITER = "num-iterations"
@@ -211,6 +216,11 @@ def readable_weights(replies: Iterable[Message], key: str) -> Iterator[FrozenWei
                 yield to_weights(only_arrays(message.content, "", key))
             except ContributionError:  # to be refused with its reason where it is received
                 continue
+
+
+def states(content: RecordDict, entry: str) -> bool:
+    """Whether the `METADATA` of a message or a reply has this entry, and it is true."""
+    return _metadata(content).get(entry) is True
 
 
 def _metadata(content: RecordDict) -> Mapping[str, Any]:

@@ -76,7 +76,7 @@ class Session:
         number: The round that is under way, from 0; None between rounds.
         heard: Nodes that answered in this round.
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
-        clients_score: Whether any contribution came with a score of the received model.
+        scorers: Nodes whose `ClientMod` scores the models that it receives, and the type of the messages that reach it.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Session:
         self._part: tuple[str, ...] | None = None
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
-        self.clients_score = False
+        self.scorers: dict[Hashable, str] = {}
 
     @property
     def record(self) -> ArrayRecord:
@@ -214,9 +214,7 @@ class Session:
         try:
             name = self._register(node, claim())
             sent = read(name)
-            if INITIAL_VALIDATION_METRIC in sent.metrics:
-                self.clients_score = True
-            elif name in self._scores:
+            if INITIAL_VALIDATION_METRIC not in sent.metrics and name in self._scores:
                 sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
         except HandlerError:
             raise  # of CLIENT_REGISTER: no failure of the client
