@@ -121,7 +121,7 @@ def test_without_a_number_every_client_that_was_asked_must_contribute(caplog: py
         report = job.end_round()
         assert bits(job.weights) == bits(initial_weights())
     assert isinstance(report.error, fl.TooFewContributionsError)
-    assert "round 0: 1 accepted contributions, 2 required; the global model stands" in caplog.text
+    assert "round 1: 1 accepted contributions, 2 required; the global model stands" in caplog.text
 
 
 def test_weights_that_are_frozen_already_are_not_copied() -> None:

@@ -4,6 +4,7 @@ import enum
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
 
@@ -28,6 +29,7 @@ from fed_learn.weights import (
     as_weight_dict,
     check_differences,
     check_weights,
+    size_text,
 )
 
 
@@ -55,6 +57,7 @@ class Contribution:
         round: The round it belongs to, from 0.
         kind: Full weights, or the difference to the global model.
         metrics: Numbers the client measured, by name; kept as a read-only copy.
+        info: What else it tells, by name, such as entries of its metrics that are no numbers.
 
     Example:
         >>> c = Contribution("site-1", {"w": np.ones(2)}, 120, n_iter=12, round=0, metrics={"loss": 0.3})
@@ -69,9 +72,11 @@ class Contribution:
     round: int | None = field(default=None, kw_only=True)
     kind: Kind = field(default=Kind.FULL, kw_only=True)
     metrics: Mapping[str, float] = field(default_factory=FrozenDict, kw_only=True)
+    info: Mapping[str, Any] = field(default_factory=FrozenDict, kw_only=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", FrozenDict(self.metrics or {}))
+        object.__setattr__(self, "info", FrozenDict(self.info or {}))
         if self.kind in tuple(Kind):
             object.__setattr__(self, "kind", Kind(self.kind))
 
@@ -88,6 +93,13 @@ class Contribution:
     def without_weights(self) -> "Contribution":
         """The same with `weights=None`."""
         return replace(self, weights=None)
+
+    def __repr__(self) -> str:
+        parts = [brief(self.contributor), size_text(self.weights)]
+        parts.append(f"aggregation_weight={brief(self.aggregation_weight)}")
+        parts += [f"round={self.round + 1}"] if type(self.round) is int else []
+        parts += [f"kind={brief(self.kind)}"] if self.kind is not Kind.FULL else []
+        return f"Contribution({', '.join(parts)})"
 
 
 def check_aggregation_weight(value: object, contributor: str | None = None) -> float:
@@ -123,6 +135,46 @@ INITIAL_VALIDATION_METRIC = "initial_validation_metric"
 
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 2.0**-100, 2.0**100
 """The usual range of aggregation weights: sums of products with float32 stay well within float64."""
+
+
+def number_of(value: object) -> float | None:
+    """One number in any form as a float: of Python, of numpy, a tensor or an array with one element.
+
+    Returns:
+        None for what is no number, such as a bool, a text, or several numbers.
+
+    Example:
+        >>> number_of(np.float32(0.5)), number_of(np.array([3])), number_of("3"), number_of(True)
+        (0.5, 3.0, None, None)
+    """
+    if isinstance(value, Decimal):
+        return math.nan if value.is_nan() else float(value)
+    if isinstance(value, Real):
+        return _as_float(value)
+    for method in ("item", "numpy"):  # numpy, torch and JAX; TensorFlow
+        read = getattr(value, method, None)
+        if callable(read) and math.prod(getattr(value, "shape", (2,))) == 1:
+            found: Any = read()
+            return number_of(found.item() if isinstance(found, np.ndarray) else found)
+    return None
+
+
+def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+    """What a client measured: the numbers among it, as floats, and the rest, which is information.
+
+    Example:
+        >>> split_metrics({"accuracy": np.float32(0.5), "host": "a", "converged": True})
+        ({'accuracy': 0.5}, {'host': 'a', 'converged': True})
+    """
+    numbers: dict[str, float] = {}
+    info: dict[str, Any] = {}
+    for name, value in metrics.items():
+        number = number_of(value)
+        if number is None or not isinstance(name, str):
+            info[str(name)] = value
+        else:
+            numbers[name] = number
+    return numbers, info
 
 
 def checked_metrics(metrics: Mapping[str, float], contributor: str) -> dict[str, float]:
@@ -242,6 +294,10 @@ class BestModel:
     metric: float
     metric_name: str
     weights: FrozenWeights
+
+    def __repr__(self) -> str:
+        metric = f"{self.metric_name}={self.metric:.6g}"
+        return f"BestModel(round={self.round + 1}, {metric}, {size_text(self.weights)})"
 
 
 @dataclass(frozen=True, eq=False)

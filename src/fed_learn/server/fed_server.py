@@ -1,6 +1,6 @@
 """`FederatedServer`: the server's side of a job, from the first event to the last."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 from fed_learn import kernels
@@ -13,9 +13,17 @@ from fed_learn.model_meta import FLContext
 from fed_learn.server.job import Job
 from fed_learn.server.model_aggregator import Aggregator, check_aggregator
 from fed_learn.server.result import JobResult
-from fed_learn.server.roster import Roster
+from fed_learn.server.roster import Roster, declared_score
 from fed_learn.server.rounds import run_job
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_differences, check_finite
+from fed_learn.weights import (
+    FrozenWeights,
+    Schema,
+    WeightDict,
+    as_weight_dict,
+    check_differences,
+    check_finite,
+    size_text,
+)
 
 
 class FederatedServer:
@@ -82,9 +90,9 @@ class FederatedServer:
         kernel: str | None = None,
         aggregator: Aggregator | None = None,
     ) -> None:
-        check_count("num_rounds", num_rounds)
+        self.num_rounds = check_count("num_rounds", num_rounds)
         if min_contributions is not None:
-            check_count("min_contributions", min_contributions)
+            min_contributions = check_count("min_contributions", min_contributions)
         check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
         check_choice("on_handler_error", on_handler_error, ("raise", "log"))
         arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
@@ -99,7 +107,6 @@ class FederatedServer:
                 raise ValueError("exact and stream belong to the weighted mean, which an aggregator replaces")
         self.aggregator = None if aggregator is None else check_aggregator(aggregator)
         self.weights = FrozenWeights(arrays)
-        self.num_rounds = num_rounds
         self.handlers = check_handlers(handlers)
         self.kind = Kind(kind)
         self.min_contributions = min_contributions
@@ -119,15 +126,17 @@ class FederatedServer:
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
-            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start. If it was when all
-                was done, at CLIENT_QUIT or SHUTDOWN, the error's `result` holds what this method would have returned.
+            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start.
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
-            ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none.
+            ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none; or their
+                learners disagree by which metric models are selected, or which direction of it is better.
+
+        Any `FedLearnError` that ends the job has what the job achieved so far, a `JobResult`, as its `result`.
         """
         with closing(Roster(clients, max_workers)) as roster:
             if self.min_contributions is not None and self.min_contributions > len(roster):
                 raise ValueError(f"min_contributions is {self.min_contributions}, but there are {len(roster)} clients")
-            with self.begin(num_clients=len(roster)) as job:
+            with self._begin(len(roster), declared_score(roster.learners())) as job:
                 try:
                     run_job(job, roster)
                 finally:
@@ -144,6 +153,14 @@ class FederatedServer:
         Raises:
             HandlerError: A handler could not start; those before it have been shut down.
         """
+        return self._begin(num_clients, {})
+
+    def _begin(self, num_clients: int | None, props: Mapping[str, str]) -> Job:
         job = Job(self, num_clients)
+        job.ctx.set_props(props)
         job.start()
         return job
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(handler).__name__ for handler in self.handlers)
+        return f"FederatedServer({size_text(self.weights)}, num_rounds={self.num_rounds}, handlers=[{names}])"

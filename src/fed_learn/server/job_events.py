@@ -27,7 +27,7 @@ class JobEvents:
     def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str = "raise") -> None:
         self.handlers = tuple(handlers)
         self.on_handler_error = on_handler_error
-        self.ctx = FLContext()
+        self.ctx = FLContext({ContextKey.HANDLERS: self.handlers})
         self.reports: list[RoundReport] = []
         self.handler_failures: list[HandlerFailure] = []
 

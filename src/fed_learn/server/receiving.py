@@ -126,7 +126,7 @@ class Receiver:
             if self.server.exact:
                 check_domain(kept, aggregation_weight, name)
         taken = Contribution(
-            name, kept, aggregation_weight, n_iter=n_iter, round=number, kind=sent.kind, metrics=metrics
+            name, kept, aggregation_weight, n_iter=n_iter, round=number, kind=sent.kind, metrics=metrics, info=sent.info
         )
         if isinstance(self.server.aggregator, Aggregator):
             self.server.aggregator.check(taken)

@@ -6,8 +6,8 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from fed_learn.components.returned import scores_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult
-from fed_learn.errors import MetricError
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.integrations.flower.records import to_record, to_weights
 from fed_learn.integrations.flower.replies import METADATA, PARTITION_ID, metrics_of, partition_name, records_of
@@ -17,7 +17,7 @@ from fed_learn.weights import FrozenWeights, difference
 FLOWER_CONTEXT = "flower_context"
 """The prop of the client's context that holds Flower's `Context`: what lasts between messages goes into its `state`."""
 
-Validate = Callable[[FrozenWeights, Context], Mapping[str, float]]
+Validate = Callable[[FrozenWeights, Context], Mapping[str, Any] | float]
 
 
 class ClientMod:
@@ -35,7 +35,8 @@ class ClientMod:
 
     Args:
         handlers: The client's handlers.
-        validate: Scores weights on data that is not trained on.
+        validate: Scores weights on data that is not trained on: gives a dict of names to numbers of any kind, or the
+            one number to select by.
         validation_metric: The score to select by, where `validate` gives several.
         name: Gives the contributor's name, which must be the same in every run; None: `partition-<id>` of the node's
             configuration, where it says so.
@@ -73,6 +74,7 @@ class ClientMod:
         Raises:
             HandlerError: A handler raised; Flower reports it to the server.
             MetricError: `validate` does not give the metric to select by.
+            TypeError: It gives something else than scores.
         """
         around = {MessageType.TRAIN: self._train, MessageType.EVALUATE: self._evaluate}
         run = around.get(message.metadata.message_type.split(".")[0])
@@ -156,14 +158,9 @@ class ClientMod:
     def _scores(self, weights: FrozenWeights, context: Context) -> dict[str, float]:
         if self.validate is None:
             return {}
-        scores = self.validate(weights, context)
-        if self.validation_metric not in scores:
-            raise MetricError(
-                f"validate gave {sorted(scores)}, without the {self.validation_metric!r} to select by",
-                metric=self.validation_metric,
-            )
-        named = {f"initial_{key}": float(value) for key, value in scores.items()}
-        return {**named, INITIAL_VALIDATION_METRIC: float(scores[self.validation_metric])}
+        scores, _ = scores_of(self.validate(weights, context), self.validation_metric, "validate", "validation_metric=")
+        named = {f"initial_{key}": value for key, value in scores.items()}
+        return {**named, INITIAL_VALIDATION_METRIC: scores[self.validation_metric]}
 
 
 def _round_of(message: Message) -> int | None:
