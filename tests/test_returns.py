@@ -301,7 +301,7 @@ def test_a_model_is_not_loaded_with_what_is_no_weight_dict(weights: Any, what: s
 
 
 def test_what_is_printed_holds_counts_and_scores_and_no_arrays() -> None:
-    weights = {"w": np.arange(300_000, dtype=np.float32), "b": np.zeros(2)}
+    weights: dict[str, Any] = {"w": np.arange(300_000, dtype=np.float32), "b": np.zeros(2)}
     frozen = FrozenWeights(weights)
     assert repr(fl.Contribution("site-1", weights, 120, round=0)) == (
         "Contribution('site-1', 2 variables, 1.2 MB, aggregation_weight=120, round=1)"

@@ -88,7 +88,7 @@ def test_the_result_in_an_error_has_the_failures_of_the_shutdown_too() -> None:
 def test_an_error_that_ends_a_job_before_its_end_holds_what_there_is_so_far(event: str) -> None:
     with pytest.raises(fl.HandlerError) as caught:
         server_of(handlers=[fl.ModelSelectionHandler(), broken(event, OSError("disk full"))]).run(two_clients())
-    rounds = {Event.STARTUP: 0, Event.END_ROUND: 1, Event.RECEIVE_VALIDATION_RESULTS: 2}[event]
+    rounds = {str(Event.STARTUP): 0, str(Event.END_ROUND): 1, str(Event.RECEIVE_VALIDATION_RESULTS): 2}[event]
     result = caught.value.result
     assert values(result.weights) == (2.5 * rounds, 2.5 * rounds, 2.0 * rounds)
     assert [report.round for report in result.reports] == list(range(rounds))
