@@ -304,7 +304,7 @@ def test_an_aggregator_that_fails_loses_its_rounds_in_one_line_each(tmp_path: Pa
     done = run("--config", tmp_path / "config.json", "--json", "--out", tmp_path / "out")
     errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
     assert len(errors) == 2
-    assert "round 0: aggregator Legacy: AttributeError: module 'numpy' has no attribute 'float'" in errors[0]
+    assert "round 1: aggregator Legacy: AttributeError: module 'numpy' has no attribute 'float'" in errors[0]
     assert errors[0].endswith("the global model stands")
     assert "Traceback" not in done.stderr
 

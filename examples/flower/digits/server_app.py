@@ -67,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
 def save(output: str, arrays: ArrayRecord, job: fl.JobResult | None, log: list[tuple[str, str | None]]) -> None:
     """Writes the final and the best model, and prints how the job went."""
     if job is not None and job.best is not None:
-        print(f"best: the model of round {job.best.round}, {job.best.metric_name} {job.best.metric:.3f}")
+        print(f"best: the model of round {job.best.round + 1}, {job.best.metric_name} {job.best.metric:.3f}")
     if not output:
         return
     folder = Path(output)

@@ -71,6 +71,7 @@ class Session:
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
         self.job = Job(server, receiver=_FlowerReceiver(server, aggregate))
+        self.job.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with the evaluation after a round
         if num_rounds is None:
             self.job.ctx.pop(ContextKey.NUM_ROUNDS)
         self.num_rounds = num_rounds
