@@ -140,7 +140,7 @@ def test_messages_without_a_model_pass_as_they_are() -> None:
 
 def test_a_validation_without_the_metric_to_select_by_is_an_error() -> None:
     reply = answer(ClientMod(validate=lambda weights, context: {"loss": 1.0}))
-    assert "without the 'accuracy' to select by" in (reply.error.reason or "")
+    assert "no 'accuracy' to select by" in (reply.error.reason or "")
 
 
 def test_other_mods_go_beside_it() -> None:
