@@ -1,9 +1,9 @@
-"""What happens to bad contributions: one of five clients sends each kind in round 2.
+"""What happens to bad contributions: one of five clients sends each kind in round 3.
 
     python examples/bad_contributions.py
 
 Each is refused with its cause, and all later rounds have the very bytes of a job in which that client sent nothing in
-round 2 (or, for the second contribution of a client, only the first one).
+round 3 (or, for the second contribution of a client, only the first one).
 """
 
 import hashlib
@@ -24,7 +24,7 @@ Spoil = Callable[[fl.Contribution], Any]
 
 
 class Spoiler(fl.FederatedClient):
-    """Sends what `spoil` makes of its contribution to round 2."""
+    """Sends what `spoil` makes of its contribution to round 3."""
 
     spoil: Spoil
 
@@ -123,7 +123,7 @@ def main() -> None:
     _, honest = run(lambda c: c)
     _, absent = run(lambda c: None)
     assert honest[:ROUND] == absent[:ROUND] and honest[ROUND] != absent[ROUND]
-    table = Table(title=f"{CULPRIT} of five clients sends it in round {ROUND} of 0 to {ROUNDS - 1}", box=None)
+    table = Table(title=f"{CULPRIT} of five clients sends it in round {ROUND + 1} of {ROUNDS}", box=None)
     for column in ("sent", "refused as", "message", "all rounds byte-identical"):
         table.add_column(column, overflow="fold")
     failures = 0

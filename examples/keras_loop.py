@@ -28,8 +28,8 @@ with server.begin() as job:
             model.fit(images[part], labels[part], batch_size=32, verbose=0)
             job.receive(name, fl.Contribution(name, fl.get_weights(model), len(part), round=number))
         job.aggregate()
-        print(f"round {number}: accuracy {job.end_round().metrics['server_validation']:.3f}")
+        print(f"round {number + 1}: accuracy {job.end_round().metrics['server_validation']:.3f}")
 best = job.ctx[fl.ContextKey.BEST_AGGREGATED]
 fl.set_weights(model, best.weights)
 model.save_weights("best.weights.h5")
-print(f"best.weights.h5: round {best.round}, accuracy {best.metric:.3f}")
+print(f"best.weights.h5: round {best.round + 1}, accuracy {best.metric:.3f}")

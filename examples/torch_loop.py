@@ -29,7 +29,7 @@ with server.begin() as job:
                 optimizer.step()
             job.receive(name, fl.Contribution(name, fl.get_weights(model), len(part), round=number))
         job.aggregate()
-        print(f"round {number}: accuracy {job.end_round().metrics['server_validation']:.3f}")
+        print(f"round {number + 1}: accuracy {job.end_round().metrics['server_validation']:.3f}")
 best = job.ctx[fl.ContextKey.BEST_AGGREGATED]
 torch.save(fl.set_weights(model, best.weights).state_dict(), "best.pt")
-print(f"best.pt: round {best.round}, accuracy {best.metric:.3f}")
+print(f"best.pt: round {best.round + 1}, accuracy {best.metric:.3f}")

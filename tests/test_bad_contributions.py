@@ -339,7 +339,7 @@ BAD_WEIGHTS: dict[str, Any] = {
     "-10**400": -(10**400),
     "a complex": 120 + 0j,
     "a list": [120],
-    "an array": np.array([120.0]),
+    "an array": np.array([120.0, 1.0]),
     "a matrix": np.ones((2, 2)),
     "a Fraction that underflows": Fraction(1, 10**400),
 }

@@ -382,7 +382,6 @@ NUMBERS: dict[str, tuple[Any, Any, Any]] = {
     "half": (np.float16(60_000), np.uint8(200), np.float16(0.25)),
     "large": (10**300, 2**63 - 1, 10**300),
     "large numpy": (np.uint64(2**63), np.uint64(2**63 - 1), np.uint64(2**63)),
-    "bool": (1, True, 0),
 }
 """Aggregation weight, iterations and metric, of the types that clients come up with."""
 
@@ -484,7 +483,7 @@ def test_a_received_model_that_stays_the_best_for_the_patience_ends_the_job() ->
     assert stop_reason(3, 4, **props) is None
     reason = stop_reason(3, 5, **props)
     assert reason is not None
-    assert "round 2" in reason
+    assert "round 3" in reason
     assert "accuracy 0.75" in reason
 
 
@@ -589,20 +588,20 @@ def test_each_round_is_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> No
     server.run(clients_of({name: AddingLearner(1, score=by_value) for name in "ab"}))
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
     first, second = [record.getMessage() for record in caplog.records]
-    assert first.startswith("round 0 of 2: 2 accepted, 0 rejected, selection 0.0000, ")
-    assert second.startswith("round 1 of 2: 2 accepted, 0 rejected, selection 1.0000, ")
+    assert first.startswith("round 1 of 2: 2 accepted, 0 rejected, selection 0.0000, ")
+    assert second.startswith("round 2 of 2: 2 accepted, 0 rejected, selection 1.0000, ")
 
 
 def test_refused_contributions_are_warnings_and_failed_rounds_errors(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "my.rounds")
     handler = RoundLogHandler("my.rounds")
     refused = ClientFailure("site-7", fl.NonFiniteError("site-7: 'w' at index (0,): nan is not finite"))
-    report = fl.RoundReport(4, rejected=(refused,), error=fl.TooFewContributionsError("round 4: too few"))
+    report = fl.RoundReport(4, rejected=(refused,), error=fl.TooFewContributionsError("too few"))
     fl.fire_event(fl.EventType.END_ROUND, [handler], fl.FLContext({fl.ContextKey.REPORT: report}))
     assert [(record.name, record.levelname, record.getMessage()) for record in caplog.records] == [
-        ("my.rounds", "INFO", "round 4 of ?: 0 accepted, 1 rejected, 0.00 s"),
-        ("my.rounds", "WARNING", "round 4: rejected, NonFiniteError: site-7: 'w' at index (0,): nan is not finite"),
-        ("my.rounds", "ERROR", "round 4 failed: round 4: too few"),
+        ("my.rounds", "INFO", "round 5 of ?: 0 accepted, 1 rejected, 0.00 s"),
+        ("my.rounds", "WARNING", "round 5: rejected, NonFiniteError: site-7: 'w' at index (0,): nan is not finite"),
+        ("my.rounds", "ERROR", "round 5 failed: too few"),
     ]
 
 
@@ -623,8 +622,8 @@ def test_away_from_a_terminal_it_prints_a_header_and_a_line_per_round(capsys: py
     out, err = capsys.readouterr()
     header, first, second = out.splitlines()
     assert header.split() == ["round", "accepted", "rejected", "selection", "server", "aggregation", "kernel"]
-    assert first.split()[:5] == ["0", "2", "0", "0.0000", "–"]
-    assert second.split()[:5] == ["1", "2", "0", "1.0000", "2.0000"]
+    assert first.split()[:5] == ["1", "2", "0", "0.0000", "–"]
+    assert second.split()[:5] == ["2", "2", "0", "1.0000", "2.0000"]
     assert first.split()[-3:] == ["0.1", "kB", "numpy"]
     assert "\x1b" not in out
     assert err == ""
@@ -658,7 +657,7 @@ def test_what_went_wrong_is_printed_below_the_round(capsys: pytest.CaptureFixtur
     ]
     server.run(clients)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:3] for line in (lines[1], lines[4])] == [["0", "1", "1"], ["1", "0", "1"]]
+    assert [line.split()[:3] for line in (lines[1], lines[4])] == [["1", "1", "1"], ["2", "0", "1"]]
     assert lines[2].strip() == "WeightsTypeError: b: sent a str, not a Contribution"
     assert lines[3].strip() == "RuntimeError: out of memory"
     assert lines[5].strip() == "WeightsTypeError: b: sent a str, not a Contribution"

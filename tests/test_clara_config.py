@@ -111,6 +111,13 @@ def test_whether_and_when_the_server_validates(settings: dict[str, Any], entries
     assert json.dumps(settings) == before
 
 
+def test_a_validation_that_a_file_only_asks_for_comes_before_what_stops_a_job_by_it() -> None:
+    stopping = {"name": "EarlyStoppingHandler", "args": {"patience": 5}}
+    settings = {"validate_on_server": True, "handlers": [{"name": "ModelSelectionHandler"}, stopping]}
+    names = [entry["name"] for entry in ServerConfig.of(settings).handler_entries() or ()]
+    assert names == ["ModelSelectionHandler", "ServerValidationHandler", "EarlyStoppingHandler"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

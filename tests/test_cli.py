@@ -51,12 +51,13 @@ def test_simulate_reaches_95_percent_on_digits(job: tuple[Path, str]) -> None:
 def test_simulate_prints_a_row_per_round_and_a_summary(job: tuple[Path, str]) -> None:
     lines = job[1].splitlines()
     assert lines[0].split() == ["round", "accepted", "rejected", "selection", "server", "aggregation", "kernel"]
-    for number, line in enumerate(lines[1:21]):
+    for number, line in enumerate(lines[1:21], start=1):
         cells = line.split()
         assert cells[:3] == [str(number), "4", "0"]
         assert cells[-1] in fl.kernels.available()
     summary = summary_of(job[0])
     assert f"test accuracy {summary['best']['test_accuracy']:.4f}" in job[1]
+    assert f"Best model   aggregated in round {summary['best']['round'] + 1}, accuracy " in job[1]
     for site, row in summary["cross_site"].items():
         assert any(line.split()[:1] == [site] and f"{row['site-2']:.4f}" in line for line in lines)
 
@@ -108,7 +109,7 @@ def test_json_is_all_that_is_printed(options: list[str], tmp_path: Path) -> None
     summary = json.loads(done.stdout)
     assert summary == summary_of(tmp_path)
     assert summary["best"]["test_accuracy"] > 0.8
-    assert len([line for line in done.stderr.splitlines() if line.split()[:1] in (["0"], ["1"], ["2"])]) == 3
+    assert len([line for line in done.stderr.splitlines() if line.split()[:1] in (["1"], ["2"], ["3"])]) == 3
 
 
 @pytest.mark.parametrize("framework", ["torch", "tensorflow", "jax", "mixed"])

@@ -26,6 +26,11 @@ KEYS = {
     "BEST_RECEIVED": "_bestReceived",
     "BEST_AGGREGATED": "_bestAggregated",
     "STOP": "_stop",
+    "SCORE_METRIC": "_scoreMetric",
+    "SCORE_MODE": "_scoreMode",
+    "SCORES_LATE": "_scoresLate",
+    "HANDLERS": "_handlers",
+    "AGGREGATOR": "_aggregator",
 }
 
 

@@ -29,11 +29,11 @@ def run(script: Path, folder: Path, *arguments: str) -> str:
 @pytest.mark.parametrize(("script", "saved"), [("torch_loop.py", "best.pt"), ("keras_loop.py", "best.weights.h5")])
 def test_a_plain_loop_keeps_its_best_model(script: str, saved: str, tmp_path: Path) -> None:
     *rounds, best = run(EXAMPLES / script, tmp_path).splitlines()
-    accuracies = [line.removeprefix(f"round {i}: accuracy ") for i, line in enumerate(rounds)]
+    accuracies = [line.removeprefix(f"round {i}: accuracy ") for i, line in enumerate(rounds, start=1)]
     assert len(accuracies) == 10
     found = re.fullmatch(rf"{saved}: round (\d), accuracy (.*)", best)
     assert found is not None
-    assert found[2] == accuracies[int(found[1])] == max(accuracies)
+    assert found[2] == accuracies[int(found[1]) - 1] == max(accuracies)
     assert float(found[2]) > 0.93
     assert (tmp_path / saved).stat().st_size > 1000
 
@@ -47,7 +47,7 @@ def test_the_same_handlers_decide_the_same_in_three_stacks(tmp_path: Path) -> No
     # The script fails if they do not: rounds, scores, refusals, and the bits of models.
     printed = run(EXAMPLES / "same_handlers" / "run.py", tmp_path)
     table = printed[printed.index("what the handlers decided") :].splitlines()[1:]
-    assert [line.split("  ")[0].strip() for line in table] == [*(f"round {n}" for n in range(4)), "the end"]
+    assert [line.split("  ")[0].strip() for line in table] == [*(f"round {n}" for n in range(1, 5)), "the end"]
     assert all(line.rstrip().endswith("fed_learn, Flower, NVFlare") for line in table)
     assert ["nan is not finite" in line for line in table] == [False, True, False, False, False]
 

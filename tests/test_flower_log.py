@@ -100,12 +100,13 @@ def test_what_only_ours_has_to_say(caplog: pytest.LogCaptureFixture) -> None:
     ours = lines(strategy, caplog, app, timeout=0.0)
     ours = [re.sub("from node-.*", "from four nodes", line) if "'f1'" in line else line for line in ours]
     assert differences(theirs, ours) == [
+        "+ no reply to the evaluation holds validation_metric='f1'; they hold 'accuracy', 'num-examples'",
         "- aggregate_train: Received 4 results and 0 failures",
         "+ aggregate_train: Received 3 results and 0 failures",
         "+ \t> No reply from node-5",
         "+ \t> Refused: NonFiniteError: node-4: 'w' at index (0,): inf is not finite",
-        "+ handler failed: test_flower_log.test_what_only_ours_has_to_say.<locals>.Raises at _endRound: ValueError: "
-        "on purpose",
+        "+ handler failed: test_flower_log.test_what_only_ours_has_to_say.<locals>.Raises at _endRound of round 2: "
+        "ValueError: on purpose",
         "+ \t> No 'f1' of the final model from four nodes",
     ]
 

@@ -243,6 +243,13 @@ def plain(value: Any) -> Any:
     return (type(value), vars(value)) if isinstance(value, fl.ModelEvaluator) else value
 
 
+class Losing(AddingLearner):
+    """Measures a loss as well."""
+
+    def validate(self, weights: Any, ctx: fl.FLContext) -> Any:
+        return {**super().validate(weights, ctx), "loss": 0.5}
+
+
 def test_every_handler_of_the_package_is_tested_here() -> None:
     assert {cls.__name__ for cls in BUILT_IN} | {"Handler", "fire_event"} == set(handlers.__all__)
 
@@ -280,7 +287,7 @@ def test_a_handler_can_be_pickled_after_a_job(
     (tmp_path / "some").mkdir()
     handler = cls(**BUILT_IN[cls])
     server = fl.FederatedServer(initial_weights(), num_rounds=3, handlers=[fl.ModelSelectionHandler(), handler])
-    result = server.run(clients_of({"a": AddingLearner(1, score=lambda w: float(w["b"][0]))}))
+    result = server.run(clients_of({"a": Losing(1, score=lambda w: float(w["b"][0]))}))
     assert len(result.reports) == 3
     second = pickle.loads(pickle.dumps(handler))
     for name, value in BUILT_IN[cls].items():
@@ -316,9 +323,10 @@ def test_a_change_of_ones_own_aggregation_weights_reaches_no_other_handler() -> 
 def test_a_handler_runs_through_a_job_of_its_own(
     cls: type[fl.Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Without the others: none relies on what another one binds.
+    # Without the others: none relies on what another one binds, but for the one that says so.
     monkeypatch.chdir(tmp_path)
-    server = fl.FederatedServer(initial_weights(), num_rounds=2, handlers=[with_defaults(cls)])
+    others = [fl.ModelSelectionHandler()] if cls is handlers.EarlyStoppingHandler else []
+    server = fl.FederatedServer(initial_weights(), num_rounds=2, handlers=[*others, with_defaults(cls)])
     result = server.run(clients_of({"a": AddingLearner(1)}))
     assert result.handler_failures == ()
     assert result.weights["b"].tolist() == [2.0, 2.0, 2.0]

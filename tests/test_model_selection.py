@@ -276,7 +276,7 @@ def test_a_sum_that_overflows_is_not_published_as_an_infinity() -> None:
 )
 def test_a_name_that_looks_like_a_loss_warns_unless_the_smallest_is_asked_for(name: str) -> None:
     with pytest.warns(UserWarning, match=f"'{name}' looks like a loss"):
-        ModelSelectionHandler(validation_metric_name=name)
+        ModelSelectionHandler(validation_metric_name=name, mode="max")
     handler = ModelSelectionHandler(validation_metric_name=name, mode="min")  # warnings are errors
     assert handler.validation_metric_name == name
 
@@ -285,13 +285,13 @@ def test_a_name_that_looks_like_a_loss_warns_unless_the_smallest_is_asked_for(na
 def test_other_names_do_not_warn(name: str) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ModelSelectionHandler(validation_metric_name=name)
+        ModelSelectionHandler(validation_metric_name=name, mode="max")
     assert caught == []
 
 
 def test_the_warning_points_at_the_line_that_built_the_handler() -> None:
     with pytest.warns(UserWarning, match="loss") as caught:
-        ModelSelectionHandler(validation_metric_name="loss")
+        ModelSelectionHandler(validation_metric_name="loss", mode="max")
     assert caught[0].filename == __file__
 
 
@@ -534,7 +534,7 @@ def test_a_metric_like_a_loss_does_not_pick_the_worst_model_which_it_did_in_nvfl
     assert result.best is not None
     assert (result.best.round, result.best.metric, by_value(result.best.weights)) == (1, 0.0, 1.0)
     with pytest.warns(UserWarning, match="looks like a loss"):
-        ModelSelectionHandler(validation_metric_name="initial_loss")
+        ModelSelectionHandler(validation_metric_name="initial_loss", mode="max")
 
 
 def test_a_handler_that_raises_is_not_swallowed_and_selection_goes_on_which_it_did_not_in_nvflare() -> None:

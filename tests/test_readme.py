@@ -92,7 +92,7 @@ def test_validating_snippet_scores_the_aggregated_model_on_the_servers_data() ->
     best, evaluator = names["best"], names["evaluator"]
     assert best.metric_name == "accuracy"
     assert best.metric >= 0.9
-    assert f"after round {best.round} {best.metric:.0%}" in printed
+    assert f"after round {best.round + 1} {best.metric:.0%}" in printed
     # The score is that of the weights that were kept, on the validation data alone.
     weight, bias = (best.weights[name].astype(np.float64) for name in ("weight", "bias"))
     x, y = (tensor.double().numpy() for tensor in evaluator.data.tensors)

@@ -115,7 +115,7 @@ def test_a_count_that_is_no_int_is_refused(argument: str, count: Any) -> None:
         fl.FederatedServer(initial_weights(), **{"num_rounds": 1, argument: count})
 
 
-@pytest.mark.parametrize("mode", ["maximize", "MAX", "", None], ids=repr)
+@pytest.mark.parametrize("mode", ["maximize", "MAX", ""], ids=repr)
 def test_a_learner_whose_mode_is_unknown_is_refused_by_its_client(mode: Any) -> None:
     class Moody(AddingLearner):
         pass

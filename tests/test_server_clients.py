@@ -348,7 +348,12 @@ def client_in_its_second_job() -> fl.FederatedClient:
 
 def test_a_new_job_of_a_client_forgets_context_and_best_model_of_the_last_one() -> None:
     client = client_in_its_second_job()
-    assert client.ctx == {Key.CONTRIBUTOR: "a", Key.NUM_ROUNDS: 1}
+    assert client.ctx == {
+        Key.CONTRIBUTOR: "a",
+        Key.NUM_ROUNDS: 1,
+        Key.HANDLERS: (),
+        Key.SCORE_METRIC: "accuracy",
+    }
     assert client.ctx.get_model() is None
     assert client.submit_best_model() is None
 

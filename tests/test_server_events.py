@@ -276,4 +276,4 @@ def test_a_report_can_be_written_as_json() -> None:
     assert report["quits"] == [{"contributor": "c", "cause": "RuntimeError", "message": "out of memory"}]
     assert report["rejected"][0]["contributor"] == "d"
     assert report["rejected"][0]["cause"] == "RoundError"
-    assert report["handler_failures"] == ["federation.At at _startRound: OSError: disk full"]
+    assert report["handler_failures"] == ["federation.At at _startRound of round 1: OSError: disk full"]

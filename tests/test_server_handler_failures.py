@@ -85,18 +85,23 @@ def test_the_result_in_an_error_has_the_failures_of_the_shutdown_too() -> None:
 
 
 @pytest.mark.parametrize("event", [Event.STARTUP, Event.END_ROUND, Event.RECEIVE_VALIDATION_RESULTS])
-def test_an_error_that_ends_a_job_before_its_end_holds_no_result(event: str) -> None:
+def test_an_error_that_ends_a_job_before_its_end_holds_what_there_is_so_far(event: str) -> None:
     with pytest.raises(fl.HandlerError) as caught:
-        server_of(handlers=[broken(event, OSError("disk full"))]).run(two_clients())
-    assert caught.value.result is None
+        server_of(handlers=[fl.ModelSelectionHandler(), broken(event, OSError("disk full"))]).run(two_clients())
+    rounds = {str(Event.STARTUP): 0, str(Event.END_ROUND): 1, str(Event.RECEIVE_VALIDATION_RESULTS): 2}[event]
+    result = caught.value.result
+    assert values(result.weights) == (2.5 * rounds, 2.5 * rounds, 2.0 * rounds)
+    assert [report.round for report in result.reports] == list(range(rounds))
+    assert (result.best is None) == (rounds == 0)
 
 
-def test_an_error_when_a_client_leaves_early_holds_no_result() -> None:
+def test_an_error_when_a_client_leaves_early_holds_what_there_is_so_far() -> None:
     clients = clients_of({"a": AddingLearner(1), "b": AddingLearner(during=failing(0))})
     server = server_of(handlers=[broken(Event.CLIENT_QUIT, OSError("disk full"))], min_contributions=1)
     with pytest.raises(fl.HandlerError) as caught:
         server.run(clients)
-    assert caught.value.result is None
+    assert [quit.contributor for quit in caught.value.result.quits] == ["b"]
+    assert [report.round for report in caught.value.result.reports] == [0]
 
 
 def count_of(event: str) -> int:
@@ -169,7 +174,7 @@ def test_failures_during_an_abnormal_end_are_notes_on_the_error_that_ended_the_j
     with pytest.raises(fl.HandlerError) as caught:
         server.run(two_clients())
     assert caught.value.exceptions == (first,)
-    assert caught.value.__notes__ == ["during shutdown: federation.At at _shutdown: ValueError: stuck"]
+    assert caught.value.__notes__ == ["during shutdown: federation.At at _shutdown of round 1: ValueError: stuck"]
 
 
 def test_a_clients_handler_that_fails_in_shutdown_is_recorded() -> None:

@@ -150,7 +150,7 @@ def test_a_score_that_is_not_finite_never_wins_and_is_logged(
     run_round(handler, ctx, 2)
     assert summary(ctx) == (1, 0.5, 1.0)
     assert [(r.name, r.levelno) for r in caplog.records] == [(LOGGER, logging.WARNING)] * 2
-    assert "round 0" in caplog.records[0].getMessage()
+    assert "round 1" in caplog.records[0].getMessage()
     assert "scripted" in caplog.records[0].getMessage()
 
 
@@ -223,9 +223,11 @@ def test_what_an_evaluator_did_to_the_context_before_it_raised_is_undone() -> No
 
 def test_a_metric_that_is_no_number_is_a_failure_of_the_handler() -> None:
     ctx = fl.FLContext()
-    with pytest.raises(fl.HandlerError) as caught:
+    with pytest.raises(
+        fl.HandlerError, match=r"Scripted.get_metric\(\) returned 'high'; it must return one number"
+    ) as caught:
         run_round(ServerValidationHandler(Scripted("high"), 1), ctx, 0)  # type: ignore[arg-type]
-    assert isinstance(caught.value.exceptions[0], ValueError)
+    assert isinstance(caught.value.exceptions[0], TypeError)
     assert ctx.get_prop(fl.ContextKey.BEST_AGGREGATED) is None
 
 
@@ -294,7 +296,7 @@ def test_a_metric_that_looks_like_a_loss_warns_unless_the_smallest_is_asked_for(
         metric_name = "validation_loss"
 
     with pytest.warns(UserWarning, match="'validation_loss' looks like a loss") as caught:
-        ServerValidationHandler(Loss(), 1)
+        ServerValidationHandler(Loss(), 1, mode="max")
     assert caught[0].filename == __file__
     assert ServerValidationHandler(Loss(), 1, mode="min").mode == "min"  # warnings are errors
 

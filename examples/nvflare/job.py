@@ -53,7 +53,7 @@ def show(report: Path) -> None:
         if line["type"] == "round":
             scores = "  ".join(f"{name} {value:.4f}" for name, value in line["metrics"].items())
             refused = "".join(f"; refused: {r['message']}" for r in line["rejected"])
-            print(f"round {line['round']}: {', '.join(line['accepted'])}  {scores}{refused}")
+            print(f"round {line['round'] + 1}: {', '.join(line['accepted'])}  {scores}{refused}")
         else:
             print(f"{line['model']} model on {line['contributor']}: accuracy {line['metrics']['accuracy']:.4f}")
 

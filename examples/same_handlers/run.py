@@ -103,9 +103,8 @@ def main() -> None:
     first = decided[chosen[0]]
     for number, line in enumerate(first):
         alike = [stack for stack, lines in decided.items() if len(lines) == len(first) and lines[number] == line]
-        table.add_row(
-            "the end" if number == len(first) - 1 else f"round {line['round']}", shown(line), ", ".join(alike)
-        )
+        after = "the end" if number == len(first) - 1 else f"round {line['round'] + 1}"
+        table.add_row(after, shown(line), ", ".join(alike))
     Console(width=200).print(table)
     if any(lines != first for lines in decided.values()):
         for stack, lines in decided.items():

@@ -29,6 +29,7 @@ from fed_learn.weights import (
     as_weight_dict,
     check_differences,
     check_weights,
+    size_text,
 )
 
 
@@ -96,15 +97,22 @@ class Contribution:
         """The same with `weights=None`."""
         return replace(self, weights=None)
 
+    def __repr__(self) -> str:
+        parts = [brief(self.contributor), size_text(self.weights)]
+        parts.append(f"aggregation_weight={brief(self.aggregation_weight)}")
+        parts += [f"round={self.round + 1}"] if type(self.round) is int else []
+        parts += [f"kind={brief(self.kind)}"] if self.kind is not Kind.FULL else []
+        return f"Contribution({', '.join(parts)})"
+
 
 def number_of(value: object) -> float | None:
-    """The number that a value is, in whatever form it comes: of Python or numpy, a 0-d array, a 0-d tensor.
+    """The number that a value is, in whatever form it comes: of Python or numpy, an array or tensor of one element.
 
     Returns:
         None for anything else: text, bools, what has several elements, an int that no float can hold.
 
     Example:
-        >>> number_of(np.int64(3)), number_of(np.array(0.5)), number_of("3"), number_of(True)
+        >>> number_of(np.int64(3)), number_of(np.array([0.5])), number_of("3"), number_of(True)
         (3.0, 0.5, None, None)
     """
     if type(value) is float:
@@ -112,7 +120,7 @@ def number_of(value: object) -> float | None:
     try:
         shape = getattr(value, "shape", None)
         if shape is not None and not isinstance(value, type):
-            if tuple(shape) != ():
+            if math.prod(shape) != 1:
                 return None
             held: Any = value
             value = held.item() if hasattr(held, "item") else held.numpy().item()
@@ -358,6 +366,10 @@ class BestModel:
     metric: float
     metric_name: str
     weights: FrozenWeights
+
+    def __repr__(self) -> str:
+        metric = f"{self.metric_name}={self.metric:.6g}"
+        return f"BestModel(round={self.round + 1}, {metric}, {size_text(self.weights)})"
 
 
 @dataclass(frozen=True, eq=False)

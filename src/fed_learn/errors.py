@@ -28,6 +28,8 @@ class FedLearnError(Exception):
 
     contributor: str | None = None
     name: str | None = None
+    result: Any = None
+    """The `JobResult` so far, where the error ended a job; else None."""
 
     def __init__(self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any) -> None:
         # What a client sent must not be able to begin a new line in a log.
@@ -240,15 +242,18 @@ class HandlerFailure:
         handler: `module.Class` of the handler.
         exception: What it raised.
         rollback_exception: What its `rollback` raised on top of that, if anything.
+        round: In which round, from 0; None: in none.
     """
 
     event: str
     handler: str
     exception: Exception
     rollback_exception: Exception | None = None
+    round: int | None = None
 
     def __str__(self) -> str:
-        text = f"{self.handler} at {self.event}: {type(self.exception).__name__}: {self.exception}"
+        where = self.event if self.round is None else f"{self.event} of round {self.round + 1}"
+        text = f"{self.handler} at {where}: {type(self.exception).__name__}: {self.exception}"
         if self.rollback_exception is not None:
             rollback = self.rollback_exception
             text += f" (its rollback raised {type(rollback).__name__}: {rollback})"
@@ -260,11 +265,10 @@ class HandlerError(ExceptionGroup[Exception], FedLearnError):
 
     Attributes:
         failures: A tuple of `HandlerFailure`, in the order in which they happened.
-        result: The `JobResult` of a job whose handlers failed only when it was over; else None.
+        result: The `JobResult` of the job that this ended, as far as it got; else None.
     """
 
     failures: tuple[HandlerFailure, ...]
-    result: Any = None
 
     def __new__(cls, failures: Sequence[HandlerFailure]) -> Self:
         """Builds the group from the record of failures."""

@@ -7,7 +7,7 @@ of the library.
 
 import enum
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from fed_learn.errors import HandlerError, HandlerFailure
@@ -66,13 +66,19 @@ def check_handlers(handlers: Sequence[EventHandler]) -> tuple[EventHandler, ...]
     """The handlers as a tuple.
 
     Raises:
-        TypeError: One of them could not take part in `fire_event`; better to hear of it before a job than in it.
+        TypeError: They are no sequence, or one of them could not take part in `fire_event`; better to hear of it before
+            a job than in it.
     """
-    for handler in handlers:
+    if not isinstance(handlers, Iterable):
+        name = handlers.__name__ if isinstance(handlers, type) else type(handlers).__name__
+        listed = f": pass handlers=[{name}(...)]" if hasattr(handlers, "handle_event") else ""
+        raise TypeError(f"handlers must be a list of handlers, not {handlers!r}{listed}")
+    chain = tuple(handlers)  # once: a generator gives them no second time
+    for handler in chain:
         for method in ("handle_event", "rollback"):
             if isinstance(handler, type) or not callable(getattr(handler, method, None)):
                 raise TypeError(f"{handler!r} is no handler: derive from fed_learn.Handler, and pass an instance")
-    return tuple(handlers)
+    return chain
 
 
 def fire_event(event: str, handlers: Sequence[EventHandler], ctx: Transactional) -> None:
@@ -165,9 +171,20 @@ def _run(event: str, handler: EventHandler, ctx: Transactional) -> HandlerFailur
             raise
         ctx.restore(before)
         name = f"{type(handler).__module__}.{type(handler).__qualname__}"
-        failure = HandlerFailure(str(event), name, error, rollback_error)
+        failure = HandlerFailure(str(event), name, error, rollback_error, _round_of(event, ctx))
         logger.error("handler failed: %s", failure, exc_info=rollback_error or error)
         return failure
     except BaseException:
         ctx.restore(before)
         raise
+
+
+def _round_of(event: str, ctx: Transactional) -> int | None:
+    """The round of an event, from 0; None where the event belongs to none, or the context does not say."""
+    get = getattr(ctx, "get_prop", None)
+    on_client = event in (EventType.GET_MODEL, EventType.RECEIVE_MODEL)
+    # The keys are those of ContextKey; on a server there is a report while there is a round.
+    if get is None or not (on_client or get("_report") is not None):
+        return None
+    number = get("_round")
+    return number if isinstance(number, int) else None

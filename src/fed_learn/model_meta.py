@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from fed_learn.contribution import BestModel
-from fed_learn.weights import FrozenDict, WeightDict
+from fed_learn.weights import FrozenDict, WeightDict, size_text
 
 
 class ContextKey(enum.StrEnum):
@@ -34,16 +34,19 @@ class ContextKey(enum.StrEnum):
     """`BestModel` among those the clients received; set by ModelSelectionHandler."""
     BEST_AGGREGATED = "_bestAggregated"
     """`BestModel` among those just aggregated; set by ServerValidationHandler, None until it found one."""
-    SCORE_METRIC = "_scoreMetric"
-    """Name of the metric by which models are selected, such as "accuracy"; absent where nobody declared it."""
-    SCORE_MODE = "_scoreMode"
-    """"max" or "min": which of two scores of `SCORE_METRIC` is better; absent where nobody declared it."""
-    SCORES_LATE = "_scoresLate"
-    """Whether a round's scores come only after it."""
-    HANDLERS = "_handlers"
-    """The handlers of the job: a tuple."""
     STOP = "_stop"
     """Set to a reason (a str) before END_AGGREGATION to make this round the last."""
+    SCORE_METRIC = "_scoreMetric"
+    """Name of the metric by which clients' models are selected, which contributions hold as
+    `initial_validation_metric`; absent where nobody declared it."""
+    SCORE_MODE = "_scoreMode"
+    """`"max"` or `"min"`: what is better of that metric; absent where nobody declared it."""
+    SCORES_LATE = "_scoresLate"
+    """True where the clients' scores come otherwise than with their contributions: a round without says nothing."""
+    HANDLERS = "_handlers"
+    """The handlers of the job: a tuple; absent where events are fired by hand."""
+    AGGREGATOR = "_aggregator"
+    """What makes the global model in the place of the weighted mean; absent where that does."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,9 @@ class ModelData:
     """
 
     weights: WeightDict | None = None
+
+    def __repr__(self) -> str:
+        return f"ModelData({size_text(self.weights)})"
 
     @property
     def params(self) -> WeightDict | None:

@@ -7,6 +7,7 @@ kernels or frameworks; who sent a weight dict is only passed through into the er
 import math
 from collections.abc import Iterable, Mapping
 from operator import attrgetter
+from os import PathLike
 from typing import Any, NoReturn, Self, TypeAlias
 
 import ml_dtypes
@@ -56,6 +57,25 @@ class FrozenDict(dict[str, Any]):
         return type(self), (dict(self),)
 
 
+def size_text(weights: object) -> str:
+    """How large weights are, for a `repr`: counts and bytes, never values. Never raises, whatever they are.
+
+    Example:
+        >>> size_text({"w": np.zeros((2, 3), np.float32), "b": np.zeros(3)}), size_text(None)
+        ('2 variables, 48 B', 'no weights')
+    """
+    if weights is None:
+        return "no weights"
+    if not isinstance(weights, Mapping):
+        return f"a {type(weights).__name__} in the place of weights"
+    size = sum(int(getattr(value, "nbytes", 0)) for value in weights.values())
+    count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
+    for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= bytes_of_one:
+            return f"{count}, {size / bytes_of_one:.1f} {unit}"
+    return f"{count}, {size} B"
+
+
 class FrozenWeights(FrozenDict):
     """An own, read-only copy of a weight dict: C-contiguous, native byte order, `writeable=False`.
 
@@ -73,6 +93,8 @@ class FrozenWeights(FrozenDict):
         >>> mine["w"][0] = 7
         >>> kept["w"].tolist(), kept["w"].flags.writeable
         ([0.0, 0.0], False)
+        >>> kept
+        FrozenWeights(1 variable, 8 B)
     """
 
     def __init__(self, weights: WeightDict) -> None:
@@ -89,6 +111,9 @@ class FrozenWeights(FrozenDict):
         adopted = cls.__new__(cls)
         dict.__init__(adopted, {name: _sealed(array) for name, array in weights.items()})
         return adopted
+
+    def __repr__(self) -> str:
+        return f"FrozenWeights({size_text(self)})"
 
 
 PLAIN = (dict, FrozenWeights)
@@ -138,7 +163,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
             return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
         raise WeightsTypeError(
-            f"{_who(contributor)}weights are a {type(weights).__name__}, not a dict of numpy arrays",
+            f"{_who(contributor)}weights are {_what_instead(weights)}, not a dict of numpy arrays",
             contributor=contributor,
         )
     try:
@@ -155,15 +180,41 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
                 contributor=contributor,
             )
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
-            tensor = hasattr(value, "shape") and not isinstance(value, np.ndarray)
             raise WeightsTypeError(
                 f"{_who(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, not a numpy array"
-                + ("; get_weights() of its model gives arrays" if tensor else ""),
+                + _hint_of(name, value),
                 contributor=contributor,
                 name=name,
             )
         arrays[name] = np.asarray(value)
     return arrays
+
+
+def _what_instead(weights: object) -> str:
+    """What was passed in the place of a weight dict, and what to pass instead."""
+    kind = f"a {type(weights).__name__}"
+    if callable(getattr(weights, "state_dict", None)) or hasattr(weights, "trainable_variables"):
+        return f"a model ({type(weights).__name__}; pass fl.get_weights(model))"
+    if isinstance(weights, list | tuple) and weights and all(hasattr(one, "shape") for one in weights):
+        return f"{kind} of {len(weights)} arrays without names (pass fl.get_weights(model), or dict(zip(names, them)))"
+    if hasattr(weights, "weights"):  # a JobResult, a Contribution, a ModelData
+        return f"{kind} (pass its .weights)"
+    if isinstance(weights, str | PathLike):
+        return f"{kind} (load what it names, and pass that)"
+    return kind
+
+
+def _hint_of(name: str, value: object) -> str:
+    """What to do about an entry that is no array."""
+    if isinstance(value, Mapping) and value and all(hasattr(one, "shape") for one in value.values()):
+        return f"; this looks like a checkpoint: pass what it holds under {name!r}"
+    if hasattr(value, "shape") and not isinstance(value, np.ndarray):
+        return "; get_weights() of its model gives arrays"
+    if callable(getattr(value, "state_dict", None)):
+        return f"; pass fl.get_weights() of what is under {name!r}"
+    if isinstance(value, int | float | list):
+        return "; leave it out, or make it an array by np.asarray if it is to be averaged"
+    return ""
 
 
 class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):

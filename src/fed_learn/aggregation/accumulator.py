@@ -31,7 +31,7 @@ from fed_learn.errors import (
 )
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import Float64Array
-from fed_learn.weights import Array, Schema, WeightDict, first_of
+from fed_learn.weights import Array, Schema, WeightDict, first_of, size_text
 
 MOST_BORROWED = 10
 """Borrowed contributions that wait to be added at most: the sums are read and written once for all of them, and the
@@ -95,6 +95,11 @@ class Accumulator:
     def __len__(self) -> int:
         """The number of contributions so far that count by more than 0."""
         return self._count
+
+    def __repr__(self) -> str:
+        size = size_text(None if self._schema is None else _placeholders(self._schema))
+        count = f"{self._count} contribution{'s' * (self._count != 1)}"
+        return f"Accumulator({count}, {size}, total_weight={self.total_weight:g})"
 
     @overload
     def add(self, weights: Contribution, *, borrow: bool = False) -> None: ...

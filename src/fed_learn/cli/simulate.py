@@ -168,8 +168,10 @@ def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     if summary["stop_reason"]:
         console.print(f"Stopped early: {summary['stop_reason']}")
     if best is not None:
+        final_one = best["source"] == "received" and best["round"] == len(summary["rounds"])
+        where = "the final one" if final_one else f"{best['source']} in round {best['round'] + 1}"
         console.print(
-            f"Best model   {best['source']} in round {best['round']}, {best['metric_name']} {best['metric']:.4f}, "
+            f"Best model   {where}, {best['metric_name']} {best['metric']:.4f}, "
             f"[bold]test accuracy {best['test_accuracy']:.4f}[/bold]"
         )
     console.print(f"Final model  test accuracy {final['test_accuracy']:.4f}")

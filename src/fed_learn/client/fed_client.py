@@ -1,16 +1,25 @@
 """`FederatedClient`: one client's side of a job, step by step, with its own context and handlers."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_privacy import PrivacyProtocol, TrainContext
 from fed_learn.client.filters import apply_filters, check_filters
 from fed_learn.components.data_processor import DataProcessor
 from fed_learn.components.learner import Learner
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
-from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, MetricError
+from fed_learn.components.returned import check_learner, metric_and_mode, mode_followed, scores, training_result
+from fed_learn.contribution import (
+    INITIAL_VALIDATION_METRIC,
+    BestModel,
+    Contribution,
+    Kind,
+    ValidationResult,
+    split_metrics,
+)
+from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
@@ -28,7 +37,7 @@ class FederatedClient:
     Args:
         name: The contributor name. It must be stable from round to round and job to job: sums are taken in the
             order of names.
-        learner: The local work.
+        learner: The local work: a `Learner`, or anything that has its `train` and `validate`.
         handlers: The client's handlers.
         kind: Contribute full weights, or the difference to the global model.
         filters: What the difference to the received model goes through, in this order, before anything of it leaves the
@@ -40,7 +49,8 @@ class FederatedClient:
 
     Raises:
         ValueError: `name` is empty, or the learner's `mode` is unknown.
-        TypeError: A handler lacks `handle_event` or `rollback`, or a filter `apply` or `process`.
+        TypeError: The learner lacks `train` or `validate`, a handler `handle_event` or `rollback`, or a filter
+            `apply` or `process`.
     """
 
     def __init__(
@@ -56,11 +66,13 @@ class FederatedClient:
             raise ValueError(f"a client's name must be a non-empty str, not {name!r}")
         self.name = name
         self.learner = learner
+        check_learner(learner, name)
+        metric, mode = metric_and_mode(learner)
+        check_mode(mode, 0.0, metric)
         self.handlers = check_handlers(handlers)
-        check_mode(learner.mode, 0.0, learner.validation_metric)
         self.kind = Kind(kind)
         self.filters = check_filters(filters)
-        self.ctx = FLContext({ContextKey.CONTRIBUTOR: name})
+        self.ctx = FLContext({ContextKey.CONTRIBUTOR: name, ContextKey.HANDLERS: self.handlers})
         self._best: BestModel | None = None
         self._n_iter: int | None = None
         self._running = False
@@ -72,7 +84,16 @@ class FederatedClient:
         Raises:
             HandlerError: A handler could not start; those before it have been shut down.
         """
-        self.ctx = FLContext({ContextKey.CONTRIBUTOR: self.name, ContextKey.NUM_ROUNDS: num_rounds})
+        metric, mode = metric_and_mode(self.learner)
+        self.ctx = FLContext(
+            {
+                ContextKey.CONTRIBUTOR: self.name,
+                ContextKey.NUM_ROUNDS: num_rounds,
+                ContextKey.HANDLERS: self.handlers,
+                ContextKey.SCORE_METRIC: metric,
+                **({} if mode is None else {ContextKey.SCORE_MODE: mode}),
+            }
+        )
         self._best = None
         self._n_iter = None
         fire_event(EventType.STARTUP, self.handlers, self.ctx)
@@ -94,7 +115,8 @@ class FederatedClient:
         Returns:
             The contribution, its weights an own copy; None if the learner sits the round out. Its metrics hold the
             scores of the received model as `initial_<name>`, the one to select by also as
-            `initial_validation_metric`, and those of training.
+            `initial_validation_metric`, and those of training. What the learner gave among them that is no number is in
+            its `info`.
 
         Raises:
             ClientQuitError: `quit` was called.
@@ -102,6 +124,8 @@ class FederatedClient:
                 got.
             FilterError: A filter raised.
             HandlerError: A handler raised.
+            TypeError: The learner returned something else than `Learner` says.
+            MetricError: Validation did not give the metric to select by.
             Exception: Whatever the learner raises.
         """
         self._check_quit()
@@ -109,8 +133,8 @@ class FederatedClient:
         fire_event(EventType.GET_MODEL, self.handlers, self.ctx)
         received = FrozenWeights(request_model())
         model = self._with_model(received, EventType.RECEIVE_MODEL)
-        metrics = self._validate(model)
-        result = self.learner.train(model, self.ctx)
+        metrics, info = self._validate(model)
+        result = training_result(self.learner.train(model, self.ctx), self.name)
         if result is None:
             return None
         trained = FrozenWeights(as_weight_dict(without_tensors(result.weights, self.name), self.name))
@@ -121,6 +145,7 @@ class FederatedClient:
             trained = self._moved(received, diff)
         self._keep_best(number, trained)
         weights = trained if self.kind is Kind.FULL or diff is None else diff
+        of_training, told = split_metrics(result.metrics)
         return Contribution(
             self.name,
             weights,
@@ -128,7 +153,8 @@ class FederatedClient:
             n_iter=result.n_iter,
             round=number,
             kind=self.kind,
-            metrics={**metrics, **result.metrics},
+            metrics={**metrics, **of_training},
+            info={**info, **told},
         )
 
     def submit_best_model(self) -> FrozenWeights | None:
@@ -155,7 +181,8 @@ class FederatedClient:
         """
         self._check_quit()
         received = self._with_model(FrozenWeights(weights), EventType.RECEIVE_VALIDATION_MODEL)
-        result = ValidationResult(self.name, model, self._validate(received), self._n_iter)
+        metrics, _ = self._validate(received)
+        result = ValidationResult(self.name, model, metrics, self._n_iter)
         self.ctx.set_prop(ContextKey.VALIDATION_RESULTS, (result,))
         fire_event(EventType.SEND_VALIDATION_RESULTS, self.handlers, self.ctx)
         return result
@@ -202,24 +229,24 @@ class FederatedClient:
             raise ValueError(f"{self.name}: a handler took the model away at {event}")
         return FrozenWeights(model.weights)
 
-    def _validate(self, weights: FrozenWeights) -> dict[str, float]:
-        scores = self._scores(weights)
-        named = {f"initial_{name}": value for name, value in scores.items()}
-        return {INITIAL_VALIDATION_METRIC: scores[self.learner.validation_metric], **named}
+    def _validate(self, weights: FrozenWeights) -> tuple[dict[str, float], dict[str, Any]]:
+        """The scores of a model and what else is told of it, under the names of a contribution."""
+        found, told = self._scores(weights)
+        metric, _ = metric_and_mode(self.learner)
+        named = {f"initial_{name}": value for name, value in found.items()}
+        info = {f"initial_{name}": value for name, value in told.items()}
+        return {INITIAL_VALIDATION_METRIC: found[metric], **named}, info
 
-    def _scores(self, weights: FrozenWeights) -> Mapping[str, float]:
-        scores = self.learner.validate(weights, self.ctx)
-        metric = self.learner.validation_metric
-        if metric not in scores:
-            raise MetricError(
-                f"{self.name}: validation gave {sorted(scores)}, without the {metric!r} to select by",
-                contributor=self.name,
-                metric=metric,
-            )
-        return scores
+    def _scores(self, weights: FrozenWeights) -> tuple[dict[str, float], dict[str, Any]]:
+        return scores(self.learner.validate(weights, self.ctx), self.learner, self.name)
 
     def _keep_best(self, number: int, trained: FrozenWeights) -> None:
-        metric_name = self.learner.validation_metric
-        metric = float(self._scores(trained)[metric_name])
-        if is_better(metric, self._best, self.learner.mode, 0.0):
-            self._best = BestModel(number, metric, metric_name, trained)
+        metric, _ = metric_and_mode(self.learner)
+        found, _ = self._scores(trained)
+        if is_better(found[metric], self._best, mode_followed(self.learner), 0.0):
+            self._best = BestModel(number, found[metric], metric, trained)
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(handler).__name__ for handler in self.handlers)
+        with_handlers = f", handlers=[{names}]" if names else ""
+        return f"FederatedClient({self.name!r}, {type(self.learner).__name__}, kind={str(self.kind)!r}{with_handlers})"

@@ -10,6 +10,7 @@ class ModelEvaluator(ABC):
 
     Attributes:
         metric_name: What the score is; override it in a subclass.
+        mode: `"max"` if more of it is better, `"min"` for losses. None: the name of the metric decides.
 
     Example:
         >>> import numpy as np
@@ -27,6 +28,7 @@ class ModelEvaluator(ABC):
     """
 
     metric_name: str = "server_validation_metric"
+    mode: str | None = None
 
     @abstractmethod
     def evaluate(self, ctx: FLContext) -> None:
@@ -34,4 +36,4 @@ class ModelEvaluator(ABC):
 
     @abstractmethod
     def get_metric(self) -> float:
-        """The score of the last evaluation."""
+        """The score of the last evaluation: one number, of any kind."""

@@ -5,17 +5,18 @@ import os
 from pathlib import Path
 
 from fed_learn.contribution import BestModel
-from fed_learn.handlers.handler import Handler
+from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import FrozenWeights, WeightDict
 
 
-class CheckpointHandler(Handler):
+class CheckpointHandler(ServerHandler):
     """Writes the global model after each round and the job's best model whenever it changes.
 
-    A file is written beside its place and moved there, so whoever reads it sees the old or the new one, never half of
-    one. The round and the metric stand in the files' metadata, as JSON under the key `fed_learn`. To read bfloat16 with
-    numpy use `safetensors.safe_open(path, "np")`: `safetensors.numpy.load_file` cannot.
+    Where a round fails after it has made a global model, that is written when the job is shut down. A file is written
+    beside its place and moved there, so whoever reads it sees the old or the new one, never half of one. The round
+    (from 0) and the metric stand in the files' metadata, as JSON under the key `fed_learn`. To read bfloat16 with numpy
+    use `safetensors.safe_open(path, "np")`: `safetensors.numpy.load_file` cannot.
 
     Args:
         directory: Where the files go; made when the job starts.
@@ -40,20 +41,33 @@ class CheckpointHandler(Handler):
         self.global_name = global_name
         self.best_name = best_name
         self._saved: BestModel | None = None
+        self._round: int | None = None  # the one whose model is not yet written
+        self._received: WeightDict | None = None
 
     def startup(self, ctx: FLContext) -> None:
         """Makes the directory."""
+        super().startup(ctx)
         Path(self.directory).mkdir(parents=True, exist_ok=True)
-        self._saved = None
+        self._saved = self._round = self._received = None
+
+    def start_round(self, ctx: FLContext) -> None:
+        """Notes the model from which the round starts."""
+        self._round = ctx[ContextKey.ROUND]
+        self._received = None if ctx.model is None else ctx.model.weights
 
     def end_round(self, ctx: FLContext) -> None:
         """Writes the global model, and the best one if it changed."""
         self._save_global(ctx, ctx[ContextKey.ROUND])
+        self._round = self._received = None
         self._save_best(ctx)
 
     def shutdown(self, ctx: FLContext) -> None:
-        """Writes the best model if the scoring of the final model changed it."""
-        self._save_best(ctx)
+        """Writes the model of a round that did not come to its end, and the best one if it changed since."""
+        try:
+            if self._round is not None and ctx.model is not None and ctx.model.weights is not self._received:
+                self._save_global(ctx, self._round)
+        finally:
+            self._save_best(ctx)
 
     def _save_global(self, ctx: FLContext, number: int) -> None:
         if ctx.model is not None and ctx.model.weights is not None:

@@ -3,9 +3,18 @@
 from typing import ClassVar
 
 from fed_learn.events import EventType, fire_event
-from fed_learn.model_meta import FLContext
+from fed_learn.model_meta import ContextKey, FLContext
 
-__all__ = ["Handler", "fire_event"]
+__all__ = ["Handler", "ServerHandler", "fire_event"]
+
+CLIENT_EVENTS = (
+    EventType.GET_MODEL,
+    EventType.RECEIVE_MODEL,
+    EventType.SUBMIT_LOCAL_BEST_MODEL,
+    EventType.SEND_BEST_MODEL,
+    EventType.RECEIVE_VALIDATION_MODEL,
+    EventType.SEND_VALIDATION_RESULTS,
+)
 
 
 class Handler:
@@ -118,3 +127,20 @@ class Handler:
 
     def send_validation_results(self, ctx: FLContext) -> None:
         """Client: its result on the model in the context, `ContextKey.VALIDATION_RESULTS`, goes to the server."""
+
+
+class ServerHandler(Handler):
+    """A handler that acts on events of a server alone: on a client it would do nothing, and says so when it starts."""
+
+    def startup(self, ctx: FLContext) -> None:
+        """See `Handler.startup`.
+
+        Raises:
+            ValueError: The job's context is that of a client.
+        """
+        methods = ("handle_event", *(self.METHODS[event] for event in CLIENT_EVENTS))
+        if ContextKey.CONTRIBUTOR in ctx and all(getattr(type(self), m) is getattr(Handler, m) for m in methods):
+            raise ValueError(
+                f"{type(self).__name__} acts on events of a server, which the client {ctx[ContextKey.CONTRIBUTOR]!r} "
+                "does not have: it belongs into the handlers= of the server"
+            )

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 
 from fed_learn.contribution import RoundReport, ValidationResult
-from fed_learn.handlers.handler import Handler
+from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 
 
-class JsonLinesHandler(Handler):
+class JsonLinesHandler(ServerHandler):
     """Appends a line per round and per validation result: `{"type": "round" | "validation", …}`.
 
     Each line is complete on disk when the event is over, so a job can be followed while it runs. NaN and infinities
-    become null, which JSON has.
+    become null, which JSON has. Rounds are numbered from 0, as everywhere but on screen.
 
     Args:
         path: The file. It is begun anew when a job starts.
@@ -29,6 +29,7 @@ class JsonLinesHandler(Handler):
 
     def startup(self, ctx: FLContext) -> None:
         """Makes the file, empty, and its folder."""
+        super().startup(ctx)
         Path(self.path).parent.mkdir(parents=True, exist_ok=True)
         Path(self.path).write_text("", encoding="utf-8")
 
@@ -41,6 +42,7 @@ class JsonLinesHandler(Handler):
                 "aggregation_weight": c.aggregation_weight,
                 "n_iter": c.n_iter,
                 "metrics": dict(c.metrics),
+                **({"info": dict(c.info)} if c.info else {}),
             }
             for c in contributions
         }

@@ -1,13 +1,15 @@
 """Keeps the best of the models that the clients received, by the clients' own validation metrics."""
 
+import difflib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from fed_learn.contribution import FINAL_MODEL, INITIAL_VALIDATION_METRIC, BestModel, Contribution, ValidationResult
-from fed_learn.handlers.handler import Handler
-from fed_learn.handlers.scoring import check_mode, is_better
+from fed_learn.errors import MetricError, brief
+from fed_learn.handlers.handler import ServerHandler
+from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import FrozenWeights
 
@@ -17,26 +19,32 @@ SELECTION_METRIC = "selection"
 """The name under which the score of each round is published."""
 
 
-class ModelSelectionHandler(Handler):
+class ModelSelectionHandler(ServerHandler):
     """Selects the best global model by what the clients measured on it before they trained.
 
     At BEFORE_AGGREGATION the model that the clients received this round scores `Σ m·n·w / Σ n·w` over the accepted
     contributions: m their validation metric, n their `n_iter` if `weigh_by_local_iter` (else 1), w this handler's
     `aggregation_weights.get(contributor, 1.0)`. A contribution without a finite m, or without n where it is needed,
-    is left out and logged. After the last round the final model is scored in the same way from the clients'
-    validation results, so the best is never one round late. The best is bound to `ContextKey.BEST_RECEIVED`; the
-    score of each round is published as the metric `"selection"`.
+    is left out, and logged once in a job. After the last round the final model is scored in the same way from the
+    clients' validation results, so the best is never one round late. The best is bound to `ContextKey.BEST_RECEIVED`;
+    the score of each round is published as the metric `"selection"`, that of a handler with another `best_key` as
+    `"selection/<best_key>"`.
 
     Args:
         weigh_by_local_iter: Weigh clients by their local iterations.
         validation_metric_name: Name of the metric in the contributions.
         aggregation_weights: Contributor → w; those that are not named count 1.
-        mode: `"max"`, or `"min"` for losses.
+        mode: `"max"`, or `"min"` for losses. None: as the clients declare of the metric by which they select
+            (`Learner.mode`), else by the metric's name (see `fed_learn.components.direction.mode_of`).
         min_delta: By how much a score must be better to win.
         best_key: Where the best model is bound; give a second handler in one job another key.
 
     Raises:
-        ValueError: For another `mode`, a bad `min_delta` or a negative or non-finite weight.
+        ValueError: For another `mode`, a bad `min_delta` or a negative or non-finite weight; at STARTUP if `mode`
+            contradicts what is declared, or another handler has the same `best_key`.
+        MetricError: In the first round that has contributions, where none of them has the metric, or `n_iter` if that
+            is needed: nothing could ever be selected. Where scores come late (`ContextKey.SCORES_LATE`) an error in
+            the log says so at the end.
 
     Warns:
         UserWarning: The metric's name looks like a loss under `mode="max"`.
@@ -60,7 +68,7 @@ class ModelSelectionHandler(Handler):
         # Read-only, so instances cannot share a change; each makes its own dict of it.
         aggregation_weights: Mapping[str, float] = MappingProxyType({"1": 1.0, "2": 1.0}),
         *,
-        mode: str = "max",
+        mode: str | None = None,
         min_delta: float = 0.0,
         best_key: str = ContextKey.BEST_RECEIVED,
     ) -> None:
@@ -71,6 +79,10 @@ class ModelSelectionHandler(Handler):
         self.mode = mode
         self.min_delta = min_delta
         self.best_key = best_key
+        self._mode: str | None = None  # the one that is followed in this job
+        self._warned: set[str] = set()
+        self._any_round = False
+        self._seen: set[str] | None = None  # metrics that clients sent, as long as no model was scored
         self._before_final: BestModel | None = None
         self._final_scored = False
         for contributor, weight in self.aggregation_weights.items():
@@ -79,6 +91,10 @@ class ModelSelectionHandler(Handler):
 
     def startup(self, fl_ctx: FLContext) -> None:
         """A job begins: forgets the best of an earlier one."""
+        super().startup(fl_ctx)
+        check_best_key(self, self.best_key, fl_ctx)
+        self._mode = chosen_mode(self, self.validation_metric_name, self.mode, fl_ctx)
+        self._warned, self._any_round, self._seen = set(), False, set()
         fl_ctx.pop(self.best_key, None)
         self._before_final, self._final_scored = None, False
 
@@ -87,7 +103,17 @@ class ModelSelectionHandler(Handler):
 
     def before_aggregation(self, fl_ctx: FLContext) -> None:
         """Scores the model that the clients received this round."""
-        self._select(fl_ctx, fl_ctx.get_prop(ContextKey.CONTRIBUTIONS, ()), fl_ctx.get_prop(self.best_key))
+        contributions = fl_ctx.get_prop(ContextKey.CONTRIBUTIONS, ())
+        if contributions and not self._any_round:
+            self._any_round = True
+            if not fl_ctx.get_prop(ContextKey.SCORES_LATE, False):
+                self._check_any(contributions)
+            self._warn_of_strangers(contributions)
+        if self._seen is not None:
+            self._seen |= {metric for c in contributions for metric in c.metrics}
+            if self.validation_metric_name not in self._seen and fl_ctx.get_prop(ContextKey.SCORES_LATE, False):
+                return  # they are still to come
+        self._select(fl_ctx, contributions, fl_ctx.get_prop(self.best_key))
 
     def receive_validation_results(self, fl_ctx: FLContext) -> None:
         """Scores the final model from the results so far; the last client's completes the score."""
@@ -98,21 +124,54 @@ class ModelSelectionHandler(Handler):
         if len(results) == 1 or not self._final_scored:
             self._before_final = fl_ctx.get_prop(self.best_key)
         self._final_scored = True
-        self._select(fl_ctx, results, self._before_final, newest_only=True)
+        self._select(fl_ctx, results, self._before_final)
+
+    def shutdown(self, fl_ctx: FLContext) -> None:
+        """Says so if no model could be selected in the whole job."""
+        if self._any_round and self._seen is not None:
+            name = self.validation_metric_name
+            logger.error(
+                "no model was selected: no client sent a usable %r; they sent %s", name, by_likeness(name, self._seen)
+            )
+
+    def _check_any(self, contributions: Sequence[Contribution]) -> None:
+        """Refuses a round in which nobody sent what selection goes by."""
+        name = self.validation_metric_name
+        if all(name not in c.metrics for c in contributions):
+            as_info = [f"{c.contributor} sent {brief(c.info[name])}" for c in contributions if name in c.info]
+            if as_info:
+                raise MetricError(f"{name!r} is no number: {as_info[0]}; no model could be selected", metric=name)
+            sent = by_likeness(name, {metric for c in contributions for metric in c.metrics})
+            raise MetricError(
+                f"no client sent the metric {name!r}, so no model could be selected; they sent {sent}: pass one of "
+                "them as validation_metric_name",
+                metric=name,
+            )
+        if self.weigh_by_local_iter and all(c.n_iter is None for c in contributions):
+            raise MetricError(
+                "no client sent its local iterations (n_iter), so no model could be selected with weigh_by_local_iter",
+                metric="n_iter",
+            )
+
+    def _warn_of_strangers(self, contributions: Sequence[Contribution]) -> None:
+        weighed = {name for name, weight in self.aggregation_weights.items() if weight != 1.0}
+        if weighed and not any(c.contributor in weighed for c in contributions):
+            names = ", ".join(sorted(map(repr, weighed)))
+            logger.warning("aggregation_weights of model selection name no client of this round: %s", names)
 
     def _select(
-        self,
-        ctx: FLContext,
-        entries: Sequence[Contribution | ValidationResult],
-        best: BestModel | None,
-        newest_only: bool = False,
+        self, ctx: FLContext, entries: Sequence[Contribution | ValidationResult], best: BestModel | None
     ) -> None:
-        metric = self._score(entries, entries[-1:] if newest_only else entries)
+        metric = self._score(entries)
         if metric is None or not math.isfinite(metric):
-            logger.warning("no usable %r (%s): no model is selected", self.validation_metric_name, metric)
+            self._warn_once("", f"no usable {self.validation_metric_name!r} ({metric}): no model is selected")
             return
-        ctx.publish_metric(SELECTION_METRIC, metric)
-        if is_better(metric, best, self.mode, self.min_delta):
+        self._seen = None
+        own = self.best_key == ContextKey.BEST_RECEIVED
+        ctx.publish_metric(SELECTION_METRIC if own else f"{SELECTION_METRIC}/{self.best_key}", metric)
+        if self._mode is None:  # driven by hand, without STARTUP
+            self._mode = chosen_mode(self, self.validation_metric_name, self.mode, ctx)
+        if is_better(metric, best, self._mode, self.min_delta):
             model = ctx.get_model()
             if model is None or model.weights is None:
                 raise ValueError("the context holds no model that could be selected")
@@ -120,11 +179,7 @@ class ModelSelectionHandler(Handler):
         if best is not None:
             ctx.set_prop(self.best_key, best)
 
-    def _score(
-        self,
-        entries: Sequence[Contribution | ValidationResult],
-        warn_of: Sequence[Contribution | ValidationResult],
-    ) -> float | None:
+    def _score(self, entries: Sequence[Contribution | ValidationResult]) -> float | None:
         terms: list[float] = []
         weights: list[float] = []
         for entry in entries:
@@ -139,13 +194,28 @@ class ModelSelectionHandler(Handler):
                 terms.append(metric * n * w)
                 weights.append(n * w)
                 continue
-            if entry in warn_of:  # the others have been warned of before
-                logger.warning("%s is left out of model selection: %s", entry.contributor, problem)
+            self._warn_once(entry.contributor, f"{entry.contributor} is left out of model selection: {problem}")
         # fsum: equal scores must stay equal whatever the order of the clients.
         try:
             return math.fsum(terms) / math.fsum(weights) if any(weights) else None
         except OverflowError:
             return math.inf
+
+    def _warn_once(self, about: str, text: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            logger.warning("%s", text)
+
+
+def by_likeness(name: str, names: Iterable[str]) -> str:
+    """Names for a message, the one that is most like `name` first.
+
+    Example:
+        >>> by_likeness("auc", ["loss", "initial_auc"]), by_likeness("auc", [])
+        ("'initial_auc', 'loss'", 'no metrics')
+    """
+    listed = sorted(names, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
+    return ", ".join(map(repr, listed)) or "no metrics"
 
 
 def _number(value: float | None) -> float | None:

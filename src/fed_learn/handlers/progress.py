@@ -3,7 +3,7 @@
 from typing import Any
 
 from fed_learn.contribution import RoundReport
-from fed_learn.handlers.handler import Handler
+from fed_learn.handlers.handler import ServerHandler
 from fed_learn.handlers.model_selection import SELECTION_METRIC
 from fed_learn.handlers.server_validation import SERVER_VALIDATION_METRIC
 from fed_learn.model_meta import ContextKey, FLContext
@@ -11,7 +11,7 @@ from fed_learn.model_meta import ContextKey, FLContext
 HEADER = "  round  accepted  rejected  selection     server           aggregation  kernel"
 
 
-class ProgressHandler(Handler):
+class ProgressHandler(ServerHandler):
     """Shows where a job is: bars on a terminal, and everywhere a line per round.
 
     The columns: accepted and rejected contributions, the score of the model the clients received
@@ -37,6 +37,7 @@ class ProgressHandler(Handler):
 
     def startup(self, ctx: FLContext) -> None:
         """Shows the bars and the head of the table."""
+        super().startup(ctx)
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -101,7 +102,7 @@ def line(report: RoundReport) -> str:
 
     Example:
         >>> print(line(RoundReport(0, accepted=("a", "b"), metrics={"selection": 0.5}, kernel="native")))
-              0         2         0     0.5000          –     0.00 ms     0.0 kB  native
+              1         2         0     0.5000          –     0.00 ms     0.0 kB  native
     """
     scores = [
         f"{report.metrics[name]:.4f}" if name in report.metrics else "–"
@@ -111,6 +112,6 @@ def line(report: RoundReport) -> str:
     amount = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
     time = f"{report.aggregation_seconds * 1e3:.2f} ms"
     return (
-        f"{report.round:>7}  {len(report.accepted):>8}  {len(report.rejected):>8}  {scores[0]:>9}  "
+        f"{report.round + 1:>7}  {len(report.accepted):>8}  {len(report.rejected):>8}  {scores[0]:>9}  "
         f"{scores[1]:>9}  {time:>10} {amount:>10}  {report.kernel}"
     )

@@ -3,11 +3,11 @@
 import logging
 
 from fed_learn.contribution import RoundReport
-from fed_learn.handlers.handler import Handler
+from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 
 
-class RoundLogHandler(Handler):
+class RoundLogHandler(ServerHandler):
     """Logs each round through `logging`: INFO for the round, WARNING for refused contributions, ERROR for failures.
 
     Args:
@@ -20,11 +20,12 @@ class RoundLogHandler(Handler):
     def end_round(self, ctx: FLContext) -> None:
         """Logs the round's report."""
         report: RoundReport = ctx[ContextKey.REPORT]
+        number = report.round + 1
         logger = logging.getLogger(self.logger_name)
         scores = "".join(f", {name} {value:.4f}" for name, value in report.metrics.items())
         logger.info(
             "round %d of %s: %d accepted, %d rejected%s, %.2f s",
-            report.round,
+            number,
             ctx.get_prop(ContextKey.NUM_ROUNDS, "?"),
             len(report.accepted),
             len(report.rejected),
@@ -32,6 +33,6 @@ class RoundLogHandler(Handler):
             report.seconds,
         )
         for failure in report.rejected:
-            logger.warning("round %d: rejected, %s: %s", report.round, failure.cause, failure.error)
+            logger.warning("round %d: rejected, %s: %s", number, failure.cause, failure.error)
         if report.error is not None:
-            logger.error("round %d failed: %s", report.round, report.error)
+            logger.error("round %d failed: %s", number, report.error)

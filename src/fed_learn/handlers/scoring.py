@@ -1,26 +1,39 @@
-"""What handlers share: checks of their arguments, and which of two scores is better."""
+"""What handlers share: checks of their arguments, which direction of a score is better, and which of two scores is."""
 
+import logging
 import math
-import re
+import operator
 import warnings
 from collections.abc import Sequence
 
-from fed_learn.contribution import BestModel
+from fed_learn.components.direction import MODES, mode_of
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel
+from fed_learn.model_meta import ContextKey, FLContext
 
-LOSSES = frozenset(("loss", "error", "mse", "mae", "rmse", "nll", "entropy", "perplexity", "divergence"))
+logger = logging.getLogger(__name__)
 
 
-def check_count(name: str, value: object) -> None:
-    """Checks an argument that counts something.
+def check_count(name: str, value: object) -> int:
+    """An argument that counts something, as a plain int.
 
     Raises:
-        TypeError: It is not an int.
+        TypeError: It is not an integer of any kind.
         ValueError: It is smaller than 1.
+
+    Example:
+        >>> import numpy as np
+        >>> check_count("num_rounds", np.int64(3))
+        3
     """
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, not {value}")
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)  # type: ignore[arg-type] # what is no integer of any kind raises
+    except (TypeError, AttributeError):  # AttributeError: of TensorFlow's tensors
+        raise TypeError(f"{name} must be an int, not {value!r}") from None
+    if number < 1:
+        raise ValueError(f"{name} must be at least 1, not {number}")
+    return number
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
@@ -33,24 +46,95 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
 
 
-def check_mode(mode: str, min_delta: float, metric_name: str) -> None:
+def check_mode(mode: str | None, min_delta: float, metric_name: str) -> None:
     """Checks the arguments that say what is better.
 
     Raises:
-        ValueError: `mode` is not "max" or "min", or `min_delta` is not a finite number ≥ 0.
+        ValueError: `mode` is not "max", "min" or None, or `min_delta` is not a finite number ≥ 0.
 
     Warns:
         UserWarning: The metric's name looks like a loss and more of it would win.
     """
-    check_choice("mode", mode, ("max", "min"))
+    if mode is not None:
+        check_choice("mode", mode, MODES)
     if not (math.isfinite(min_delta) and min_delta >= 0):
         raise ValueError(f"min_delta must be a finite number of at least 0, not {min_delta!r}")
-    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", metric_name)
-    if mode == "max" and not LOSSES.isdisjoint(word.lower() for word in words):
+    if mode == "max" and mode_of(metric_name) == "min":
         warnings.warn(
             f"{metric_name!r} looks like a loss, and mode='max' keeps the model with the largest; "
             "pass mode='min' for the smallest",
             stacklevel=3,
+        )
+
+
+def declared_mode(metric_name: str, ctx: FLContext) -> str | None:
+    """What the job's clients declared to be better of this metric; None where they say nothing of it."""
+    own = ctx.get_prop(ContextKey.SCORE_METRIC)
+    if metric_name not in (INITIAL_VALIDATION_METRIC, own, f"initial_{own}"):
+        return None
+    mode: str | None = ctx.get_prop(ContextKey.SCORE_MODE)
+    return mode
+
+
+def chosen_mode(
+    handler: object, metric_name: str, mode: str | None, ctx: FLContext, declared: str | None = None
+) -> str:
+    """Which direction of a score is better in a job: as a handler was told, as was declared, or by the name.
+
+    Args:
+        handler: What asks, for messages.
+        metric_name: The name of the score.
+        mode: What the handler was told: `"max"`, `"min"`, or None to follow what is declared.
+        ctx: The context of the job, which holds what its clients declared.
+        declared: What the source of the score itself declares, if it does.
+
+    Raises:
+        ValueError: Two of them contradict each other.
+
+    Warns:
+        UserWarning: The name looks like a loss, and more of it would win.
+
+    Example:
+        >>> ctx = FLContext({ContextKey.SCORE_METRIC: "loss", ContextKey.SCORE_MODE: "min"})
+        >>> chosen_mode(None, "initial_validation_metric", None, ctx)
+        'min'
+    """
+    own = ctx.get_prop(ContextKey.SCORE_METRIC)
+    told = (
+        (f"{type(handler).__name__} was told", mode),
+        (f"what measures {metric_name!r} declares", declared),
+        (f"the clients declare of {own!r}", declared_mode(metric_name, ctx)),
+    )
+    stated = [(who, which) for who, which in told if which is not None]
+    for who, which in stated[1:]:
+        if which != stated[0][1]:
+            raise ValueError(
+                f"{stated[0][0]} mode={stated[0][1]!r}, but {who} mode={which!r}: the worst model would be kept; "
+                "leave mode= out to follow what is declared"
+            )
+    name = own if own is not None and metric_name == INITIAL_VALIDATION_METRIC else metric_name
+    if not stated:
+        by_name = mode_of(name)
+        word = "largest" if by_name == "max" else "smallest"
+        logger.info("the best model is the one with the %s %r, by its name: nobody declared a mode", word, name)
+        return by_name
+    if len(stated) == 1 and mode is not None:
+        check_mode(mode, 0.0, name)
+    return stated[0][1]
+
+
+def check_best_key(handler: object, best_key: str, ctx: FLContext) -> None:
+    """Refuses handlers that would bind their best models to one key, each in the place of the other's.
+
+    Raises:
+        ValueError: There is another.
+    """
+    others = [one for one in ctx.get_prop(ContextKey.HANDLERS, ()) if getattr(one, "best_key", None) == best_key]
+    if len(others) > 1:
+        names = " and ".join(type(one).__name__ for one in others)
+        raise ValueError(
+            f"{names} would each bind the best model to {str(best_key)!r}: give all but one a key of its own, such as "
+            f"{type(handler).__name__}(..., best_key='_otherBest')"
         )
 
 

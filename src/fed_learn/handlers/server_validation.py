@@ -4,10 +4,12 @@ import inspect
 import logging
 import math
 
+from fed_learn.components.direction import MODES
 from fed_learn.components.model_evaluator import ModelEvaluator
+from fed_learn.components.returned import returned_metric
 from fed_learn.contribution import BestModel
-from fed_learn.handlers.handler import Handler
-from fed_learn.handlers.scoring import check_count, check_mode, is_better
+from fed_learn.handlers.handler import ServerHandler
+from fed_learn.handlers.scoring import check_best_key, check_choice, check_count, check_mode, chosen_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import FrozenWeights
 
@@ -17,23 +19,26 @@ SERVER_VALIDATION_METRIC = "server_validation"
 """The name under which the score of each validated round is published."""
 
 
-class ServerValidationHandler(Handler):
+class ServerValidationHandler(ServerHandler):
     """Evaluates the model just aggregated every few rounds, and after the last, and keeps the best.
 
     Runs at END_AGGREGATION when `(round + 1) % num_rounds_per_valid == 0`, in the last round, and in the round that
     `ContextKey.STOP` made the last. The best is bound to `ContextKey.BEST_AGGREGATED`, each score published as the
-    metric `"server_validation"`. A score that is not finite never wins and is logged.
+    metric `"server_validation"`; of a handler with another `best_key` as `"server_validation/<best_key>"`. A score that
+    is not finite never wins and is logged.
 
     Args:
         evaluator: What scores the model in the context. Its `evaluate` may take no argument, as in Clara Train: it then
             has to find the model by itself.
         num_rounds_per_valid: Rounds from one validation to the next, at least 1.
-        mode: `"max"`, or `"min"` for losses.
+        mode: `"max"`, or `"min"` for losses. None: as the evaluator's `mode` declares, else as the clients do where
+            they select by a metric of this name, else by the name (see `fed_learn.components.direction.mode_of`).
         min_delta: By how much a score must be better to win.
         best_key: Where the best model is bound; give a second handler in one job another key.
 
     Raises:
-        ValueError: For another `mode`, a bad `min_delta` or a bad `num_rounds_per_valid`.
+        ValueError: For another `mode`, a bad `min_delta` or a bad `num_rounds_per_valid`; at STARTUP if `mode`
+            contradicts what is declared, or another handler has the same `best_key`.
         TypeError: `evaluator` has no `evaluate` and `get_metric`, or `evaluate` needs more than a context.
 
     Warns:
@@ -45,7 +50,7 @@ class ServerValidationHandler(Handler):
         evaluator: ModelEvaluator,
         num_rounds_per_valid: int,
         *,
-        mode: str = "max",
+        mode: str | None = None,
         min_delta: float = 0.0,
         best_key: str = ContextKey.BEST_AGGREGATED,
     ) -> None:
@@ -53,12 +58,12 @@ class ServerValidationHandler(Handler):
             if not callable(getattr(evaluator, method, None)):
                 raise TypeError(f"evaluator {type(evaluator).__name__} has no method {method}()")
         _arguments(evaluator, FLContext())
-        check_count("num_rounds_per_valid", num_rounds_per_valid)
         self.evaluator = evaluator
-        self.num_rounds_per_valid = num_rounds_per_valid
+        self.num_rounds_per_valid = check_count("num_rounds_per_valid", num_rounds_per_valid)
         self.mode = mode
         self.min_delta = min_delta
         self.best_key = best_key
+        self._mode: str | None = None  # the one that is followed in this job
         self._skipped: int | None = None  # the round whose model has not been validated
         check_mode(mode, min_delta, self._metric_name)
 
@@ -68,6 +73,9 @@ class ServerValidationHandler(Handler):
 
     def startup(self, fl_ctx: FLContext) -> None:
         """A job begins: no best model yet, but it is this handler that will say which."""
+        super().startup(fl_ctx)
+        check_best_key(self, self.best_key, fl_ctx)
+        self._mode = self._chosen_mode(fl_ctx)
         fl_ctx.set_prop(self.best_key, None)
         self._skipped = None
 
@@ -89,18 +97,27 @@ class ServerValidationHandler(Handler):
             number, self._skipped = self._skipped, None
             self._validate(fl_ctx, number)
 
+    def _chosen_mode(self, ctx: FLContext) -> str:
+        declared = getattr(self.evaluator, "mode", None)
+        if declared is not None:
+            check_choice(f"mode of {type(self.evaluator).__name__}", declared, MODES)
+        return chosen_mode(self, self._metric_name, self.mode, ctx, declared)
+
     def _is_last(self, ctx: FLContext) -> bool:
         stops = ctx.get_prop(ContextKey.STOP) is not None
         return stops or bool(ctx[ContextKey.ROUND] + 1 == ctx.get_prop(ContextKey.NUM_ROUNDS))
 
     def _validate(self, ctx: FLContext, number: int) -> None:
         self.evaluator.evaluate(*_arguments(self.evaluator, ctx))
-        metric = float(self.evaluator.get_metric())
+        metric = returned_metric(self.evaluator)
         if not math.isfinite(metric):
-            logger.warning("round %d: the server's %s is %s: not selected", number, self._metric_name, metric)
+            logger.warning("round %d: the server's %s is %s: not selected", number + 1, self._metric_name, metric)
             return
-        ctx.publish_metric(SERVER_VALIDATION_METRIC, metric)
-        if is_better(metric, ctx.get_prop(self.best_key), self.mode, self.min_delta):
+        own = self.best_key == ContextKey.BEST_AGGREGATED
+        ctx.publish_metric(SERVER_VALIDATION_METRIC if own else f"{SERVER_VALIDATION_METRIC}/{self.best_key}", metric)
+        if self._mode is None:  # driven by hand, without STARTUP
+            self._mode = self._chosen_mode(ctx)
+        if is_better(metric, ctx.get_prop(self.best_key), self._mode, self.min_delta):
             model = ctx.get_model()
             if model is None or model.weights is None:
                 raise ValueError("the context holds no model that could be selected")

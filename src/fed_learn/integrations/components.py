@@ -130,20 +130,42 @@ def score_batches(scores: Mapping[str, Score], batches: Iterable[Batch]) -> dict
     return {name: score.value() for name, score in scores.items()}
 
 
+def declared_direction(metric: Any) -> str | None:
+    """What a metric itself declares to be better: `"max"`, `"min"`, or None where it does not say.
+
+    Example:
+        >>> declared_direction("accuracy"), declared_direction("loss"), declared_direction(len)
+        ('max', 'min', None)
+    """
+    if isinstance(metric, str):
+        return {"accuracy": "max", "loss": "min"}.get(metric)
+    higher = getattr(metric, "higher_is_better", None)  # as those of torchmetrics say
+    return ("max" if higher else "min") if isinstance(higher, bool) else None
+
+
 class FrameworkEvaluator(ModelEvaluator):
     """Loads the global model into a model of a framework, and scores that. Arguments: see the subclasses."""
 
     def __init__(
-        self, model: Any, data: Any, metric: Any, *, loss: Any, batch_size: int, layout: LayoutMap | None
+        self,
+        model: Any,
+        data: Any,
+        metric: Any,
+        *,
+        loss: Any,
+        batch_size: int,
+        layout: LayoutMap | None,
+        mode: str | None,
     ) -> None:
-        check_count("batch_size", batch_size)
         self.model = model
         self.data = data
         self.metric = metric
         self.loss = loss
-        self.batch_size = batch_size
+        self.batch_size = check_count("batch_size", batch_size)
         self.layout = layout
         self.metric_name = score_name(metric)
+        self.mode = mode if mode is not None else declared_direction(metric)
+        check_mode(self.mode, 0.0, self.metric_name)
         self._score = float("nan")
 
     @abstractmethod
@@ -178,27 +200,25 @@ class FrameworkLearner(Learner):
         batch_size: int,
         metrics: Sequence[str] | Mapping[str, Any],
         validation_metric: str,
-        mode: str,
+        mode: str | None,
         layout: LayoutMap | None,
         seed: int,
     ) -> None:
-        check_count("epochs", epochs)
-        check_count("batch_size", batch_size)
-        check_mode(mode, 0.0, validation_metric)
         self.model = model
         self.data = data
         self.validation_data = validation_data
-        self.epochs = epochs
-        self.batch_size = batch_size
+        self.epochs = check_count("epochs", epochs)
+        self.batch_size = check_count("batch_size", batch_size)
         self.metrics = metrics
         self.validation_metric = validation_metric
-        self.mode = mode
         self.layout = layout
         self.seed = seed
         if validation_metric not in self.named_metrics:
             raise ValueError(
                 f"validation_metric {validation_metric!r} is not one of the metrics: {sorted(self.named_metrics)}"
             )
+        self.mode = mode if mode is not None else declared_direction(self.named_metrics[validation_metric])
+        check_mode(self.mode, 0.0, validation_metric)
 
     @property
     def named_metrics(self) -> Mapping[str, Any]:

@@ -75,6 +75,7 @@ class KerasEvaluator(_NamesKept, FrameworkEvaluator):
             regularization (on JAX that of weights alone): what `model.evaluate` reports.
         batch_size: Examples in a batch of arrays.
         layout: The map of `fl.align` from the global model to this one, if they are not alike.
+        mode: `"max"`, or `"min"` where less of the metric is better; None: as of `KerasLearner`.
 
     Raises:
         ValueError: The metric is a name that is not known, there is no loss for it, `batch_size` is not at least 1, or
@@ -100,10 +101,11 @@ class KerasEvaluator(_NamesKept, FrameworkEvaluator):
         loss: Any = None,
         batch_size: int = 256,
         layout: LayoutMap | None = None,
+        mode: str | None = None,
     ) -> None:
         _check_data(data)
         _check_metric(metric, model, loss)
-        super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout)
+        super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout, mode=mode)
 
     def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
         """See `FrameworkEvaluator.score`."""
@@ -126,7 +128,8 @@ class KerasLearner(_NamesKept, FrameworkLearner):
         batch_size: Examples in a step, where `data` are arrays, and in a batch of `validation_data` likewise.
         metrics: What `validate` scores: names, or a dict of names to metrics as `KerasEvaluator` takes.
         validation_metric: The one by which models are selected.
-        mode: `"max"`, or `"min"` where less of it is better.
+        mode: `"max"`, or `"min"` where less of it is better. None: `"max"` for `"accuracy"`, `"min"` for `"loss"`; else
+            the name of the metric decides (see `fed_learn.components.direction`).
         layout: See `KerasEvaluator`.
         seed: Of the order of the examples; give each client its own.
 
@@ -161,7 +164,7 @@ class KerasLearner(_NamesKept, FrameworkLearner):
         batch_size: int = 32,
         metrics: Sequence[str] | Mapping[str, Metric] = ("accuracy", "loss"),
         validation_metric: str = "accuracy",
-        mode: str = "max",
+        mode: str | None = None,
         layout: LayoutMap | None = None,
         seed: int = 0,
     ) -> None:

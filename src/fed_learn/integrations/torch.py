@@ -56,6 +56,7 @@ class TorchEvaluator(FrameworkEvaluator):
         batch_size: Examples in a batch of a `Dataset`.
         device: Where the model goes, and the batches with it; None: where the model is.
         layout: The map of `fl.align` from the global model to this one, if they are not alike.
+        mode: `"max"`, or `"min"` where less of the metric is better; None: as of `TorchLearner`.
 
     Raises:
         ValueError: The metric is a name that is not known, or `batch_size` is not at least 1.
@@ -80,10 +81,11 @@ class TorchEvaluator(FrameworkEvaluator):
         batch_size: int = 256,
         device: torch.device | str | None = None,
         layout: LayoutMap | None = None,
+        mode: str | None = None,
     ) -> None:
         _check_data(data)
         _check_metric(metric)
-        super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout)
+        super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout, mode=mode)
         self.device = device
         if device is not None:
             model.to(device)
@@ -106,20 +108,22 @@ class TorchLearner(FrameworkLearner):
         model: This client's own. Variables that the global model lacks stay local.
         data: To train on; see `TorchEvaluator`.
         validation_data: To select models by: not the same.
-        optimizer: Makes the optimizer of a round from the parameters that need gradients; None: plain SGD, `lr=0.01`.
+        optimizer: Makes the optimizer of a round from the parameters that need gradients, such as
+            `lambda parameters: torch.optim.Adam(parameters, lr=1e-3)`; None: plain SGD, `lr=0.01`.
         loss: A function of outputs and targets, the mean over the batch.
         epochs: Passes over the data in a round.
         batch_size: Examples in a step, where `data` is a `Dataset`, and in a batch of `validation_data` likewise.
         metrics: What `validate` scores: names, or a dict of names to metrics as `TorchEvaluator` takes.
         validation_metric: The one by which models are selected.
-        mode: `"max"`, or `"min"` where less of it is better.
+        mode: `"max"`, or `"min"` where less of it is better. None: `"max"` for `"accuracy"`, `"min"` for `"loss"`, as a
+            metric of torchmetrics says of itself; else its name decides (see `fed_learn.components.direction`).
         device: See `TorchEvaluator`.
         layout: See `TorchEvaluator`.
         seed: Of the order of the examples; give each client its own.
 
     Raises:
         ValueError: A number is out of its range, a metric is not known, or `validation_metric` is not one of them.
-        TypeError: Data can be read once only, or a number is not an int.
+        TypeError: Data can be read once only, a number is not an int, or `optimizer` is none that can be called.
 
     Warns:
         UserWarning: `validation_metric` looks like a loss under `mode="max"`.
@@ -148,13 +152,14 @@ class TorchLearner(FrameworkLearner):
         batch_size: int = 32,
         metrics: Sequence[str] | Mapping[str, Metric] = ("accuracy", "loss"),
         validation_metric: str = "accuracy",
-        mode: str = "max",
+        mode: str | None = None,
         device: torch.device | str | None = None,
         layout: LayoutMap | None = None,
         seed: int = 0,
     ) -> None:
         _check_data(data)
         _check_data(validation_data)
+        _check_optimizer(optimizer)
         super().__init__(
             model,
             data,
@@ -328,3 +333,16 @@ def _check_metric(metric: Metric) -> None:
 def _check_data(data: Data) -> None:
     if not isinstance(data, Dataset):
         check_repeatable(data)
+
+
+def _check_optimizer(optimizer: object) -> None:
+    if optimizer is None or (callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer)):
+        return
+    kind, settings = "SGD", "lr=0.01"
+    if isinstance(optimizer, torch.optim.Optimizer):
+        kind = type(optimizer).__name__
+        settings = f"lr={optimizer.defaults.get('lr', 0.01)}"
+    raise TypeError(
+        f"optimizer must be a function that makes the optimizer of a round, not a {type(optimizer).__name__}: pass "
+        f"optimizer=lambda parameters: torch.optim.{kind}(parameters, {settings})"
+    )

@@ -14,6 +14,7 @@ from fed_learn.server.model_aggregator import ModelAggregator, check_aggregator
 AGGREGATORS: dict[str, type] = {"ModelAggregator": ModelAggregator}
 FILTERS: dict[str, type] = {cls.__name__: cls for cls in (LaplacianProtocol, PercentileProtocol, SVTProtocol)}
 VALIDATION = "ServerValidationHandler"
+STOPPING = "EarlyStoppingHandler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,9 @@ class ServerConfig:
         if named and self.validate_on_server is False:
             raise ConfigError(f"a {VALIDATION} among the handlers, and 'validate_on_server' false")
         if not named and (self.validate_on_server or (self.handlers is None and self.validate_on_server is None)):
-            entries.append({"name": VALIDATION})
+            # Before what stops a job by its scores.
+            place = next((i for i, entry in enumerate(entries) if _names(entry, STOPPING)), len(entries))
+            entries.insert(place, {"name": VALIDATION})
         return [self._with_period(entry) if _validates(entry) else entry for entry in entries]
 
     def _with_period(self, entry: dict[str, Any]) -> dict[str, Any]:
@@ -186,8 +189,12 @@ def _groups(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], set[str
 
 
 def _validates(entry: Any) -> bool:
+    return _names(entry, VALIDATION)
+
+
+def _names(entry: Any, handler: str) -> bool:
     named = isinstance(entry, dict) and (entry.get("name") or entry.get("path"))
-    return isinstance(named, str) and named.rpartition(".")[2] == VALIDATION
+    return isinstance(named, str) and named.rpartition(".")[2] == handler
 
 
 def _positive(settings: dict[str, Any], key: str) -> int | None:

@@ -14,7 +14,7 @@ from fed_learn.model_meta import FLContext
 from fed_learn.server.job import Job
 from fed_learn.server.model_aggregator import Aggregator, check_aggregator
 from fed_learn.server.result import JobResult
-from fed_learn.server.roster import Roster
+from fed_learn.server.roster import Roster, declared_score
 from fed_learn.server.rounds import run_job
 from fed_learn.weights import (
     FrozenWeights,
@@ -24,6 +24,7 @@ from fed_learn.weights import (
     check_differences,
     check_finite,
     finite_elements,
+    size_text,
 )
 
 
@@ -98,9 +99,9 @@ class FederatedServer:
         kernel: str | None = None,
         aggregator: Aggregator | None = None,
     ) -> None:
-        check_count("num_rounds", num_rounds)
+        self.num_rounds = check_count("num_rounds", num_rounds)
         if min_contributions is not None:
-            check_count("min_contributions", min_contributions)
+            min_contributions = check_count("min_contributions", min_contributions)
         check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
         check_choice("on_handler_error", on_handler_error, ("raise", "log"))
         arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
@@ -121,7 +122,6 @@ class FederatedServer:
                 raise ValueError("exact and stream belong to the weighted mean, which an aggregator replaces")
         self.aggregator = None if aggregator is None else check_aggregator(aggregator)
         self.weights = FrozenWeights(arrays)
-        self.num_rounds = num_rounds
         self.handlers = check_handlers(handlers)
         self.kind = Kind(kind)
         self.min_contributions = min_contributions
@@ -142,33 +142,47 @@ class FederatedServer:
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
-            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start. If it was when all
-                was done, at CLIENT_QUIT or SHUTDOWN, the error's `result` holds what this method would have returned.
+            HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start.
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
-            NothingAggregatedError: No round made a new global model, whatever `on_bad_contribution` says; its `result`
-                holds what this method would have returned.
-            ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none.
+            NothingAggregatedError: No round made a new global model, whatever `on_bad_contribution` says.
+            ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none; or their
+                learners disagree by which metric models are selected, or which direction of it is better.
+
+        Any `FedLearnError` that ends the job has what the job achieved so far, a `JobResult`, as its `result`.
         """
         with closing(Roster(clients, max_workers)) as roster:
             if self.min_contributions is not None and self.min_contributions > len(roster):
                 raise ValueError(f"min_contributions is {self.min_contributions}, but there are {len(roster)} clients")
-            with self.begin(num_clients=len(roster)) as job:
+            metric, mode = declared_score(roster.learners())
+            with self.begin(len(roster), validation_metric=metric, mode=mode) as job:
                 try:
                     run_job(job, roster)
                 finally:
                     roster.stop(job.record_late)
             return job.result()
 
-    def begin(self, num_clients: int | None = None) -> Job:
+    def begin(
+        self, num_clients: int | None = None, *, validation_metric: str | None = None, mode: str | None = None
+    ) -> Job:
         """STARTUP of a job whose messages something else carries: another stack, a loop of one's own.
 
         Args:
             num_clients: How many contributions a round needs if `min_contributions` is None; None: one of each client
                 that was sent the model.
+            validation_metric: Name of the metric by which models are selected, which contributions hold as
+                `initial_validation_metric`; None: it has no other.
+            mode: What is better of it, `"max"` or `"min"`, which handlers follow; None: its name says so.
 
         Raises:
-            HandlerError: A handler could not start; those before it have been shut down.
+            HandlerError: A handler could not start, such as one that was told another mode; those before it have been
+                shut down.
+            ValueError: `mode` is another word.
         """
         job = Job(self, num_clients)
+        job.declare_score(validation_metric, mode)
         job.start()
         return job
+
+    def __repr__(self) -> str:
+        names = ", ".join(type(handler).__name__ for handler in self.handlers)
+        return f"FederatedServer({size_text(self.weights)}, num_rounds={self.num_rounds}, handlers=[{names}])"

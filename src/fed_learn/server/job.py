@@ -17,6 +17,7 @@ from fed_learn.contribution import (
 )
 from fed_learn.errors import (
     ContributionError,
+    FedLearnError,
     HandlerError,
     HandlerFailure,
     MetricError,
@@ -71,6 +72,8 @@ class Job(JobEvents):
         super().__init__(server.handlers, server.on_handler_error)
         self.server = server
         self.ctx.set_prop(ContextKey.NUM_ROUNDS, server.num_rounds)
+        if server.aggregator is not None:
+            self.ctx.set_prop(ContextKey.AGGREGATOR, server.aggregator)
         self.quits: list[ClientFailure] = []
         self.cross_site: dict[str, dict[str, float]] = {}
         self.validation_results: list[ValidationResult] = []
@@ -114,7 +117,11 @@ class Job(JobEvents):
             HandlerError: A handler could not start; those before it have been shut down.
         """
         self.server.ctx = self.ctx
-        fire_event(EventType.STARTUP, self.server.handlers, self.ctx)
+        try:
+            fire_event(EventType.STARTUP, self.server.handlers, self.ctx)
+        except HandlerError as error:
+            error.result = self.result()
+            raise
 
     def register(self, name: str) -> None:
         """CLIENT_REGISTER: a client takes part from now on.
@@ -356,6 +363,7 @@ class Job(JobEvents):
             return ()
         self._over = True
         self.ctx.pop(ContextKey.CONTRIBUTOR, None)
+        self.ctx.set_model(self._model)  # while others' models are validated, it is one of theirs
         failures = shut_down(self.server.handlers, self.ctx)
         self.record_late(failures)
         return failures
@@ -372,12 +380,19 @@ class Job(JobEvents):
         if error is not None:
             for failure in self._late:
                 error.add_note(f"during shutdown: {failure}")
-            if isinstance(error, HandlerError) and self._result is not None:
-                error.result = self.result()
+            if isinstance(error, FedLearnError):
+                error.result = self._result_of_broken_job()
         elif self._late and self.server.on_handler_error == "raise":
             late = HandlerError(tuple(self._late))
             late.result = self.result()
             raise late
+
+    def _result_of_broken_job(self) -> JobResult:
+        """What there is so far, with the report of a round that did not come to its end."""
+        result, under_way = self.result(), self.ctx.get_prop(ContextKey.REPORT)
+        if under_way is None or any(report.round == under_way.round for report in result.reports):
+            return result
+        return replace(result, reports=(*result.reports, under_way))
 
     def check_enough_clients(self) -> None:
         """Ends the job once too many clients have left.

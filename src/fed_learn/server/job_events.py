@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fed_learn.contribution import ClientFailure, Contribution, RoundReport
+from fed_learn.components.direction import MODES
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, Contribution, RoundReport
 from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError
 from fed_learn.events import EventHandler, EventType, fire_event
+from fed_learn.handlers.scoring import check_choice
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
 
@@ -28,9 +30,21 @@ class JobEvents:
     def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str = "raise") -> None:
         self.handlers = tuple(handlers)
         self.on_handler_error = on_handler_error
-        self.ctx = FLContext()
+        self.ctx = FLContext({ContextKey.HANDLERS: self.handlers})
         self.reports: list[RoundReport] = []
         self.handler_failures: list[HandlerFailure] = []
+
+    def declare_score(self, metric: str | None, mode: str | None) -> None:
+        """Tells handlers, before STARTUP, by which metric models are selected, and what is better of it.
+
+        Raises:
+            ValueError: `mode` is neither `"max"` nor `"min"` nor None.
+        """
+        if mode is not None:
+            check_choice("mode", mode, MODES)
+            self.ctx.set_prop(ContextKey.SCORE_MODE, mode)
+        if metric is not None and metric != INITIAL_VALIDATION_METRIC:
+            self.ctx.set_prop(ContextKey.SCORE_METRIC, metric)
 
     @property
     def report(self) -> RoundReport:

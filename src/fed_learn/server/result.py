@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fed_learn.contribution import BestModel, ClientFailure, RoundReport, ValidationResult
 from fed_learn.errors import HandlerFailure
-from fed_learn.weights import FrozenWeights
+from fed_learn.weights import FrozenWeights, size_text
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,3 +35,12 @@ class JobResult:
     quits: tuple[ClientFailure, ...]
     handler_failures: tuple[HandlerFailure, ...]
     stop_reason: str | None
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.reports)} round{'s' * (len(self.reports) != 1)}", size_text(self.weights)]
+        parts += [f"best={self.best!r}"] if self.best is not None else []
+        parts += [f"{name}={value:.6g}" for name, value in self.metrics.items()]
+        counts = {"clients left": self.quits, "handlers failed": self.handler_failures}
+        parts += [f"{len(found)} {what}" for what, found in counts.items() if found]
+        parts += [f"stop_reason={self.stop_reason!r}"] if self.stop_reason is not None else []
+        return f"JobResult({', '.join(parts)})"

@@ -1,12 +1,14 @@
 """The clients of a running job, and the pool in which they work side by side."""
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TypeVar
 
 from fed_learn.client.fed_client import FederatedClient
+from fed_learn.components.learner import Learner
+from fed_learn.components.returned import metric_and_mode, mode_followed
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
 from fed_learn.errors import ClientQuitError, HandlerFailure
 from fed_learn.kernels.threads import usable_processors
@@ -23,10 +25,13 @@ class Roster:
 
     Raises:
         ValueError: No clients, a name that is used twice or reserved, or a bad `max_workers`.
+        TypeError: The clients are no sequence.
     """
 
     def __init__(self, clients: Sequence[FederatedClient], max_workers: int | None = None) -> None:
         self._clients: dict[str, FederatedClient] = {}
+        if not isinstance(clients, Iterable):
+            raise TypeError(f"clients must be a list of clients, not {clients!r}: pass run([...])")
         for client in clients:
             if client.name in self._clients:
                 raise ValueError(f"two clients are named {client.name!r}")
@@ -43,6 +48,10 @@ class Roster:
 
     def __len__(self) -> int:
         return len(self._clients)
+
+    def learners(self) -> dict[str, Learner]:
+        """The learner of each client."""
+        return {name: client.learner for name, client in self._clients.items()}
 
     def ask(self, question: Callable[[FederatedClient], T]) -> Iterator[tuple[str, T | Exception]]:
         """Asks every client at once; yields name and answer, or the exception, in the order of the roster.
@@ -85,3 +94,23 @@ class Roster:
     def close(self) -> None:
         """Waits for what is running, which nothing can interrupt in a thread, and drops what is not."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def declared_score(learners: Mapping[str, Learner]) -> tuple[str, str | None]:
+    """By which metric the clients of a job have models selected, and what is better of it if one of them declares it.
+
+    Raises:
+        ValueError: Two of them disagree, so that their mean would say nothing.
+    """
+    first, *others = learners
+    metric, mode = metric_and_mode(learners[first])
+    for name in others:
+        other, its_mode = metric_and_mode(learners[name])
+        mine, theirs = ((metric, mode_followed(learners[first])), (other, mode_followed(learners[name])))
+        if mine != theirs:
+            raise ValueError(
+                f"{first} selects models by {metric!r} (mode={mine[1]!r}), and {name} by {other!r} "
+                f"(mode={theirs[1]!r}): give their learners the same validation_metric and mode"
+            )
+        mode = mode if mode is not None else its_mode
+    return metric, mode

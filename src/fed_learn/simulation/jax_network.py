@@ -77,6 +77,8 @@ class JaxLearner(Learner):
         seed: Of the order of the examples; give each client its own.
     """
 
+    mode = "max"
+
     def __init__(
         self, network: JaxNetwork, training_part: Part, selection_part: Part, *, local_epochs: int = 5, seed: int = 0
     ) -> None:
@@ -115,6 +117,7 @@ class JaxEvaluator(ModelEvaluator):
     """
 
     metric_name = "accuracy"
+    mode = "max"
 
     def __init__(self, network: JaxNetwork, part: Part) -> None:
         self.network = network

@@ -101,6 +101,8 @@ class PerceptronLearner(Learner):
         seed: Of the order of the examples; give each client its own.
     """
 
+    mode = "max"
+
     def __init__(
         self,
         training_part: Part,
@@ -151,6 +153,7 @@ class PerceptronEvaluator(ModelEvaluator):
     """
 
     metric_name = "accuracy"
+    mode = "max"
 
     def __init__(self, part: Part) -> None:
         self.part = part

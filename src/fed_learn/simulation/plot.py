@@ -104,7 +104,7 @@ def _draw_norms(axes: Any, norms: Any, frameworks: Any) -> None:
     named: set[str] = set()
     for client, row in norms.items():
         framework = frameworks[client]
-        points = [(number, norm) for number, norm in enumerate(row) if norm is not None]
+        points = [(number, norm) for number, norm in enumerate(row, start=1) if norm is not None]
         if points:
             label = None if framework in named else framework
             axes.plot(*zip(*points, strict=True), color=colours[framework], lw=1.4, marker="o", ms=3.5, label=label)

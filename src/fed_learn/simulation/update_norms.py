@@ -5,14 +5,14 @@ import re
 import numpy as np
 
 from fed_learn.contribution import Kind
-from fed_learn.handlers import Handler
+from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 
 PREFIX = "update_norm/"
 STATISTICS = r"(running|moving)_|num_batches_tracked|seed_generator"
 
 
-class UpdateNormHandler(Handler):
+class UpdateNormHandler(ServerHandler):
     """Publishes for each contribution its distance to the global model it started from, ‖contribution − global‖₂.
 
     Runs at BEFORE_AGGREGATION; the metric is `update_norm/<contributor>`. Only floating variables count. Put it before

@@ -21,6 +21,7 @@ from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import FedLearnError
 from fed_learn.events import EventHandler, check_handlers
+from fed_learn.handlers.model_selection import by_likeness
 from fed_learn.integrations.flower.exchange import gathers, replies_to
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
@@ -70,8 +71,16 @@ class Handled(Strategy):
     weighted_by_key: str = "num-examples"
     arrayrecord_key: str = "arrays"
     configrecord_key: str = "config"
-    _job_settings: tuple[str, ...] = ("kind", "min_contributions", "on_bad_contribution", "on_handler_error")
-    """Attributes that are arguments of `FederatedServer` too."""
+    _job_settings: tuple[str, ...] = (
+        "kind",
+        "min_contributions",
+        "on_bad_contribution",
+        "on_handler_error",
+        "partial",
+        "validation_metric",
+        "validation_mode",
+    )
+    """Attributes that are arguments of `Session` too."""
 
     def _job_set_up(
         self,
@@ -81,7 +90,9 @@ class Handled(Strategy):
         min_contributions: int,
         on_bad_contribution: str,
         on_handler_error: str,
+        partial: str,
         validation_metric: str,
+        validation_mode: str | None,
         n_iter_key: str,
         poll_interval: float,
     ) -> None:
@@ -98,7 +109,9 @@ class Handled(Strategy):
         self.min_contributions = min_contributions
         self.on_bad_contribution = on_bad_contribution
         self.on_handler_error = on_handler_error
+        self.partial = partial
         self.validation_metric = validation_metric
+        self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
         self.poll_interval = poll_interval
         self.job: Job | None = None
@@ -285,7 +298,10 @@ class Handled(Strategy):
         session = self.__session
         if session is None:
             return
-        silent = []
+        silent: list[str] = []
+        named = self.validation_metric != INITIAL_VALIDATION_METRIC
+        if named and self.handlers and not session.final:
+            self.__check_scored(session, replies)
         for place, message in enumerate(replies, 1):
             if session.final:
                 silent += self.__receive_final(session, place, message)
@@ -294,8 +310,16 @@ class Handled(Strategy):
                 if metric is not None:
                     node = node_of(message, place)
                     session.note_score(node, partial(_claim, message, node), metric)
-        if silent and self.validation_metric != INITIAL_VALIDATION_METRIC:
+        if silent and named:
             logger.warning("\t> No %r of the final model from %s", self.validation_metric, listed(silent))
+
+    def __check_scored(self, session: Session, replies: Sequence[Message]) -> None:
+        """Says once in a job that no reply holds the metric by which models are to be selected."""
+        found = [metrics_of(message.content) for message in replies if message.has_content()]
+        if found and not any(self.validation_metric in metrics for metrics in found):
+            sent = by_likeness(self.validation_metric, {name for metrics in found for name in metrics})
+            text = f"no reply to the evaluation holds validation_metric={self.validation_metric!r}; they hold {sent}"
+            session.told.once("validation_metric", text)
 
     @property
     def __streams(self) -> bool:

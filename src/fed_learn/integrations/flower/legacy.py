@@ -54,9 +54,11 @@ class LegacyFedAvg(FlowerFedAvg):
         min_contributions: See there.
         on_bad_contribution: See there.
         on_handler_error: See there.
+        partial: See there; a shorter list of parameters is the beginning of the longer one.
         exact: See there.
         kernel: See there.
         validation_metric: See there.
+        validation_mode: See there.
         n_iter_key: See there.
         **flower: Arguments of Flower's `FedAvg`.
 
@@ -77,9 +79,11 @@ class LegacyFedAvg(FlowerFedAvg):
         min_contributions: int = 1,
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
+        partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
         validation_metric: str = INITIAL_VALIDATION_METRIC,
+        validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
         **flower: Any,
     ) -> None:
@@ -92,7 +96,9 @@ class LegacyFedAvg(FlowerFedAvg):
         self.on_handler_error = on_handler_error
         self.exact = exact
         self.kernel = kernel
+        self.partial = partial
         self.validation_metric = validation_metric
+        self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
         self.job: Job | None = None
         self.__session: Session | None = None
@@ -206,6 +212,9 @@ class LegacyFedAvg(FlowerFedAvg):
             min_contributions=self.min_contributions,
             on_bad_contribution=self.on_bad_contribution,
             on_handler_error=self.on_handler_error,
+            partial=self.partial,
+            validation_metric=self.validation_metric,
+            validation_mode=self.validation_mode,
             exact=self.exact,
             kernel=self.kernel,
         )

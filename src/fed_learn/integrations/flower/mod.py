@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, SupportsFloat
+from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from fed_learn.components.returned import scores_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult
-from fed_learn.errors import MetricError, brief
+from fed_learn.errors import brief
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.integrations.flower.records import to_record, to_weights
 from fed_learn.integrations.flower.replies import (
@@ -30,8 +30,7 @@ logger = logging.getLogger("flwr")
 FLOWER_CONTEXT = "flower_context"
 """The prop of the client's context that holds Flower's `Context`: what lasts between messages goes into its `state`."""
 
-Validate = Callable[[FrozenWeights, Context], Mapping[str, Any] | SupportsFloat]
-"""Weights and Flower's `Context` → scores by name, or the one score: numbers of Python or numpy, or 0-d tensors."""
+Validate = Callable[[FrozenWeights, Context], Mapping[str, Any] | float]
 
 
 class ClientMod:
@@ -50,10 +49,9 @@ class ClientMod:
 
     Args:
         handlers: The client's handlers.
-        validate: Scores weights on data that is not trained on: gives numbers by name, or a single number. Entries that
-            are no numbers (text, booleans, lists) are left out of the reply, and the log says so once.
-        validation_metric: Name of the score to select by; a single number gets this name. Whether more of it is better
-            is for the server to say.
+        validate: Scores weights on data that is not trained on: gives a dict of names to numbers of any kind, or the
+            one number to select by.
+        validation_metric: The score to select by, where `validate` gives several.
         name: Gives the contributor's name, which must be the same in every run; None: `partition-<id>` of the node's
             configuration, where it says so.
         kind: `Kind.DIFF` sends the difference to what was received, in the place of the trained weights.
@@ -90,7 +88,8 @@ class ClientMod:
 
         Raises:
             HandlerError: A handler raised; Flower reports it to the server.
-            MetricError: What `validate` gives has not the metric to select by, or is neither a mapping nor a number.
+            MetricError: `validate` does not give the metric to select by.
+            TypeError: It gives something else than scores.
         """
         around = {MessageType.TRAIN: self._train, MessageType.EVALUATE: self._evaluate}
         run = around.get(message.metadata.message_type.split(".")[0])
@@ -181,34 +180,18 @@ class ClientMod:
     def _scores(self, weights: FrozenWeights, context: Context) -> dict[str, float]:
         if self.validate is None:
             return {}
-        given = self.validate(weights, context)
-        scores: Mapping[str, Any] = given if isinstance(given, Mapping) else {self.validation_metric: given}
-        numbers: dict[str, float] = {}
-        for key, value in scores.items():
-            number = _number(value)
-            if number is not None:
-                numbers[str(key)] = number
-            elif key not in self._left_out and key != self.validation_metric:
+        scores, others = scores_of(
+            self.validate(weights, context),
+            self.validation_metric,
+            "ClientMod: validate",
+            "ClientMod(validation_metric=)",
+        )
+        for key, value in others.items():
+            if key not in self._left_out:
                 self._left_out.add(key)
                 logger.warning("ClientMod: %r of validate is no number and is left out: %s", key, brief(value))
-        if self.validation_metric not in numbers:
-            raise MetricError(
-                f"ClientMod: validate must return a number, or numbers by name with {self.validation_metric!r} among "
-                f"them (ClientMod(validation_metric=...) gives another name to select by), and not {brief(given)}",
-                metric=self.validation_metric,
-            )
-        named = {f"initial_{key}": number for key, number in numbers.items()}
-        return {**named, INITIAL_VALIDATION_METRIC: numbers[self.validation_metric]}
-
-
-def _number(value: Any) -> float | None:
-    """The value as a float, whatever kind of single number it is; None for text, booleans, and what has a shape."""
-    if isinstance(value, bool | np.bool_ | str | bytes) or tuple(getattr(value, "shape", ())):
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
+        named = {f"initial_{key}": value for key, value in scores.items()}
+        return {**named, INITIAL_VALIDATION_METRIC: scores[self.validation_metric]}
 
 
 def _round_of(message: Message) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
+from fed_learn.aggregation.round import Told
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
@@ -63,6 +64,8 @@ class Session:
         aggregate: What aggregates; None: the weighted mean, written where the next record's bytes are.
         guessed: There is no global model, and the replies of the first round tell what it is. Such a job states nothing
             beyond a round: it goes on only as long as `takes` says.
+        validation_metric: By which models are selected.
+        validation_mode: What is better of it.
         settings: Further arguments of `FederatedServer`.
 
     Attributes:
@@ -76,6 +79,7 @@ class Session:
         number: The round that is under way, from 0; None between rounds.
         heard: Nodes that answered in this round.
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
+        told: What has been said of clients in this job.
         scorers: Nodes whose `ClientMod` scores the models that it receives, and the type of the messages that reach it.
     """
 
@@ -88,11 +92,15 @@ class Session:
         handlers: Sequence[Any] = (),
         aggregate: Aggregate | None = None,
         guessed: bool = False,
+        validation_metric: str | None = None,
+        validation_mode: str | None = None,
         **settings: Any,
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
         self._receiver = _FlowerReceiver(server, self, aggregate)
         self.job = _FlowerJob(server, receiver=self._receiver)
+        self.job.declare_score(validation_metric, validation_mode)
+        self.job.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with the evaluation after a round
         if num_rounds is None:
             self.job.ctx.pop(ContextKey.NUM_ROUNDS)
         self.num_rounds = num_rounds
@@ -111,6 +119,7 @@ class Session:
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
         self.scorers: dict[Hashable, str] = {}
+        self.told = Told(logger)
 
     @property
     def record(self) -> ArrayRecord:

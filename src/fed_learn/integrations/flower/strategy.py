@@ -53,6 +53,10 @@ class FedAvg(Handled, FlowerFedAvg):
             are sampled, or waited for, is another matter: that is what Flower's arguments say.
         on_bad_contribution: `"reject"` goes on without it; `"raise"` ends the job.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
+        partial: What becomes of replies that hold a part of the variables. `"same"`: a part that is the same from
+            all is averaged, and the rest of the global model kept; of different parts the commonest counts, and the
+            others are refused. `"average"`: each variable is averaged over those who sent it (not with `stream`).
+            `"refuse"`: a part is refused.
         exact: Average with exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
         stream: Add up contributions as they arrive, and keep none: the memory of one sum, whatever the number of
@@ -62,6 +66,7 @@ class FedAvg(Handled, FlowerFedAvg):
         validation_metric: The metric of the clients' evaluation by which models are selected. What a client measured
             after a round is its score of the model that it receives in the next one. Scores that clients send with
             their contributions, as `initial_validation_metric`, come first.
+        validation_mode: What is better of it, `"max"` or `"min"`, which handlers follow; None: its name says so.
         n_iter_key: Where a reply's metrics hold the number of local iterations.
         poll_interval: Seconds from the first look for replies to the second. From look to look they grow by half, to 4.
 
@@ -97,10 +102,12 @@ class FedAvg(Handled, FlowerFedAvg):
         min_contributions: int = 1,
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
+        partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
         stream: bool = False,
         validation_metric: str = INITIAL_VALIDATION_METRIC,
+        validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
         poll_interval: float = 0.25,
     ) -> None:
@@ -125,7 +132,9 @@ class FedAvg(Handled, FlowerFedAvg):
             min_contributions=min_contributions,
             on_bad_contribution=on_bad_contribution,
             on_handler_error=on_handler_error,
+            partial=partial,
             validation_metric=validation_metric,
+            validation_mode=validation_mode,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
         )
@@ -207,6 +216,7 @@ class WithHandlers(Handled, _Delegate):
         on_bad_contribution: See `FedAvg`.
         on_handler_error: See `FedAvg`.
         validation_metric: See `FedAvg`.
+        validation_mode: See `FedAvg`.
         n_iter_key: See `FedAvg`.
         poll_interval: See `FedAvg`.
 
@@ -232,6 +242,7 @@ class WithHandlers(Handled, _Delegate):
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
         validation_metric: str = INITIAL_VALIDATION_METRIC,
+        validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
         poll_interval: float = 0.25,
     ) -> None:
@@ -248,7 +259,9 @@ class WithHandlers(Handled, _Delegate):
             min_contributions=min_contributions,
             on_bad_contribution=on_bad_contribution,
             on_handler_error=on_handler_error,
+            partial="same",
             validation_metric=validation_metric,
+            validation_mode=validation_mode,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
         )

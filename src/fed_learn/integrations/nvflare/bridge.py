@@ -164,10 +164,8 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             found.append(component)
         self._failed, self._announced = False, None
         self.mirror = Mirror(check_handlers(found), self.on_handler_error)
-        if self.key_metric:
-            self.mirror.ctx.set_prop(ContextKey.SCORE_METRIC, self.key_metric)
-        if self.mode is not None:
-            self.mirror.ctx.set_prop(ContextKey.SCORE_MODE, self.mode)
+        self.mirror.declare_score(self.key_metric or None, self.mode)
+        self.mirror.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with a validation, if not with the contributions
         self.mirror.start()
 
     def _shut_down(self) -> None:
