@@ -384,3 +384,16 @@ def test_a_stream_of_tensors_can_go_on_in_a_process_that_has_not_imported_torch(
     code = f"import pickle; print(pickle.loads({pickle.dumps(stream)!r}).result())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'w': tensor([1., 2.])}"
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")  # torch says so of each
+def test_a_parameter_that_is_not_initialized_yet_is_refused_by_name() -> None:
+    state = torch.nn.LazyLinear(3).state_dict()
+    attempts: tuple[Callable[[], object], ...] = (
+        lambda: fl.weighted_average([fl.Contribution("site-1", state, 1)]),
+        lambda: fl.Accumulator().add(state, 1, "site-1"),
+        lambda: fl.FederatedServer(state, num_rounds=1),
+    )
+    for who, attempt in zip(("site-1", "site-1", "global model"), attempts, strict=True):
+        with pytest.raises(fl.WeightsTypeError, match=f"^{who}: 'weight' is not initialized yet: run one batch"):
+            attempt()

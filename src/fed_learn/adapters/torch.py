@@ -47,7 +47,9 @@ class TorchTensors:
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
         """See `Framework.check`."""
         problem, dtype = None, _dtype(tensor.dtype)
-        if tensor.layout is not _torch().strided or tensor.is_nested:
+        if _is_uninitialized(tensor):  # which answers hardly any question
+            problem = "is not initialized yet: run one batch through its lazy module first"
+        elif tensor.layout is not _torch().strided or tensor.is_nested:
             problem = f"is a {'nested' if tensor.is_nested else str(tensor.layout)} tensor, not a dense one"
         elif tensor.is_meta:
             problem = "is a tensor on the meta device, which has no values"
