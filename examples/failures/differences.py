@@ -82,6 +82,20 @@ def part_of_the_model() -> Row:
     return flower_job("all send fc of a model of fc and bn", replying(content), {"fc": f32(0), "bn": f32(7)})
 
 
+def other_names() -> Row:
+    def content(message: Message, context: Context) -> RecordDict:
+        return RecordDict({"arrays": to_record({"net.w": f32(2)}), "metrics": MetricRecord({"num-examples": 1})})
+
+    return flower_job("clients call w of the initial record net.w", replying(content), {"w": f32(0)})
+
+
+def begun_as_integers() -> Row:
+    def content(message: Message, context: Context) -> RecordDict:
+        return RecordDict({"arrays": to_record({"w": f32(0.5)}), "metrics": MetricRecord({"num-examples": 1})})
+
+    return flower_job("fractions for a model of integers", replying(content), {"w": np.array([0])})
+
+
 def wider_floats() -> Row:
     weights = [{"w": np.array([v, 0.1])} for v in (1.0, 2.0, 3.0)]
     return flower.both("float64 replies to a float32 model", flower.sent(weights), {"w": f32(0, 0)})
@@ -128,6 +142,12 @@ DIFFERENCES: dict[str, Sequence[Difference]] = {
             "the rest of the global model is kept, in `result.arrays`; clients are sent the part, as by Flower",
             "take the names that clients send out of `result.arrays`",
         ),
+        Difference(
+            other_names,
+            "the global model is the authority: what has other names may be another model",
+            "an empty initial record, `ArrayRecord()`: the clients tell",
+        ),
+        Difference(begun_as_integers, "the fractions would be lost", "initial arrays of floating-point numbers"),
         Difference(wider_floats, DTYPES, "initial arrays in float64"),
         Difference(flower.int64_counter, DTYPES, "initial arrays in float64"),
         Difference(integers_for_floats, "an integer where a fraction is due has been cut off", NONE),

@@ -18,7 +18,11 @@ from fed_learn.contribution import (
 from fed_learn.errors import (
     ClientQuitError,
     ContributionError,
+    DtypeError,
     HandlerError,
+    NamesError,
+    NothingAggregatedError,
+    ShapeError,
     UnknownContributorError,
     without_tracebacks,
 )
@@ -315,6 +319,10 @@ class Session:
         """
         try:
             self.job.finish()
+        except NothingAggregatedError as error:
+            if error.cause in (NamesError.__name__, ShapeError.__name__, DtypeError.__name__):
+                error.args = (f"{error} (an empty initial record takes the model as the clients send it)",)
+            raise
         finally:
             for name in tuple(self.job.clients):
                 self.job.quit(name)
