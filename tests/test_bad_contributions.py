@@ -16,7 +16,7 @@ import pytest
 from reference import BFLOAT16, FLOATS, KERNELS, Array, bits, largest, rounded_mean
 
 from fed_learn.aggregation import Accumulator, weighted_average
-from fed_learn.contribution import Contribution, Kind, check_aggregation_weight, whole_number_of
+from fed_learn.contribution import Contribution, Kind, check_aggregation_weight
 from fed_learn.errors import (
     AggregationWeightError,
     ContributionError,
@@ -33,6 +33,7 @@ from fed_learn.errors import (
     ShapeError,
     WeightsTypeError,
 )
+from fed_learn.values import whole_number_of
 
 ROUND = 4
 

@@ -16,8 +16,8 @@ from keras import layers
 from torch import nn
 
 from fed_learn.adapters.layout import LayoutMap, align
+from fed_learn.differences import add_difference, difference
 from fed_learn.errors import DtypeError, ModelError, NamesError, ShapeError, TiedVariablesError, WeightsTypeError
-from fed_learn.weights import add_difference, difference
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "ConvNet": (pm.torch_conv_net, pm.keras_conv_net),

@@ -15,6 +15,7 @@ import fed_learn as fl
 from fed_learn import kernels
 from fed_learn.aggregation.round import MOST_FORMS, Combined, Round
 from fed_learn.contribution import Contribution, Kind
+from fed_learn.differences import add_difference, difference
 from fed_learn.weights import Array, FrozenWeights, WeightDict
 
 KERNELS = kernels.available()
@@ -353,7 +354,7 @@ def test_differences_of_constants_are_nan_or_zero_and_leave_them_as_they_are(str
     this = Round(model=SCORES, kind=Kind.DIFF, stream=stream)
     with np.errstate(invalid="ignore"):
         naive = {name: array - SCORES[name] for name, array in scores(1).items()}
-    ours = fl.weights.difference(scores(3), SCORES)
+    ours = difference(scores(3), SCORES)
     assert all(np.isfinite(array).all() for array in ours.values())
     naive["low"] = np.asarray(naive["low"])
     this.receive(sent("a", naive, kind=Kind.DIFF))
@@ -361,7 +362,7 @@ def test_differences_of_constants_are_nan_or_zero_and_leave_them_as_they_are(str
     assert this.settle() == []
     mean = this.combine().mean
     assert mean["w"].tolist() == [1.0, 1.0]
-    moved = fl.weights.add_difference(SCORES, ours)
+    moved = add_difference(SCORES, ours)
     assert {n: a.tobytes() for n, a in moved.items()} == {n: a.tobytes() for n, a in scores(3).items()}
 
 

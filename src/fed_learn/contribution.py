@@ -4,12 +4,12 @@ import enum
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 
+from fed_learn.differences import check_differences
 from fed_learn.errors import (
     AggregationWeightError,
     DuplicateContributionError,
@@ -20,6 +20,7 @@ from fed_learn.errors import (
     UnknownContributorError,
     brief,
 )
+from fed_learn.values import number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
     Array,
     FrozenDict,
@@ -27,7 +28,6 @@ from fed_learn.weights import (
     Schema,
     WeightDict,
     as_weight_dict,
-    check_differences,
     check_weights,
     size_text,
 )
@@ -105,81 +105,6 @@ class Contribution:
         return f"Contribution({', '.join(parts)})"
 
 
-def number_of(value: object) -> float | None:
-    """The number that a value is, in whatever form it comes: of Python or numpy, an array or tensor of one element.
-
-    Returns:
-        None for anything else: text, bools, what has several elements, an int that no float can hold.
-
-    Example:
-        >>> number_of(np.int64(3)), number_of(np.array([0.5])), number_of("3"), number_of(True)
-        (3.0, 0.5, None, None)
-    """
-    if type(value) is float:
-        return value
-    try:
-        shape = getattr(value, "shape", None)
-        if shape is not None and not isinstance(value, type):
-            if math.prod(shape) != 1:
-                return None
-            held: Any = value
-            value = held.item() if hasattr(held, "item") else held.numpy().item()
-        if isinstance(value, bool | np.bool_) or not isinstance(value, Real | Decimal):
-            return None
-        return float(value)
-    except Exception:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
-        return None
-
-
-DEEPEST = 8
-"""How deep lists and dicts nest in `Contribution.info`; below that they are described."""
-
-
-def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-    """The entries of a client's metrics that are numbers, as floats, and the others as plain values.
-
-    NaN and infinities are numbers; handlers deal with them.
-
-    Example:
-        >>> split_metrics({"accuracy": np.float32(0.5), "converged": True, "confusion": [[3, 1], [0, 4]]})
-        ({'accuracy': 0.5}, {'converged': True, 'confusion': ((3, 1), (0, 4))})
-    """
-    numbers: dict[str, float] = {}
-    others: dict[Any, Any] = {}
-    for name, value in metrics.items():
-        number = number_of(value) if isinstance(name, str) else None
-        if number is None:
-            others[name] = value
-        else:
-            numbers[name] = number
-    return numbers, plain_values(others)
-
-
-def plain_values(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """A copy of a mapping in plain JSON values that nobody can change; what is none becomes a short description."""
-    return {name if isinstance(name, str) else brief(name): _plain(value, DEEPEST) for name, value in values.items()}
-
-
-def _plain(value: Any, depth: int) -> Any:
-    if value is None or type(value) in (bool, float, str):
-        return value
-    if type(value) is int and abs(value) < 2**63:  # Python does not even print the longest ones
-        return value
-    number = number_of(value)
-    if number is not None:
-        return number
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, str):
-        return str(value)
-    if depth and isinstance(value, dict):
-        inner = {key if isinstance(key, str) else brief(key): _plain(item, depth - 1) for key, item in value.items()}
-        return FrozenDict(inner)
-    if depth and isinstance(value, list | tuple):
-        return tuple(_plain(item, depth - 1) for item in value)
-    return brief(value)
-
-
 def check_aggregation_weight(value: object, contributor: str | None = None) -> float:
     """The aggregation weight as a float.
 
@@ -247,23 +172,6 @@ def checked_n_iter(n_iter: object, contributor: str) -> int | None:
             metric="n_iter",
         )
     return number
-
-
-def whole_number_of(value: object) -> int | None:
-    """The number that a value is, where it is a whole one of at most 64 bits; None for anything else.
-
-    Example:
-        >>> whole_number_of(np.float32(3)), whole_number_of(2.5), whole_number_of(10**400), whole_number_of("3")
-        (3, None, None, None)
-    """
-    if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
-        number = int(value)
-    else:
-        found = number_of(value)
-        if found is None or not found.is_integer():
-            return None
-        number = int(found)
-    return number if -(2**63) <= number < 2**63 else None
 
 
 def check_terms(

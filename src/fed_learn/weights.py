@@ -14,10 +14,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fed_learn.environment import check_environment
 from fed_learn.errors import (
     DtypeError,
-    IntegerRangeError,
     NamesError,
     NonFiniteError,
     ShapeError,
@@ -163,25 +161,25 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
             return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
         raise WeightsTypeError(
-            f"{_who(contributor)}weights are {_what_instead(weights)}, not a dict of numpy arrays",
+            f"{about(contributor)}weights are {_what_instead(weights)}, not a dict of numpy arrays",
             contributor=contributor,
         )
     try:
         items = list(weights.items())
     except Exception as error:
         raise WeightsTypeError(
-            f"{_who(contributor)}weights cannot be read: {type(error).__name__}: {error}", contributor=contributor
+            f"{about(contributor)}weights cannot be read: {type(error).__name__}: {error}", contributor=contributor
         ) from error
     arrays: dict[str, Array] = {}
     for name, value in items:
         if not isinstance(name, str):
             raise WeightsTypeError(
-                f"{_who(contributor)}variable name {name!r} is a {type(name).__name__}, not a str",
+                f"{about(contributor)}variable name {name!r} is a {type(name).__name__}, not a str",
                 contributor=contributor,
             )
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
             raise WeightsTypeError(
-                f"{_who(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, not a numpy array"
+                f"{about(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, not a numpy array"
                 + _hint_of(name, value),
                 contributor=contributor,
                 name=name,
@@ -240,7 +238,7 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             dtype = native_dtype(array.dtype)
             if dtype not in SUPPORTED_DTYPES:
                 raise DtypeError(
-                    f"{_who(contributor, name)}has dtype {array.dtype}, which cannot be averaged",
+                    f"{about(contributor, name)}has dtype {array.dtype}, which cannot be averaged",
                     contributor=contributor,
                     name=name,
                     dtype=array.dtype,
@@ -284,7 +282,7 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
         extra = tuple(name for name in weights if name not in self)
         parts = [f"{what} {listed(names)}" for what, names in (("misses", missing), ("adds", extra)) if names]
         return NamesError(
-            f"{_who(contributor)}has other variables than expected: {' and '.join(parts)}",
+            f"{about(contributor)}has other variables than expected: {' and '.join(parts)}",
             contributor=contributor,
             name=(missing or extra)[0],
             missing=missing,
@@ -349,7 +347,7 @@ def dtype_error(
     """Says that a variable has another dtype than expected."""
     comma = "," if problem == "expected" else ""
     return DtypeError(
-        f"{_who(contributor, name)}has dtype {array.dtype}{comma} {problem} {expected}",
+        f"{about(contributor, name)}has dtype {array.dtype}{comma} {problem} {expected}",
         contributor=contributor,
         name=name,
         dtype=array.dtype,
@@ -360,7 +358,7 @@ def dtype_error(
 def shape_error(name: str, array: Array, expected: tuple[int, ...], contributor: str | None) -> ShapeError:
     """Says that a variable has another shape than expected."""
     return ShapeError(
-        f"{_who(contributor, name)}has shape {array.shape}, expected {expected}",
+        f"{about(contributor, name)}has shape {array.shape}, expected {expected}",
         contributor=contributor,
         name=name,
         shape=array.shape,
@@ -418,7 +416,7 @@ def check_finite(weights: WeightDict, contributor: str | None = None, *, constan
         if constants is None or not same_values(array[~finite], constants[name][~finite]):
             index, value = first_of(~finite, array)
             raise NonFiniteError(
-                f"{_who(contributor, name)}at index {index}: {value} is not finite",
+                f"{about(contributor, name)}at index {index}: {value} is not finite",
                 contributor=contributor,
                 name=name,
                 index=index,
@@ -441,10 +439,11 @@ def same_values(one: Array, other: Array) -> bool:
         >>> same_values(mask, mask.copy()), same_values(mask, np.zeros(3))
         (True, False)
     """
-    return one.shape == other.shape and bool(_same_elements(one, other).all())
+    return one.shape == other.shape and bool(same_elements(one, other).all())
 
 
-def _same_elements(one: Array, other: Array) -> npt.NDArray[np.bool_]:
+def same_elements(one: Array, other: Array) -> npt.NDArray[np.bool_]:
+    """Where two arrays of one shape hold equal values, NaN being equal to NaN."""
     with np.errstate(invalid="ignore"):
         same: npt.NDArray[np.bool_] = np.asarray((one == other) | ((one != one) & (other != other)))
     return same
@@ -498,95 +497,13 @@ def first_of(bad: npt.NDArray[np.bool_], array: Array) -> tuple[tuple[int, ...],
     return index, array[index].item()
 
 
-def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
-    """`weights − base` per variable, taken in float64 (integers exactly) and rounded to the dtype.
-
-    Where both hold the same, be it an infinity or NaN as in masks, the difference is 0.
-
-    Args:
-        weights: A weight dict.
-        base: What it started from, with the same schema.
-
-    Raises:
-        DtypeError: For booleans and unsigned integers, which cannot hold a negative difference.
-        NonFiniteError, IntegerRangeError: The difference leaves the range of the dtype.
-        NamesError, ShapeError, DtypeError: The two do not have the same schema.
-        FloatingPointEnvironmentError: The process does not compute as numbers are defined.
+def about(contributor: str | None, name: str | None = None) -> str:
+    """How a message begins that is about a contributor and a variable, as far as they are known.
 
     Example:
-        >>> difference({"w": np.float32([3, 1])}, {"w": np.float32([1, 2])})
-        {'w': array([ 2., -1.], dtype=float32)}
+        >>> about("site-1", "fc.weight"), about(None)
+        ("site-1: 'fc.weight' ", '')
     """
-    check_environment()
-    schema = Schema.of(base)
-    schema.check(weights)
-    check_differences(schema)
-    with np.errstate(invalid="ignore"):  # of equal infinities, below
-        wide = {name: np.asarray(_wide(weights[name], name) - _wide(base[name], name)) for name in schema}
-    for name, array in wide.items():
-        if array.dtype.kind == "f" and not finite_elements(array).all():
-            array[_same_elements(weights[name], base[name])] = 0
-    return _rounded(wide, schema)
-
-
-def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
-    """`base + diff` per variable, with the arithmetic of `difference`.
-
-    A variable of `base` that is not finite, as a mask, passes if the difference leaves it as it is.
-
-    Raises:
-        NonFiniteError, IntegerRangeError: The sum leaves the range of the dtype.
-        NamesError, ShapeError, DtypeError: The two do not have the same schema.
-
-    Example:
-        >>> add_difference({"w": np.float32([1, 2])}, {"w": np.float32([2, -1])})
-        {'w': array([3., 1.], dtype=float32)}
-    """
-    check_environment()
-    schema = Schema.of(base)
-    schema.check(diff)
-    check_differences(schema)
-    return _rounded({name: _wide(base[name], name) + _wide(diff[name], name) for name in schema}, schema, base)
-
-
-def check_differences(schema: Schema, contributor: str | None = None) -> None:
-    """Refuses a schema whose differences its own dtypes cannot hold.
-
-    Raises:
-        DtypeError: A variable is boolean or an unsigned integer.
-    """
-    for name, (_, dtype) in schema.items():
-        if dtype.kind in "bu":
-            raise DtypeError(
-                f"{_who(contributor, name)}has dtype {dtype}, which cannot hold a difference; send full weights",
-                contributor=contributor,
-                name=name,
-                dtype=dtype,
-                expected=None,
-            )
-
-
-def _wide(array: Array, name: str) -> Array:
-    """float64; int64 for integers, so small that the sum of two cannot wrap around."""
-    if array.dtype.kind != "i":
-        return array.astype(np.float64)
-    wide = array.astype(np.int64)
-    if wide.size and max(-int(wide.min()), int(wide.max())) > 2**62:
-        raise IntegerRangeError(f"{name!r} holds integers beyond 2**62, whose differences may not fit", name=name)
-    return wide
-
-
-def _rounded(wide: WeightDict, schema: Schema, constants: WeightDict | None = None) -> dict[str, Array]:
-    with np.errstate(all="ignore"):  # what overflows is reported by name below
-        narrow = {name: np.asarray(wide[name]).astype(dtype) for name, (_, dtype) in schema.items()}
-    check_finite(narrow, constants=constants)
-    for name, array in narrow.items():
-        if array.dtype.kind == "i" and not np.array_equal(array, wide[name]):
-            raise IntegerRangeError(f"{name!r} leaves the range of {array.dtype}", name=name)
-    return narrow
-
-
-def _who(contributor: str | None, name: str | None = None) -> str:
     return (f"{contributor}: " if contributor is not None else "") + (f"{name!r} " if name is not None else "")
 
 

@@ -16,6 +16,7 @@ from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.tensor_outputs import as_tensors
 from fed_learn.aggregation.tensors import Opened, opened_contribution, without_tensors
 from fed_learn.contribution import Contribution, Kind, check_terms, checked_n_iter
+from fed_learn.differences import check_differences
 from fed_learn.errors import NonFiniteError
 from fed_learn.kernels.base import Kernel
 from fed_learn.weights import (
@@ -25,7 +26,6 @@ from fed_learn.weights import (
     Schema,
     WeightDict,
     as_weight_dict,
-    check_differences,
     check_finite,
     finite_elements,
     listed,

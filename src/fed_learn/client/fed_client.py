@@ -11,19 +11,14 @@ from fed_learn.client.filters import apply_filters, check_filters
 from fed_learn.components.data_processor import DataProcessor
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import check_learner, metric_and_mode, mode_followed, scores, training_result
-from fed_learn.contribution import (
-    INITIAL_VALIDATION_METRIC,
-    BestModel,
-    Contribution,
-    Kind,
-    ValidationResult,
-    split_metrics,
-)
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
+from fed_learn.differences import add_difference, difference
 from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.weights import FrozenWeights, WeightDict, add_difference, as_weight_dict, difference
+from fed_learn.values import split_metrics
+from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict
 
 logger = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fed_learn.contribution import split_metrics
 from fed_learn.errors import brief
 from fed_learn.model_meta import FLContext
+from fed_learn.values import split_metrics
 from fed_learn.weights import WeightDict, size_text
 
 DEFAULT_METRIC = "accuracy"

@@ -10,8 +10,8 @@ from typing import Any
 from fed_learn.components.direction import mode_of
 from fed_learn.components.learner import DEFAULT_METRIC, Learner, TrainingResult
 from fed_learn.components.model_evaluator import ModelEvaluator
-from fed_learn.contribution import number_of, split_metrics
 from fed_learn.errors import MetricError, brief
+from fed_learn.values import number_of, split_metrics
 from fed_learn.weights import size_text
 
 WANTED = (

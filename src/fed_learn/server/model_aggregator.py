@@ -9,10 +9,11 @@ from typing import Any
 
 from fed_learn.aggregation import weighted_average
 from fed_learn.contribution import BestModel, Contribution, Kind, check_aggregation_weight, check_factor
+from fed_learn.differences import add_difference
 from fed_learn.errors import AggregatorError, FedLearnError, MetricError
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.numproto import model_arrays, model_to_weights, to_dtypes, weights_to_model
-from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, add_difference
+from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger(__name__)
 

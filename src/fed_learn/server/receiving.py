@@ -6,14 +6,8 @@ from typing import TYPE_CHECKING
 
 from fed_learn import kernels
 from fed_learn.aggregation.round import Combined, Round, Told
-from fed_learn.contribution import (
-    INITIAL_VALIDATION_METRIC,
-    Contribution,
-    Kind,
-    ValidationResult,
-    checked_n_iter,
-    split_metrics,
-)
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, ValidationResult, checked_n_iter
+from fed_learn.differences import add_difference
 from fed_learn.errors import (
     AggregatorError,
     BrokenAccumulatorError,
@@ -32,7 +26,8 @@ from fed_learn.errors import (
 )
 from fed_learn.model_meta import FLContext
 from fed_learn.server.model_aggregator import Aggregator, run_aggregator
-from fed_learn.weights import FrozenWeights, WeightDict, add_difference
+from fed_learn.values import split_metrics
+from fed_learn.weights import FrozenWeights, WeightDict
 
 if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer

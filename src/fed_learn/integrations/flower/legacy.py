@@ -13,7 +13,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, number_of, whole_number_of
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import ClientQuitError, ContributionError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.flower.records import NPY, to_weights
@@ -27,6 +27,7 @@ from fed_learn.integrations.flower.replies import (
 from fed_learn.integrations.flower.session import Session
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
+from fed_learn.values import number_of, whole_number_of
 from fed_learn.weights import FrozenWeights, Schema
 
 logger = logging.getLogger("flwr")

@@ -9,6 +9,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fed_learn.components.returned import scores_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult
+from fed_learn.differences import difference
 from fed_learn.errors import brief
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.integrations.flower.records import to_record, to_weights
@@ -23,7 +24,7 @@ from fed_learn.integrations.flower.replies import (
     states,
 )
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.weights import FrozenWeights, difference
+from fed_learn.weights import FrozenWeights
 
 logger = logging.getLogger("flwr")
 

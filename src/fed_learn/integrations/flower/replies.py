@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
-from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind, whole_number_of
+from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind
 from fed_learn.errors import (
     AggregationWeightError,
     ClientQuitError,
@@ -17,6 +17,7 @@ from fed_learn.errors import (
     brief,
 )
 from fed_learn.integrations.flower.records import to_weights
+from fed_learn.values import whole_number_of
 from fed_learn.weights import FrozenWeights, Schema
 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)

@@ -21,14 +21,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn import kernels
 from fed_learn.aggregation.round import PARTIAL, Told
-from fed_learn.contribution import (
-    Contribution,
-    Kind,
-    RoundReport,
-    check_aggregation_weight,
-    check_factor,
-    whole_number_of,
-)
+from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight, check_factor
 from fed_learn.errors import (
     AggregationWeightError,
     BrokenAccumulatorError,
@@ -43,6 +36,7 @@ from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.intake import Intake
 from fed_learn.server.job_events import nothing_aggregated
+from fed_learn.values import whole_number_of
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,6 @@ from fed_learn.contribution import (
     Contribution,
     Kind,
     check_aggregation_weight,
-    whole_number_of,
 )
 from fed_learn.errors import (
     AggregationWeightError,
@@ -40,6 +39,7 @@ from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.mirror import Mirror
 from fed_learn.model_meta import ContextKey
 from fed_learn.server.job_events import nothing_aggregated
+from fed_learn.values import whole_number_of
 from fed_learn.weights import WeightDict
 
 

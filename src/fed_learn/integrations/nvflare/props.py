@@ -15,8 +15,9 @@ from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from fed_learn.contribution import Contribution, split_metrics
+from fed_learn.contribution import Contribution
 from fed_learn.errors import FedLearnError
+from fed_learn.values import split_metrics
 
 OUTCOME = "fed_learn.outcome"
 """Aggregator to bridge, from one contribution's acceptance to the event after it: an `Outcome`."""
