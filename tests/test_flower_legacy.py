@@ -133,7 +133,7 @@ def test_several_clients_of_a_partition_are_several_contributors_and_what_is_non
     strategy.aggregate_fit(1, trained, [])
     assert strategy.job is not None
     (report,) = strategy.job.reports
-    assert report.accepted == ("node-102", "partition-0", "partition-0@node-101")
+    assert report.accepted == ("node-102", "partition-0@node-100", "partition-0@node-101")
     assert report.rejected == ()
 
 

@@ -470,6 +470,7 @@ def test_shareables_are_accepted_refused_and_averaged() -> None:
         "KindError",
         "KindError",
         "WeightsTypeError",
+        "ClientQuitError",
         "DuplicateContributionError",
     ]
     aggregator.reset(fl_ctx)

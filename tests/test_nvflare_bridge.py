@@ -552,7 +552,7 @@ def ended(*accepted: bool, fatal: bool = False) -> list[str]:
 
 def test_a_training_in_vain_ends_the_job_once() -> None:
     first = "a: not accepted; the log of NVFlare says why"
-    initial = "nothing was aggregated in 1 round, and the model is still the initial one"
+    initial = "nothing was aggregated in 1 round, so no client's work is in the model"
     assert ended(False, False) == [f"{initial}: ContributionError 2 times, the first: {first}"]
     assert ended(True, False) == []
     assert ended() == []  # nobody contributed
@@ -574,7 +574,7 @@ def test_the_commonest_cause_is_named() -> None:
     assert isinstance(error, NothingAggregatedError)
     assert (error.cause, error.count, error.rounds) == ("NonFiniteError", 2, 2)
     assert str(error).endswith(
-        "in 2 rounds, and the model is still the initial one: NonFiniteError 2 times, the first: a: nan"
+        "in 2 rounds, so no client's work is in the model: NonFiniteError 2 times, the first: a: nan"
     )
     assert nothing_aggregated([*reports, fl.RoundReport(2, ("b",))]) is None
 
@@ -582,7 +582,7 @@ def test_the_commonest_cause_is_named() -> None:
 def test_a_round_may_fail_though_nobody_is_refused() -> None:
     error = nothing_aggregated([fl.RoundReport(0, ("a",), error=fl.TooFewContributionsError("1 of 2"))])
     assert str(error).endswith(
-        "in 1 round, and the model is still the initial one: TooFewContributionsError once, the first: 1 of 2"
+        "in 1 round, so no client's work is in the model: TooFewContributionsError once, the first: 1 of 2"
     )
     nobody = nothing_aggregated([fl.RoundReport(0, absent=("a",), error=fl.TooFewContributionsError("0 of 1"))])
     assert nobody is not None
@@ -609,7 +609,14 @@ def test_scores_are_the_numbers_of_an_answer() -> None:
         "huge": 10**400,
         3: 1.0,
     }
-    assert props.scores_in(answer(metrics=metrics)) == {"loss": 0.5, "n": 3.0, "zero_d": 0.25, "ok": 1.0, "also": 1.0}
+    assert props.scores_in(answer(metrics=metrics)) == {
+        "loss": 0.5,
+        "n": 3.0,
+        "zero_d": 0.25,
+        "ok": 1.0,
+        "also": 1.0,
+        "one": 1.0,
+    }
 
 
 def test_scores_may_be_tensors() -> None:

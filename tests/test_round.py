@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -297,11 +298,24 @@ def test_a_stream_keeps_a_few_parts_apart_and_refuses_more() -> None:
     this = Round(model=known, stream=True)
     for k in range(MOST_FORMS):
         this.receive(sent(f"site-{k}", {f"{k}": np.ones(1)}))
-    with pytest.raises(fl.NamesError):
+    with pytest.raises(fl.NamesError, match="last: holds '4', and 4 other parts of the model are added up already"):
         this.receive(sent("last", {f"{MOST_FORMS}": np.ones(1)}))
     this.receive(sent("site-x", {"2": np.array([3.0])}))
     assert len(this.settle()) == MOST_FORMS - 1
     assert firsts(this.combine().mean) == {"2": 2.0}
+
+
+def test_odd_parts_do_not_lock_whole_models_out_of_a_stream() -> None:
+    known = {f"{k}": np.zeros(1) for k in range(MOST_FORMS + 2)}
+    this = Round(model=known, stream=True)
+    for k in range(MOST_FORMS):
+        this.receive(sent(f"odd-{k}", {f"{k}": np.ones(1)}))
+    for k in range(3):
+        this.receive(sent(f"whole-{k}", {name: np.full(1, float(k)) for name in known}))
+    with pytest.raises(fl.NamesError):  # a part that was given up does not come back
+        this.receive(sent("late", {"0": np.ones(1)}))
+    assert [refused.contributor for refused, _ in this.settle()] == [f"odd-{k}" for k in range(MOST_FORMS)]
+    assert firsts(this.combine().mean) == dict.fromkeys(known, 1.0)
 
 
 # A global model that nobody knows
@@ -417,6 +431,70 @@ def test_what_was_not_finite_may_become_a_number_if_it_does_everywhere(stream: b
 
 
 @STREAMS
+@pytest.mark.parametrize("kind", list(Kind))
+def test_it_does_not_matter_who_trains_what_is_finite_beside_constants(kind: Kind, stream: bool) -> None:
+    known = {"bias": f32([1, -INF]), "w": np.zeros(1)}
+    rows = {"a": f32([2, -INF]), "b": f32([4, -INF]), "c": f32([1, -INF])}
+    weights = {"a": 1, "b": 1, "c": 2, "idle": 0}
+    this = Round(model=known, kind=kind, stream=stream)
+    for who, weight in weights.items():
+        row = rows.get(who, known["bias"])
+        if kind is Kind.DIFF:
+            # by fed_learn itself, or by plain subtraction
+            row = difference({"x": row}, {"x": known["bias"]})["x"] if who == "a" else f32([row[0] - 1, np.nan])
+        this.receive(sent(who, {"bias": row, "w": np.ones(1)}, weight, kind=kind))
+    assert this.settle() == []
+    assert this.combine().mean["bias"].tolist() == ([2, -INF] if kind is Kind.FULL else [1, 0])
+
+
+def test_a_part_without_the_constants_is_averaged_with_those_that_have_them() -> None:
+    this = Round(model={"w": np.zeros(1), "mask": MASK}, partial="average")
+    this.receive(sent("a", {"w": np.array([1.0])}))
+    this.receive(sent("b", {"w": np.array([3.0]), "mask": MASK}))
+    assert this.settle() == []
+    assert firsts(this.combine().mean) == {"w": 2.0}
+
+
+def test_a_handler_sees_constants_as_they_were_sent() -> None:
+    taken = Round(model=SCORES).receive(sent("a", scores(1)))
+    assert taken.weights is not None
+    assert {name: array.tobytes() for name, array in taken.weights.items()} == {
+        name: array.tobytes() for name, array in scores(1).items()
+    }
+
+
+def test_torch_models_stay_torch_models_where_they_hold_constants() -> None:
+    known = {"bias": torch.tensor([1.0, -INF]), "mask": torch.full((2,), -INF), "w": torch.zeros(1)}
+    this = Round(model=known, own=False)  # type: ignore[arg-type]
+    for who, value in (("a", 2.0), ("b", 4.0)):
+        this.receive(sent(who, {**known, "bias": torch.tensor([value, -INF]), "w": torch.full((1,), value)}))
+    assert this.settle() == []
+    mean = this.combine().mean
+    assert {name: isinstance(value, torch.Tensor) for name, value in mean.items()} == {"bias": True, "w": True}
+    assert mean["bias"].tolist() == [3.0, -INF]
+
+
+@STREAMS
+def test_an_overflow_does_not_outvote_a_model_without_one_where_none_is_known(stream: bool) -> None:
+    this = Round(stream=stream)
+    for who, b in (("a", INF), ("b", INF), ("c", 1.0)):
+        this.receive(sent(who, {"w": np.ones(1), "b": np.array([b])}))
+    assert [refused.contributor for refused, _ in this.settle()] == ["a", "b"]
+    assert this.combine().mean["b"].tolist() == [1.0]
+
+
+def test_what_is_kept_of_constants_is_a_copy() -> None:
+    mine = [{"w": np.ones(1), "mask": MASK.copy()} for _ in range(2)]
+    for stream in (False, True):
+        this = Round(stream=stream, own=False)
+        for who, weights in zip("ab", mine, strict=True):
+            this.receive(sent(who, weights))
+        assert this.settle() == []
+        kept = this.combine().constants["mask"]
+        assert not any(np.shares_memory(kept, weights["mask"]) for weights in mine)
+
+
+@STREAMS
 def test_without_a_model_infinities_are_constants_if_another_sends_the_same(stream: bool) -> None:
     this = Round(stream=stream)
     for who, value in (("a", 1.0), ("b", 3.0)):
@@ -437,6 +515,9 @@ def test_without_a_model_infinities_are_constants_if_another_sends_the_same(stre
 def test_a_model_of_constants_alone_is_nothing_to_average() -> None:
     this = Round(model={"mask": MASK})
     this.receive(sent("a", {"mask": MASK}))
+    with pytest.raises(fl.OutOfTurnError, match="settle comes first"):
+        this.combine()
+    assert this.settle() == []
     with pytest.raises(fl.EmptyAggregationError, match="no variable can be averaged"):
         this.combine()
 
@@ -465,6 +546,7 @@ def test_clients_without_examples_have_no_say_in_which_part_counts(stream: bool)
 def test_what_a_handler_makes_is_checked_and_must_be_of_the_same_part() -> None:
     this = Round(model=MODEL)
     kept = [this.receive(sent(who, model(value, "fc.bias"))) for who, value in (("a", 1), ("b", 3))]
+    assert this.settle() == []
     halved = [Contribution(c.contributor, {"fc.bias": (c.weights or {})["fc.bias"] / 2}, 1) for c in kept]
     assert firsts(this.combine(halved).mean) == {"fc.bias": 1.0}
     with pytest.raises(fl.NamesError, match=r"b: has other variables than expected: adds 'fc\.weight'"):
@@ -608,17 +690,19 @@ def test_a_job_in_which_nothing_was_ever_aggregated_names_the_commonest_cause(on
         server.run(clients)
     error = caught.value
     assert (error.cause, error.count, error.rounds) == ("NamesError", 6, 3)
-    assert str(error).startswith("nothing was aggregated in 3 rounds, and the model is still the initial one:")
+    assert str(error).startswith("nothing was aggregated in 3 rounds, so no client's work is in the model:")
     assert "NamesError 6 times, the first: b: has other variables than expected" in str(error)
     assert error.result.weights["fc.bias"].tolist() == [0.0, 0.0, 0.0]
     assert [len(report.rejected) for report in error.result.reports] == [3, 3, 3]
 
 
-def test_a_job_that_asked_nobody_and_one_with_a_single_good_round_end_well() -> None:
-    with fl.FederatedServer(MODEL, num_rounds=1).begin() as job:
-        job.start_round(0)
-        assert not job.aggregate()
-        job.end_round()
+def test_a_job_that_nobody_contributes_to_is_in_vain_and_one_with_a_single_good_round_is_not() -> None:
+    job = fl.FederatedServer(MODEL, num_rounds=1).begin()
+    job.start_round(0)
+    assert not job.aggregate()
+    job.end_round()
+    with pytest.raises(fl.NothingAggregatedError, match="TooFewContributionsError once"):
+        job.finish()
     calls = []
 
     def once(weights: WeightDict) -> WeightDict:

@@ -273,8 +273,12 @@ def test_other_names_are_refused(kernel: str | None) -> None:
         fl.weighted_average([of(a=torch.ones(1)), of(b=torch.ones(1))], kernel=kernel)
     with pytest.raises(fl.EmptyAggregationError):
         fl.weighted_average([], like=of(a=torch.ones(1)), kernel=kernel)
-    with pytest.raises(fl.AggregationWeightError):
+    with pytest.raises(fl.EmptyAggregationError):
         fl.weighted_average([of(a=torch.ones(1))], [0], kernel=kernel)
+    found: Any = fl.weighted_average([of(a=torch.ones(1)), of(a=torch.full((1,), 3.0))], [0, 2], kernel=kernel)
+    assert found["a"].tolist() == [3.0]
+    with pytest.raises(fl.NonFiniteError):
+        fl.weighted_average([of(a=torch.full((1,), np.nan)), of(a=torch.ones(1))], [0, 2], kernel=kernel)
 
 
 # Outputs, models and the rest of a stream.

@@ -4,7 +4,6 @@ import enum
 import math
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -201,7 +200,8 @@ def check_terms(
     if who in contributors:
         raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
     own_round = contribution.round
-    if own_round is not None and (not isinstance(own_round, Integral) or round not in (None, own_round)):
+    number = whole_number_of(own_round)
+    if own_round is not None and (number is None or round not in (None, number)):
         expected = "a number" if round is None else brief(_shown(round))
         raise RoundError(
             f"{who}: contribution is of round {brief(_shown(own_round))}, expected {expected}",

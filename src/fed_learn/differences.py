@@ -13,13 +13,13 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
     Where both hold the same, be it an infinity or NaN as in masks, the difference is 0.
 
     Args:
-        weights: A weight dict.
-        base: What it started from, with the same schema.
+        weights: A weight dict, of all or a part of the variables of `base`, in the dtypes of `base` or other widths.
+        base: What it started from.
 
     Raises:
         DtypeError: For booleans and unsigned integers, which cannot hold a negative difference.
         NonFiniteError, IntegerRangeError: The difference leaves the range of the dtype.
-        NamesError, ShapeError, DtypeError: The two do not have the same schema.
+        NamesError, ShapeError, DtypeError: `weights` do not fit `base`; see `Schema.fit`.
         FloatingPointEnvironmentError: The process does not compute as numbers are defined.
 
     Example:
@@ -27,8 +27,8 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
         {'w': array([ 2., -1.], dtype=float32)}
     """
     check_environment()
-    schema = Schema.of(base)
-    schema.check(weights)
+    weights, _ = Schema.of(base).fit(weights)
+    schema = Schema.of(weights)
     check_differences(schema)
     with np.errstate(invalid="ignore"):  # of equal infinities, below
         wide = {name: np.asarray(_wide(weights[name], name) - _wide(base[name], name)) for name in schema}
@@ -39,7 +39,7 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
 
 
 def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
-    """`base + diff` per variable, with the arithmetic of `difference`.
+    """`base + diff` per variable of `diff`, with the arithmetic of `difference`.
 
     A variable of `base` that is not finite, as a mask, passes if the difference leaves it as it is.
 
@@ -52,7 +52,7 @@ def add_difference(base: WeightDict, diff: WeightDict) -> dict[str, Array]:
         {'w': array([3., 1.], dtype=float32)}
     """
     check_environment()
-    schema = Schema.of(base)
+    schema = Schema({name: form for name, form in Schema.of(base).items() if name in diff})
     schema.check(diff)
     check_differences(schema)
     return _rounded({name: _wide(base[name], name) + _wide(diff[name], name) for name in schema}, schema, base)

@@ -1,7 +1,7 @@
 """Values as clients and users' functions give them: numbers in any form, and what else there may be, made plain."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from numbers import Integral, Real
 from typing import Any
@@ -102,3 +102,26 @@ def _plain(value: Any, depth: int) -> Any:
     if depth and isinstance(value, list | tuple):
         return tuple(_plain(item, depth - 1) for item in value)
     return brief(value)
+
+
+def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
+    """The weighted mean of numbers, rounded once, whatever their order and however large they are.
+
+    Infinities and NaN give what a plain sum gives.
+
+    Args:
+        numbers: At least one.
+        weights: One for each: finite, not negative, and not all 0.
+
+    Example:
+        >>> mean_of([1.0, 3.0], [3, 1]), mean_of([1.5e308, 1.5e308], [1e300, 1e300])
+        (1.5, 1.5e+308)
+    """
+    _, exponent = math.frexp(max(weights))
+    scaled = [math.ldexp(weight, -exponent) for weight in weights]  # exactly, and none of them above 1
+    largest = max(map(abs, numbers))
+    shift = math.frexp(largest)[1] + len(weights).bit_length() if math.isfinite(largest) and largest > 1 else 0
+    terms = [weight * math.ldexp(number, -shift) for weight, number in zip(scaled, numbers, strict=True)]
+    if not all(map(math.isfinite, terms)):
+        return sum(terms) / math.fsum(scaled)
+    return math.ldexp(math.fsum(terms) / math.fsum(scaled), shift)

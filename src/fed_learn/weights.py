@@ -284,7 +284,7 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
         return NamesError(
             f"{about(contributor)}has other variables than expected: {' and '.join(parts)}",
             contributor=contributor,
-            name=(missing or extra)[0],
+            name=next(iter(missing or extra), None),
             missing=missing,
             extra=extra,
         )

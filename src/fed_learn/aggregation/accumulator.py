@@ -214,7 +214,8 @@ class Accumulator:
         self._check_usable()
         other.flush()
         self._check_mergeable(other)
-        if not other._count:
+        if not other._count:  # nothing to add, from contributors that count by 0
+            self._contributors.update(other._contributors)
             return
         kernel = self._kernel_for(other._device)
         self._check_integers(other._largest, self._count + other._count)
@@ -354,6 +355,9 @@ class Accumulator:
             raise MergeError("an accumulator cannot be merged with itself")
         if self._exact != other._exact:
             raise MergeError("an exact and an ordinary accumulator cannot be merged")
+        for contributor in other._contributors:
+            if contributor in self._contributors:
+                raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
         if not other._count:
             return
         if self._count and self._device != other._device:
@@ -361,9 +365,6 @@ class Accumulator:
         assert other._schema is not None
         if self._schema is not None:
             self._schema.check(_placeholders(other._schema), "other")
-        for contributor in other._contributors:
-            if contributor in self._contributors:
-                raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
         if self._count and self._kind is not other._kind:
             raise KindError(
                 f"other holds contributions of kind {other._kind}, expected {self._kind}",

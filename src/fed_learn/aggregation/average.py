@@ -31,7 +31,7 @@ from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_f
 LIFT = 100
 """Aggregation weights are multiplied by 2**100 (see `usual_scale`)."""
 
-Checked: TypeAlias = list[tuple[str, dict[str, Array], float]]
+Rows: TypeAlias = list[tuple[str, dict[str, Array], float]]
 """Contributor, weights and aggregation weight of what passed the checks, in the order of the sums."""
 
 
@@ -165,7 +165,7 @@ def _average_again(
 
 def checked_batch(
     batch: list[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
-) -> tuple[Schema, Checked]:
+) -> tuple[Schema, Rows]:
     """Checks all but whether values are finite.
 
     Returns:
@@ -183,7 +183,7 @@ def checked_batch(
     return _checked_contributions(batch, schema)
 
 
-def counting(checked: Checked, check: Callable[[str, dict[str, Array]], None]) -> Checked:
+def counting(checked: Rows, check: Callable[[str, dict[str, Array]], None]) -> Rows:
     """Those that count by more than 0; the sums will not show what is wrong with the others.
 
     Args:
@@ -204,7 +204,7 @@ def counting(checked: Checked, check: Callable[[str, dict[str, Array]], None]) -
     return [row for row in checked if row[2]]
 
 
-def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Checked]:
+def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Rows]:
     """In the order of the contributors' names."""
     newest = max((int(c.round) for c in batch if isinstance(c.round, int | np.integer)), default=None)
     kind = batch[0].kind if isinstance(batch[0].kind, Kind) else None
@@ -219,7 +219,7 @@ def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> 
 
 def _checked_weight_dicts(
     batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
-) -> tuple[Schema, Checked]:
+) -> tuple[Schema, Rows]:
     """In the order of the list."""
     if aggregation_weights is None:
         aggregation_weights = [1.0] * len(batch)
@@ -240,7 +240,7 @@ def _checked_weight_dicts(
     return schema, list(zip(labels, rows, scalars, strict=True))
 
 
-def _refuse_non_finite(results: WeightDict, checked: Checked) -> dict[str, npt.NDArray[np.bool_]]:
+def _refuse_non_finite(results: WeightDict, checked: Rows) -> dict[str, npt.NDArray[np.bool_]]:
     """Refuses NaN and infinity in the inputs of variables with a sum that is not finite.
 
     Returns:
@@ -258,7 +258,7 @@ def _refuse_non_finite(results: WeightDict, checked: Checked) -> dict[str, npt.N
 
 
 def _exact_average(
-    kernel: Kernel, schema: Schema, checked: Checked, columns: Mapping[str, Sequence[Array]], results: WeightDict
+    kernel: Kernel, schema: Schema, checked: Rows, columns: Mapping[str, Sequence[Array]], results: WeightDict
 ) -> None:
     for row, (contributor, weights, a) in enumerate(checked):
         flags = kernel.not_finite([column[row] for column in columns.values()])

@@ -6,8 +6,8 @@ error that names who and what. Which of several parts counts is left to `fed_lea
 """
 
 import hashlib
-from collections.abc import Callable, Container, Hashable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from fed_learn.differences import check_differences
 from fed_learn.errors import NonFiniteError
 from fed_learn.kernels.base import Kernel
 from fed_learn.weights import (
+    FLOATS,
     PLAIN,
     Array,
     FrozenWeights,
@@ -43,18 +44,33 @@ class Checked:
     Attributes:
         contribution: It, with plain numbers, and its weights in the order and the dtypes of the global model.
         arrays: The same weights as arrays.
-        averaged: Names of the variables that are averaged: those that were sent, without constants.
-        masked: Names of averaged variables that hold constants in some places; 0 stands there.
-        form: Equal for contributions that can be averaged together; None: all variables, nothing special.
+        averaged: Names of the variables that are averaged: all that were sent but `constants`.
+        filled: Variables that are not finite where the global model is not: what is averaged in their place, 0 there.
+        unchanged: Names of those that are as a whole what they are in the global model.
+        form: Equal for contributions of the same variables; None: all of the global model.
         unless_alone: Why it is refused if nobody else sent one of this form.
     """
 
     contribution: Contribution
     arrays: WeightDict
     averaged: tuple[str, ...]
-    masked: tuple[str, ...] = ()
+    filled: WeightDict = field(default_factory=dict)
+    unchanged: frozenset[str] = frozenset()
     form: Hashable = None
     unless_alone: NonFiniteError | None = None
+
+    def to_average(self, names: Sequence[str]) -> Contribution:
+        """The contribution with some of its variables, as they are averaged."""
+        weights = self.contribution.weights
+        assert weights is not None
+        if not self.filled and len(names) == len(weights):
+            return self.contribution
+        return replace(self.contribution, weights={name: self.filled.get(name, weights[name]) for name in names})
+
+    @property
+    def constants(self) -> dict[str, Array]:
+        """Variables that are not averaged: not finite, and the global model is not known."""
+        return {name: array for name, array in self.arrays.items() if name not in self.averaged}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,51 +135,60 @@ class Terms:
         flagged = [name for name, flag in zip(arrays, kernel.not_finite(columns), strict=True) if flag]
         return self.with_constants(checked, flagged) if flagged else checked
 
-    def with_constants(self, checked: Checked, flagged: list[str]) -> Checked:
+    def with_constants(self, checked: Checked, flagged: Sequence[str]) -> Checked:
         """The same, where the values of some variables that are not finite are constants.
 
-        They are if the global model has the same ones; if it is not known, if another contributor sends the same.
+        They are if the global model has the same ones in the same places; if it is not known, if another contributor
+        sends the same.
 
         Raises:
             NonFiniteError: They are not.
         """
-        contribution, arrays = checked.contribution, dict(checked.arrays)
+        contribution, arrays = checked.contribution, checked.arrays
         who, kind = contribution.contributor, contribution.kind
-        constants, masked = [], []
-        alone, digests = None, []
+        if not self.schema:
+            return self._with_constants_of_its_own(checked, flagged)
+        filled: dict[str, Any] = {}
+        unchanged = set()
         for name in flagged:
-            if not self.schema and not np.isnan(arrays[name]).any():
-                alone = alone or _not_finite(name, arrays[name], who)
-                digests.append(hashlib.sha256(np.ascontiguousarray(arrays[name]).tobytes()).digest())
-                constants.append(name)
-                continue
-            base = self._base(name)
-            if base is None or not _agrees(arrays[name], base, kind):
-                raise _not_finite(name, arrays[name], who)
-            if _is_constant(arrays[name], base, kind):
-                constants.append(name)
-            else:
-                masked.append(name)
-                arrays[name] = np.where(finite_elements(arrays[name]), arrays[name], np.zeros((), arrays[name].dtype))
-        if masked:
-            weights = FrozenWeights(arrays) if self.own else dict(arrays)
-            contribution, arrays = replace(contribution, weights=weights), dict(weights)
-        averaged = tuple(name for name in arrays if name not in constants)
-        form = (checked.form, averaged, tuple(masked), tuple(digests))
-        return Checked(contribution, arrays, averaged, tuple(masked), form, alone)
+            base, array = self._base(name), arrays[name]
+            if base is None or not _agrees(array, base, kind):
+                raise _not_finite(name, array, who)
+            filled[name] = np.where(finite_elements(array), array, np.zeros((), array.dtype))
+            if not filled[name].any() if kind is Kind.DIFF else same_values(array, base):
+                unchanged.add(name)
+        _, found = opened_contribution(contribution, None)
+        if found.place is not None:  # tensors stay tensors
+            filled = as_tensors(filled, found.place)
+        return replace(checked, filled=filled, unchanged=frozenset(unchanged))
+
+    def _with_constants_of_its_own(self, checked: Checked, flagged: Sequence[str]) -> Checked:
+        """Where the global model is not known: infinities are kept aside until another sends the same; NaN is NaN."""
+        arrays = dict(checked.arrays)
+        first = _not_finite(flagged[0], arrays[flagged[0]], checked.contribution.contributor)
+        for name in flagged:
+            if np.isnan(arrays[name]).any():
+                raise _not_finite(name, arrays[name], checked.contribution.contributor)
+            arrays[name] = arrays[name].copy()
+        digests = tuple(hashlib.sha256(np.ascontiguousarray(arrays[name]).tobytes()).digest() for name in flagged)
+        averaged = tuple(name for name in arrays if name not in flagged)
+        form = (checked.form, averaged, digests)
+        return replace(checked, arrays=arrays, averaged=averaged, form=form, unless_alone=first)
 
     def _arrays(self, weights: Any, who: str, tell: Tell) -> dict[str, Array]:
         """The weights as arrays in native byte order, in the dtypes and the order of the global model."""
         schema = self.schema
         if schema and isinstance(weights, dict) and type(weights) in PLAIN and schema.describes(weights):
             return dict(weights)  # the usual case
-        arrays = as_weight_dict(_without_numbers(weights), who)
+        arrays = as_weight_dict(_without_numbers(weights, schema), who)
         if not schema:
             return {name: np.asarray(arrays[name], dtype) for name, (_, dtype) in Schema.of(arrays, who).items()}
         if not self.parts and len(arrays) < len(schema):
             raise schema.names_error(arrays, who)
         fit, rounded = schema.fit(arrays, who)
         for (given, expected), names in rounded.items():
+            if given.kind in "iu":  # no bit of them is lost
+                continue
             tell(f"{who}: {listed(names)} came as {given} and is rounded to {expected}, as the global model has it")
         return fit
 
@@ -204,11 +229,6 @@ def _agrees(array: Array, base: Array, kind: Kind) -> bool:
     return bool((bad == place).all()) and same_values(array[bad], base[bad])
 
 
-def _is_constant(array: Array, base: Array, kind: Kind) -> bool:
-    """Whether all of a variable, and not only what is not finite in it, is as the global model has it."""
-    return not array[finite_elements(array)].any() if kind is Kind.DIFF else same_values(array, base)
-
-
 def _not_finite(name: str, array: Array, who: str) -> NonFiniteError:
     try:
         check_finite({name: array}, who)
@@ -217,8 +237,8 @@ def _not_finite(name: str, array: Array, who: str) -> NonFiniteError:
     raise AssertionError(f"a kernel has found {name!r} not finite, and it is")
 
 
-def _without_numbers(weights: Any) -> Any:
-    """The same with arrays in the place of Python's numbers."""
+def _without_numbers(weights: Any, schema: Schema) -> Any:
+    """The same with arrays in the place of Python's numbers, of the dtype of the schema where that has them."""
     if not isinstance(weights, Mapping):
         return weights
     try:
@@ -227,4 +247,14 @@ def _without_numbers(weights: Any) -> Any:
         return weights
     if not any(type(value) in (bool, int, float) for value in items.values()):
         return weights
-    return {name: np.asarray(value) if type(value) in (bool, int, float) else value for name, value in items.items()}
+    return {
+        name: np.asarray(value, _dtype_of(value, schema.get(name))) if type(value) in (bool, int, float) else value
+        for name, value in items.items()
+    }
+
+
+def _dtype_of(value: float, expected: tuple[Any, np.dtype[Any]] | None) -> np.dtype[Any] | None:
+    """The dtype that a number of Python's takes: Python has but one kind of floating-point numbers, and of integers."""
+    if expected is None or isinstance(value, bool):
+        return None
+    return expected[1] if expected[1] in FLOATS else None

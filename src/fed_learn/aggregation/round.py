@@ -15,8 +15,18 @@ from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.tensors import schema_of, without_tensors
 from fed_learn.contribution import Contribution, Kind, check_terms
-from fed_learn.errors import ContributionError, EmptyAggregationError, NamesError, NonFiniteError
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, finite_elements, listed
+from fed_learn.errors import (
+    ContributionError,
+    EmptyAggregationError,
+    ExactDomainError,
+    IntegerRangeError,
+    NamesError,
+    NonFiniteError,
+    OutOfTurnError,
+    SumOverflowError,
+)
+from fed_learn.values import whole_number_of
+from fed_learn.weights import Array, FrozenWeights, Schema, WeightDict, finite_elements, listed
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +39,21 @@ commonest counts. `"average"`: each variable is averaged over those who sent it.
 
 MOST_FORMS = 4
 """Different parts that a stream adds up side by side, until the round is over and it is known which of them counts."""
+
+UNUSABLE = (EmptyAggregationError, ExactDomainError, IntegerRangeError, NonFiniteError, SumOverflowError)
+"""What keeps a round from having a mean, and a job from nothing else."""
+
+
+def check_partial(partial: str, stream: bool) -> None:
+    """Checks how parts are treated.
+
+    Raises:
+        ValueError: It is none of `PARTIAL`, or needs what a stream drops.
+    """
+    if partial not in PARTIAL:
+        raise ValueError(f"partial must be {' or '.join(map(repr, PARTIAL))}, not {partial!r}")
+    if stream and partial == "average":
+        raise ValueError("partial='average' needs all contributions of a round at once, which stream=True drops")
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +138,8 @@ class Round:
         self._told = Told() if told is None else told
         self._checked: dict[str, Checked] = {}
         self._streams: dict[Hashable, Accumulator] = {}
+        self._given_up: set[Hashable] = set()
+        self._settled = False
         self.accepted: dict[str, Contribution] = {}
 
     @property
@@ -134,7 +161,8 @@ class Round:
             ContributionError, ExactDomainError: It is refused.
         """
         who = sent.contributor
-        checked = self._terms.check(sent, lambda text: self._told.once((who, "rounded"), text), self.accepted)
+        said: list[str] = []
+        checked = self._terms.check(sent, said.append, self.accepted)
         if not self._stream:
             checked = self._scanned(checked)
         if check is not None:
@@ -143,8 +171,11 @@ class Round:
             checked = self._added(checked)
         self._checked[who] = checked
         self.accepted[who] = checked.contribution
-        if self._terms.round is None and sent.round is not None:
-            self._terms = replace(self._terms, round=sent.round)
+        self._settled = False
+        for text in said:
+            self._told.once((who, "rounded"), text)
+        if self._terms.round is None:
+            self._terms = replace(self._terms, round=whole_number_of(sent.round))
         return checked.contribution
 
     def settle(self) -> list[tuple[Contribution, ContributionError]]:
@@ -158,8 +189,11 @@ class Round:
         for name, checked in list(self._checked.items()):
             if checked.unless_alone is not None and counts[checked.form] == 1:
                 refused.append((self._drop(name), checked.unless_alone))
-        refused += self._drop_others()
+        if self._partial != "average" or not self._terms.schema:
+            refused += self._drop_other_forms()
+        refused += self._drop_other_constants()
         self._tell()
+        self._settled = True
         return refused
 
     def combine(
@@ -178,8 +212,11 @@ class Round:
             EmptyAggregationError: None of them counts by more than 0.
             NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError: The mean leaves the range of a dtype.
             ContributionError: One that was not received is bad.
+            OutOfTurnError: `settle` has not been called since the last one was received.
             ValueError: Those that are added up already (`stream`) are not all.
         """
+        if not self._settled:
+            raise OutOfTurnError("combine: settle comes first")
         chosen = [self._found(c) for c in (self.accepted.values() if contributions is None else contributions)]
         counting = [checked for checked in chosen if checked.contribution.aggregation_weight]
         if not counting:
@@ -193,14 +230,10 @@ class Round:
         else:
             self._check_alike(counting)
             mean = self._mean(counting, counting[0].averaged, out)
-        if not mean:
-            raise EmptyAggregationError("no variable can be averaged: all that is sent are constants, not finite")
-        self._restore(mean, counting)
+        mean = self._with_constants(mean, counting)
         sent = {name: None for checked in counting for name in checked.arrays}
-        first, constants = counting[0], {}
-        if not self._terms.schema:
-            constants = {name: array for name, array in first.arrays.items() if name not in first.averaged}
-        return Combined(mean, constants, tuple(name for name in self._terms.schema or sent if name in sent))
+        order = tuple(name for name in self._terms.schema or sent if name in sent)
+        return Combined(mean, {} if self._terms.schema else counting[0].constants, order)
 
     def sent(self, contributions: Sequence[Contribution]) -> tuple[str, ...]:
         """Names of the variables that are in any of these contributions, in the order of the global model."""
@@ -208,8 +241,11 @@ class Round:
         return tuple(name for name in self._terms.schema or found if name in found)
 
     def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
-        """Names of the variables of these contributions that are averaged: all but constants."""
-        return frozenset(name for contribution in contributions for name in self._found(contribution).averaged)
+        """Names of the variables that are averaged: what was sent but for what is the same in all, and not finite."""
+        found = [self._found(contribution) for contribution in contributions]
+        names = {name for checked in found for name in checked.averaged}
+        changed = {name for checked in found for name in checked.averaged if name not in checked.unchanged}
+        return frozenset(names & changed)
 
     def completed(self, contributions: Sequence[Contribution], model: WeightDict) -> list[Contribution]:
         """Differences that count, with zeros for the variables of which nothing was sent.
@@ -221,24 +257,24 @@ class Round:
         counting = [checked for checked in found if checked.contribution.aggregation_weight]
         if not counting:
             raise EmptyAggregationError("no contribution counts by more than 0 examples")
-        if all(checked.form is None for checked in counting):
+        if all(checked.form is None and not checked.filled for checked in counting):
             return [checked.contribution for checked in counting]
         zeros = FrozenWeights({name: np.zeros_like(array) for name, array in model.items()})
-        return [
-            replace(
-                checked.contribution,
-                weights=FrozenWeights.adopt(
-                    {name: checked.arrays[name] if name in checked.averaged else zeros[name] for name in model}
-                ),
-            )
+        whole = [
+            {name: checked.filled.get(name, checked.arrays.get(name, zeros[name])) for name in model}
             for checked in counting
+        ]
+        return [
+            replace(checked.contribution, weights=FrozenWeights.adopt(weights))
+            for checked, weights in zip(counting, whole, strict=True)
         ]
 
     def _scanned(self, checked: Checked) -> Checked:
         contribution = checked.contribution
         checked = self._terms.scanned(checked, kernels.resolve(self._kernel))
         if self._exact:
-            averaged = {name: checked.arrays[name] for name in checked.averaged}
+            filled = without_tensors(checked.filled, contribution.contributor)
+            averaged = {name: filled.get(name, checked.arrays[name]) for name in checked.averaged}
             check_domain(averaged, contribution.aggregation_weight or 1.0, contribution.contributor)
         return checked
 
@@ -249,19 +285,45 @@ class Round:
         except NonFiniteError:
             checked = self._terms.scanned(checked, kernels.resolve(self._kernel))  # raises, unless these are constants
             self._add(checked)
-        constants = {name: array for name, array in checked.arrays.items() if name not in checked.averaged}
-        kept = dict.fromkeys(checked.arrays, np.empty(0)) | constants
-        return replace(checked, contribution=checked.contribution.without_weights(), arrays=kept)
+        kept = dict.fromkeys(checked.arrays, np.empty(0)) | checked.constants
+        filled = dict.fromkeys(checked.filled, np.empty(0))
+        return replace(checked, contribution=checked.contribution.without_weights(), arrays=kept, filled=filled)
 
     def _add(self, checked: Checked) -> None:
-        stream = self._streams.get(checked.form)
-        if stream is None:
-            if len(self._streams) == MOST_FORMS:
-                raise self._terms.schema.names_error(checked.arrays, checked.contribution.contributor)
+        key = self._stream_of(checked)
+        if key not in self._streams:
+            self._make_room(checked)
             like = None if self._model is None else _only(self._model, checked.averaged)
             stream = Accumulator(like=like, exact=self._exact, kernel=self._kernel)
-        stream.add(_with(checked, checked.averaged))
-        self._streams[checked.form] = stream
+        else:
+            stream = self._streams[key]
+        stream.add(checked.to_average(checked.averaged))
+        self._streams[key] = stream
+
+    def _stream_of(self, checked: Checked) -> Hashable:
+        return checked.form, tuple(sorted(checked.filled)) if self._terms.kind is Kind.FULL else ()
+
+    def _make_room(self, checked: Checked) -> None:
+        """Gives up the smallest of many streams for a new one, unless that would be smaller still.
+
+        Raises:
+            NamesError: It would.
+        """
+        members = Counter(self._stream_of(other) for other in self._checked.values())
+        sizes = {self._stream_of(other): len(other.averaged) for other in self._checked.values()}
+        if self._stream_of(checked) not in self._given_up:
+            if len(self._streams) < MOST_FORMS:
+                return
+            smallest = min(self._streams, key=lambda key: (members[key], sizes[key]))
+            if checked.form is None or (members[smallest], sizes[smallest]) < (1, len(checked.averaged)):
+                self._given_up.add(smallest)
+                del self._streams[smallest]
+                return
+        who = checked.contribution.contributor
+        raise NamesError(
+            f"{who}: holds {listed(checked.averaged)}, and {MOST_FORMS} other parts of the model are added up already",
+            contributor=who,
+        )
 
     def _found(self, given: Contribution) -> Checked:
         """What is known of a contribution that is to be averaged; one that a handler has made is checked now."""
@@ -298,7 +360,7 @@ class Round:
         """The mean of some variables over contributions that all have them."""
         if not names:
             return {}
-        contributions = [_with(checked, names) for checked in chosen]
+        contributions = [checked.to_average(names) for checked in chosen]
         like = None if self._model is None else _only(self._model, names)
         given = None
         if out is not None:
@@ -321,33 +383,54 @@ class Round:
     def _streamed(self, chosen: Sequence[Checked]) -> WeightDict:
         if len(chosen) < len(self._checked):
             raise ValueError("a handler took contributions out, but with stream=True they are added up already")
-        return self._streams[chosen[0].form].result()
+        return self._streams[self._stream_of(chosen[0])].result()
 
-    def _restore(self, mean: WeightDict, chosen: Sequence[Checked]) -> None:
-        """Puts constants back into variables of which they are a part."""
-        for name in {name for checked in chosen for name in checked.masked}:
-            assert self._model is not None
-            base = np.asarray(without_tensors({name: self._model[name]}, "global model")[name])
-            place = ~finite_elements(base)
+    def _with_constants(self, mean: WeightDict, chosen: Sequence[Checked]) -> WeightDict:
+        """The mean with the constants of the global model in their places; without those that are nothing else.
+
+        Raises:
+            EmptyAggregationError: Nothing is left.
+        """
+        filled = {name for checked in chosen for name in checked.filled}
+        changed = {name for checked in chosen for name in checked.averaged if name not in checked.unchanged}
+        whole = filled - changed
+        mean = {name: value for name, value in mean.items() if name not in whole}
+        if not mean:
+            raise EmptyAggregationError("no variable can be averaged: all that is sent are constants, not finite")
+        for name in filled - whole:
+            base = self._base(name)
             target = without_tensors({name: mean[name]}, "mean")[name]
+            place = ~finite_elements(base)
             target[place] = 0 if self._terms.kind is Kind.DIFF else base[place]
+        return mean
+
+    def _base(self, name: str) -> Array:
+        assert self._model is not None
+        return np.asarray(without_tensors({name: self._model[name]}, "global model")[name])
 
     def _drop(self, name: str) -> Contribution:
         del self._checked[name]
         return self.accepted.pop(name)
 
-    def _drop_others(self) -> list[tuple[Contribution, ContributionError]]:
+    def _drop_other_forms(self) -> list[tuple[Contribution, ContributionError]]:
         """Refuses those that are not of the commonest form; of equally common ones the largest counts."""
         forms: dict[Hashable, list[str]] = {}
-        apart = self._partial != "average" or not self._terms.schema
         for name, checked in self._checked.items():
-            forms.setdefault(checked.form if apart else checked.masked, []).append(name)
+            forms.setdefault(checked.form, []).append(name)
         if len(forms) < 2:
             return []
 
-        def rank(names: list[str]) -> tuple[int, int, int, str]:
-            counting = sum(1 for name in names if self.accepted[name].aggregation_weight)
-            return -counting, -len(names), -len(self._checked[names[0]].averaged), min(names)
+        def rank(names: list[str]) -> tuple[bool, bool, int, int, int, str]:
+            first = self._checked[names[0]]
+            given_up = self._stream_of(first) in self._given_up
+            return (
+                given_up,
+                first.unless_alone is not None,
+                -self._counting(names),
+                -len(names),
+                -len(first.averaged),
+                min(names),
+            )
 
         usual, *others = sorted(forms.values(), key=rank)
         expected = self._checked[usual[0]]
@@ -356,6 +439,26 @@ class Round:
             for name in sorted(name for names in others for name in names)
             for checked in [self._checked[name]]
         ]
+
+    def _drop_other_constants(self) -> list[tuple[Contribution, ContributionError]]:
+        """Refuses the fewer of those that send numbers for a constant of the global model, and those that keep it."""
+        refused: list[tuple[Contribution, ContributionError]] = []
+        if self._terms.kind is Kind.DIFF:  # what is added to infinity changes nothing
+            return refused
+        for name in sorted({name for checked in self._checked.values() for name in checked.filled}):
+            holders = [who for who, checked in self._checked.items() if name in checked.averaged]
+            keep = [who for who in holders if name in self._checked[who].filled]
+            change = [who for who in holders if name not in self._checked[who].filled]
+            fewer, more = (change, keep) if self._counting(keep) >= self._counting(change) else (keep, change)
+            what = "holds numbers" if fewer is change else "is not finite, as in the global model,"
+            for who in sorted(fewer):
+                text = f"{who}: {name!r} {what} where it is otherwise in {len(more)} of the round's contributions"
+                refused.append((self._drop(who), NonFiniteError(text, contributor=who, name=name)))
+        return refused
+
+    def _counting(self, names: Sequence[str]) -> int:
+        """How many of these count by more than 0."""
+        return sum(1 for name in names if self.accepted[name].aggregation_weight)
 
     def _other_form(self, who: str, checked: Checked, usual: Checked, count: int) -> ContributionError:
         if checked.unless_alone is not None:
@@ -387,21 +490,13 @@ class Round:
                 f"clients send {len(sent)} of the global model's {len(schema)} variables: these are averaged, and the "
                 f"rest is kept as it is: {listed(kept)}",
             )
-        constants = [name for name in schema if name in sent and not any(name in one.averaged for one in checked)]
+        constants = [name for name in schema if any(name in one.filled for one in checked)]
         if constants:
             self._told.once(
                 ("constants", frozenset(constants)),
-                f"{listed(constants)}: not finite in the global model, and the same from all clients: kept as it is",
+                f"{listed(constants)}: not finite in the global model, and the same from clients: kept there as it is",
             )
 
 
 def _only(weights: WeightDict, names: Sequence[str]) -> WeightDict:
     return weights if len(names) == len(weights) else {name: weights[name] for name in names}
-
-
-def _with(checked: Checked, names: Sequence[str]) -> Contribution:
-    """The contribution with some of its variables."""
-    assert checked.contribution.weights is not None
-    weights = _only(checked.contribution.weights, names)
-    contribution = checked.contribution
-    return contribution if weights is contribution.weights else replace(contribution, weights=weights)

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from fed_learn.contribution import check_aggregation_weight
+from fed_learn.contribution import check_factor
 from fed_learn.errors import AggregationWeightError, brief
 from fed_learn.weights import FLOATS, Array, WeightDict, native_dtype
 
@@ -277,7 +277,7 @@ def _per_step(share: Callable[[Floats], Floats], model_diff: dict[str, Array], t
         return model_diff
     total_steps = getattr(train_ctx, "total_steps", None)
     try:
-        steps = 1.0 if total_steps is None else check_aggregation_weight(total_steps)
+        steps = 1.0 if total_steps is None else check_factor(total_steps, "total_steps")
     except AggregationWeightError as error:
         message = f"total_steps must be a positive, finite number, not {brief(total_steps)}"
         raise AggregationWeightError(message, value=total_steps) from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fed_learn.contribution import BestModel, Contribution
 from fed_learn.errors import MetricError
 from fed_learn.handlers.handler import ServerHandler
-from fed_learn.handlers.model_selection import by_likeness
+from fed_learn.handlers.model_selection import SELECTION_METRIC, ModelSelectionHandler, by_likeness
 from fed_learn.handlers.scoring import check_count
 from fed_learn.handlers.server_validation import SERVER_VALIDATION_METRIC
 from fed_learn.model_meta import ContextKey, FLContext
@@ -74,7 +74,9 @@ class EarlyStoppingHandler(ServerHandler):
 
     def before_aggregation(self, ctx: FLContext) -> None:
         """Decides by the model that the clients received this round."""
-        if ContextKey.BEST_AGGREGATED not in ctx:
+        scores = ctx.get_prop(ContextKey.METRICS, {})
+        silent = any(map(_publishes, ctx.get_prop(ContextKey.HANDLERS, ()))) and SELECTION_METRIC not in scores
+        if ContextKey.BEST_AGGREGATED not in ctx and not silent:  # a round without a score says nothing
             self._decide(ctx, ctx.get_prop(ContextKey.BEST_RECEIVED))
 
     def after_aggregation(self, ctx: FLContext) -> None:
@@ -112,6 +114,11 @@ class EarlyStoppingHandler(ServerHandler):
 def _selects(handler: object) -> bool:
     """Whether it is known to bind a best model where this handler looks."""
     return getattr(handler, "best_key", None) in WATCHED
+
+
+def _publishes(handler: object) -> bool:
+    """Whether it is known to publish the score of each round in which it has one, beside the best model."""
+    return isinstance(handler, ModelSelectionHandler) and handler.best_key == ContextKey.BEST_RECEIVED
 
 
 def _is_foreign(part: object) -> bool:

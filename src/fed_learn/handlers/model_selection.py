@@ -11,6 +11,7 @@ from fed_learn.errors import MetricError, brief
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.values import mean_of
 from fed_learn.weights import FrozenWeights
 
 logger = logging.getLogger(__name__)
@@ -180,10 +181,10 @@ class ModelSelectionHandler(ServerHandler):
             ctx.set_prop(self.best_key, best)
 
     def _score(self, entries: Sequence[Contribution | ValidationResult]) -> float | None:
-        terms: list[float] = []
+        numbers: list[float] = []
         weights: list[float] = []
         for entry in entries:
-            metric = _number(entry.metrics.get(self.validation_metric_name))
+            metric = entry.metrics.get(self.validation_metric_name)
             n = entry.n_iter if self.weigh_by_local_iter else 1
             w = self.aggregation_weights.get(entry.contributor, 1.0)
             if metric is None or not math.isfinite(metric):
@@ -191,15 +192,11 @@ class ModelSelectionHandler(ServerHandler):
             elif n is None or n <= 0:
                 problem = f"its n_iter is {n}"
             else:
-                terms.append(metric * n * w)
+                numbers.append(metric)
                 weights.append(n * w)
                 continue
             self._warn_once(entry.contributor, f"{entry.contributor} is left out of model selection: {problem}")
-        # fsum: equal scores must stay equal whatever the order of the clients.
-        try:
-            return math.fsum(terms) / math.fsum(weights) if any(weights) else None
-        except OverflowError:
-            return math.inf
+        return mean_of(numbers, weights) if any(weights) else None
 
     def _warn_once(self, about: str, text: str) -> None:
         if about not in self._warned:
@@ -216,10 +213,3 @@ def by_likeness(name: str, names: Iterable[str]) -> str:
     """
     listed = sorted(names, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
     return ", ".join(map(repr, listed)) or "no metrics"
-
-
-def _number(value: float | None) -> float | None:
-    try:
-        return None if value is None else float(value)
-    except OverflowError:
-        return math.inf

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from fed_learn import kernels
-from fed_learn.aggregation.round import PARTIAL
+from fed_learn.aggregation.round import check_partial
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
@@ -106,9 +106,7 @@ class FederatedServer:
         check_choice("on_handler_error", on_handler_error, ("raise", "log"))
         arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
         self.schema = Schema.of(arrays, "global model")
-        check_choice("partial", partial, PARTIAL)
-        if stream and partial == "average":
-            raise ValueError("partial='average' needs all contributions of a round at once, which stream=True drops")
+        check_partial(partial, stream)
         if Kind(kind) is Kind.DIFF:
             check_differences(self.schema, "global model")
             if not arrays:

@@ -52,6 +52,7 @@ class Job(JobEvents):
     Attributes:
         quits: Clients that left, and why.
         clients: Names of the clients that have registered and not quit.
+        aggregated_elsewhere: Whether a round was aggregated by something else than this job.
 
     Example:
         >>> import numpy as np, fed_learn as fl
@@ -88,9 +89,9 @@ class Job(JobEvents):
         self._late: list[HandlerFailure] = []
         self._over = False
         self._finished = False
+        self.aggregated_elsewhere = False
         self._in_round = False
         self._schema = server.schema
-        self._initial = server.weights
         self._adopt(server.weights)
 
     @property
@@ -172,7 +173,8 @@ class Job(JobEvents):
         Args:
             name: The client that was asked.
             sent: A `Contribution`; or what went wrong: a `ContributionError` means that it could not make one, and is
-                a refusal; any other exception, that the client failed: it leaves the job (CLIENT_QUIT). Anything else
+                a refusal; a `MetricError` or any other exception, that the client failed: it leaves the job
+                (CLIENT_QUIT). Anything else
                 is refused. A streaming server has used the weights when this returns.
 
         Returns:
@@ -217,6 +219,10 @@ class Job(JobEvents):
             Whether there is a new global model.
 
         Raises:
+            ContributionError: A part of the model is refused, with `on_bad_contribution="raise"`; or a handler put a
+                bad contribution or a bad model into the context.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+            ValueError: A handler changed which contributions are averaged, and the server streams.
             OutOfTurnError: No round has begun.
         """
         self._check_in_round("aggregate")
@@ -419,8 +425,8 @@ class Job(JobEvents):
         self._schema = schema
 
     def _refuse_untrained(self) -> None:
-        """Raises, once, if the job ends as it began although clients were asked to train."""
-        error = nothing_aggregated(self.reports) if self._weights is self._initial and not self._finished else None
+        """Raises, once, if no round of the job was aggregated although clients were asked to train."""
+        error = None if self._finished or self.aggregated_elsewhere else nothing_aggregated(self.reports)
         self._finished = True
         if error is not None:
             error.result = self.result()

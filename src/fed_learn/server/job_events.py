@@ -176,7 +176,7 @@ def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError
     """The error of a job whose rounds are over and in which none of them made a new global model.
 
     Returns:
-        None if there was one, or if nobody was asked for a contribution.
+        None if there was one, or if no round failed.
 
     Example:
         >>> refused = ClientFailure("site-1", ValueError("site-1: no number of examples"))
@@ -188,17 +188,17 @@ def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError
         return None
     causes = [(f.cause, str(f.error)) for report in reports for f in (*report.rejected, *report.quits)]
     absent = sum(len(report.absent) for report in reports)
-    if not causes and any(report.accepted for report in reports):
-        causes = [(type(report.error).__name__, str(report.error)) for report in reports]
     if absent > len(causes):
         causes = [("absent", "a client did not contribute")] * absent
+    if not causes:
+        causes = [(type(r.error).__name__, str(r.error)) for r in reports if r.error is not None]
     if not causes:
         return None
     cause, count = Counter(cause for cause, _ in causes).most_common(1)[0]
     example = next(text for named, text in causes if named == cause)
     rounds = "1 round" if len(reports) == 1 else f"{len(reports)} rounds"
     return NothingAggregatedError(
-        f"nothing was aggregated in {rounds}, and the model is still the initial one: {cause} "
+        f"nothing was aggregated in {rounds}, so no client's work is in the model: {cause} "
         f"{'once' if count == 1 else f'{count} times'}, the first: {example}",
         cause=cause,
         count=count,

@@ -5,20 +5,16 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fed_learn import kernels
-from fed_learn.aggregation.round import Combined, Round, Told
+from fed_learn.aggregation.round import UNUSABLE, Combined, Round, Told
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, ValidationResult, checked_n_iter
 from fed_learn.differences import add_difference
 from fed_learn.errors import (
     AggregatorError,
     BrokenAccumulatorError,
     ContributionError,
-    EmptyAggregationError,
     ExactDomainError,
     FloatingPointEnvironmentError,
-    IntegerRangeError,
     MetricError,
-    NonFiniteError,
-    SumOverflowError,
     UnknownContributorError,
     WeightsTypeError,
     brief,
@@ -33,17 +29,6 @@ if TYPE_CHECKING:
     from fed_learn.server.fed_server import FederatedServer
 
 logger = logging.getLogger(__name__)
-
-
-UNUSABLE = (
-    AggregatorError,
-    EmptyAggregationError,
-    ExactDomainError,
-    IntegerRangeError,
-    NonFiniteError,
-    SumOverflowError,
-)
-"""What keeps a round from having a new global model, and a job from nothing else."""
 
 
 class Refusal(Exception):  # noqa: N818 - no failure of the library
@@ -123,7 +108,7 @@ class Receiver:
                     whole = self._round.completed(contributions, weights)
                     return run_aggregator(self.server.aggregator, whole, weights, ctx)
             return moved(weights, self._round.combine(contributions), self.server.kind)
-        except UNUSABLE as error:
+        except (AggregatorError, *UNUSABLE) as error:
             raise Refusal(error) from error
 
     def _begun(self, weights: WeightDict, number: int | None) -> Round:

@@ -93,8 +93,8 @@ def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
         elif answer is not None:
             try:
                 weights = as_weight_dict(without_tensors(answer, name), name)
-                job.schema.check(weights, name)
-                frozen = FrozenWeights(weights)  # what is checked below is what is kept
+                fit, _ = job.schema.fit(weights, name)
+                frozen = FrozenWeights({**job.weights, **fit})  # what is checked below is what is kept
                 check_finite(frozen, name, constants=job.weights)
             except ContributionError as error:
                 logger.error("the best model of %s is left out of the cross-site validation: %s", name, error)

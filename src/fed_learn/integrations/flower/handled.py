@@ -7,7 +7,7 @@ has names with two underscores, and what its children replace begins with `_job_
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError
+from fed_learn.errors import FedLearnError, NothingAggregatedError, UnknownContributorError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.model_selection import by_likeness
 from fed_learn.integrations.flower.exchange import gathers, replies_to
@@ -40,7 +40,7 @@ from fed_learn.integrations.flower.replies import (
     states,
     without_arrays,
 )
-from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, listed
+from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, in_one_line
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
 from fed_learn.weights import Schema, WeightDict
@@ -141,6 +141,7 @@ class Handled(Strategy):
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
+            NothingAggregatedError: No round made a new global model.
             HandlerError: A handler raised, with `on_handler_error="raise"`. What had been done is in the error: as
                 `result` the `JobResult` so far, as `handled` what this method would have returned. After any other
                 error `strategy.job.result()` has the former.
@@ -241,6 +242,8 @@ class Handled(Strategy):
             return None, None
         try:
             place = 0
+            if isinstance(good, list):
+                session.expect(_claims(good))
             for message in good:
                 place += 1
                 if message.has_error():  # of a stream
@@ -270,6 +273,10 @@ class Handled(Strategy):
 
         Args:
             replies: Of the last evaluation, by which the final model is scored.
+
+        Raises:
+            NothingAggregatedError: No round made a new global model.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         session, self.__session = self.__session, None
         if session is None:
@@ -311,7 +318,7 @@ class Handled(Strategy):
                     node = node_of(message, place)
                     session.note_score(node, partial(_claim, message, node), metric)
         if silent and named:
-            logger.warning("\t> No %r of the final model from %s", self.validation_metric, listed(silent))
+            logger.warning("\t> No %r of the final model from %s", self.validation_metric, in_one_line(silent))
 
     def __check_scored(self, session: Session, replies: Sequence[Message]) -> None:
         """Says once in a job that no reply holds the metric by which models are to be selected."""
@@ -339,7 +346,7 @@ class Handled(Strategy):
             if aggregated is not None:
                 who = f"{type(self).__name__}.aggregate_train"
                 logger.warning("\t> %s does not call super(): handlers see no contribution of this round", who)
-            session.end_round()
+            session.end_round(aggregated_elsewhere=aggregated is not None)
         if metrics is not None:
             logger.info("\t└──> Aggregated MetricRecord: %s", metrics)
             result.train_metrics_clientapp[number] = metrics
@@ -417,7 +424,7 @@ class Handled(Strategy):
     def __open(self, server_round: int, arrays: ArrayRecord) -> Session:
         """The job with this global model, in this round; begins either if need be."""
         if self.__session is not None and self.__session.is_over(server_round):
-            self.close()
+            self.__replace()
         session, given = self.__session, None
         if session is None or not session.holds(arrays):
             given = to_weights(arrays, like=None if session is None else session.job.schema)
@@ -427,12 +434,19 @@ class Handled(Strategy):
                 if schema != session.job.schema:
                     session.change_model(schema)
             elif session is None or schema != session.job.schema:
-                self.close()  # another model: another job
+                self.__replace()  # another model: another job
                 session, given = self.__start_job(given, arrays), None
         session.guessed = False
         if session.number != server_round - 1 or given is not None:
             session.start_round(server_round - 1, given)
         return session
+
+    def __replace(self) -> None:
+        """Ends a job in the place of which another begins."""
+        try:
+            self.close()
+        except NothingAggregatedError as error:
+            logger.error("the job before ended in vain: %s", error)
 
     def __session_for(self, server_round: int, replies: Iterable[Message]) -> Session | None:
         """The job in which these replies count, in this round; begins either if need be.
@@ -441,7 +455,7 @@ class Handled(Strategy):
         """
         session = self.__session
         if session is not None and not session.takes(server_round, readable_weights(replies, self.arrayrecord_key)):
-            self.close()
+            self.__replace()
             session = None
         if (
             session is None
@@ -513,6 +527,16 @@ def log_replies(results: int, failed: Sequence[Message]) -> None:
         logger.info("aggregate_train: Received %s results and %s failures", results, len(failed))
     for message in failed:
         logger.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
+
+
+def _claims(replies: Sequence[Message]) -> Iterator[tuple[int | Place, str | None]]:
+    """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
+    for place, message in enumerate(replies, 1):
+        node = node_of(message, place)
+        try:
+            yield node, _claim(message, node)
+        except UnknownContributorError:
+            continue
 
 
 def _claim(message: Message, node: int | Place) -> str | None:

@@ -14,7 +14,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import ClientQuitError, ContributionError
+from fed_learn.errors import ClientQuitError, ContributionError, NothingAggregatedError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.flower.records import NPY, to_weights
 from fed_learn.integrations.flower.replies import (
@@ -141,6 +141,8 @@ class LegacyFedAvg(FlowerFedAvg):
             return None, {}
         by_name: dict[str, FitRes] = {}
         try:
+            placed = [(_node(client, place), result) for place, (client, result) in enumerate(results, 1)]
+            session.expect((node, _claim(node, result.metrics)) for node, result in placed)
             for place, (client, result) in enumerate(results, 1):
                 contribution = self.__receive(session, _node(client, place), result)
                 if contribution is not None:
@@ -229,7 +231,7 @@ class LegacyFedAvg(FlowerFedAvg):
     def __open(self, server_round: int, parameters: Parameters) -> Session:
         """The job with this global model, in this round; begins either if need be."""
         if self.__session is not None and self.__session.is_over(server_round):
-            self.close()
+            self.__replace()
         session, given = self.__session, None
         if session is None or not _holds(session, parameters):
             given = _weights(parameters, None if session is None else session.job.schema)
@@ -238,18 +240,25 @@ class LegacyFedAvg(FlowerFedAvg):
             if session is not None and schema != session.job.schema and session.num_rounds is not None:
                 session.change_model(schema)  # Flower's server runs one job
             elif session is None or schema != session.job.schema:
-                self.close()  # another model: another job
+                self.__replace()  # another model: another job
                 session, given = self.__start(given), None
         session.guessed = False
         if session.number != server_round - 1 or given is not None:
             session.start_round(server_round - 1, given)
         return session
 
+    def __replace(self) -> None:
+        """Ends a job in the place of which another begins."""
+        try:
+            self.close()
+        except NothingAggregatedError as error:
+            logger.error("the job before ended in vain: %s", error)
+
     def __session_for(self, server_round: int, results: Sequence[Parameters]) -> Session | None:
         """The job in which these results count, in this round; None if there is nothing to begin with."""
         session = self.__session
         if session is not None and not session.takes(server_round, _readable(results)):
-            self.close()
+            self.__replace()
             session = None
         if session is None and self.kind is Kind.FULL and any(True for _ in _readable(results)):
             session = self.__start(FrozenWeights({}), guessed=True)

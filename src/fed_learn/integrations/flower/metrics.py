@@ -1,13 +1,13 @@
 """The weighted mean of clients' metrics, as Flower reports them."""
 
 import logging
-import math
 
 from flwr.app import MetricRecord, RecordDict
 
 from fed_learn.contribution import check_aggregation_weight
 from fed_learn.errors import AggregationWeightError
 from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of, records_of
+from fed_learn.values import mean_of
 
 logger = logging.getLogger("flwr")
 
@@ -45,20 +45,7 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
         if len({len(listed) for _, listed in terms}) > 1:
             logger.warning("metric %r is left out: clients report lists of different lengths", key)
             continue
-        _, exponent = math.frexp(max(weight for weight, _ in terms))
-        weights = [math.ldexp(weight, -exponent) for weight, _ in terms]  # exactly, and so small that no sum overflows
-        columns = zip(*(listed for _, listed in terms), strict=True)
-        mean = [
-            _sum([weight * value for weight, value in zip(weights, column, strict=True)]) / math.fsum(weights)
-            for column in columns
-        ]
+        weights = [weight for weight, _ in terms]
+        mean = [mean_of(column, weights) for column in zip(*(listed for _, listed in terms), strict=True)]
         means[key] = mean[0] if key in scalars else mean
     return means
-
-
-def _sum(terms: list[float]) -> float:
-    """Rounded once; infinities and NaN as in a plain sum, for which `math.fsum` raises."""
-    try:
-        return math.fsum(terms)
-    except (OverflowError, ValueError):
-        return sum(terms)

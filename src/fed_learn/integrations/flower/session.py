@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fed_learn.aggregation.round import Told
+from fed_learn.aggregation.round import UNUSABLE, Told
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
@@ -31,7 +31,7 @@ from fed_learn.integrations.flower.replies import node_name, of_partition
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
-from fed_learn.server.receiving import UNUSABLE, Receiver, Refusal, moved
+from fed_learn.server.receiving import Receiver, Refusal, moved
 from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
@@ -120,6 +120,7 @@ class Session:
         self._names: dict[Hashable, str] = {}
         self._record = (self.job.weights, record)
         self._part: tuple[str, ...] | None = None
+        self._shared: set[str] = set()
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
         self.scorers: dict[Hashable, str] = {}
@@ -175,6 +176,8 @@ class Session:
         In a guessed one it takes a later round, and a reply that has the names, shapes and dtypes of the global model.
         """
         if not self.guessed:
+            return True
+        if not self.job.schema:  # nothing has come so far
             return True
         later = not self.job.reports or server_round - 1 > self.job.reports[-1].round
         return later and any(_schema_of(weights) == self.job.schema for weights in replies)
@@ -255,7 +258,7 @@ class Session:
         for name in absent:
             self.job.absent(name)
         if absent:
-            logger.warning("\t> No reply from %s", listed(absent))
+            logger.warning("\t> No reply from %s", in_one_line(absent))
         before = self.job.weights
         if error is not None:
             self.job.update_report(error=error)
@@ -271,8 +274,13 @@ class Session:
             self._scores = {}
         return aggregated or self.job.weights is not before
 
-    def end_round(self) -> None:
-        """END_ROUND."""
+    def end_round(self, *, aggregated_elsewhere: bool = False) -> None:
+        """END_ROUND.
+
+        Args:
+            aggregated_elsewhere: A subclass has made the new global model by itself.
+        """
+        self.job.aggregated_elsewhere |= aggregated_elsewhere
         self.job.end_round()
         self.forget_round()
 
@@ -327,6 +335,17 @@ class Session:
             for name in tuple(self.job.clients):
                 self.job.quit(name)
 
+    def expect(self, claims: Iterable[tuple[Hashable, str | None]]) -> None:
+        """Notes which partitions several nodes hold, where all replies of a round are at hand: none has the bare name.
+
+        So it does not depend on who answered first who is called what, and with it the order of sums.
+        """
+        holders: dict[str, set[Hashable]] = {}
+        for node, claim in claims:
+            if claim is not None and of_partition(claim):
+                holders.setdefault(claim, set()).add(node)
+        self._shared |= {claim for claim, nodes in holders.items() if len(nodes) > 1}
+
     def _register(self, node: Hashable, claim: str | None) -> str:
         """The name of a node; CLIENT_REGISTER if it is new.
 
@@ -339,6 +358,8 @@ class Session:
         shared = f"{name}@{own}" if of_partition(name) else None
         if known not in (None, own) and shared is not None:
             name = known  # whatever an app counts as its partition from message to message
+        elif shared is not None and name in self._shared:
+            name = shared
         if known not in (None, own, name):
             raise UnknownContributorError(
                 f"{known}: {own} has contributed under this name, and now claims to be {name!r}", contributor=known
@@ -397,17 +418,20 @@ class _FlowerReceiver(Receiver):
             self._session.note_part(combined.sent)
             if not writers:
                 return moved(weights, combined, self.server.kind)
+            names = tuple(combined.mean)  # the arrays are those of the writer, which lets go of them now
             mean = writers[0].finish()
-            return mean if mean.keys() == weights.keys() else moved(weights, replace(combined, mean=mean), Kind.FULL)
+            if mean.keys() == weights.keys() and len(names) == len(weights):
+                return mean
+            return moved(weights, replace(combined, mean={name: mean[name] for name in names}), Kind.FULL)
         except UNUSABLE as error:
             raise Refusal(error) from error
 
 
-def listed(names: Sequence[str]) -> str:
+def in_one_line(names: Sequence[str]) -> str:
     """Names for one line of the log.
 
     Example:
-        >>> listed([f"node-{k}" for k in range(2, 15)])
+        >>> in_one_line([f"node-{k}" for k in range(2, 15)])
         'node-2, node-3, node-4, node-5, node-6, node-7, node-8, node-9, node-10, node-11 and 3 more'
     """
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""

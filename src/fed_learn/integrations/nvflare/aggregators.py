@@ -20,11 +20,12 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn import kernels
-from fed_learn.aggregation.round import PARTIAL, Told
+from fed_learn.aggregation.round import Told, check_partial
 from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight, check_factor
 from fed_learn.errors import (
     AggregationWeightError,
     BrokenAccumulatorError,
+    ClientQuitError,
     ContributionError,
     ExactDomainError,
     FedLearnError,
@@ -64,9 +65,7 @@ class _Averaging:
     ) -> None:
         super().__init__()
         check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
-        check_choice("partial", partial, PARTIAL)
-        if stream and partial == "average":
-            raise ValueError("partial='average' needs all contributions of a round at once, which stream=True drops")
+        check_partial(partial, stream)
         if expected_data_kind not in tuple(KINDS):
             raise ValueError(
                 f"expected_data_kind must be one of {[k.value for k in KINDS]}, not {expected_data_kind!r}"
@@ -188,7 +187,8 @@ class _Averaging:
             finally:
                 self.report = intake.report
                 if self.fl_ctx is not None:
-                    props.put(self.fl_ctx, props.OUTCOME, props.Outcome(sent and sent.without_weights(), refusal))
+                    outcome = props.Outcome(sent and sent.without_weights(), refusal, self._settle)
+                    props.put(self.fl_ctx, props.OUTCOME, outcome)
 
     def _read(
         self, who: Any, weights: Any, kind: Any, number: Any, metrics: Any, meta: Mapping[str, Any]
@@ -236,6 +236,17 @@ class _Averaging:
         self._told.once((who, "steps"), f"{lacks}: counted by 1, as NVFlare does (require_weight=True refuses it)")
         return 1.0
 
+    def _settle(self) -> list[tuple[str, Exception]]:
+        """See `props.Outcome.settle`."""
+        with self._lock:
+            return self._settle_begun()
+
+    def _settle_begun(self) -> list[tuple[str, Exception]]:
+        refused = self._begun().settle()
+        for _, error in refused:
+            logger.error("refused: %s", error)
+        return refused
+
     def _average(self) -> tuple[dict[str, Any] | None, dict[str, float], RoundReport]:
         """The mean of the round, None if the round fails; the metrics; the report.
 
@@ -244,9 +255,8 @@ class _Averaging:
             FedLearnError: Variables are excluded, and their values in the global model are not known.
         """
         with self._lock:
+            self._settle_begun()
             intake, self._intake = self._begun(), None
-            for error in intake.settle():
-                logger.error("refused: %s", error)
             if intake.rejected and self.on_bad_contribution == "raise":
                 raise intake.rejected[0].error
             only = None if self.fl_ctx is None else props.taken(self.fl_ctx, props.CONTRIBUTORS)
@@ -428,7 +438,12 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         who = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
         code = shareable.get_return_code()
         if code and code != ReturnCode.OK:
-            self.log_warning(fl_ctx, f"{who}: sent no contribution: {code}", fire_event=False)
+            failure = ClientQuitError(f"{who}: sent no contribution: {code}", contributor=who)
+            with self._lock:
+                intake = self._begun()
+                intake.refuse(who, failure)
+                self.report = intake.report
+            self.log_warning(fl_ctx, str(failure), fire_event=False)
             return False
 
         def read() -> Contribution:

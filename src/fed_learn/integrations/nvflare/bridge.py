@@ -99,6 +99,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         self._num_rounds: int | None = None
         self._announced: BestModel | None = None
         self._failed = False
+        self._settle: Callable[[], Sequence[tuple[str, Exception]]] = tuple
         self._actions: dict[str, Callable[[Mirror, FLContext], None]] = {
             EventType.START_WORKFLOW: self._start_workflow,
             AppEventType.ROUND_STARTED: self._start_round,
@@ -202,7 +203,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         outcome: props.Outcome | None = props.taken(fl_ctx, props.OUTCOME)
         result = fl_ctx.get_prop(AppConstants.TRAINING_RESULT)
         if outcome is not None:
-            contribution, refusal = outcome.contribution, outcome.refusal
+            contribution, refusal, self._settle = outcome.contribution, outcome.refusal, outcome.settle
         else:
             contribution, refusal = _read(name, result, fl_ctx.get_prop(AppConstants.CURRENT_ROUND)), None
         if refusal is None and not accepted:
@@ -213,6 +214,9 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
 
     def _before_aggregation(self, mirror: Mirror, fl_ctx: FLContext) -> None:
         if mirror.in_round:
+            settle, self._settle = self._settle, tuple
+            for name, refusal in settle():
+                mirror.refuse(name, refusal)
             props.put(fl_ctx, props.CONTRIBUTORS, mirror.before_aggregation())
 
     def _after_aggregation(self, mirror: Mirror, fl_ctx: FLContext) -> None:

@@ -8,18 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 from fed_learn import kernels
-from fed_learn.aggregation.round import Round, Told
+from fed_learn.aggregation.round import UNUSABLE, Round, Told
 from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport
 from fed_learn.errors import (
-    EmptyAggregationError,
-    ExactDomainError,
-    IntegerRangeError,
-    NonFiniteError,
-    SumOverflowError,
     TooFewContributionsError,
     brief,
     without_tracebacks,
 )
+from fed_learn.values import mean_of
 from fed_learn.weights import WeightDict
 
 
@@ -31,10 +27,12 @@ class Intake:
         like: The global model: names, shapes and dtypes; None: the first contribution decides.
         kind: The kind of contributions that is expected.
         min_contributions: Fewer, and the round fails.
+        partial: What becomes of parts of the model; see `fed_learn.aggregation.round.PARTIAL`.
         exact: Sum exactly.
         kernel: Name of the kernel; None: the current one.
         stream: Fold each contribution into float64 sums at once and keep none. Otherwise all are kept, as they are,
             until they are averaged in the order of their contributors' names: their arrays must not change till then.
+        told: What has been told of clients in this job.
 
     Raises:
         ContributionError: `like` is no weight dict, or holds dtypes that cannot be averaged.
@@ -44,6 +42,8 @@ class Intake:
         >>> intake = Intake(number=0, like={"w": np.zeros(2)})
         >>> for name, w, steps in ("site-2", 4.0, 1), ("site-1", 0.0, 3):
         ...     accepted = intake.receive(Contribution(name, {"w": np.full(2, w)}, steps, round=0))
+        >>> intake.settle()
+        []
         >>> intake.average(), intake.report.accepted
         ({'w': array([1., 1.])}, ('site-1', 'site-2'))
     """
@@ -115,9 +115,10 @@ class Intake:
         self._note(rejected=tuple(self.rejected))
         return kept
 
-    def settle(self) -> list[Exception]:
-        """Refuses what cannot be averaged with the others, now that all are in, and says why; see `Round.settle`."""
-        refused = [self.refuse(contribution.contributor, error) for contribution, error in self._round.settle()]
+    def settle(self) -> list[tuple[str, Exception]]:
+        """Refuses what cannot be averaged with the others, now that all are in: who and why. See `Round.settle`."""
+        found = [(contribution.contributor, error) for contribution, error in self._round.settle()]
+        refused = [(who, self.refuse(who, error)) for who, error in found]
         self._note(accepted=tuple(sorted(self.accepted)))
         return refused
 
@@ -134,6 +135,7 @@ class Intake:
             so.
 
         Raises:
+            OutOfTurnError: `settle` has not been called since the last contribution was received.
             ValueError: `only` leaves some out, and they are added up already (`stream`).
         """
         chosen = [name for name in sorted(self.accepted) if only is None or name in only]
@@ -143,7 +145,7 @@ class Intake:
         started = time.perf_counter()
         try:
             combined = self._round.combine([self.accepted[name] for name in chosen])
-        except (EmptyAggregationError, NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError) as error:
+        except UNUSABLE as error:
             self._note(error=without_tracebacks(error))
             return None
         weights = [self.accepted[name].aggregation_weight for name in chosen]
@@ -158,16 +160,15 @@ class Intake:
 
     def metrics(self, only: Collection[str] | None = None) -> dict[str, float]:
         """The weighted mean of each metric over those averaged contributions in which it is a finite number."""
-        terms: dict[str, list[tuple[float, float]]] = {}
+        numbers: dict[str, list[float]] = {}
+        weights: dict[str, list[float]] = {}
         for name, contribution in sorted(self.accepted.items()):
             if contribution.aggregation_weight and (only is None or name in only):
                 for metric, value in contribution.metrics.items():
                     if math.isfinite(value):
-                        terms.setdefault(metric, []).append((value, contribution.aggregation_weight))
-        return {
-            metric: math.fsum(value * weight for value, weight in pairs) / math.fsum(weight for _, weight in pairs)
-            for metric, pairs in terms.items()
-        }
+                        numbers.setdefault(metric, []).append(value)
+                        weights.setdefault(metric, []).append(contribution.aggregation_weight)
+        return {metric: mean_of(values, weights[metric]) for metric, values in numbers.items()}
 
     def _too_few(self, count: int) -> TooFewContributionsError:
         number = self.report.round

@@ -128,6 +128,13 @@ class Mirror(JobEvents):
         self._asked.pop(name, None)
         self.fire_contribution(name, contribution, None if refusal is None else without_tracebacks(refusal))
 
+    def refuse(self, name: str, refusal: Exception) -> None:
+        """RECEIVE_CONTRIBUTION once more, for one that is refused now that all contributions of the round are in."""
+        listed: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
+        refused = next((c for c in listed if c.contributor == name), None)
+        self.ctx.set_prop(ContextKey.CONTRIBUTIONS, tuple(c for c in listed if c.contributor != name))
+        self.fire_contribution(name, refused, without_tracebacks(refusal))
+
     def before_aggregation(self) -> tuple[str, ...] | None:
         """BEFORE_AGGREGATION.
 
@@ -229,8 +236,8 @@ class Mirror(JobEvents):
     def _fire_and_adopt(self, event: str) -> FrozenWeights | None:
         """Fires an event in which a handler may replace the global model; gives what it put there."""
         model = self.ctx.get_model()
-        known = None if model is None or model.weights is None else Schema.of(model.weights)
-        return self.fire_for_model(event, known)
+        before = None if model is None else model.weights
+        return self.fire_for_model(event, None if before is None else Schema.of(before), before)
 
     def _fire(self, event: str, contributor: str | None) -> None:
         super()._fire(event, contributor)

@@ -5,7 +5,7 @@ it made of a contribution and of a round; the bridge finds it in the event that 
 each works without.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +29,18 @@ CONTRIBUTORS = "fed_learn.contributors"
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What became of a contribution: it, without its weights, None if it was none; why it was refused, or None."""
+    """What became of a contribution.
+
+    Attributes:
+        contribution: It, without its weights; None if it was none.
+        refusal: Why it was refused, or None.
+        settle: To be called when all contributions of the round are in: refuses those that cannot be averaged with the
+            others, and returns who that is and why. Calling it again does nothing more.
+    """
 
     contribution: Contribution | None
     refusal: Exception | None = None
+    settle: Callable[[], Sequence[tuple[str, Exception]]] = tuple
 
 
 def put(fl_ctx: Any, key: str, value: object) -> None:
