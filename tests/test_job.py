@@ -153,6 +153,51 @@ def test_what_is_called_out_of_turn_says_what_comes_first() -> None:
     assert bits(job.weights) == model
 
 
+def test_contributions_that_would_be_lost_are_an_error_of_whoever_drives_the_job() -> None:
+    job = FederatedServer({"w": np.zeros(1)}, num_rounds=2).begin()
+    job.start_round(0)
+    job.receive("a", contribution("a", {"w": np.ones(1)}))
+    with pytest.raises(fl.OutOfTurnError, match=r"^end_round: aggregate comes first, for contributions have been"):
+        job.end_round()
+    with pytest.raises(fl.OutOfTurnError, match=r"^start_round: end_round of round 1 comes first$"):
+        job.start_round(1)
+    assert job.aggregate()
+    with pytest.raises(fl.OutOfTurnError, match=r"^aggregate: round 1 is aggregated already$"):
+        job.aggregate()
+    with pytest.raises(fl.OutOfTurnError, match=r"^receive: round 1 is aggregated already$"):
+        job.receive("b", contribution("b", {"w": np.full(1, 3.0)}))
+    assert job.end_round().accepted == ("a",)
+    job.start_round(1)
+    job.receive("a", contribution("a", {"w": np.full(1, 5.0)}, round=1))
+    job.break_off_round()
+    job.start_round(1)
+    job.receive("a", contribution("a", {"w": np.full(1, 7.0)}, round=1))
+    assert job.aggregate()
+    assert (job.weights["w"].tolist(), job.end_round().accepted) == ([7.0], ("a",))
+
+
+def test_a_differences_round_cannot_be_added_twice() -> None:
+    job = FederatedServer({"w": np.zeros(1)}, num_rounds=1, kind=fl.Kind.DIFF).begin()
+    job.start_round(0)
+    job.receive("a", contribution("a", {"w": np.ones(1)}, kind=fl.Kind.DIFF))
+    assert job.aggregate()
+    with pytest.raises(fl.OutOfTurnError, match="aggregated already"):
+        job.aggregate()
+    assert job.weights["w"].tolist() == [1.0]
+
+
+def test_a_round_with_too_few_may_be_aggregated_once_enough_have_come() -> None:
+    job = FederatedServer({"w": np.zeros(1)}, num_rounds=1, min_contributions=2).begin()
+    job.start_round(0)
+    job.receive("a", contribution("a", {"w": np.ones(1)}))
+    assert not job.aggregate()
+    job.receive("b", contribution("b", {"w": np.full(1, 3.0)}))
+    assert job.aggregate()
+    report = job.end_round()
+    assert (report.error, report.accepted, job.weights["w"].tolist()) == (None, ("a", "b"), [2.0])
+    job.finish()
+
+
 def test_weights_that_are_frozen_already_are_not_copied() -> None:
     from fed_learn.weights import FrozenWeights
 

@@ -137,20 +137,45 @@ def test_values_that_do_not_fit_are_refused_by_name(expected: Any, array: Array)
 @pytest.mark.parametrize(
     ("expected", "array"),
     [
-        (np.float32, np.array([1])),
-        (np.float32, np.array([True])),
-        (np.bool_, np.array([1])),
-        (np.bool_, np.array([1.0])),
-        (np.int64, np.array([True])),
-        (np.float32, np.array([1 + 0j])),
-        (np.float32, np.array(["1"])),
-        (np.float32, np.zeros(1, "V4")),
+        (np.float32, np.array([1, 1])),
+        (np.float32, np.array([True, True])),
+        (np.bool_, np.array([1, 2])),
+        (np.bool_, np.array([1.0, 0.5])),
+        (np.bool_, np.array([1.0, np.nan])),
+        (np.int64, np.array([True, True])),
+        (np.float32, np.array([1 + 0j, 1])),
+        (np.float32, np.array(["1", "1"])),
+        (np.float32, np.zeros(2, "V4")),
     ],
     ids=str,
 )
 def test_another_sort_of_dtype_is_refused(expected: Any, array: Array) -> None:
     with pytest.raises(fl.DtypeError):
-        Round(model={"w": np.zeros(1, expected)}).receive(sent("site-1", {"w": array}))
+        Round(model={"w": np.zeros(2, expected)}).receive(sent("site-1", {"w": array}))
+
+
+@STREAMS
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, ml_dtypes.bfloat16])
+def test_a_mask_of_truth_values_may_come_as_zeros_and_ones(dtype: Any, stream: bool) -> None:
+    mask = np.array([True, False, True])
+    this = Round(model={"mask": np.zeros(3, bool), "w": np.zeros(1)}, stream=stream)
+    mean = combined(
+        this,
+        sent("a", {"mask": mask.astype(dtype), "w": np.ones(1)}),
+        sent("b", {"mask": mask, "w": np.ones(1)}),
+    ).mean
+    assert (mean["mask"].dtype.name, mean["mask"].tolist()) == ("bool", [True, False, True])
+
+
+@STREAMS
+def test_a_single_number_of_floats_may_come_as_an_integer(stream: bool) -> None:
+    this = Round(model={"step": np.zeros((), np.float32), "w": np.zeros(2, np.float32)}, stream=stream)
+    mean = combined(
+        this,
+        sent("a", {"step": np.array(7), "w": f32([1, 2])}),
+        sent("b", {"step": np.float32(8), "w": f32([1, 2])}),
+    ).mean
+    assert (mean["step"].dtype.name, mean["step"].tolist()) == ("float32", 7.5)
 
 
 def test_nan_in_another_dtype_is_nan() -> None:

@@ -377,3 +377,53 @@ def test_a_handler_may_change_the_best_model_that_a_client_sends() -> None:
     best = client.submit_best_model()
     assert best is not None
     assert values(best) == (11.0, 11.0, 11.0)
+
+
+# A learner that trains a part
+
+
+class PartLearner(AddingLearner):
+    """Trains `w` alone, and validates the sum of all variables."""
+
+    def __init__(self, step: float) -> None:
+        super().__init__(step, score=lambda weights: float(sum(array.sum() for array in weights.values())))
+
+    def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult:
+        trained: dict[str, Any] = {"w": weights["w"] + self.step, "scale": 3.0}
+        return fl.TrainingResult(trained, 1)
+
+
+PART_MODEL: dict[str, Any] = {"w": np.zeros(2), "b": np.full(1, 10.0), "scale": np.float32(1)}
+
+
+@pytest.mark.parametrize("kind", [fl.Kind.FULL, fl.Kind.DIFF])
+def test_a_learner_that_returns_a_part_is_validated_on_the_whole_model(kind: fl.Kind) -> None:
+    clients = [fl.FederatedClient(name, PartLearner(step), kind=kind) for name, step in {"a": 1, "b": 3}.items()]
+    server = fl.FederatedServer(PART_MODEL, num_rounds=2, kind=kind, handlers=[fl.ModelSelectionHandler()])
+    result = server.run(clients)
+    assert {name: array.tolist() for name, array in result.weights.items()} == {"w": [4, 4], "b": [10], "scale": 3}
+    assert result.weights["scale"].dtype == np.float32
+    assert result.best is not None
+    assert (result.best.round, result.best.metric) == (2, 21.0)
+    # Each one's best is that of the last round: (2 + step) twice, and what it has not trained.
+    assert result.cross_site["b"] == {"a": 23.0, "b": 23.0}
+    assert result.cross_site["a"] == {"a": 19.0, "b": 19.0}
+
+
+def test_a_learner_that_returns_no_variable_is_refused_by_name() -> None:
+    class Empty(AddingLearner):
+        def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult:
+            return fl.TrainingResult({}, 1)
+
+    clients = [fl.FederatedClient("a", Empty()), *clients_of({"b": AddingLearner(2)})]
+    result = server_of(1, min_contributions=1, on_bad_contribution="reject").run(clients)
+    (refused,) = result.reports[0].rejected
+    assert (refused.contributor, str(refused.error)) == ("a", "a: train returned weights without a variable")
+    assert values(result.weights) == (2.0, 2.0, 2.0)
+
+
+def test_an_aggregator_and_a_mean_of_each_variable_exclude_each_other() -> None:
+    from fed_learn.server.model_aggregator import ModelAggregator
+
+    with pytest.raises(ValueError, match="partial='average' belongs to the weighted mean"):
+        fl.FederatedServer(PART_MODEL, num_rounds=1, kind=fl.Kind.DIFF, aggregator=ModelAggregator(), partial="average")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fed_learn.errors import brief
-from fed_learn.weights import FrozenDict
+from fed_learn.weights import FLOATS, FrozenDict, Schema
 
 
 def number_of(value: object) -> float | None:
@@ -125,3 +125,36 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
     if not all(map(math.isfinite, terms)):
         return sum(terms) / math.fsum(scaled)
     return math.ldexp(math.fsum(terms) / math.fsum(scaled), shift)
+
+
+def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
+    """Weights with arrays in the place of Python's numbers, of the dtype of the schema where that is of their sort.
+
+    Python has but one kind of floating-point numbers, and one of integers.
+
+    Args:
+        weights: What came from outside; anything but a mapping is returned as it is.
+        schema: Of the global model; empty: nobody knows it.
+
+    Example:
+        >>> numbers_as_arrays({"scale": 2.0}, Schema.of({"scale": np.zeros((), np.float32)}))
+        {'scale': array(2., dtype=float32)}
+    """
+    if not isinstance(weights, Mapping):
+        return weights
+    try:
+        items = dict(weights.items())
+    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        return weights
+    if not any(type(value) in (bool, int, float) for value in items.values()):
+        return weights
+    return {
+        name: np.asarray(value, _dtype_of(value, schema.get(name))) if type(value) in (bool, int, float) else value
+        for name, value in items.items()
+    }
+
+
+def _dtype_of(value: float, expected: tuple[Any, np.dtype[Any]] | None) -> np.dtype[Any] | None:
+    if expected is None or isinstance(value, bool):
+        return None
+    return expected[1] if expected[1] in FLOATS else None

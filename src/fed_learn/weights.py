@@ -30,6 +30,7 @@ WeightDict: TypeAlias = Mapping[str, Array]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = tuple(map(np.dtype, ("float16", BFLOAT16, "float32", "float64")))
+BOOL = np.dtype(bool)
 INTEGERS = tuple(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")))
 SHAPE_AND_DTYPE = attrgetter("shape", "dtype")
 SUPPORTED_DTYPES = frozenset((*FLOATS, *INTEGERS, np.dtype(bool)))
@@ -296,7 +297,7 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
 
         Args:
             weights: In any byte order, floating-point numbers and integers of any width; see `fitted`. Fractions for
-                integers are taken only in counters: single numbers beside variables of floating-point numbers.
+                integers, and integers for floating-point numbers, are taken only in counters: single numbers.
             contributor: Who sent them, for the error.
 
         Returns:
@@ -322,7 +323,8 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             if array is None:
                 continue
             given = native_dtype(array.dtype)
-            if given != dtype and not same_sort(given, dtype):
+            counted = given in INTEGERS and dtype in FLOATS and math.prod(shape) == 1  # a number beside weights
+            if given != dtype and not counted and not same_sort(given, dtype):
                 raise dtype_error(name, array, dtype, contributor)
             if array.shape != shape:
                 raise shape_error(name, array, shape, contributor)
@@ -456,15 +458,17 @@ def same_sort(given: np.dtype[Any], expected: np.dtype[Any]) -> bool:
         >>> same_sort(np.dtype(np.float64), np.dtype(np.float32)), same_sort(np.dtype(int), np.dtype(np.float32))
         (True, False)
     """
-    return (given in FLOATS and expected in (*FLOATS, *INTEGERS)) or (given in INTEGERS and expected in INTEGERS)
+    if given in FLOATS:
+        return expected in (*FLOATS, *INTEGERS, BOOL)
+    return given in INTEGERS and expected in (*INTEGERS, BOOL)
 
 
 def fitted(array: Array, dtype: np.dtype[Any]) -> Array | None:
     """An array rounded to another dtype of the same sort.
 
     Floating-point numbers of one width become those of another, to the nearest, halves by way of float32; integers of
-    one width become those of another; and floating-point numbers become integers, half to even, as the mean of integers
-    does.
+    one width become those of another; floating-point numbers become integers, half to even, as the mean of integers
+    does; and 0 and 1 become truth values, as in a mask.
 
     Args:
         array: In any byte order.
@@ -478,6 +482,9 @@ def fitted(array: Array, dtype: np.dtype[Any]) -> Array | None:
         (array([0.1], dtype=float32), None)
     """
     with np.errstate(all="ignore"):  # what does not fit is told below
+        if dtype == BOOL:
+            truth = array.astype(BOOL)
+            return truth if np.array_equal(truth, array) else None
         if dtype in FLOATS:
             rounded = np.asarray((array.astype(np.float32) if dtype.itemsize == 2 else array).astype(dtype))
             lost = finite_elements(array) & ~finite_elements(rounded)

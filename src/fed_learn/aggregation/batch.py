@@ -6,7 +6,7 @@ error that names who and what. Which of several parts counts is left to `fed_lea
 """
 
 import hashlib
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from fed_learn.contribution import Contribution, Kind, check_terms, checked_n_it
 from fed_learn.differences import check_differences
 from fed_learn.errors import NonFiniteError
 from fed_learn.kernels.base import Kernel
+from fed_learn.values import numbers_as_arrays
 from fed_learn.weights import (
-    FLOATS,
     PLAIN,
     Array,
     FrozenWeights,
@@ -180,7 +180,7 @@ class Terms:
         schema = self.schema
         if schema and isinstance(weights, dict) and type(weights) in PLAIN and schema.describes(weights):
             return dict(weights)  # the usual case
-        arrays = as_weight_dict(_without_numbers(weights, schema), who)
+        arrays = as_weight_dict(numbers_as_arrays(weights, schema), who)
         if not schema:
             return {name: np.asarray(arrays[name], dtype) for name, (_, dtype) in Schema.of(arrays, who).items()}
         if not self.parts and len(arrays) < len(schema):
@@ -235,26 +235,3 @@ def _not_finite(name: str, array: Array, who: str) -> NonFiniteError:
     except NonFiniteError as error:
         return error
     raise AssertionError(f"a kernel has found {name!r} not finite, and it is")
-
-
-def _without_numbers(weights: Any, schema: Schema) -> Any:
-    """The same with arrays in the place of Python's numbers, of the dtype of the schema where that has them."""
-    if not isinstance(weights, Mapping):
-        return weights
-    try:
-        items = dict(weights.items())
-    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-        return weights
-    if not any(type(value) in (bool, int, float) for value in items.values()):
-        return weights
-    return {
-        name: np.asarray(value, _dtype_of(value, schema.get(name))) if type(value) in (bool, int, float) else value
-        for name, value in items.items()
-    }
-
-
-def _dtype_of(value: float, expected: tuple[Any, np.dtype[Any]] | None) -> np.dtype[Any] | None:
-    """The dtype that a number of Python's takes: Python has but one kind of floating-point numbers, and of integers."""
-    if expected is None or isinstance(value, bool):
-        return None
-    return expected[1] if expected[1] in FLOATS else None

@@ -13,12 +13,12 @@ from fed_learn.components.learner import Learner
 from fed_learn.components.returned import check_learner, metric_and_mode, mode_followed, scores, training_result
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
 from fed_learn.differences import add_difference, difference
-from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure
+from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
-from fed_learn.values import split_metrics
-from fed_learn.weights import FrozenWeights, WeightDict, as_weight_dict
+from fed_learn.values import numbers_as_arrays, split_metrics
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict
 
 logger = logging.getLogger(__name__)
 
@@ -132,13 +132,13 @@ class FederatedClient:
         result = training_result(self.learner.train(model, self.ctx), self.name)
         if result is None:
             return None
-        trained = FrozenWeights(as_weight_dict(without_tensors(result.weights, self.name), self.name))
+        trained = self._trained(result.weights, received)
         self._n_iter = result.n_iter
         diff = self._difference(trained, received) if self.filters or self.kind is Kind.DIFF else None
         if self.filters and diff is not None:
             diff = self._filtered(diff, TrainContext(result.n_iter, number))
             trained = self._moved(received, diff)
-        self._keep_best(number, trained)
+        self._keep_best(number, FrozenWeights.adopt({**received, **trained}))
         weights = trained if self.kind is Kind.FULL or diff is None else diff
         of_training, told = split_metrics(result.metrics)
         return Contribution(
@@ -193,6 +193,14 @@ class FederatedClient:
     def _check_quit(self) -> None:
         if self._quit_reason is not None:
             raise ClientQuitError(f"{self.name}: {self._quit_reason}", contributor=self.name)
+
+    def _trained(self, weights: Any, received: FrozenWeights) -> FrozenWeights:
+        """What was trained, as a weight dict: all or a part of what was received."""
+        given = numbers_as_arrays(without_tensors(weights, self.name), Schema.of(received))
+        arrays = as_weight_dict(given, self.name)
+        if not arrays and received:
+            raise WeightsTypeError(f"{self.name}: train returned weights without a variable", contributor=self.name)
+        return FrozenWeights(arrays)
 
     def _difference(self, trained: FrozenWeights, received: FrozenWeights) -> FrozenWeights:
         with self._named_in_errors():

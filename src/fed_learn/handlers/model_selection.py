@@ -137,6 +137,7 @@ class ModelSelectionHandler(ServerHandler):
 
     def _check_any(self, contributions: Sequence[Contribution]) -> None:
         """Refuses a round in which nobody sent what selection goes by."""
+        seen, self._seen = self._seen, None  # an error needs no second one at the end
         name = self.validation_metric_name
         if all(name not in c.metrics for c in contributions):
             as_info = [f"{c.contributor} sent {brief(c.info[name])}" for c in contributions if name in c.info]
@@ -153,6 +154,7 @@ class ModelSelectionHandler(ServerHandler):
                 "no client sent its local iterations (n_iter), so no model could be selected with weigh_by_local_iter",
                 metric="n_iter",
             )
+        self._seen = seen
 
     def _warn_of_strangers(self, contributions: Sequence[Contribution]) -> None:
         weighed = {name for name, weight in self.aggregation_weights.items() if weight != 1.0}
@@ -165,7 +167,11 @@ class ModelSelectionHandler(ServerHandler):
     ) -> None:
         metric = self._score(entries)
         if metric is None or not math.isfinite(metric):
-            self._warn_once("", f"no usable {self.validation_metric_name!r} ({metric}): no model is selected")
+            number = ctx[ContextKey.ROUND] + 1
+            self._warn_once(
+                "",
+                f"round {number}: no client sent a usable {self.validation_metric_name!r}, so its model has no score",
+            )
             return
         self._seen = None
         own = self.best_key == ContextKey.BEST_RECEIVED

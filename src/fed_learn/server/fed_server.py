@@ -118,6 +118,8 @@ class FederatedServer:
                 raise ValueError("an aggregator works on differences: pass kind=Kind.DIFF, to the clients too")
             if exact or stream:
                 raise ValueError("exact and stream belong to the weighted mean, which an aggregator replaces")
+            if partial == "average":
+                raise ValueError("partial='average' belongs to the weighted mean, which an aggregator replaces")
         self.aggregator = None if aggregator is None else check_aggregator(aggregator)
         self.weights = FrozenWeights(arrays)
         self.handlers = check_handlers(handlers)

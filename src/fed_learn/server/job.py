@@ -91,6 +91,7 @@ class Job(JobEvents):
         self._finished = False
         self.aggregated_elsewhere = False
         self._in_round = False
+        self._aggregated = False
         self._schema = server.schema
         self._adopt(server.weights)
 
@@ -142,9 +143,12 @@ class Job(JobEvents):
 
         Raises:
             ContributionError: These, or what a handler set, is no model of the job's schema.
+            OutOfTurnError: The round before is not over, and contributions to it would be lost.
         """
+        if self._in_round and self._waiting():
+            raise OutOfTurnError(f"start_round: end_round of round {self.report.round + 1} comes first")
         self._round_started = time.perf_counter()
-        self._in_round = True
+        self._in_round, self._aggregated = True, False
         if weights is not None:
             before = self._weights if Schema.of(self._weights) == self.schema else None
             self._adopt(checked_model(weights, self.schema, "global model", constants=before))
@@ -182,9 +186,10 @@ class Job(JobEvents):
 
         Raises:
             ContributionError: It is refused, with `on_bad_contribution="raise"`.
-            OutOfTurnError: No round has begun.
+            OutOfTurnError: No round has begun, or it is aggregated already.
         """
         self._check_in_round("receive")
+        self._check_not_aggregated("receive")
         if isinstance(sent, Exception) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
             self.quit(name, sent)
             return None
@@ -223,9 +228,10 @@ class Job(JobEvents):
                 bad contribution or a bad model into the context.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
             ValueError: A handler changed which contributions are averaged, and the server streams.
-            OutOfTurnError: No round has begun.
+            OutOfTurnError: No round has begun, or it is aggregated already.
         """
         self._check_in_round("aggregate")
+        self._check_not_aggregated("aggregate")
         self._settle()
         if not self._enough():
             return False
@@ -241,7 +247,9 @@ class Job(JobEvents):
             self.update_report(error=without_tracebacks(refusal.error))
             return False
         self._adopt(mean)
+        self._aggregated = True
         self.update_report(
+            error=None,  # of an attempt before, with fewer
             accepted=tuple(c.contributor for c in contributions),
             total_weight=float(sum(c.aggregation_weight for c in contributions)),
             aggregation_seconds=time.perf_counter() - started,
@@ -254,9 +262,11 @@ class Job(JobEvents):
         """END_ROUND; returns the report of the round. The weights of its contributions are not kept.
 
         Raises:
-            OutOfTurnError: No round has begun.
+            OutOfTurnError: No round has begun, or its contributions have not been aggregated.
         """
         self._check_in_round("end_round")
+        if self._waiting():
+            raise OutOfTurnError("end_round: aggregate comes first, for contributions have been accepted")
         self.update_report(seconds=time.perf_counter() - self._round_started)
         self._fire_and_adopt(EventType.END_ROUND)
         self._in_round = False
@@ -264,6 +274,10 @@ class Job(JobEvents):
         self.drop_weights()
         self.reports.append(self.report)
         return self.report
+
+    def break_off_round(self) -> None:
+        """Gives up a round that an error has ended, with what was received; `start_round` begins it, or another."""
+        self._in_round = False
 
     @property
     def stopped(self) -> bool:
@@ -419,6 +433,15 @@ class Job(JobEvents):
         if not self._in_round:
             last = f", for that of round {len(self.reports)} is over" if self.reports else ""
             raise OutOfTurnError(f"{what}: start_round comes first{last}")
+
+    def _check_not_aggregated(self, what: str) -> None:
+        if self._aggregated:
+            raise OutOfTurnError(f"{what}: round {self.report.round + 1} is aggregated already")
+
+    def _waiting(self) -> bool:
+        """Whether contributions have been accepted that nothing was made of, and no error says why."""
+        done = self._aggregated or self.aggregated_elsewhere or self.report.error is not None
+        return bool(self.report.accepted) and not done
 
     def change_schema(self, schema: Schema) -> None:
         """From the next round on the global model, which `start_round` is given, has other names, shapes or dtypes."""

@@ -287,6 +287,7 @@ class Session:
     def forget_round(self) -> None:
         """Keeps nothing of a round that ended, or was broken off: if it comes again, it begins anew."""
         self.number, self.accepted, self.failed = None, {}, []
+        self.job.break_off_round()
 
     def note_score(self, node: Hashable, claim: Callable[[], str | None], metric: float) -> None:
         """Notes what a client measured on the global model, which it will receive in the next round."""
