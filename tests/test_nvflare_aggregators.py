@@ -364,6 +364,29 @@ def test_each_metric_is_averaged_by_the_same_weights_over_those_who_sent_a_numbe
     assert aggregator.aggregate_model().metrics == {"accuracy": pytest.approx(0.26), "extra": 1.0, "loss": 1.0}
 
 
+def test_metrics_that_are_left_out_of_the_mean_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    aggregator = WeightedAverageAggregator()
+    for number in (0, 1):
+        start_round(aggregator, number, {"w": np.zeros(1)})
+        for site, loss in zip(STEPS, (0.5, math.nan, 1.5), strict=True):
+            metrics = {"loss": loss, "recall": np.array([0.5, 1.0]), "one": np.array([2.0]), "host": site}
+            aggregator.accept_model(once(site, {"w": np.ones(1)}, metrics=metrics, current_round=number))
+        assert aggregator.aggregate_model().metrics == {"loss": 1.0, "one": 2.0}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "site-1: metric 'recall' is array([0.5, 1. ]), no single number: it is left out of the mean metrics",
+        "site-1: metric 'host' is 'site-1', no single number: it is left out of the mean metrics",
+        "site-2: metric 'loss' is nan: it is left out of the mean metrics",
+    ]
+
+
+def test_metrics_as_large_as_floats_go_have_a_mean() -> None:
+    aggregator = WeightedAverageAggregator()
+    for site in ("site-1", "site-2"):
+        metrics = {"large": 1.5e308, "small": -1.5e308, "both": 1.5e308 if site == "site-1" else -1.5e308}
+        aggregator.accept_model(once(site, {"w": np.ones(1)}, metrics=metrics))
+    assert aggregator.aggregate_model().metrics == {"large": 1.5e308, "small": -1.5e308, "both": 0.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
