@@ -122,9 +122,7 @@ class ModelAggregator(Aggregator):
         averaged = {name: array for name, array in base.items() if name not in excluded}
         new = {name: array.copy() for name, array in base.items() if name in excluded}
         if not averaged:
-            raise EmptyAggregationError(
-                f"exclude_vars {self.exclude_vars!r} matches every variable of the global model"
-            )
+            raise EmptyAggregationError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
         schema = Schema.of(averaged, "global model")
         sent = [self._weighed(item, schema) for item in accumulator]
         new |= add_difference(averaged, weighted_average(sent, like=averaged, exact=self.exact))

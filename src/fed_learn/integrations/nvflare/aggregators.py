@@ -138,9 +138,15 @@ class _Averaging:
             self._intake = None
 
     def _begun(self) -> Intake:
-        """The intake of this round."""
+        """The intake of this round.
+
+        Raises:
+            FedLearnError: Nothing of the global model is left to be averaged.
+        """
         if self._intake is None:
             self._skipped.clear()
+            if self._global and not self._averaged_part(self._global):
+                raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
             self._intake = Intake(
                 number=self._round,
                 like=None if self._global is None else self._averaged_part(self._global),
