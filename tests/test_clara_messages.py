@@ -130,9 +130,9 @@ def test_bfloat16_passes_but_has_no_bytes() -> None:
 
 
 def test_messages_take_only_what_they_can_send() -> None:
-    with pytest.raises(TypeError, match="ndarray must be bytes, not a ndarray"):
+    with pytest.raises(TypeError, match="ndarray must be bytes, not an ndarray"):
         NDArray(ndarray=np.ones(2))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="CopyFrom needs an NDArray, not a ndarray"):
+    with pytest.raises(TypeError, match="CopyFrom needs an NDArray, not an ndarray"):
         ModelData().params["w"].CopyFrom(np.ones(2))  # type: ignore[arg-type]
     with pytest.raises(fl.DtypeError, match="Python objects"):
         ndarray_to_proto(np.array([object()]))

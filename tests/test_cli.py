@@ -218,8 +218,8 @@ class Dropping(fl.Handler):
         ({"aggregator": {"path": "in_vain.Refusing"}}, "MetricError 4 times, the first: site-1: not today"),
         (
             {"handlers": [{"path": "in_vain.Dropping"}]},
-            "TooFewContributionsError 2 times, the first: round 1: 0 accepted contributions, 2 required; the global "
-            "model stands",
+            "TooFewContributionsError 2 times, the first: round 1: 0 accepted contributions after a handler took "
+            "out 2, 2 required; the global model stands",
         ),
     ],
     ids=["idle", "failing", "excluding", "refusing", "dropping"],

@@ -292,7 +292,7 @@ def test_a_part_moves_that_part_of_the_model_whatever_its_kind(kind: DataKind, s
     params_type = ParamsType.DIFF if kind == DataKind.WEIGHT_DIFF else ParamsType.FULL
     for site, v in (("site-1", 1.0), ("site-2", 3.0)):
         aggregator.accept_model(once(site, {"w": np.full(2, v, np.float32)}, params_type=params_type))
-    with pytest.raises(fl.NamesError, match="site-3: has other variables .* misses 'bn', 'w' and adds 'head'"):
+    with pytest.raises(fl.NamesError, match="misses 'bn', 'w' and adds 'head'"):
         aggregator.accept_model(once("site-3", {"head": np.ones(1, np.float32)}, params_type=params_type))
     result = aggregator.aggregate_model()
     assert result.params_type == params_type
@@ -460,7 +460,7 @@ def test_metrics_as_large_as_floats_go_have_a_mean() -> None:
         ({"meta": {"PROCESSED_ALGORITHM": "_he_"}}, fl.WeightsTypeError, "processed by '_he_'"),
         ({"params": [np.zeros(1)]}, fl.WeightsTypeError, "weights are a list"),
         ({"params": {"w": "1.0"}}, fl.WeightsTypeError, "'w' is a builtins.str, not a numpy array"),
-        ({"params": {1: np.zeros(1)}}, fl.WeightsTypeError, "variable name 1 is a int"),
+        ({"params": {1: np.zeros(1)}}, fl.WeightsTypeError, "variable name 1 is an int"),
     ],
     ids=str,
 )

@@ -616,7 +616,7 @@ def test_handlers_choose_among_the_contributions_that_count_together(stream: boo
             1.0,
             3,
             "2 accepted contributions, 3 required",
-            "TooFewContributionsError 2 times, the first: round 1: 2 accep",
+            "TooFewContributionsError 2 times, the first: round 1: 2",
         ),
     ],
     ids=["refused", "too few"],
