@@ -625,6 +625,40 @@ def test_merge_of_an_empty_accumulator_changes_nothing(exact: bool) -> None:
     assert state(full) == before
 
 
+@every_kernel
+@plain_and_exact
+def test_contributions_that_count_by_zero_merge_as_they_are_added(kernel: str, exact: bool) -> None:
+    def only_zero() -> Accumulator:
+        accumulator = filled([], exact=exact, kernel=kernel)
+        accumulator.add({"w": np.array([9.0, -9.0])}, 0, "zero")
+        return accumulator
+
+    full = filled([Contribution("one", {"w": np.array([1.0, 3.0])}, 2)], exact=exact, kernel=kernel)
+    zero = only_zero()
+    full.merge(zero)
+    assert (len(full), full.total_weight, full.contributors) == (1, 2, ("one", "zero"))
+    assert full.result()["w"].tolist() == [1, 3]
+    assert (len(zero), zero.contributors) == (0, ("zero",))
+    zero.merge(filled([Contribution("one", {"w": np.array([1.0, 3.0])}, 2)], exact=exact, kernel=kernel))
+    assert (len(zero), zero.total_weight, zero.contributors) == (1, 2, ("zero", "one"))
+    assert zero.result()["w"].tolist() == [1, 3]
+    with pytest.raises(DuplicateContributionError, match="zero: contributed to both"):
+        zero.merge(only_zero())
+
+
+@plain_and_exact
+def test_two_accumulators_of_zero_weights_have_no_mean(exact: bool) -> None:
+    first, second = Accumulator(exact=exact), Accumulator(exact=exact)
+    first.add({"w": np.ones(2)}, 0, "a")
+    second.add({"w": np.ones(2)}, 0, "b")
+    first.merge(second)
+    assert (len(first), first.total_weight, first.contributors) == (0, 0, ("a", "b"))
+    with pytest.raises(EmptyAggregationError, match="no contributions to average"):
+        first.result()
+    first.add({"w": np.full(2, 5.0)}, 1, "c")
+    assert first.result()["w"].tolist() == [5, 5]
+
+
 def one(contributor: str, weights: WeightDict, **rest: Any) -> Callable[[bool], Accumulator]:
     def make(exact: bool) -> Accumulator:
         return filled([Contribution(contributor, weights, 1, **rest)], exact=exact)

@@ -836,7 +836,7 @@ def test_zero_contributions_are_an_error_and_never_nan() -> None:
         ({"a": [1]}, {"a": (1,)}),
         (0.9 + 0j, "(0.9+0j)"),
         (10**400, "1000000000000...0000000000000"[:3]),
-        (10**5000, "a int"),
+        (10**5000, "an int"),
     ],
     ids=lambda value: str(type(value).__name__),
 )

@@ -579,6 +579,57 @@ def test_a_job_stops_once_the_aggregated_models_were_no_better_for_the_patience(
     assert len(scored_since) >= patience
 
 
+NONE = float("nan")
+"""No score: a metric that is not finite."""
+
+
+@pytest.mark.parametrize("validate_every", [None, 1], ids=["received", "aggregated"])
+@pytest.mark.parametrize(
+    ("scores", "patience", "rounds", "best"),
+    [
+        ([9, 9, NONE, NONE, NONE, NONE, NONE, NONE], 2, 7, 9),
+        ([NONE] * 8, 1, 7, None),
+        ([1, 2, NONE, NONE, 3, NONE, NONE, 4], 2, 7, 4),
+        ([1, 9, NONE, NONE, NONE, NONE, 10, NONE, 11], 1, 8, 11),
+    ],
+    ids=["none after the best", "none at all", "better after gaps", "better after gaps longer than the patience"],
+)
+def test_rounds_without_a_score_end_no_job(
+    scores: list[float], patience: int, rounds: int, best: float | None, validate_every: int | None
+) -> None:
+    result = job_with_patience(patience, scores, validate_every=validate_every)
+    assert (len(result.reports), result.stop_reason) == (rounds, None)
+    assert (result.best and result.best.metric) == best
+
+
+@pytest.mark.parametrize(("validate_every", "stops_after"), [(None, 6), (1, 5)], ids=["received", "aggregated"])
+def test_the_first_score_after_a_gap_decides_by_the_rounds_since_the_best_model(
+    validate_every: int | None, stops_after: int
+) -> None:
+    """Model 1 is the best, models 2 to 4 have no score, and model 5 is worse: the best is 4 rounds older."""
+    scores = [0, 9, NONE, NONE, NONE, 1, 1, 1, 1, 1, 1]
+    for patience, later in ((3, 0), (4, 0), (5, 1)):
+        result = job_with_patience(patience, scores, validate_every=validate_every)
+        assert len(result.reports) == stops_after + later
+        assert result.stop_reason is not None
+        assert result.best is not None
+        assert result.best.metric == 9
+
+
+def test_rounds_that_fail_end_no_job_and_the_model_that_stands_is_no_worse() -> None:
+    def fails(ctx: fl.FLContext) -> None:
+        if ctx[fl.ContextKey.ROUND] in (1, 2, 3):
+            ctx[fl.ContextKey.CONTRIBUTIONS] = ()
+
+    handlers = [At(fl.EventType.BEFORE_AGGREGATION, fails), ModelSelectionHandler(), EarlyStoppingHandler(1)]
+    server = fl.FederatedServer(initial_weights(), num_rounds=7, min_contributions=1, handlers=handlers)
+    result = server.run(clients_of({"a": AddingLearner(1, score=by_value)}))
+    assert [report.error is not None for report in result.reports] == [False, True, True, True, False, False, False]
+    assert result.stop_reason is None
+    assert result.best is not None
+    assert result.best.metric == 4
+
+
 # RoundLogHandler
 
 

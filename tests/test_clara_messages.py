@@ -130,9 +130,9 @@ def test_bfloat16_passes_but_has_no_bytes() -> None:
 
 
 def test_messages_take_only_what_they_can_send() -> None:
-    with pytest.raises(TypeError, match="ndarray must be bytes, not a ndarray"):
+    with pytest.raises(TypeError, match="ndarray must be bytes, not an ndarray"):
         NDArray(ndarray=np.ones(2))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="CopyFrom needs an NDArray, not a ndarray"):
+    with pytest.raises(TypeError, match="CopyFrom needs an NDArray, not an ndarray"):
         ModelData().params["w"].CopyFrom(np.ones(2))  # type: ignore[arg-type]
     with pytest.raises(fl.DtypeError, match="Python objects"):
         ndarray_to_proto(np.array([object()]))
@@ -207,7 +207,7 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
 
 @pytest.mark.parametrize("model", [None, {"w": 1}, np.ones(2)], ids=str)
 def test_what_is_no_model_is_refused(model: object) -> None:
-    with pytest.raises(fl.WeightsTypeError, match=f"the model is a {type(model).__name__}, not a ModelData"):
+    with pytest.raises(fl.WeightsTypeError, match=rf"the model is an? {type(model).__name__}, not a ModelData"):
         model_to_weights(model, SCHEMA, "aggregator")
     missing = model_of()
     del missing.params["n"]

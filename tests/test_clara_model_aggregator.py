@@ -24,7 +24,30 @@ def test_excluded_variables_stay_as_they_are() -> None:
     result = server_with(ModelAggregator(exclude_vars="^b|tep")).run(two_clients())
     assert values(result.weights) == (7.5, 0.0, 0.0)
     assert values(server_with(ModelAggregator(exclude_vars="dummy")).run(two_clients()).weights) == (7.5, 7.5, 6.0)
-    assert values(server_with(ModelAggregator(exclude_vars=".")).run(two_clients()).weights) == (0.0, 0.0, 0.0)
+
+
+def test_a_job_in_which_everything_is_excluded_ends_with_an_error() -> None:
+    with pytest.raises(fl.NothingAggregatedError, match=r"exclude_vars '\.' matches all variables") as caught:
+        server_with(ModelAggregator(exclude_vars=".")).run(two_clients())
+    assert (caught.value.cause, caught.value.count, caught.value.rounds) == ("AggregatorError", 3, 3)
+    assert values(caught.value.result.weights) == (0.0, 0.0, 0.0)
+
+
+def test_a_round_in_which_an_aggregator_leaves_the_model_untouched_has_failed() -> None:
+    class Seldom(ModelAggregator):
+        def __init__(self, rounds: tuple[int, ...]) -> None:
+            super().__init__()
+            self.rounds = rounds
+
+        def process(self, accumulator: list[FLContext], fl_ctx: FLContext) -> bool:
+            return fl_ctx[fl.ContextKey.ROUND] in self.rounds and super().process(accumulator, fl_ctx)
+
+    result = server_with(Seldom((1,))).run(two_clients())
+    untouched = "aggregator Seldom: put no variable into the global model, so no contribution is in it"
+    assert [str(report.error) for report in result.reports] == [untouched, "None", untouched]
+    assert values(result.weights) == (2.5, 2.5, 2.0)
+    with pytest.raises(fl.NothingAggregatedError, match=f"AggregatorError 3 times, the first: {untouched}"):
+        server_with(Seldom(())).run(two_clients())
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,70 @@ def test_a_configuration_file_sets_handlers_and_rounds(tmp_path: Path) -> None:
     assert len(summary_of(tmp_path / "more")["rounds"]) == 1
 
 
+PARTS = """
+import fed_learn as fl
+from fed_learn.server.model_aggregator import Aggregator, ModelAggregator
+
+
+class Idle(Aggregator):
+    def process(self, accumulator, fl_ctx):
+        return True
+
+
+class Failing(Aggregator):
+    def process(self, accumulator, fl_ctx):
+        raise RuntimeError("out of order")
+
+
+class Refusing(ModelAggregator):
+    def check(self, contribution):
+        who = contribution.contributor
+        raise fl.MetricError(f"{who}: not today", contributor=who, metric="day")
+
+
+class Dropping(fl.Handler):
+    def before_aggregation(self, ctx):
+        ctx[fl.ContextKey.CONTRIBUTIONS] = ()
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "cause"),
+    [
+        (
+            {"aggregator": {"path": "in_vain.Idle"}},
+            "AggregatorError 2 times, the first: aggregator Idle: put no variable into the global model, so no "
+            "contribution is in it",
+        ),
+        (
+            {"aggregator": {"path": "in_vain.Failing"}},
+            "AggregatorError 2 times, the first: aggregator Failing: RuntimeError: out of order",
+        ),
+        (
+            {"exclude_vars": "."},
+            "AggregatorError 2 times, the first: aggregator ModelAggregator: exclude_vars '.' matches all variables of "
+            "the global model",
+        ),
+        ({"aggregator": {"path": "in_vain.Refusing"}}, "MetricError 4 times, the first: site-1: not today"),
+        (
+            {"handlers": [{"path": "in_vain.Dropping"}]},
+            "TooFewContributionsError 2 times, the first: round 1: 0 accepted contributions after a handler took "
+            "out 2, 2 required; the global model stands",
+        ),
+    ],
+    ids=["idle", "failing", "excluding", "refusing", "dropping"],
+)
+def test_a_job_in_which_nothing_is_aggregated_has_failed(config: dict[str, Any], cause: str, tmp_path: Path) -> None:
+    (tmp_path / "in_vain.py").write_text(PARTS)
+    (tmp_path / "config.json").write_text(json.dumps({"num_rounds": 2, **config}))
+    options = ["--clients", "2", "--local-epochs", "1", "--out", str(tmp_path / "out"), "--json"]
+    done = run("simulate", "--config", str(tmp_path / "config.json"), *options)
+    assert (done.returncode, done.stdout) == (1, "")
+    said = "nothing was aggregated in 2 rounds, so no client's work is in the model"
+    assert done.stderr.splitlines()[-1] == f"fed-learn: {said}: {cause}"
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
 def test_patience_stops_early_and_says_so(tmp_path: Path) -> None:
     done = run("simulate", "--rounds", "60", "--patience", "3", "--seed", "1", "--out", str(tmp_path))
     assert done.returncode == 0

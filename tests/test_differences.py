@@ -39,3 +39,23 @@ def test_what_the_page_says_of_jobs_is_what_they_end_with() -> None:
     assert part.ours.weights is not None
     assert {name: array.tolist() for name, array in part.stock.weights.items()} == {"fc": [2.0]}
     assert {name: array.tolist() for name, array in part.ours.weights.items()} == {"fc": [2.0], "bn": [7.0]}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_page_says_of_nvflares_jobs_and_metrics_is_what_comes_out() -> None:
+    for case in (
+        differences.all_refused_in_nvflare,
+        differences.no_steps_in_nvflare,
+        differences.other_names_in_nvflare,
+        differences.begun_as_integers_in_nvflare,
+    ):
+        row = case()
+        assert row.stock.error is None
+        assert row.stock.weights is not None
+        assert str(row.ours) == "ends the run"
+    metrics = (differences.nan_metric, differences.array_metric, differences.no_metrics)
+    assert [(str(row.stock), str(row.ours)) for row in (case() for case in metrics)] == [
+        ("loss = nan", "loss = 0.75"),
+        ("loss = 0.5, recall = [0.5 1. ]", "loss = 0.5"),
+        ("no metrics", "loss = 0.75"),
+    ]

@@ -117,6 +117,37 @@ def test_a_bad_result_is_refused_and_the_metrics_are_those_of_the_others() -> No
     assert [(f.contributor, f.cause) for f in result.reports[0].rejected] == [("partition-1", "NonFiniteError")]
 
 
+@pytest.mark.parametrize("closed", ["by close", "by the last round"])
+def test_two_rounds_in_vain_end_with_an_error_that_names_the_commonest_cause(closed: str) -> None:
+    strategy = LegacyFedAvg(
+        num_rounds=None if closed == "by close" else 2,
+        fraction_evaluate=0.0,
+        min_fit_clients=0,
+        min_available_clients=0,
+    )
+    nan = [np.full(shape, np.nan, np.float32) for shape in SHAPES]
+    other = [np.zeros((2, 2), np.float32), np.zeros(3, np.float32)]
+    manager = SimpleClientManager()
+
+    def run() -> None:
+        for number, sent in ((1, (nan, other)), (2, (nan, nan))):
+            strategy.configure_fit(number, ndarrays_to_parameters(initial()), manager)
+            assert strategy.aggregate_fit(number, results(*sent), []) == (None, {})
+        strategy.close()
+
+    with pytest.raises(fl.NothingAggregatedError) as caught:
+        run()
+    error = caught.value
+    assert (error.cause, error.count, error.rounds) == ("NonFiniteError", 3, 2)
+    assert str(error) == (
+        "nothing was aggregated in 2 rounds, so no client's work is in the model: NonFiniteError 3 times, the first: "
+        "partition-0: '0' at index (0, 0): nan is not finite"
+    )
+    causes = [[failure.cause for failure in report.rejected] for report in error.result.reports]
+    assert causes == [["NonFiniteError", "ShapeError"], ["NonFiniteError"] * 2]
+    assert [array.tolist() for array in error.result.weights.values()] == [array.tolist() for array in initial()]
+
+
 def test_clients_are_named_by_their_ids_where_they_say_nothing() -> None:
     strategy = LegacyFedAvg()
     strategy.aggregate_fit(1, results(step(0), step(1), metrics={}), [])

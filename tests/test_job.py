@@ -129,6 +129,41 @@ def test_without_a_number_every_client_that_was_asked_must_contribute(caplog: py
     assert "round 1: 1 accepted contributions, 2 required; the global model stands" in caplog.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("refused", [0, 1], ids=["all accepted", "one refused"])
+def test_a_job_whose_handler_takes_out_every_contribution_ends_with_an_error_that_says_so(
+    refused: int, stream: bool
+) -> None:
+    nothing = At(Event.BEFORE_AGGREGATION, lambda ctx: ctx.set_prop(Key.CONTRIBUTIONS, ()))
+    server = FederatedServer(
+        initial_weights(),
+        num_rounds=2,
+        min_contributions=1,
+        on_bad_contribution="reject",
+        handlers=[nothing],
+        stream=stream,
+    )
+    job = server.begin()
+    for number in range(2):
+        job.start_round(number)
+        for name in "ab":
+            job.receive(name, contribution(name, noise(number), round=number))
+        if refused and number:
+            job.receive("c", contribution("c", noise(0), float("nan"), round=number))
+        assert not job.aggregate()
+        job.end_round()
+    with pytest.raises(fl.NothingAggregatedError) as caught:
+        job.finish()
+    error = caught.value
+    assert (error.cause, error.count, error.rounds) == ("TooFewContributionsError", 2, 2)
+    assert str(error).endswith(
+        "TooFewContributionsError 2 times, the first: round 1: 0 accepted contributions after a handler took out 2, "
+        "1 required; the global model stands"
+    )
+    assert [len(report.rejected) for report in error.result.reports] == [0, refused]
+    assert bits(error.result.weights) == bits(initial_weights())
+
+
 def test_what_is_called_out_of_turn_says_what_comes_first() -> None:
     job = FederatedServer(initial_weights(), num_rounds=2).begin()
     calls: dict[str, Callable[[], object]] = {

@@ -267,6 +267,69 @@ def test_variables_are_not_excluded_from_a_global_model_that_is_not_known() -> N
     assert list(aggregator.aggregate_model().params) == ["w"]
 
 
+@pytest.mark.parametrize("kind", [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF])
+def test_a_round_in_which_everything_is_excluded_ends_the_job_and_is_no_clients_fault(kind: DataKind) -> None:
+    aggregator = WeightedAverageAggregator(exclude_vars="w|b", expected_data_kind=kind)
+    start_round(aggregator, 0, {"w": np.zeros(2), "b": np.zeros(1)})
+    sent = model("site-1", {"w": np.ones(2)}, params_type="DIFF" if kind == DataKind.WEIGHT_DIFF else "FULL")
+    for call in (lambda: aggregator.accept_model(sent), aggregator.aggregate_model):
+        with pytest.raises(fl.FedLearnError, match=r"^exclude_vars 'w\|b' matches all variables of the global model$"):
+            call()
+    assert aggregator.report is None
+
+
+def moved(weights: dict[str, Any], result: FLModel) -> dict[str, Any]:
+    """The global model that NVFlare makes of a mean."""
+    return dict(FLModelUtils.update_model(FLModel(params=dict(weights)), result).params)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", [DataKind.WEIGHTS, DataKind.WEIGHT_DIFF])
+def test_a_part_moves_that_part_of_the_model_whatever_its_kind(kind: DataKind, stream: bool) -> None:
+    weights = {"bn": np.full(1, 7, np.float32), "w": np.ones(2, np.float32)}
+    aggregator = WeightedAverageAggregator(expected_data_kind=kind, stream=stream)
+    start_round(aggregator, 0, weights)
+    params_type = ParamsType.DIFF if kind == DataKind.WEIGHT_DIFF else ParamsType.FULL
+    for site, v in (("site-1", 1.0), ("site-2", 3.0)):
+        aggregator.accept_model(once(site, {"w": np.full(2, v, np.float32)}, params_type=params_type))
+    with pytest.raises(fl.NamesError, match="misses 'bn', 'w' and adds 'head'"):
+        aggregator.accept_model(once("site-3", {"head": np.ones(1, np.float32)}, params_type=params_type))
+    result = aggregator.aggregate_model()
+    assert result.params_type == params_type
+    new = moved(weights, result)
+    expected = 3 if kind == DataKind.WEIGHT_DIFF else 2
+    assert {name: array.tolist() for name, array in new.items()} == {"bn": [7], "w": [expected] * 2}
+    assert {array.dtype for array in new.values()} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_differences_of_another_width_are_those_of_the_global_model(
+    dtype: type, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator = WeightedAverageAggregator(expected_data_kind=DataKind.WEIGHT_DIFF, stream=stream)
+    sent = {"site-1": np.array([0.1, -2.0]).astype(dtype), "site-2": np.array([0.3, 1.0]).astype(np.float32)}
+    for number in (0, 1):
+        start_round(aggregator, number, {"w": np.zeros(2, np.float32)})
+        for site, array in sent.items():
+            aggregator.accept_model(once(site, {"w": array}, params_type=ParamsType.DIFF, current_round=number))
+        narrow = [{"w": array.astype(np.float32)} for array in sent.values()]
+        assert_same(aggregator.aggregate_model().params, dict(fl.weighted_average(narrow)))
+    told = [text for text in caplog.messages if "as the global model has it" in text]
+    assert len(told) == 1
+    assert told[0].startswith(f"site-1: 'w' came as {np.dtype(dtype)} and is ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_difference_that_no_float32_can_hold_is_refused(stream: bool) -> None:
+    aggregator = WeightedAverageAggregator(expected_data_kind=DataKind.WEIGHT_DIFF, stream=stream)
+    start_round(aggregator, 0, {"w": np.zeros(2, np.float32)})
+    with pytest.raises(fl.FedLearnError, match="site-1: 'w'"):
+        aggregator.accept_model(once("site-1", {"w": np.array([0.0, 1e39])}, params_type=ParamsType.DIFF))
+    aggregator.accept_model(once("site-2", {"w": np.ones(2, np.float32)}, params_type=ParamsType.DIFF))
+    assert aggregator.aggregate_model().params["w"].tolist() == [1, 1]
+
+
 def test_clients_count_by_steps_times_their_factor_or_by_the_factor_alone() -> None:
     factors = {"site-1": 4.0, "site-2": 0.5}
     for by_steps, expected in ((True, (40 * 1 + 10 * 2 + 70 * 3) / 120), (False, (4 * 1 + 0.5 * 2 + 1 * 3) / 5.5)):
@@ -364,6 +427,29 @@ def test_each_metric_is_averaged_by_the_same_weights_over_those_who_sent_a_numbe
     assert aggregator.aggregate_model().metrics == {"accuracy": pytest.approx(0.26), "extra": 1.0, "loss": 1.0}
 
 
+def test_metrics_that_are_left_out_of_the_mean_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    aggregator = WeightedAverageAggregator()
+    for number in (0, 1):
+        start_round(aggregator, number, {"w": np.zeros(1)})
+        for site, loss in zip(STEPS, (0.5, math.nan, 1.5), strict=True):
+            metrics = {"loss": loss, "recall": np.array([0.5, 1.0]), "one": np.array([2.0]), "host": site}
+            aggregator.accept_model(once(site, {"w": np.ones(1)}, metrics=metrics, current_round=number))
+        assert aggregator.aggregate_model().metrics == {"loss": 1.0, "one": 2.0}
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "site-1: metric 'recall' is array([0.5, 1. ]), no single number: it is left out of the mean metrics",
+        "site-1: metric 'host' is 'site-1', no single number: it is left out of the mean metrics",
+        "site-2: metric 'loss' is nan: it is left out of the mean metrics",
+    ]
+
+
+def test_metrics_as_large_as_floats_go_have_a_mean() -> None:
+    aggregator = WeightedAverageAggregator()
+    for site in ("site-1", "site-2"):
+        metrics = {"large": 1.5e308, "small": -1.5e308, "both": 1.5e308 if site == "site-1" else -1.5e308}
+        aggregator.accept_model(once(site, {"w": np.ones(1)}, metrics=metrics))
+    assert aggregator.aggregate_model().metrics == {"large": 1.5e308, "small": -1.5e308, "both": 0.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
@@ -374,7 +460,7 @@ def test_each_metric_is_averaged_by_the_same_weights_over_those_who_sent_a_numbe
         ({"meta": {"PROCESSED_ALGORITHM": "_he_"}}, fl.WeightsTypeError, "processed by '_he_'"),
         ({"params": [np.zeros(1)]}, fl.WeightsTypeError, "weights are a list"),
         ({"params": {"w": "1.0"}}, fl.WeightsTypeError, "'w' is a builtins.str, not a numpy array"),
-        ({"params": {1: np.zeros(1)}}, fl.WeightsTypeError, "variable name 1 is a int"),
+        ({"params": {1: np.zeros(1)}}, fl.WeightsTypeError, "variable name 1 is an int"),
     ],
     ids=str,
 )

@@ -559,6 +559,96 @@ def test_a_training_in_vain_ends_the_job_once() -> None:
     assert ended(False, fatal=True) == []  # the job ends with an error already
 
 
+def sent(ear: Ear, fl_ctx: FLContext, aggregator: WeightedAverageAggregator, site: str, params: Any) -> None:
+    """NVFlare's events and calls when a result comes for our aggregator; it logs what the aggregator raises."""
+    ear.fire_event(AppEventType.BEFORE_CONTRIBUTION_ACCEPT, fl_ctx)
+    model = FLModel(params=params, meta={"client_name": site, "NUM_STEPS_CURRENT_ROUND": 4})
+    try:
+        aggregator.accept_model(model)
+    except fl.ContributionError:
+        accepted = False
+    else:
+        accepted = True
+    contributed(ear, fl_ctx, site, accepted, params=params)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_handlers_choose_among_the_contributions_that_count_together(stream: bool) -> None:
+    """What is of another part than the others is refused before they look."""
+    log, aggregator = Log(), WeightedAverageAggregator(stream=stream)
+    ear, bridge = Ear(), HandlerBridge([log])
+    fl_ctx = context(aggregator, bridge, ear)
+    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable({**W, "b": np.zeros(1, np.float32)}, {}))
+    for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
+        ear.fire_event(event, fl_ctx)
+    for site, params in (
+        ("a", {"w": np.full(2, 1, np.float32)}),
+        ("b", {"b": np.full(1, 9, np.float32)}),
+        ("c", {"w": np.full(2, 3, np.float32)}),
+    ):
+        sent(ear, fl_ctx, aggregator, site, params)
+    ear.fire_event(AppEventType.BEFORE_AGGREGATION, fl_ctx)
+    events = [event for event, _ in log.seen]
+    assert events[-5:] == ["_receiveContribution"] * 4 + ["_beforeAggregation"]
+    (_, all_in), (_, at_refusal), (_, choosing) = log.seen[-3:]
+    assert [c.contributor for c in all_in[fl.ContextKey.CONTRIBUTIONS]] == ["a", "b", "c"]
+    assert at_refusal[fl.ContextKey.CONTRIBUTOR] == "b"
+    assert str(at_refusal[fl.ContextKey.REJECTION]).startswith("b: misses 'w' and adds 'b', compared with what 2 of")
+    assert [c.contributor for c in choosing[fl.ContextKey.CONTRIBUTIONS]] == ["a", "c"]
+    report = choosing[fl.ContextKey.REPORT]
+    assert report.accepted == ("a", "c")
+    assert [(failure.contributor, failure.cause) for failure in report.rejected] == [("b", "NamesError")]
+    params = aggregator.aggregate_model().params
+    assert {name: array.tolist() for name, array in params.items()} == {"w": [2, 2], "b": [0]}
+
+
+@pytest.mark.parametrize("bridged", [False, True], ids=["alone", "with the bridge"])
+@pytest.mark.parametrize(
+    ("value", "least", "few", "why"),
+    [
+        (
+            np.nan,
+            1,
+            "0 accepted contributions, 1 required",
+            "NonFiniteError 4 times, the first: a: 'w' at index (0,): nan is not finite",
+        ),
+        (
+            1.0,
+            3,
+            "2 accepted contributions, 3 required",
+            "TooFewContributionsError 2 times, the first: round 1: 2",
+        ),
+    ],
+    ids=["refused", "too few"],
+)
+def test_the_aggregator_ends_a_job_in_vain_with_and_without_the_bridge(
+    value: float, least: int, few: str, why: str, bridged: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    ear, aggregator = Ear(), WeightedAverageAggregator(min_contributions=least)
+    fl_ctx = context(aggregator, *([HandlerBridge([])] if bridged else []), ear)
+    fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(dict(W), {}))
+    for event in (EventType.START_RUN, EventType.START_WORKFLOW):
+        ear.fire_event(event, fl_ctx)
+    for number in (0, 1):
+        fl_ctx.set_prop(AppConstants.CURRENT_ROUND, number)
+        ear.fire_event(AppEventType.ROUND_STARTED, fl_ctx)
+        for site in ("a", "b"):
+            sent(ear, fl_ctx, aggregator, site, {"w": np.full(2, value, np.float32)})
+        ear.fire_event(AppEventType.BEFORE_AGGREGATION, fl_ctx)
+        result = aggregator.aggregate_model()
+        assert (result.params_type, result.params) == ("DIFF", {})
+        for event in (AppEventType.AFTER_AGGREGATION, AppEventType.AFTER_SHAREABLE_TO_LEARNABLE):
+            ear.fire_event(event, fl_ctx)
+    assert [event for event, _ in ear.heard if event == EventType.FATAL_SYSTEM_ERROR] == []
+    ear.fire_event(EventType.END_WORKFLOW, fl_ctx)
+    reasons = [data for event, data in ear.heard if event == EventType.FATAL_SYSTEM_ERROR]
+    initial = "nothing was aggregated in 2 rounds, so no client's work is in the model"
+    assert len(reasons) == 1 + bridged  # of which NVFlare's server hears the first, and then no other
+    assert all(reason.startswith(f"{initial}: {why}") for reason in reasons)
+    for number in (1, 2):
+        assert f"round {number}: {few}; the global model stands" in caplog.text
+
+
 def refused(*errors: Exception) -> tuple[ClientFailure, ...]:
     return tuple(ClientFailure("a", error) for error in errors)
 

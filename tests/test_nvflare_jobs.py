@@ -147,6 +147,11 @@ def in_vain(folder: Path) -> BaseFedJob:
     return job
 
 
+def in_vain_alone(folder: Path) -> BaseFedJob:
+    """The same without handlers, so that only the aggregator can say so."""
+    return new_job(folder, fedavg(2, aggregator=WeightedAverageAggregator()), options="--bad=*:nan")
+
+
 def simulate(make: Callable[[Path], BaseFedJob], folder: Path) -> Done:
     folder.mkdir()
     make(folder).export_job(str(folder / "exported"))
@@ -191,7 +196,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
                 "example": pool.submit(run_example, folder / "example"),
                 "stock": pool.submit(run_example, folder / "stock", "--stock"),
             }
-            for make in (full, diff, tensors, handler_raises, bad_raises, careless, in_vain):
+            for make in (full, diff, tensors, handler_raises, bad_raises, careless, in_vain, in_vain_alone):
                 runs[make.__name__] = pool.submit(simulate, make, folder / make.__name__)
     return runs
 
@@ -323,6 +328,17 @@ def test_a_training_in_vain_ends_the_job_and_says_why(jobs: dict[str, Future[Don
     assert done.log.count(f"FATAL_SYSTEM_ERROR received: {why}") == 1
     assert done.events[-1]["event"] == "_shutdown"
     assert done.of("_receiveValidationResults") == []
+    assert_same(done.model(1), initial_weights())
+
+
+def test_a_training_in_vain_ends_the_job_without_handlers_too(jobs: dict[str, Future[Done]]) -> None:
+    done = jobs["in_vain_alone"].result()
+    assert done.code != 0
+    why = "nothing was aggregated in 2 rounds, so no client's work is in the model: NonFiniteError 6 times"
+    assert done.log.count(f"FATAL_SYSTEM_ERROR received: {why}") == 1
+    for site in SITES:
+        assert f"{site}: 'w' at index (1, 2): nan is not finite" in done.log
+    assert "round 2: 0 accepted contributions, 1 required; the global model stands" in done.log
     assert_same(done.model(1), initial_weights())
 
 

@@ -136,8 +136,18 @@ def test_early_stopping_with_an_aggregator_of_ones_own_waits_for_what_it_calls_i
         server.run([fl.FederatedClient("a", AddingLearner(1), kind=fl.Kind.DIFF)])
 
 
-def test_early_stopping_driven_by_hand_is_not_checked() -> None:
-    fl.fire_event(Event.STARTUP, [EarlyStoppingHandler(1)], fl.FLContext())
+def test_early_stopping_driven_by_hand_is_not_checked_and_stops() -> None:
+    handler, ctx = EarlyStoppingHandler(2), fl.FLContext()
+    fl.fire_event(Event.STARTUP, [handler], ctx)
+    assert Key.STOP not in ctx
+    ctx.set_prop(Key.BEST_RECEIVED, fl.BestModel(0, 0.5, "own", {}))  # type: ignore[arg-type]
+    reasons = []
+    for number in range(3):
+        ctx.set_props({Key.ROUND: number, Key.REPORT: fl.RoundReport(number, ("a",))})
+        for event in (Event.BEFORE_AGGREGATION, Event.END_AGGREGATION, Event.END_ROUND):
+            fl.fire_event(event, [handler], ctx)
+        reasons.append(ctx.get_prop(Key.STOP))
+    assert reasons == [None, None, "no better model than that of round 1 (own 0.5) for 2 rounds"]
 
 
 # ModelSelectionHandler
@@ -179,9 +189,19 @@ def started(handler: fl.Handler, **props: Any) -> fl.FLContext:
     return ctx
 
 
-def test_a_metric_that_only_some_send_or_that_is_nan_is_no_error() -> None:
+def test_a_metric_that_only_some_send_or_that_is_nan_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     handler = ModelSelectionHandler()
-    select(handler, started(handler), {"loss": 1.0}, {"initial_validation_metric": math.nan})
+    ctx = started(handler)
+    select(handler, ctx, {"loss": 1.0}, {"initial_validation_metric": math.nan})
+    assert Key.BEST_RECEIVED not in ctx
+    assert "selection" not in ctx.get_prop(Key.METRICS, {})
+    assert [record.getMessage() for record in caplog.records] == [
+        "site-0 is left out of model selection: its 'initial_validation_metric' is None",
+        "site-1 is left out of model selection: its 'initial_validation_metric' is nan",
+        "no usable 'initial_validation_metric' (None): no model is selected",
+    ]
+    select(handler, ctx, {"loss": 1.0}, {"initial_validation_metric": 0.25})
+    assert (ctx[Key.BEST_RECEIVED].metric, ctx[Key.METRICS]["selection"]) == (0.25, 0.25)
 
 
 def test_a_round_without_contributions_says_nothing_of_the_metric() -> None:

@@ -17,9 +17,14 @@ import numpy as np
 import nvflare_failures as nvflare
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
+from nvflare.apis.event_type import EventType
+from nvflare.apis.fl_constant import ReservedKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.app_common.abstract.fl_model import FLModel
 from outcomes import Outcome, Row, run
 
 from fed_learn.integrations.flower import FedAvg, LocalGrid, to_record, to_weights
+from fed_learn.integrations.nvflare import WeightedAverageAggregator
 
 f32 = flower.f32
 
@@ -106,10 +111,6 @@ def integers_for_floats() -> Row:
     return flower.both("client 2 sends integers for a float32 variable", flower.sent(weights), weights[0])
 
 
-def no_examples_in_nvflare() -> Row:
-    return nvflare.zero_steps()
-
-
 def parts_in_nvflare() -> Row:
     whole = {"a": f32(1), "b": f32(1)}
     return nvflare.both("site-3 leaves a variable out", nvflare.sent([whole, whole, {"a": f32(4)}]), whole)
@@ -118,6 +119,105 @@ def parts_in_nvflare() -> Row:
 def part_in_nvflare() -> Row:
     models = nvflare.sent([{"fc": f32(v)} for v in (1, 2, 3)])
     return nvflare.both("all send fc of a model of fc and bn", models, {"fc": f32(0), "bn": f32(7)})
+
+
+def excluded_in_nvflare() -> Row:
+    models, initial = nvflare.sent([{"fc": f32(v), "bn": f32(v)} for v in (1, 2, 3)]), {"fc": f32(0), "bn": f32(7)}
+    return Row(
+        'exclude_vars="bn"',
+        nvflare.round_of(None, models, initial, exclude_vars="bn"),
+        nvflare.round_of(WeightedAverageAggregator(exclude_vars="bn"), models, initial),
+    )
+
+
+def begun_as_integers_in_nvflare() -> Row:
+    models = nvflare.sent([{"w": f32(0.5)}] * 3)
+    return nvflare_job("fractions for a model of integers", models, {"w": np.array([0])})
+
+
+def other_names_in_nvflare() -> Row:
+    models = nvflare.sent([{"net.w": f32(2)}] * 3)
+    return nvflare_job("clients call w of the global model net.w", models, {"w": f32(0)})
+
+
+def all_refused_in_nvflare() -> Row:
+    models = nvflare.sent([{"w": f32(np.nan)}] * 3)
+    return nvflare_job("every client sends NaN in every round", models, {"w": f32(0)})
+
+
+def no_steps_in_nvflare() -> Row:
+    models = nvflare.sent([{"w": f32(2)}] * 3, [0, 0, 0])
+    return nvflare_job("no steps anywhere", models, {"w": f32(0)})
+
+
+def nvflare_job(case: str, models: list[FLModel], initial: dict[str, Any]) -> Row:
+    """A job of one round, with the events that tell an aggregator of its beginning and its end."""
+    aggregator, end, fl_ctx = WeightedAverageAggregator(), nvflare.Ends(), FLContext()
+    fl_ctx.put(ReservedKey.ENGINE, nvflare.Engine([aggregator, end]), private=True, sticky=False)
+    end.fire_event(EventType.START_RUN, fl_ctx)
+    ours = nvflare.round_of(aggregator, models, initial)
+    end.fire_event(EventType.END_WORKFLOW, fl_ctx)
+    return Row(case, nvflare.round_of(None, models, initial), Outcome(note="ends the run") if end.ended else ours)
+
+
+def wider_floats_in_nvflare() -> Row:
+    models = nvflare.sent([{"w": np.array([v, 0.1])} for v in (1.0, 2.0, 3.0)])
+    return nvflare.both("float64 models for a float32 model", models, {"w": f32(0, 0)})
+
+
+def integers_for_floats_in_nvflare() -> Row:
+    weights = [{"w": f32(1)}, {"w": f32(1)}, {"w": np.array([4])}]
+    return nvflare.both("site-3 sends integers for a float32 variable", nvflare.sent(weights), weights[0])
+
+
+def negative_steps() -> Row:
+    return nvflare.bad_steps("−10 steps", -10)
+
+
+def encrypted() -> Row:
+    models = nvflare.sent([{"w": f32(v)} for v in (1, 1, 4)])
+    models[2].meta["PROCESSED_ALGORITHM"] = "_he_"
+    return nvflare.both("site-3 says that its weights are encrypted", models, {"w": f32(0)})
+
+
+def nameless() -> Row:
+    models = nvflare.sent([{"w": f32(v)} for v in (1, 1, 4)])
+    del models[2].meta["client_name"]
+    return nvflare.both("a model without its client's name", models, {"w": f32(0)})
+
+
+def unsigned_differences() -> Row:
+    models = nvflare.sent([{"n": np.array([k], np.uint8)} for k in (1, 1, 255)], params_type="DIFF")
+    return nvflare.both(
+        "differences in uint8: 1, 1 and −1", models, {"n": np.array([9], np.uint8)}, expected_data_kind="WEIGHT_DIFF"
+    )
+
+
+def metrics(case: str, *sent: dict[str, Any] | None) -> Row:
+    """The mean metrics of a round."""
+    models = nvflare.sent([{"w": f32(1)}] * len(sent))
+    for model, one in zip(models, sent, strict=True):
+        model.metrics = one
+    row = nvflare.both(case, models, {"w": f32(1)})
+    return Row(case, *(Outcome(note=shown_metrics(outcome.metrics)) for outcome in (row.stock, row.ours)))
+
+
+def shown_metrics(found: dict[str, Any]) -> str:
+    listed = ", ".join(f"{name} = {np.array2string(np.asarray(found[name]), precision=4)}" for name in sorted(found))
+    return listed or "no metrics"
+
+
+def nan_metric() -> Row:
+    return metrics("metrics: site-2 measures a loss of NaN", {"loss": 0.5}, {"loss": np.nan}, {"loss": 1.0})
+
+
+def array_metric() -> Row:
+    recall = [{"loss": 0.5, "recall": np.array([v, 1.0])} for v in (0.0, 0.5, 1.0)]
+    return metrics("metrics: arrays of two numbers", *recall)
+
+
+def no_metrics() -> Row:
+    return metrics("metrics: site-3 sends none", {"loss": 0.5}, {"loss": 1.0}, None)
 
 
 STRICT = "a wrong number in the mean cannot be told afterwards"
@@ -150,6 +250,7 @@ DIFFERENCES: dict[str, Sequence[Difference]] = {
         Difference(begun_as_integers, "the fractions would be lost", "initial arrays of floating-point numbers"),
         Difference(wider_floats, DTYPES, "initial arrays in float64"),
         Difference(flower.int64_counter, DTYPES, "initial arrays in float64"),
+        Difference(flower.wrong_dtype, "one bad reply ends no run", '`on_bad_contribution="raise"`'),
         Difference(integers_for_floats, "an integer where a fraction is due has been cut off", NONE),
         Difference(misnamed_weight, "the others' work is not lost", '`on_bad_contribution="raise"`'),
         Difference(flower.zero_total, "the round fails with a word, and a job of such rounds ends with an error", NONE),
@@ -166,14 +267,37 @@ DIFFERENCES: dict[str, Sequence[Difference]] = {
         Difference(nvflare.one_infinity, f"{STRICT}; infinities that the global model has itself pass", NONE),
         Difference(nvflare.broadcast, "nothing is broadcast", NONE),
         Difference(nvflare.nan_steps, STRICT, "`weigh_by_local_iter=False`"),
+        Difference(negative_steps, STRICT, "`weigh_by_local_iter=False`"),
         Difference(nvflare.zero_steps, "who did no step has nothing to add", "`weigh_by_local_iter=False`"),
+        Difference(
+            no_steps_in_nvflare,
+            "the round fails with a word, and a job of such rounds ends with an error",
+            "`weigh_by_local_iter=False`",
+        ),
         Difference(parts_in_nvflare, "a part that only some send has no clear mean", '`partial="average"`'),
         Difference(part_in_nvflare, "the global model keeps its other variables, and clients receive them too", NONE),
+        Difference(excluded_in_nvflare, "what is excluded is not to be lost", NONE),
+        Difference(
+            other_names_in_nvflare,
+            "the global model is the authority: what has other names may be another model",
+            "a global model with the clients' names",
+        ),
+        Difference(begun_as_integers_in_nvflare, "the fractions would be lost", "a global model in floating point"),
+        Difference(wider_floats_in_nvflare, DTYPES, "a global model in float64"),
+        Difference(nvflare.int64_counters, DTYPES, "a global model in float64"),
+        Difference(integers_for_floats_in_nvflare, "an integer where a fraction is due has been cut off", NONE),
+        Difference(nvflare.wrong_dtype, DTYPES, NONE),
         Difference(nvflare.duplicate, "one client counts once", NONE),
         Difference(nvflare.stale, "it was trained from another model", NONE),
         Difference(nvflare.wrong_kind, "a difference is no model", NONE),
-        Difference(nvflare.int64_counters, DTYPES, "a global model in float64"),
+        Difference(unsigned_differences, "their dtype cannot hold −1", "send full weights"),
+        Difference(encrypted, "only plain weights can be checked", NONE),
+        Difference(nameless, "it could count twice", NONE),
         Difference(nvflare.nothing, "there is no mean of nothing", NONE),
+        Difference(all_refused_in_nvflare, "a job that ends with its initial model has failed", NONE),
+        Difference(nan_metric, "a model is selected, or a job stopped, by the clients that could measure", NONE),
+        Difference(array_metric, "a metric is one number; the log says once what is left out", "a metric for each"),
+        Difference(no_metrics, "what the others measured is not lost", NONE),
         Difference(nvflare.order_of_arrival, "the same bits, whoever is first", NONE),
         Difference(nvflare.handler_raises, "no failure is invisible", '`on_handler_error="log"`'),
     ),

@@ -42,17 +42,20 @@ def sent(weights: Sequence[Weights], steps: Sequence[Any] = (10, 10, 10), **chan
     return models
 
 
-def both(case: str, models: list[FLModel], initial: Weights) -> Row:
-    """The round with both."""
-    return Row(case, round_of(None, models, initial), round_of(WeightedAverageAggregator(), models, initial))
+def both(case: str, models: list[FLModel], initial: Weights, **settings: Any) -> Row:
+    """The round with both; the settings are those of our aggregator."""
+    return Row(case, round_of(None, models, initial), round_of(WeightedAverageAggregator(**settings), models, initial))
 
 
-def round_of(aggregator: WeightedAverageAggregator | None, models: list[FLModel], initial: Weights) -> Outcome:
-    """One round of NVFlare's controller, with its own averaging where there is no aggregator."""
-    controller = FedAvg(num_clients=len(models), num_rounds=9, aggregator=aggregator)
+def round_of(
+    aggregator: WeightedAverageAggregator | None, models: list[FLModel], initial: Weights, **settings: Any
+) -> Outcome:
+    """One round of NVFlare's controller, with its own averaging, and its settings, where there is no aggregator."""
+    controller = FedAvg(num_clients=len(models), num_rounds=9, aggregator=aggregator, **settings)
     controller.fl_ctx, controller.current_round = FLContext(), ROUND
     if aggregator is None:
-        controller._aggr_helper, controller._aggr_metrics_helper = (WeightedAggregationHelper() for _ in range(2))
+        controller._aggr_helper = WeightedAggregationHelper(exclude_vars=controller.exclude_vars)
+        controller._aggr_metrics_helper, controller._all_metrics = WeightedAggregationHelper(), True
     else:
         props = {AppConstants.GLOBAL_MODEL: make_model_learnable(initial, {}), AppConstants.CURRENT_ROUND: ROUND}
         for key, value in props.items():
@@ -64,7 +67,7 @@ def round_of(aggregator: WeightedAverageAggregator | None, models: list[FLModel]
             try:
                 controller._aggregate_one_result(model)
             except Exception as error:  # noqa: BLE001 - as the controller does, which logs it and goes on
-                refused.append((model.meta["client_name"], type(error).__name__))
+                refused.append((str(model.meta.get("client_name")), type(error).__name__))
         try:
             result = controller._get_aggregated_result()
         except Exception as error:  # noqa: BLE001 - this one ends the run
@@ -72,7 +75,8 @@ def round_of(aggregator: WeightedAverageAggregator | None, models: list[FLModel]
     if aggregator is not None and aggregator.report is not None:
         refused = [(failure.contributor, failure.cause) for failure in aggregator.report.rejected]
     params = FLModelUtils.update_model(FLModel(params=dict(initial)), result).params
-    return Outcome({name: np.asarray(array) for name, array in params.items()}, refused=tuple(refused))
+    weights = {name: np.asarray(array) for name, array in params.items()}
+    return Outcome(weights, refused=tuple(refused), metrics=result.metrics or {})
 
 
 def f32(*values: float) -> Any:

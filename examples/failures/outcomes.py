@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,12 +20,14 @@ class Outcome:
         error: What ended the run instead.
         refused: Contributor → cause, of the contributions that were refused.
         note: What else happened.
+        metrics: The mean metrics of a round, which are not shown.
     """
 
     weights: dict[str, Any] | None = None
     error: Exception | None = None
     refused: tuple[tuple[str, str], ...] = ()
     note: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         if self.error is not None:

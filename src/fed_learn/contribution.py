@@ -173,6 +173,18 @@ def checked_n_iter(n_iter: object, contributor: str) -> int | None:
     return number
 
 
+def _advice(kind: object) -> str:
+    """How to have contributions of a kind averaged, whoever averages them; nothing where there is no such kind."""
+    if not isinstance(kind, Kind):
+        return ""
+    nvflare = "WEIGHTS" if kind is Kind.FULL else "WEIGHT_DIFF"
+    what = "full weights" if kind is Kind.FULL else "differences"
+    return (
+        f"; where all clients are to send {what}, pass kind=Kind.{kind.name} to the server or the strategy, in NVFlare "
+        f"expected_data_kind={nvflare!r} to the aggregator"
+    )
+
+
 def check_terms(
     contribution: Contribution,
     *,
@@ -211,7 +223,8 @@ def check_terms(
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
         raise KindError(
-            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}",
+            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}"
+            + _advice(contribution.kind),
             contributor=who,
             kind=contribution.kind,
             expected=kind,

@@ -211,12 +211,28 @@ def brief(value: object) -> str:
 
     Example:
         >>> brief("x" * 100), brief(10**5000)
-        ("'xxxxxxxxxxxx...xxxxxxxxxxxxx'", 'a int')
+        ("'xxxxxxxxxxxx...xxxxxxxxxxxxx'", 'an int')
     """
     try:
         return reprlib.repr(value)
     except Exception:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
-        return f"a {type(value).__name__}"
+        return a_type(type(value))
+
+
+def a_type(kind: type, *, module: bool = False) -> str:
+    """The name of a type with its article, for a message.
+
+    Args:
+        kind: The type.
+        module: With the module in which it is defined.
+
+    Example:
+        >>> a_type(int), a_type(list), a_type(int, module=True)
+        ('an int', 'a list', 'a builtins.int')
+    """
+    name = f"{kind.__module__}.{kind.__name__}" if module else kind.__name__
+    # n, d: spoken as letters
+    return f"an {name}" if name[:1].lower() in tuple("aeio") or name == "ndarray" else f"a {name}"
 
 
 def without_tracebacks(error: Exception) -> Exception:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fed_learn.errors import DtypeError, FedLearnError, IntegerRangeError, WeightsTypeError
+from fed_learn.errors import DtypeError, FedLearnError, IntegerRangeError, WeightsTypeError, a_type
 from fed_learn.protos.federated_pb2 import ModelData, NDArray
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite
 
@@ -83,7 +83,7 @@ def model_arrays(model: object, who: str) -> dict[Any, Any]:
     """
     params = getattr(model, "params", None)
     if not isinstance(params, Mapping):
-        raise WeightsTypeError(f"{who}: the model is a {type(model).__name__}, not a ModelData", contributor=who)
+        raise WeightsTypeError(f"{who}: the model is {a_type(type(model))}, not a ModelData", contributor=who)
     return {name: _named(name, value, who) for name, value in params.items()}
 
 
@@ -121,5 +121,5 @@ def _named(name: object, value: object, who: str) -> object:
 
 def _viewed(message: NDArray) -> Array:
     if not isinstance(message, NDArray):
-        raise WeightsTypeError(f"a {type(message).__name__} is no NDArray")
+        raise WeightsTypeError(f"{a_type(type(message))} is no NDArray")
     return message.array

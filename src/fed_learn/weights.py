@@ -20,6 +20,7 @@ from fed_learn.errors import (
     NonFiniteError,
     ShapeError,
     WeightsTypeError,
+    a_type,
 )
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -66,7 +67,7 @@ def size_text(weights: object) -> str:
     if weights is None:
         return "no weights"
     if not isinstance(weights, Mapping):
-        return f"a {type(weights).__name__} in the place of weights"
+        return f"{a_type(type(weights))} in the place of weights"
     size = sum(int(getattr(value, "nbytes", 0)) for value in weights.values())
     count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
     for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -175,12 +176,12 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
     for name, value in items:
         if not isinstance(name, str):
             raise WeightsTypeError(
-                f"{about(contributor)}variable name {name!r} is a {type(name).__name__}, not a str",
+                f"{about(contributor)}variable name {name!r} is {a_type(type(name))}, not a str",
                 contributor=contributor,
             )
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
             raise WeightsTypeError(
-                f"{about(contributor, name)}is a {type(value).__module__}.{type(value).__name__}, not a numpy array"
+                f"{about(contributor, name)}is {a_type(type(value), module=True)}, not a numpy array"
                 + _hint_of(name, value),
                 contributor=contributor,
                 name=name,
@@ -191,7 +192,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
 
 def _what_instead(weights: object) -> str:
     """What was passed in the place of a weight dict, and what to pass instead."""
-    kind = f"a {type(weights).__name__}"
+    kind = a_type(type(weights))
     if callable(getattr(weights, "state_dict", None)) or hasattr(weights, "trainable_variables"):
         return f"a model ({type(weights).__name__}; pass fl.get_weights(model))"
     if isinstance(weights, list | tuple) and weights and all(hasattr(one, "shape") for one in weights):

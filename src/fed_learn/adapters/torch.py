@@ -14,7 +14,7 @@ import numpy as np
 
 from fed_learn.adapters.base import Variable, checked, given, not_averageable
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
-from fed_learn.errors import ModelError, WeightsTypeError
+from fed_learn.errors import ModelError, WeightsTypeError, a_type
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
 
 DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
@@ -56,9 +56,9 @@ class TorchTensors:
         elif dtype is not None and tensor.is_neg():
             problem = "is a tensor whose values are negated lazily; resolve_neg() makes them real"
         elif type(tensor) not in _plain_kinds() and not _has_memory(tensor):
-            problem = f"is a {type(tensor).__name__}, which has no memory of its own"
+            problem = f"is {a_type(type(tensor))}, which has no memory of its own"
             if hasattr(tensor, "full_tensor"):
-                problem = f"is a {type(tensor).__name__}, sharded over processes; full_tensor() gathers it"
+                problem = f"is {a_type(type(tensor))}, sharded over processes; full_tensor() gathers it"
         if problem is not None:
             raise WeightsTypeError(f"{contributor}: {name!r} {problem}", contributor=contributor, name=name)
         if dtype is None:
@@ -88,7 +88,7 @@ class TorchTensors:
             array: Array = plain.numpy()
         except (RuntimeError, TypeError) as error:  # a subclass without memory of its own
             raise WeightsTypeError(
-                f"{contributor}: {name!r} is a {type(tensor).__name__} that cannot be read as an array: {error}",
+                f"{contributor}: {name!r} is {a_type(type(tensor))} that cannot be read as an array: {error}",
                 contributor=contributor,
                 name=name,
             ) from error

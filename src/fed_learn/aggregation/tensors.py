@@ -43,7 +43,7 @@ import numpy as np
 from fed_learn.adapters.base import Framework, Resident, not_averageable
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
-from fed_learn.errors import NonFiniteError, WeightsTypeError, brief
+from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, brief
 from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict
 
 Tensors: TypeAlias = dict[str, Any]
@@ -205,7 +205,7 @@ def placeholders(weights: Any, who: str) -> Any:
         try:
             shape = tuple(map(index, tensor.shape))
         except (RuntimeError, TypeError, ValueError) as error:
-            message = f"{who}: {name!r} is a {type(tensor).__name__} without a definite shape"
+            message = f"{who}: {name!r} is {a_type(type(tensor))} without a definite shape"
             raise WeightsTypeError(message, contributor=who, name=name) from error
         shown[name] = np.broadcast_to(np.empty((), dtype), shape)
     return shown

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fed_learn.client.fed_privacy import TrainContext
-from fed_learn.errors import ContributionError, FilterError, WeightsTypeError
+from fed_learn.errors import ContributionError, FilterError, WeightsTypeError, a_type
 from fed_learn.model_meta import FLContext
 from fed_learn.numproto import model_to_weights, to_dtypes, weights_to_model
 from fed_learn.weights import Array, Schema
@@ -69,5 +69,5 @@ def _applied(
     data_ctx.set_model(message)
     left = one.process(data_ctx, client_ctx)
     if not isinstance(left, FLContext):
-        raise WeightsTypeError(f"{who}: gave a {type(left).__name__}, not a context with a model")
+        raise WeightsTypeError(f"{who}: gave {a_type(type(left))}, not a context with a model")
     return model_to_weights(left.get_model(), schema, who)

@@ -10,7 +10,7 @@ from typing import Any
 from fed_learn.components.direction import mode_of
 from fed_learn.components.learner import DEFAULT_METRIC, Learner, TrainingResult
 from fed_learn.components.model_evaluator import ModelEvaluator
-from fed_learn.errors import MetricError, brief
+from fed_learn.errors import MetricError, a_type, brief
 from fed_learn.values import number_of, split_metrics
 from fed_learn.weights import size_text
 
@@ -75,7 +75,7 @@ def training_result(returned: object, client: str) -> TrainingResult | None:
         metrics = rest[0] if rest and rest[0] is not None else {}
         returned = TrainingResult(weights, aggregation_weight, metrics=metrics)
     if not isinstance(returned, TrainingResult):
-        what = f"a {type(returned).__name__}"
+        what = a_type(type(returned))
         if isinstance(returned, Mapping):
             what += f" of {size_text(returned)}, without the number of examples"
         elif isinstance(returned, tuple):
@@ -159,7 +159,7 @@ def _what(value: object) -> str:
     if value is None or isinstance(value, str | bool | Mapping):
         return brief(value)
     shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")
+    return a_type(type(value)) + ("" if shape is None else f" of shape {tuple(shape)}")
 
 
 def _plain(number: Any) -> Any:

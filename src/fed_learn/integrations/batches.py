@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fed_learn.errors import a_type
+
 
 def shuffled(count: int, batch_size: int, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
     """Indices of all examples in a random order, a batch each.
@@ -45,9 +47,9 @@ def check_repeatable(data: Any) -> None:
         TypeError: `data` is an iterator, or cannot be iterated over.
     """
     if isinstance(data, Iterator):
-        raise TypeError(f"data is a {type(data).__name__}, which can be read once only; give what can be read again")
+        raise TypeError(f"data is {a_type(type(data))}, which can be read once only; give what can be read again")
     if not isinstance(data, Iterable):
-        raise TypeError(f"data is a {type(data).__name__}, which yields no batches")
+        raise TypeError(f"data is {a_type(type(data))}, which yields no batches")
 
 
 def pair_of(batch: Any) -> tuple[Any, Any]:
@@ -57,7 +59,7 @@ def pair_of(batch: Any) -> tuple[Any, Any]:
         TypeError: It is something else.
     """
     if not isinstance(batch, tuple | list) or len(batch) != 2:
-        what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else "")
+        what = a_type(type(batch)) + (f" of {len(batch)}" if isinstance(batch, tuple | list | dict) else "")
         raise TypeError(f"a batch must be (inputs, targets), not {what}")
     return batch[0], batch[1]
 

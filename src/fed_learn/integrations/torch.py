@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from fed_learn.adapters.layout import LayoutMap
+from fed_learn.errors import a_type
 from fed_learn.integrations.batches import check_repeatable, count_of, form_of, in_order, pair_of, shuffled
 from fed_learn.integrations.components import (
     Batch,
@@ -343,6 +344,6 @@ def _check_optimizer(optimizer: object) -> None:
         kind = type(optimizer).__name__
         settings = f"lr={optimizer.defaults.get('lr', 0.01)}"
     raise TypeError(
-        f"optimizer must be a function that makes the optimizer of a round, not a {type(optimizer).__name__}: pass "
+        f"optimizer must be a function that makes the optimizer of a round, not {a_type(type(optimizer))}: pass "
         f"optimizer=lambda parameters: torch.optim.{kind}(parameters, {settings})"
     )

@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from fed_learn.errors import DtypeError, WeightsTypeError
+from fed_learn.errors import DtypeError, WeightsTypeError, a_type
 from fed_learn.weights import BFLOAT16, native_dtype
 
 LENGTH_DELIMITED = 2
@@ -78,13 +78,13 @@ class NDArray:
     @ndarray.setter
     def ndarray(self, value: bytes) -> None:
         if not isinstance(value, bytes):
-            raise TypeError(f"ndarray must be bytes, not a {type(value).__name__}: see fed_learn.numproto")
+            raise TypeError(f"ndarray must be bytes, not {a_type(type(value))}: see fed_learn.numproto")
         self._value: bytes | npt.NDArray[Any] = value
 
     def CopyFrom(self, other: "NDArray") -> None:  # noqa: N802 - protobuf's name
         """Takes over the content of another message."""
         if not isinstance(other, NDArray):
-            raise TypeError(f"CopyFrom needs an NDArray, not a {type(other).__name__}: see fed_learn.numproto")
+            raise TypeError(f"CopyFrom needs an NDArray, not {a_type(type(other))}: see fed_learn.numproto")
         self._value = other._value
 
     def SerializeToString(self) -> bytes:  # noqa: N802

@@ -235,8 +235,9 @@ class Job(JobEvents):
         self._settle()
         if not self._enough():
             return False
+        count = len(self.ctx[ContextKey.CONTRIBUTIONS])
         self.fire(EventType.BEFORE_AGGREGATION)
-        if not self._enough():
+        if not self._enough(count):
             return False
         contributions: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
         started = time.perf_counter()
@@ -478,12 +479,15 @@ class Job(JobEvents):
         if refused and self.server.on_bad_contribution == "raise":
             raise refused[0][1]
 
-    def _enough(self) -> bool:
+    def _enough(self, before: int = 0) -> bool:
+        """Whether the contributions are enough for a round, of which there were so many before handlers chose."""
         number, count = self.report.round, len(self.ctx[ContextKey.CONTRIBUTIONS])
         if count >= self.required:
             return True
+        taken = f" after a handler took out {before - count}" if before > count else ""
         error = TooFewContributionsError(
-            f"round {number + 1}: {count} accepted contributions, {self.required} required; the global model stands",
+            f"round {number + 1}: {count} accepted contributions{taken}, {self.required} required; the global model "
+            "stands",
             count=count,
             required=self.required,
             round=number,

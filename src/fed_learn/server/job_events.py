@@ -187,6 +187,7 @@ def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError
     if any(report.accepted and report.error is None for report in reports):
         return None
     causes = [(f.cause, str(f.error)) for report in reports for f in (*report.rejected, *report.quits)]
+    causes += [(type(r.error).__name__, str(r.error)) for r in reports if r.accepted and r.error is not None]
     absent = sum(len(report.absent) for report in reports)
     if absent > len(causes):
         causes = [("absent", "a client did not contribute")] * absent

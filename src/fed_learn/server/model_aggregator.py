@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from fed_learn.aggregation import weighted_average
 from fed_learn.contribution import BestModel, Contribution, Kind, check_aggregation_weight, check_factor
 from fed_learn.differences import add_difference
-from fed_learn.errors import AggregatorError, FedLearnError, MetricError
+from fed_learn.errors import AggregatorError, EmptyAggregationError, FedLearnError, MetricError
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.numproto import model_arrays, model_to_weights, to_dtypes, weights_to_model
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
@@ -113,15 +115,17 @@ class ModelAggregator(Aggregator):
         Raises:
             MetricError: A contribution has no `n_iter`.
             ContributionError: One is bad in another way, or the new model leaves the range of a dtype.
+            EmptyAggregationError: `exclude_vars` leaves nothing to aggregate.
         """
         base = model_arrays(fl_ctx.get_model(), "global model")
         excluded = {name for name in base if self._excluded is not None and self._excluded.search(name)}
         averaged = {name: array for name, array in base.items() if name not in excluded}
         new = {name: array.copy() for name, array in base.items() if name in excluded}
-        if averaged:
-            schema = Schema.of(averaged, "global model")
-            sent = [self._weighed(item, schema) for item in accumulator]
-            new |= add_difference(averaged, weighted_average(sent, like=averaged, exact=self.exact))
+        if not averaged:
+            raise EmptyAggregationError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
+        schema = Schema.of(averaged, "global model")
+        sent = [self._weighed(item, schema) for item in accumulator]
+        new |= add_difference(averaged, weighted_average(sent, like=averaged, exact=self.exact))
         fl_ctx.set_model(ModelData(FrozenWeights.adopt({name: new[name] for name in base})))
         return False
 
@@ -186,7 +190,8 @@ def run_aggregator(
         ctx: The server's context.
 
     Raises:
-        AggregatorError: It raised, or left names, shapes or values that the global model cannot have.
+        AggregatorError: It raised, left the global model untouched, or left names, shapes or values that the global
+            model cannot have.
     """
     who = f"aggregator {type(aggregator).__name__}"
     accumulator = [_item(contribution, ctx) for contribution in contributions]
@@ -194,7 +199,7 @@ def run_aggregator(
     ctx.set_model(_message(weights))
     try:
         is_best = bool(aggregator.process(accumulator, ctx))
-        new = _frozen(ctx.get_model(), Schema.of(weights), who)
+        new = _frozen(ctx.get_model(), weights, who)
     except Exception as error:
         ctx.restore(before)
         logger.debug("%s failed", who, exc_info=error)
@@ -228,8 +233,11 @@ def _message(weights: WeightDict) -> Any:
     return weights_to_model(weights)
 
 
-def _frozen(model: object, schema: Schema, who: str) -> FrozenWeights:
-    arrays = model_to_weights(model, schema, who)
+def _frozen(model: object, before: FrozenWeights, who: str) -> FrozenWeights:
+    arrays = model_to_weights(model, Schema.of(before), who)
+    untouched = [np.may_share_memory(array, before[name]) for name, array in arrays.items() if array.size]
+    if untouched and all(untouched):
+        raise EmptyAggregationError("put no variable into the global model, so no contribution is in it")
     given = model.weights if isinstance(model, ModelData) else None
     if isinstance(given, FrozenWeights) and all(given[name] is array for name, array in arrays.items()):
         return FrozenWeights.adopt(arrays)  # nobody can change them, so they need no copy

@@ -17,6 +17,7 @@ from fed_learn.errors import (
     MetricError,
     UnknownContributorError,
     WeightsTypeError,
+    a_type,
     brief,
     without_tracebacks,
 )
@@ -144,7 +145,7 @@ def _from_client(name: str, sent: object) -> Contribution:
     if isinstance(sent, ContributionError):
         raise sent
     if not isinstance(sent, Contribution):
-        raise WeightsTypeError(f"{name}: sent a {type(sent).__name__}, not a Contribution", contributor=name)
+        raise WeightsTypeError(f"{name}: sent {a_type(type(sent))}, not a Contribution", contributor=name)
     if not isinstance(sent.contributor, str) or sent.contributor != name:
         raise UnknownContributorError(
             f"{name}: sent a contribution in the name of {brief(sent.contributor)}", contributor=name

@@ -1,6 +1,7 @@
 """Aggregators for NVFlare: of `FLModel`s, as its `FedAvg` asks for them, and of DXOs, as `ScatterAndGather` does."""
 
 import logging
+import math
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -137,9 +138,15 @@ class _Averaging:
             self._intake = None
 
     def _begun(self) -> Intake:
-        """The intake of this round."""
+        """The intake of this round.
+
+        Raises:
+            FedLearnError: Nothing of the global model is left to be averaged.
+        """
         if self._intake is None:
             self._skipped.clear()
+            if self._global and not self._averaged_part(self._global):
+                raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
             self._intake = Intake(
                 number=self._round,
                 like=None if self._global is None else self._averaged_part(self._global),
@@ -207,6 +214,8 @@ class _Averaging:
         weight = (self.aggregation_weights or {}).get(who, 1.0)
         if self.weigh_by_local_iter:
             weight *= self._steps(who, steps)
+        numbers, others = props.numbers_in(metrics), props.others_in(metrics)
+        self._tell_of_metrics(who, numbers, {name: metrics.get(name, others[name]) for name in others})
         return Contribution(
             who,
             self._averaged_part(weights),
@@ -214,9 +223,22 @@ class _Averaging:
             n_iter=whole_number_of(steps),
             round=number,
             kind=KINDS.get(kind, kind),
-            metrics=props.numbers_in(metrics),
-            info=props.others_in(metrics),
+            metrics=numbers,
+            info=others,
         )
+
+    def _tell_of_metrics(self, who: Any, numbers: Mapping[str, float], others: Mapping[str, Any]) -> None:
+        """Says once for each metric that some of what clients sent for it is not in its mean."""
+        for name, value in others.items():
+            self._told.once(
+                ("metric", name),
+                f"{who}: metric {name!r} is {brief(value)}, no single number: it is left out of the mean metrics",
+            )
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                self._told.once(
+                    ("not finite", name), f"{who}: metric {name!r} is {value}: it is left out of the mean metrics"
+                )
 
     def _steps(self, who: Any, steps: Any) -> float:
         """The number of steps by which a client counts; one that sends none counts by 1, as NVFlare counts it.
@@ -307,7 +329,8 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
     and cause, which NVFlare logs; the others are averaged (see `fed_learn.weighted_average`). A client counts by
     `meta["NUM_STEPS_CURRENT_ROUND"]` times its entry of `aggregation_weights`; one that sends no number of steps counts
     by 1, as in NVFlare, and 0 steps add nothing. Dtypes stay, and tensors stay tensors. Each metric is averaged too,
-    over the clients that sent a finite number for it, by the same weights, bools as 0 and 1.
+    over the clients that sent a finite number for it, by the same weights, bools as 0 and 1; whatever else is sent as a
+    metric is left out, and the log says so once.
 
     If a round fails, because too few contributions were accepted or the mean left the range of a dtype, an error is
     logged and the global model stands.

@@ -171,10 +171,11 @@ class Intake:
         return {metric: mean_of(values, weights[metric]) for metric, values in numbers.items()}
 
     def _too_few(self, count: int) -> TooFewContributionsError:
-        number = self.report.round
+        number, taken = self.report.round, len(self.accepted) - count
+        out = f" after a handler took out {taken}" if taken else ""
         return TooFewContributionsError(
-            f"round {number + 1 if number >= 0 else '?'}: {count} accepted contributions, {self.min_contributions} "
-            "required; the global model stands",
+            f"round {number + 1 if number >= 0 else '?'}: {count} accepted contributions{out}, "
+            f"{self.min_contributions} required; the global model stands",
             count=count,
             required=self.min_contributions,
             round=self._round.number,
