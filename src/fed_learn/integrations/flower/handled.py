@@ -37,6 +37,7 @@ from fed_learn.integrations.flower.replies import (
     node_name,
     node_of,
     readable_weights,
+    score_stated,
     states,
     without_arrays,
 )
@@ -244,6 +245,7 @@ class Handled(Strategy):
             place = 0
             if isinstance(good, list):
                 session.expect(_claims(good))
+                session.selection.expect(score_stated(message.content) for message in good if message.has_content())
             for message in good:
                 place += 1
                 if message.has_error():  # of a stream
@@ -313,7 +315,7 @@ class Handled(Strategy):
             if session.final:
                 silent += self.__receive_final(session, place, message)
             elif message.has_content():
-                metric = self.__with_score(message).get(INITIAL_VALIDATION_METRIC)
+                metric = self.__with_score(session, message, place).get(INITIAL_VALIDATION_METRIC)
                 if metric is not None:
                     node = node_of(message, place)
                     session.note_score(node, partial(_claim, message, node), metric)
@@ -490,6 +492,8 @@ class Handled(Strategy):
             if states(message.content, SCORES):
                 session.scorers[node] = message.metadata.message_type
             found = contribution_of(message, name, keys, session.job.schema, self.kind)
+            stated = score_stated(message.content)
+            found = replace(found, metrics=session.selection.kept(name, found.metrics, stated))
             return found if session.states_round or METADATA in message.content else replace(found, round=None)
 
         contribution = session.receive(node, partial(_claim, message, node), read)
@@ -506,16 +510,17 @@ class Handled(Strategy):
         def read() -> dict[str, Any]:
             if message.has_error():
                 raise failure_of(message, node)
-            return self.__with_score(message)
+            return self.__with_score(session, message, place)
 
-        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(message):
+        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(session, message, place):
             return [node_name(node)]
         session.receive_final(node, partial(_claim, message, node), read)
         return []
 
-    def __with_score(self, message: Message) -> dict[str, Any]:
+    def __with_score(self, session: Session, message: Message, place: int) -> dict[str, Any]:
         """The metrics of an evaluation, the one to select by under the name that handlers know."""
-        metrics = metrics_of(message.content)
+        who, stated = session.called(node_of(message, place)), score_stated(message.content)
+        metrics = session.selection.kept(who, metrics_of(message.content), stated, [self.validation_metric])
         if self.validation_metric in metrics:
             metrics.setdefault(INITIAL_VALIDATION_METRIC, metrics[self.validation_metric])
         return metrics

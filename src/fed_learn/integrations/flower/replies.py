@@ -17,14 +17,15 @@ from fed_learn.errors import (
     brief,
 )
 from fed_learn.integrations.flower.records import to_weights
+from fed_learn.integrations.flower.selection import Stated
 from fed_learn.values import whole_number_of
 from fed_learn.weights import FrozenWeights, Schema
 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 METADATA = "fed_learn"
-"""Key of the `ConfigRecord` that is ours. In a reply `ClientMod` states `contributor`, `round` (from 0), `kind` and
-`SCORES`; in a message our server may state `SCORE_ONLY`."""
+"""Key of the `ConfigRecord` that is ours. In a reply `ClientMod` states `contributor`, `round` (from 0), `kind`,
+`SCORES`, and the `metric` and the `mode` of its score; in a message our server may state `SCORE_ONLY`."""
 SCORES = "scores"
 """The entry of `METADATA` that is true in a reply of a `ClientMod` that scores the models that it receives."""
 SCORE_ONLY = "score-only"
@@ -217,6 +218,11 @@ def readable_weights(replies: Iterable[Message], key: str) -> Iterator[FrozenWei
                 yield to_weights(only_arrays(message.content, "", key))
             except ContributionError:  # to be refused with its reason where it is received
                 continue
+
+
+def score_stated(content: RecordDict) -> Stated | None:
+    """What `ClientMod` says of the score in a reply; None if it says nothing."""
+    return Stated.of(_metadata(content))
 
 
 def states(content: RecordDict, entry: str) -> bool:

@@ -28,6 +28,7 @@ from fed_learn.errors import (
 )
 from fed_learn.integrations.flower.records import RecordWriter, copy_of, same_bytes, to_record, to_weights
 from fed_learn.integrations.flower.replies import node_name, of_partition
+from fed_learn.integrations.flower.selection import Selection
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
@@ -84,6 +85,7 @@ class Session:
         heard: Nodes that answered in this round.
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
         told: What has been said of clients in this job.
+        selection: By which score models are selected.
         scorers: Nodes whose `ClientMod` scores the models that it receives, and the type of the messages that reach it.
     """
 
@@ -125,6 +127,7 @@ class Session:
         self._scores: dict[str, float] = {}
         self.scorers: dict[Hashable, str] = {}
         self.told = Told(logger)
+        self.selection = Selection(self.job, self.told, validation_metric, validation_mode)
 
     @property
     def record(self) -> ArrayRecord:
@@ -211,7 +214,7 @@ class Session:
         """SEND_MODEL, unless this node has been asked in this round."""
         if node not in self._asked:
             self._asked[node] = None
-            self.job.send_model(self._names.get(node, node_name(node)))
+            self.job.send_model(self.called(node))
 
     def receive(
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[str], Contribution]
@@ -254,7 +257,7 @@ class Session:
         Returns:
             Whether there is a new global model.
         """
-        absent = [self._names.get(node, node_name(node)) for node in self._asked if node not in self.heard]
+        absent = [self.called(node) for node in self._asked if node not in self.heard]
         for name in absent:
             self.job.absent(name)
         if absent:
@@ -269,6 +272,8 @@ class Session:
         finally:
             for failure in self.job.report.rejected:
                 logger.warning("\t> Refused: %s: %s", failure.cause, failure.error)
+        if any(INITIAL_VALIDATION_METRIC in one.metrics for one in self.job.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())):
+            self.selection.fix()
         self.end_round()
         if self.job.weights is not before:
             self._scores = {}
@@ -287,6 +292,10 @@ class Session:
     def forget_round(self) -> None:
         """Keeps nothing of a round that ended, or was broken off: if it comes again, it begins anew."""
         self.number, self.accepted, self.failed = None, {}, []
+
+    def called(self, node: Hashable) -> str:
+        """What a node is called, as far as is known."""
+        return self._names.get(node, node_name(node))
 
     def note_score(self, node: Hashable, claim: Callable[[], str | None], metric: float) -> None:
         """Notes what a client measured on the global model, which it will receive in the next round."""
@@ -308,7 +317,7 @@ class Session:
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[], Mapping[str, Any]]
     ) -> None:
         """RECEIVE_VALIDATION_RESULTS of the final model."""
-        name = self._names.get(node, node_name(node))
+        name = self.called(node)
         result: ValidationResult | Exception
         try:
             name = self._register(node, claim())
