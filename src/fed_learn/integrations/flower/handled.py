@@ -430,11 +430,13 @@ class Handled(Strategy):
         session, given = self.__session, None
         if session is None or not session.holds(arrays):
             given = to_weights(arrays, like=None if session is None else session.job.schema)
-            given = given if session is None else session.completed(given)
+            if session is not None:
+                session.widen_part(given)
+                given = session.completed(given)
             schema = Schema.of(given)
             if session is not None and session.num_rounds is not None:  # `start` runs one job
                 if schema != session.job.schema:
-                    session.change_model(schema)
+                    session.change_model(schema, type(self).__name__)
             elif session is None or schema != session.job.schema:
                 self.__replace()  # another model: another job
                 session, given = self.__start_job(given, arrays), None

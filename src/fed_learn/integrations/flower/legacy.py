@@ -238,7 +238,7 @@ class LegacyFedAvg(FlowerFedAvg):
             given = given if session is None else session.completed(given)
             schema = Schema.of(given)
             if session is not None and schema != session.job.schema and session.num_rounds is not None:
-                session.change_model(schema)  # Flower's server runs one job
+                session.change_model(schema, type(self).__name__)  # Flower's server runs one job
             elif session is None or schema != session.job.schema:
                 self.__replace()  # another model: another job
                 session, given = self.__start(given), None

@@ -33,7 +33,7 @@ from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
 from fed_learn.server.receiving import Receiver, Refusal, moved
-from fed_learn.weights import FrozenWeights, Schema, WeightDict
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, listed
 
 logger = logging.getLogger("flwr")
 
@@ -169,6 +169,16 @@ class Session:
         """Notes which variables the clients have sent."""
         self._part = None if len(names) == len(self.job.schema) or not self.job.schema else tuple(names)
 
+    def widen_part(self, names: Iterable[str]) -> None:
+        """Messages are to carry these variables too, beside those that clients have sent."""
+        if self._part is not None:
+            self.note_part(tuple(dict.fromkeys((*self._part, *(n for n in names if n in self.job.schema)))))
+
+    @property
+    def sent(self) -> frozenset[str]:
+        """Names of the variables that messages carry."""
+        return frozenset(self.job.schema if self._part is None else self._part)
+
     def is_over(self, server_round: int) -> bool:
         """Whether rounds count from 1 again, after others: another job begins."""
         return server_round == 1 and bool(self.job.reports)
@@ -189,8 +199,27 @@ class Session:
         """Names of the variables of contributions that are averaged; see `Round.averaged`."""
         return self._receiver.averaged(contributions)
 
-    def change_model(self, schema: Schema) -> None:
-        """From the next round on the model has other names, shapes or dtypes."""
+    def change_model(self, schema: Schema, who: str) -> None:
+        """From the next round on the model has other names, shapes or dtypes.
+
+        Args:
+            schema: These.
+            who: What has changed them.
+        """
+        before = self.job.schema
+        other = [name for name in before if name in schema and schema[name] != before[name]]
+        added, dropped = (
+            [name for name in schema if name not in before],
+            [name for name in before if name not in schema],
+        )
+        parts = [
+            f"{what} {listed(names)}"
+            for what, names in (("adds", added), ("drops", dropped), ("changes the shape or dtype of", other))
+            if names
+        ]
+        logger.warning(
+            "\t> the global model is another one from now on: %s %s", who, " and ".join(parts) or "reorders it"
+        )
         self.job.change_schema(schema)
         self._part = None
 
