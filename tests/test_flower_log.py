@@ -116,7 +116,7 @@ def test_many_missing_nodes_are_counted(caplog: pytest.LogCaptureFixture) -> Non
     grid = LocalGrid(adding, 15)
     messages = list(strategy.configure_train(1, record(w=np.zeros(2)), ConfigRecord(), grid))
     strategy.aggregate_train(1, grid.send_and_receive(messages[:2]))
-    (said,) = [r.getMessage() for r in caplog.records if "No reply" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "Not among" in r.getMessage()]
     assert said.endswith(" and 3 more")
     assert said.count("node-") == 10
 

@@ -7,7 +7,7 @@ has names with two underscores, and what its children replace begins with `_job_
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -204,14 +204,22 @@ class Handled(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """START_ROUND, which may replace the global model; Flower's messages; SEND_MODEL for each."""
+        """START_ROUND, which may replace the global model; Flower's messages; SEND_MODEL for each that is left to send.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+            ContributionError: `arrays`, or what a handler put in their place, are no model.
+        """
         session = self.__session
         if session is None or session.num_rounds is None or session.number != server_round - 1:
             session = self.__open(server_round, arrays)
             arrays = session.record
         # What comes next in the order of bases is a strategy of Flower's.
-        messages = super().configure_train(server_round, arrays, config, grid)  # type: ignore[safe-super]
-        return self.__sent(session, messages, server_round)
+        messages = self.__sent(session, super().configure_train(server_round, arrays, config, grid), server_round)  # type: ignore[safe-super]
+        if session.num_rounds is None:  # else a subclass may still leave some out
+            for message in messages:
+                session.ask(message.metadata.dst_node_id)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -265,7 +273,8 @@ class Handled(Strategy):
         except BaseException:
             session.forget_round()
             raise
-        report = session.job.reports[-1]
+        report = session.report
+        assert report is not None
         counted = [accepted[name].content for name in report.accepted if name in accepted]
         metrics = self._job_metrics(counted if report.error is None else [])
         return (session.record if changed else None), metrics
@@ -341,8 +350,16 @@ class Handled(Strategy):
         session = self.__open(number, arrays)
         sent = session.record
         messages = self.__sent(session, self.configure_train(number, sent, config, grid), number)
+        for message in messages:
+            session.ask(message.metadata.dst_node_id)
         replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval, stream=self.__streams)
         del messages
+        arrived: dict[Hashable, None] = {}
+        session.arrived = arrived
+        if isinstance(replies, list):
+            arrived.update(dict.fromkeys(node_of(message, place) for place, message in enumerate(replies, 1)))
+        else:
+            replies = _noted(replies, arrived)
         aggregated, metrics = self.aggregate_train(number, replies)
         if session.number is not None:
             if aggregated is not None:
@@ -469,19 +486,18 @@ class Handled(Strategy):
             session = self.__start_job({}, None, guessed=True)
         if session is None and any(True for _ in replies):
             logger.error("round %d: no reply can be read, and the global model is not known", server_round)
-        if session is not None and session.number != server_round - 1:
-            session.start_round(server_round - 1)
+        if session is not None:
+            session.enter(server_round - 1)
         return session
 
     def __sent(self, session: Session, messages: Iterable[Message] | None, server_round: int) -> list[Message]:
-        """SEND_MODEL for each message, which from now on states its round."""
+        """The messages, each of which states its round from now on."""
         sent = list(messages or ())
         # A strategy that uses group ids in its own way tells nothing of rounds by them.
         session.states_round = all(message.metadata.group_id in ("", str(server_round)) for message in sent)
         for message in sent:
             if not message.metadata.group_id:
                 message.metadata.group_id = str(server_round)
-            session.ask(message.metadata.dst_node_id)
         return sent
 
     def __receive(self, session: Session, place: int, message: Message) -> None:
@@ -526,6 +542,14 @@ class Handled(Strategy):
         if self.validation_metric in metrics:
             metrics.setdefault(INITIAL_VALIDATION_METRIC, metrics[self.validation_metric])
         return metrics
+
+
+def _noted(replies: Iterable[Message], arrived: dict[Hashable, None]) -> Iterator[Message]:
+    """Replies as they arrive; which nodes they are from is noted."""
+    for place, message in enumerate(replies, 1):
+        arrived[node_of(message, place)] = None
+        yield message
+        del message  # while the next one is awaited, a streaming server holds none
 
 
 def log_replies(results: int, failed: Sequence[Message]) -> None:

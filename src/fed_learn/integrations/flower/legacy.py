@@ -154,7 +154,8 @@ class LegacyFedAvg(FlowerFedAvg):
         except BaseException:
             session.forget_round()
             raise
-        report = session.job.reports[-1]
+        report = session.report
+        assert report is not None
         metrics: Metrics = {}
         accepted = [by_name[name] for name in report.accepted if name in by_name]
         if accepted and report.error is None:
@@ -264,8 +265,8 @@ class LegacyFedAvg(FlowerFedAvg):
             session = self.__start(FrozenWeights({}), guessed=True)
         if session is None and results:
             logger.error("round %d: no result can be read, and the global model is not known", server_round)
-        if session is not None and session.number != server_round - 1:
-            session.start_round(server_round - 1)
+        if session is not None:
+            session.enter(server_round - 1)
         return session
 
     def __receive(self, session: Session, node: Hashable, result: FitRes) -> Contribution | None:

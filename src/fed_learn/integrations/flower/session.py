@@ -13,6 +13,7 @@ from fed_learn.contribution import (
     INITIAL_VALIDATION_METRIC,
     Contribution,
     Kind,
+    RoundReport,
     ValidationResult,
 )
 from fed_learn.errors import (
@@ -33,7 +34,7 @@ from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
 from fed_learn.server.receiving import Receiver, Refusal, moved
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, listed
+from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, listed
 
 logger = logging.getLogger("flwr")
 
@@ -83,6 +84,8 @@ class Session:
         failed: The replies of this round that carry an error.
         number: The round that is under way, from 0; None between rounds.
         heard: Nodes that answered in this round.
+        arrived: Nodes whose replies reached the server in this round; None: the user's own loop fetches them.
+        report: The report of the last replies that were aggregated, the only ones of their round or not.
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
         told: What has been said of clients in this job.
         selection: By which score models are selected.
@@ -119,12 +122,17 @@ class Session:
         self.heard: dict[Hashable, None] = {}
         self.contributed: dict[Hashable, None] = {}
         self._asked: dict[Hashable, None] = {}
+        self._missed: dict[Hashable, None] = {}
+        self.arrived: dict[Hashable, None] | None = None
+        self.report: RoundReport | None = None
+        self._before: RoundReport | None = None
         self._names: dict[Hashable, str] = {}
         self._record = (self.job.weights, record)
         self._part: tuple[str, ...] | None = None
         self._shared: set[str] = set()
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
+        self._begun: tuple[FrozenWeights, dict[str, float], tuple[str, ...] | None] = (self.job.weights, {}, None)
         self.scorers: dict[Hashable, str] = {}
         self.told = Told(logger)
         self.selection = Selection(self.job, self.told, validation_metric, validation_mode)
@@ -230,7 +238,7 @@ class Session:
             number: From 0.
             weights: Replaces the global model, before any handler sees it.
         """
-        self._asked, self.heard, self.contributed = {}, {}, {}
+        self._asked, self.heard, self.contributed, self._missed, self.arrived = {}, {}, {}, {}, None
         if self.guessed:  # nothing says that the nodes are those of the call before
             self._names = {}
         self.number = number
@@ -238,6 +246,28 @@ class Session:
         self.job.start_round(number, weights)
         if not _same_memory(before, self.job.weights):  # a handler replaced what the clients had scored
             self._scores = {}
+        self._begun = self.job.weights, dict(self._scores), self._part
+
+    def enter(self, number: int) -> None:
+        """The round whose replies come now: the one that is under way, or another, which begins.
+
+        A subclass may aggregate the replies of one round in several calls, such as one for each cluster of nodes. Each
+        of them meets the model that this round's nodes received, and handlers see START_ROUND to END_ROUND of it.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
+        if self.number == number:
+            return
+        if self.guessed or not self.job.reports or self.job.reports[-1].round != number:
+            self.start_round(number)
+            return
+        weights, self._scores, part = self._begun
+        if Schema.of(weights) != self.job.schema:
+            self.job.change_schema(Schema.of(weights))
+        self.number, self._before = number, self.job.reports.pop()
+        self.job.start_round(number, weights)
+        self._part = part
 
     def ask(self, node: Hashable) -> None:
         """SEND_MODEL, unless this node has been asked in this round."""
@@ -286,11 +316,17 @@ class Session:
         Returns:
             Whether there is a new global model.
         """
-        absent = [self.called(node) for node in self._asked if node not in self.heard]
-        for name in absent:
-            self.job.absent(name)
+        # A reply that arrived and is not here was put aside by the user's own code.
+        came = self.heard if self.arrived is None else {**self.heard, **self.arrived}
+        absent = [node for node in self._asked if node not in came and node not in self._missed]
+        self._missed |= dict.fromkeys(absent)
+        for node in absent:
+            self.job.absent(self.called(node))
         if absent:
-            logger.warning("\t> No reply from %s", in_one_line(absent))
+            what = (
+                "No reply from" if self.arrived is not None or self.num_rounds is not None else "Not among the replies:"
+            )
+            logger.warning("\t> %s %s", what, in_one_line([self.called(node) for node in absent]))
         before = self.job.weights
         if error is not None:
             self.job.update_report(error=error)
@@ -313,14 +349,19 @@ class Session:
 
         Args:
             aggregated_elsewhere: A subclass has made the new global model by itself.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         self.job.aggregated_elsewhere |= aggregated_elsewhere
-        self.job.end_round()
+        self.report = self.job.end_round()
+        if self._before is not None:
+            self.job.reports[-1] = _both(self._before, self.report)
         self.forget_round()
 
     def forget_round(self) -> None:
         """Keeps nothing of a round that ended, or was broken off: if it comes again, it begins anew."""
-        self.number, self.accepted, self.failed = None, {}, []
+        self.number, self.accepted, self.failed, self._before = None, {}, [], None
 
     def called(self, node: Hashable) -> str:
         """What a node is called, as far as is known."""
@@ -474,6 +515,24 @@ def in_one_line(names: Sequence[str]) -> str:
     """
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def _both(first: RoundReport, second: RoundReport) -> RoundReport:
+    """One report of a round whose replies were aggregated in two parts."""
+    return replace(
+        second,
+        accepted=tuple(sorted({*first.accepted, *second.accepted})),
+        rejected=(*first.rejected, *second.rejected),
+        absent=(*first.absent, *second.absent),
+        quits=(*first.quits, *second.quits),
+        handler_failures=(*first.handler_failures, *second.handler_failures),
+        metrics=FrozenDict({**first.metrics, **second.metrics}),
+        total_weight=first.total_weight + second.total_weight,
+        aggregation_seconds=first.aggregation_seconds + second.aggregation_seconds,
+        aggregation_bytes=first.aggregation_bytes + second.aggregation_bytes,
+        seconds=first.seconds + second.seconds,
+        error=second.error if first.error is not None else None,
+    )
 
 
 def _schema_of(weights: WeightDict) -> Schema | None:
