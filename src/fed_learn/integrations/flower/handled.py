@@ -253,6 +253,7 @@ class Handled(Strategy):
             place = 0
             if isinstance(good, list):
                 session.expect(_claims(good))
+                session.note_widest(readable_weights(good, self.arrayrecord_key))
                 session.selection.expect(score_stated(message.content) for message in good if message.has_content())
             for message in good:
                 place += 1

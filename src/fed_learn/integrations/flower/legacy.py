@@ -142,6 +142,7 @@ class LegacyFedAvg(FlowerFedAvg):
         by_name: dict[str, FitRes] = {}
         try:
             placed = [(_node(client, place), result) for place, (client, result) in enumerate(results, 1)]
+            session.note_widest(_readable([result.parameters for _, result in results]))
             session.expect((node, _claim(node, result.metrics)) for node, result in placed)
             for place, (client, result) in enumerate(results, 1):
                 contribution = self.__receive(session, _node(client, place), result)

@@ -1,5 +1,6 @@
 """What clients' replies say: who sent them, and the contribution or the scores in them."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -36,6 +37,13 @@ N_ITER = "num-iterations"
 """The entry of a `MetricRecord` that counts the local iterations."""
 LONGEST_NAME = 200
 """Characters of a contributor's name."""
+LONGEST_CAUSE = 500
+"""Characters of what is shown of a client's error."""
+
+_FLOWERS = re.compile(r"<class '(?P<kind>[^']+)'>:<'(?P<message>.*)'>", re.DOTALL)
+_WRAPPED = re.compile(r"Exception (?P<kind>\w+) occurred\. Message: (?P<message>.*)\Z", re.DOTALL)
+_TRACE = re.compile(r"^Traceback \(most recent call last\)|^ray::", re.MULTILINE)
+"""Of a traceback the last line says the cause."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,27 @@ def node_of(message: Message, place: int) -> int | Place:
 def failure_of(message: Message, node: object) -> ClientQuitError:
     """What a reply says of the error that it carries."""
     name = node_name(node)
-    reason = str(message.error.reason or "").strip().splitlines()  # the last line says it
-    shown = reason[-1].rstrip("'>") if reason else "no reason given"
-    return ClientQuitError(f"{name}: {shown} (code {message.error.code})")
+    return ClientQuitError(f"{name}: {_cause(str(message.error.reason or ''))} (code {message.error.code})")
+
+
+def _cause(reason: str) -> str:
+    r"""What is said of an exception of a client's, its type and its message, in one line.
+
+    Example:
+        >>> _cause("<class 'RuntimeError'>:<'no <disk>'>"), _cause("no room")
+        ('RuntimeError: no <disk>', 'no room')
+        >>> _cause("<class 'flwr.x.ClientAppException'>:<'\nException KeyError occurred. Message: 'w''>")
+        "KeyError: 'w'"
+    """
+    kind = ""
+    if found := _FLOWERS.fullmatch(reason.strip()):
+        kind, reason = found["kind"].rpartition(".")[2], found["message"]
+    if found := _WRAPPED.search(reason):  # by the code around a ClientApp
+        kind, reason = found["kind"], found["message"]
+    lines = reason.split("\n") if _TRACE.search(reason) is None else reason.strip().split("\n")[-1:]
+    said = " ".join(" ".join(lines).split())
+    said = said if len(said) <= LONGEST_CAUSE else f"{said[:LONGEST_CAUSE]}…"
+    return ": ".join(part for part in (kind, said) if part) or "no reason given"
 
 
 def claimed_name(content: RecordDict, node: object) -> str | None:

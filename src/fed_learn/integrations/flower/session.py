@@ -5,6 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
 from fed_learn.aggregation.round import UNUSABLE, Told
@@ -34,7 +35,7 @@ from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
 from fed_learn.server.receiving import Receiver, Refusal, moved
-from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, listed
+from fed_learn.weights import FLOATS, FrozenDict, FrozenWeights, Schema, WeightDict, listed
 
 logger = logging.getLogger("flwr")
 
@@ -132,6 +133,7 @@ class Session:
         self._shared: set[str] = set()
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
+        self._widest: dict[str, np.dtype[Any]] = {}
         self._begun: tuple[FrozenWeights, dict[str, float], tuple[str, ...] | None] = (self.job.weights, {}, None)
         self.scorers: dict[Hashable, str] = {}
         self.told = Told(logger)
@@ -241,7 +243,7 @@ class Session:
         self._asked, self.heard, self.contributed, self._missed, self.arrived = {}, {}, {}, {}, None
         if self.guessed:  # nothing says that the nodes are those of the call before
             self._names = {}
-        self.number = number
+        self.number, self._widest = number, {}
         before = self.job.weights if weights is None else weights
         self.job.start_round(number, weights)
         if not _same_memory(before, self.job.weights):  # a handler replaced what the clients had scored
@@ -275,6 +277,31 @@ class Session:
             self._asked[node] = None
             self.job.send_model(self.called(node))
 
+    def note_widest(self, replies: Iterable[WeightDict]) -> None:
+        """Where replies tell the model: notes the widest floating-point dtype of each variable in them."""
+        found: dict[str, set[Any]] = {}
+        for weights in () if self.job.schema else replies:
+            for name, array in weights.items():
+                if array.dtype in FLOATS:
+                    found.setdefault(name, set()).add(array.dtype)
+        self._widest = {name: widest_of(dtypes) for name, dtypes in found.items() if len(dtypes) > 1}
+
+    def _widened(self, sent: Contribution) -> Contribution:
+        """A contribution in the widest dtypes, which hold every number of the narrower ones."""
+        given = sent.weights or {}
+        narrow = [
+            n for n, array in given.items() if array.dtype in FLOATS and array.dtype != self._widest.get(n, array.dtype)
+        ]
+        if not narrow:
+            return sent
+        first, who = narrow[0], sent.contributor
+        self.told.once(
+            ("widened", who),
+            f"{who}: {first!r} came as {given[first].dtype} and is taken as {self._widest[first]}, as others send it",
+        )
+        wider = {name: array.astype(self._widest[name]) if name in narrow else array for name, array in given.items()}
+        return replace(sent, weights=FrozenWeights.adopt(wider))
+
     def receive(
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[str], Contribution]
     ) -> Contribution | None:
@@ -291,7 +318,7 @@ class Session:
         sent: Contribution | Exception
         try:
             name = self._register(node, claim())
-            sent = read(name)
+            sent = self._widened(read(name))
             if INITIAL_VALIDATION_METRIC not in sent.metrics and name in self._scores:
                 sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
         except HandlerError:
@@ -533,6 +560,19 @@ def _both(first: RoundReport, second: RoundReport) -> RoundReport:
         seconds=first.seconds + second.seconds,
         error=second.error if first.error is not None else None,
     )
+
+
+def widest_of(dtypes: Iterable[Any]) -> "np.dtype[Any]":
+    """The narrowest floating-point dtype that holds every number of some.
+
+    Example:
+        >>> widest_of(map(np.dtype, ("float16", "float32")))
+        dtype('float32')
+    """
+    different = set(dtypes)
+    largest = max(different, key=lambda dtype: (dtype.itemsize, str(dtype)))
+    halves = sum(dtype.itemsize == largest.itemsize for dtype in different) > 1  # float16 and bfloat16
+    return np.dtype(np.float32) if halves else largest
 
 
 def _schema_of(weights: WeightDict) -> Schema | None:
