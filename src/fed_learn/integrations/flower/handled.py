@@ -42,6 +42,7 @@ from fed_learn.integrations.flower.replies import (
     without_arrays,
 )
 from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, in_one_line
+from fed_learn.model_meta import ContextKey
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
 from fed_learn.weights import Schema, WeightDict
@@ -179,6 +180,9 @@ class Handled(Strategy):
                         if metrics is not None:
                             result.evaluate_metrics_serverapp[number] = metrics
                     if last:
+                        if number < num_rounds:
+                            reason = session.job.ctx.get_prop(ContextKey.STOP)
+                            logger.info("A handler ends the job after round %s of %s: %s", number, num_rounds, reason)
                         break
                 session.finish()
         except FedLearnError as error:
@@ -331,6 +335,24 @@ class Handled(Strategy):
                     session.note_score(node, partial(_claim, message, node), metric)
         if silent and named:
             logger.warning("\t> No %r of the final model from %s", self.validation_metric, in_one_line(silent))
+
+    def _job_weighed(self, replies: list[Message]) -> list[Message]:
+        """Replies to an evaluation by whose examples they can be weighted; says once in a job that there are others."""
+        session = self.__session
+        if session is None:
+            return replies
+        names = [
+            session.called(node_of(message, place))
+            for place, message in enumerate(replies, 1)
+            if self.weighted_by_key not in metrics_of(message.content)
+        ]
+        if names:
+            session.told.once(
+                "unweighted",
+                f"no number {self.weighted_by_key!r} in the evaluation of {in_one_line(names)}: it is not counted in "
+                "the aggregated metrics; its score counts where models are selected",
+            )
+        return [message for message in replies if self.weighted_by_key in metrics_of(message.content)]
 
     def __check_scored(self, session: Session, replies: Sequence[Message]) -> None:
         """Says once in a job that no reply holds the metric by which models are to be selected."""

@@ -148,10 +148,13 @@ class LegacyFedAvg(FlowerFedAvg):
                 contribution = self.__receive(session, _node(client, place), result)
                 if contribution is not None:
                     by_name[contribution.contributor] = result
-            errors = [
-                _fail(session, *_failure(failure, place)) for place, failure in enumerate(failures, len(results) + 1)
-            ]
-            changed = session.close_round(error=errors[0] if errors and not self.accept_failures else None)
+            errors = [_failure(failure, place) for place, failure in enumerate(failures, len(results) + 1)]
+            for node, error in errors:
+                logger.warning("\t> %s", error)
+                if node is not None:
+                    session.fail(node, error)
+            session.lose([error for node, error in errors if node is None])
+            changed = session.close_round(error=errors[0][1] if errors and not self.accept_failures else None)
         except BaseException:
             session.forget_round()
             raise
@@ -338,13 +341,3 @@ def _failure(failure: tuple[ClientProxy, Any] | BaseException, place: int) -> tu
     node = _node(client, place)
     who = client.cid if node == client.cid else node_name(node)
     return node, ClientQuitError(f"{who}: {result.status.code.name}: {result.status.message}")
-
-
-def _fail(session: Session, node: Hashable | None, error: ClientQuitError) -> ClientQuitError:
-    def read(_: str) -> Contribution:
-        raise error
-
-    logger.warning("\t> %s", error)
-    if node is not None:
-        session.receive(node, lambda: None, read)
-    return error

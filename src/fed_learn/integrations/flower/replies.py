@@ -155,7 +155,9 @@ def checked_name(claim: object, node: object) -> str:
     """
     own = node_name(node)
     bad = not isinstance(claim, str) or not claim.strip() or len(claim) > LONGEST_NAME
-    if bad or claim in (FINAL_MODEL, GLOBAL_BEST) or (str(claim).startswith(node_name("")) and claim != own):
+    _, at, node_of_claim = str(claim).rpartition(f"@{node_name('')}")
+    anothers = (str(claim).startswith(node_name("")) and claim != own) or (at and node_name(node_of_claim) != own)
+    if bad or anothers or claim in (FINAL_MODEL, GLOBAL_BEST):
         raise UnknownContributorError(f"{own}: {brief(claim)} is no name for a contributor", contributor=own)
     return str(claim)
 

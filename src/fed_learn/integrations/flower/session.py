@@ -28,8 +28,8 @@ from fed_learn.errors import (
     UnknownContributorError,
     without_tracebacks,
 )
+from fed_learn.integrations.flower.names import Names
 from fed_learn.integrations.flower.records import RecordWriter, copy_of, same_bytes, to_record, to_weights
-from fed_learn.integrations.flower.replies import node_name, of_partition
 from fed_learn.integrations.flower.selection import Selection
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.server import FederatedServer
@@ -127,16 +127,16 @@ class Session:
         self.arrived: dict[Hashable, None] | None = None
         self.report: RoundReport | None = None
         self._before: RoundReport | None = None
-        self._names: dict[Hashable, str] = {}
         self._record = (self.job.weights, record)
         self._part: tuple[str, ...] | None = None
-        self._shared: set[str] = set()
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
         self._widest: dict[str, np.dtype[Any]] = {}
         self._begun: tuple[FrozenWeights, dict[str, float], tuple[str, ...] | None] = (self.job.weights, {}, None)
         self.scorers: dict[Hashable, str] = {}
         self.told = Told(logger)
+        self._names = Names(self.told)
+        self._advise_empty = bool(record)
         self.selection = Selection(self.job, self.told, validation_metric, validation_mode)
 
     @property
@@ -241,8 +241,7 @@ class Session:
             weights: Replaces the global model, before any handler sees it.
         """
         self._asked, self.heard, self.contributed, self._missed, self.arrived = {}, {}, {}, {}, None
-        if self.guessed:  # nothing says that the nodes are those of the call before
-            self._names = {}
+        self._names.begin_round(forget=self.guessed)  # nothing says that the nodes are those of the call before
         self.number, self._widest = number, {}
         before = self.job.weights if weights is None else weights
         self.job.start_round(number, weights)
@@ -334,6 +333,34 @@ class Session:
             self.contributed[node] = None
         return contribution
 
+    def lose(self, errors: Sequence[ClientQuitError]) -> None:
+        """Notes failures that name no client: of the nodes that have not answered, where that is certain.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
+        silent = [node for node in self._asked if node not in self.heard]
+        if len(silent) == len(errors) and len(set(map(str, errors))) == 1:
+            for node, error in zip(silent, errors, strict=True):
+                self.fail(node, error)
+            return
+        for error in errors:
+            self.job.note_failure("a client", error, "failed")
+        if len(silent) <= len(errors):  # each of them is one of the failures, which have been told
+            self._missed |= dict.fromkeys(silent)
+
+    def fail(self, node: Hashable, error: ClientQuitError) -> None:
+        """CLIENT_QUIT of a node that failed.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
+
+        def read(_: str) -> Contribution:
+            raise error
+
+        self.receive(node, lambda: None, read)
+
     def close_round(self, *, error: Exception | None = None) -> bool:
         """Notes who is missing; aggregates, if enough is there; END_ROUND.
 
@@ -392,7 +419,7 @@ class Session:
 
     def called(self, node: Hashable) -> str:
         """What a node is called, as far as is known."""
-        return self._names.get(node, node_name(node))
+        return self._names.called(node)
 
     def note_score(self, node: Hashable, claim: Callable[[], str | None], metric: float) -> None:
         """Notes what a client measured on the global model, which it will receive in the next round."""
@@ -408,6 +435,7 @@ class Session:
             weights: What they are sent, if it is not the job's global model.
         """
         self._asked, self.heard, self.final = {}, {}, True
+        self._names.begin_round(forget=False)
         self.job.begin_validation(FINAL_MODEL, weights)
 
     def receive_final(
@@ -434,7 +462,9 @@ class Session:
         try:
             self.job.finish()
         except NothingAggregatedError as error:
-            if error.cause in (NamesError.__name__, ShapeError.__name__, DtypeError.__name__):
+            refused = {failure.cause for report in self.job.reports for failure in report.rejected}
+            of_form = {NamesError.__name__, ShapeError.__name__, DtypeError.__name__}
+            if self._advise_empty and error.cause in refused & of_form:
                 error.args = (f"{error} (an empty initial record takes the model as the clients send it)",)
             raise
         finally:
@@ -442,15 +472,8 @@ class Session:
                 self.job.quit(name)
 
     def expect(self, claims: Iterable[tuple[Hashable, str | None]]) -> None:
-        """Notes which partitions several nodes hold, where all replies of a round are at hand: none has the bare name.
-
-        So it does not depend on who answered first who is called what, and with it the order of sums.
-        """
-        holders: dict[str, set[Hashable]] = {}
-        for node, claim in claims:
-            if claim is not None and of_partition(claim):
-                holders.setdefault(claim, set()).add(node)
-        self._shared |= {claim for claim, nodes in holders.items() if len(nodes) > 1}
+        """See `Names.expect`."""
+        self._names.expect(claims)
 
     def _register(self, node: Hashable, claim: str | None) -> str:
         """The name of a node; CLIENT_REGISTER if it is new.
@@ -458,29 +481,7 @@ class Session:
         Raises:
             UnknownContributorError: It claims another name than before, or that of another node that takes part.
         """
-        own = node_name(node)
-        known = self._names.get(node)
-        name = claim or known or own
-        shared = f"{name}@{own}" if of_partition(name) else None
-        if known not in (None, own) and shared is not None:
-            name = known  # whatever an app counts as its partition from message to message
-        elif shared is not None and name in self._shared:
-            name = shared
-        if known not in (None, own, name):
-            raise UnknownContributorError(
-                f"{known}: {own} has contributed under this name, and now claims to be {name!r}", contributor=known
-            )
-        other = next((other for other, taken in self._names.items() if taken == name and other != node), None)
-        if other is not None:
-            if other not in self._asked and other not in self.heard:
-                del self._names[other]  # a node that was started anew has another id
-            elif shared is not None:
-                name = shared  # several nodes may hold one partition, and contribute each for itself
-            else:
-                raise UnknownContributorError(
-                    f"{own}: claims to be {name!r}, which is {node_name(other)}", contributor=own
-                )
-        self._names[node] = name
+        name = self._names.name(node, claim, lambda other: other in self._asked or other in self.heard)
         self.heard[node] = None
         if name not in self.job.clients:
             self.job.register(name)

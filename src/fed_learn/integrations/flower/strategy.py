@@ -144,7 +144,11 @@ class FedAvg(Handled, FlowerFedAvg):
         listed = list(replies or ())
         self._job_scores(listed)
         good, _ = self.__looked_through(listed, is_train=False)
-        return self.evaluate_metrics_aggr_fn([m.content for m in good], self.weighted_by_key) if good else None
+        if not good:
+            return None
+        if self.evaluate_metrics_aggr_fn is mean_metrics:
+            good = self._job_weighed(good)
+        return self.evaluate_metrics_aggr_fn([m.content for m in good], self.weighted_by_key)
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
         """See `Handled._job_replies`."""
@@ -364,6 +368,7 @@ def _completed(made: FrozenWeights, session: Session, averaged: frozenset[str], 
     sent = session.sent
     constants = sent - averaged  # what clients sent as it was: not finite
     taken = {name: array for name, array in made.items() if name not in constants or name not in model}
+    Schema.of(taken, who)  # refuses dtypes that are no numbers
     check_finite(taken, who, constants=model or None)
     alike = {n: taken[n] for n in model if n in taken and taken[n].shape == model[n].shape}
     fitted = _with_dtypes(alike, Schema.of({name: model[name] for name in alike}), who)
