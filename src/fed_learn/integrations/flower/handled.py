@@ -19,10 +19,11 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError, NothingAggregatedError, UnknownContributorError
+from fed_learn.errors import FedLearnError, UnknownContributorError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.model_selection import by_likeness
 from fed_learn.integrations.flower.exchange import gathers, replies_to
+from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
     METADATA,
@@ -44,8 +45,7 @@ from fed_learn.integrations.flower.replies import (
 from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, in_one_line
 from fed_learn.model_meta import ContextKey
 from fed_learn.server import JobResult
-from fed_learn.server.job import Job
-from fed_learn.weights import Schema, WeightDict
+from fed_learn.weights import WeightDict
 
 logger = logging.getLogger("flwr")
 
@@ -63,7 +63,7 @@ class HandledResult(Result):
     job: JobResult | None = None
 
 
-class Handled(Strategy):
+class Handled(OneJob, Strategy):
     """A base beside one of Flower's strategies, whose methods it reaches by `super()`.
 
     Attributes:
@@ -116,12 +116,11 @@ class Handled(Strategy):
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
         self.poll_interval = poll_interval
-        self.job: Job | None = None
-        self.__session: Session | None = None
-        self.__begin({"nothing": np.zeros(1)}, None, handlers=())  # refuses what a job would refuse later
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "job": None, "_Handled__session": None}
+        self.job = None
+        self._job_session = None
+        self._job_begin(
+            {"nothing": np.zeros(1)}, None, None, handlers=(), guessed=False
+        )  # refuses what a job would refuse later
 
     def start(
         self,
@@ -159,7 +158,7 @@ class Handled(Strategy):
         began = time.time()
         self.close()
         result, arrays = HandledResult(), initial_arrays
-        session = self.__start_job(to_weights(initial_arrays), initial_arrays, num_rounds)
+        session = self._job_start(to_weights(initial_arrays), initial_arrays, num_rounds)
         try:
             with session.job:
                 if evaluate_fn:
@@ -190,7 +189,7 @@ class Handled(Strategy):
             error.handled = result  # type: ignore[attr-defined] # beside `result`, which every stack has
             raise
         finally:
-            self.__session = None
+            self._job_session = None
         job, whole = session.job.result(), session.whole(arrays)
         if not session.holds(arrays):  # a subclass has made something else of the average
             job = replace(job, weights=to_weights(whole, like=session.job.schema))
@@ -214,7 +213,7 @@ class Handled(Strategy):
             HandlerError: A handler raised, with `on_handler_error="raise"`.
             ContributionError: `arrays`, or what a handler put in their place, are no model.
         """
-        session = self.__session
+        session = self._job_session
         if session is None or session.num_rounds is None or session.number != server_round - 1:
             session = self.__open(server_round, arrays)
             arrays = session.record
@@ -247,10 +246,10 @@ class Handled(Strategy):
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        if replies is None or not self.__streams or self.__session is None:
+        if replies is None or not self.__streams or self._job_session is None:
             replies = list(replies or ())
         good, failed = self._job_replies(replies)
-        session = self.__session_for(server_round, good)
+        session = self._job_for(server_round, good, lambda: readable_weights(good, self.arrayrecord_key))
         if session is None:
             return None, None
         try:
@@ -294,7 +293,7 @@ class Handled(Strategy):
             NothingAggregatedError: No round made a new global model.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        session, self.__session = self.__session, None
+        session, self._job_session = self._job_session, None
         if session is None:
             return None
         with session.job:
@@ -318,7 +317,7 @@ class Handled(Strategy):
 
     def _job_scores(self, replies: Sequence[Message]) -> None:
         """Takes the clients' scores of the global model from an evaluation."""
-        session = self.__session
+        session = self._job_session
         if session is None:
             return
         silent: list[str] = []
@@ -338,7 +337,7 @@ class Handled(Strategy):
 
     def _job_weighed(self, replies: list[Message]) -> list[Message]:
         """Replies to an evaluation by whose examples they can be weighted; says once in a job that there are others."""
-        session = self.__session
+        session = self._job_session
         if session is None:
             return replies
         names = [
@@ -406,7 +405,7 @@ class Handled(Strategy):
     ) -> None:
         """The clients' evaluation after a round."""
         messages = list(self.configure_evaluate(number, arrays, config, grid) or ())
-        session = self.__session
+        session = self._job_session
         assert session is not None
         ours = last and bool(self.handlers) and not messages
         if ours:
@@ -435,15 +434,16 @@ class Handled(Strategy):
             )
         return [Message(content, node, session.scorers[node], group_id=str(number)) for node in asked]
 
-    def __begin(
+    def _job_begin(
         self,
         weights: WeightDict,
         record: ArrayRecord | None,
-        num_rounds: int | None = None,
+        num_rounds: int | None,
         *,
         handlers: Sequence[EventHandler],
-        guessed: bool = False,
+        guessed: bool,
     ) -> Session:
+        """See `OneJob._job_begin`."""
         settings = {name: getattr(self, name) for name in self._job_settings}
         return Session(
             weights,
@@ -455,63 +455,10 @@ class Handled(Strategy):
             **settings,
         )
 
-    def __start_job(
-        self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None = None, *, guessed: bool = False
-    ) -> Session:
-        session = self.__begin(weights, record, num_rounds, handlers=self.handlers, guessed=guessed)
-        session.job.start()
-        self.__session, self.job = session, session.job
-        return session
-
     def __open(self, server_round: int, arrays: ArrayRecord) -> Session:
-        """The job with this global model, in this round; begins either if need be."""
-        if self.__session is not None and self.__session.is_over(server_round):
-            self.__replace()
-        session, given = self.__session, None
-        if session is None or not session.holds(arrays):
-            given = to_weights(arrays, like=None if session is None else session.job.schema)
-            if session is not None:
-                session.widen_part(given)
-                given = session.completed(given)
-            schema = Schema.of(given)
-            if session is not None and session.num_rounds is not None:  # `start` runs one job
-                if schema != session.job.schema:
-                    session.change_model(schema, type(self).__name__)
-            elif session is None or schema != session.job.schema:
-                self.__replace()  # another model: another job
-                session, given = self.__start_job(given, arrays), None
-        session.guessed = False
-        if session.number != server_round - 1 or given is not None:
-            session.start_round(server_round - 1, given)
-        return session
-
-    def __replace(self) -> None:
-        """Ends a job in the place of which another begins."""
-        try:
-            self.close()
-        except NothingAggregatedError as error:
-            logger.error("the job before ended in vain: %s", error)
-
-    def __session_for(self, server_round: int, replies: Iterable[Message]) -> Session | None:
-        """The job in which these replies count, in this round; begins either if need be.
-
-        None if there is nothing to begin with.
-        """
-        session = self.__session
-        if session is not None and not session.takes(server_round, readable_weights(replies, self.arrayrecord_key)):
-            self.__replace()
-            session = None
-        if (
-            session is None
-            and self.kind is Kind.FULL
-            and any(True for _ in readable_weights(replies, self.arrayrecord_key))
-        ):
-            session = self.__start_job({}, None, guessed=True)
-        if session is None and any(True for _ in replies):
-            logger.error("round %d: no reply can be read, and the global model is not known", server_round)
-        if session is not None:
-            session.enter(server_round - 1)
-        return session
+        return self._job_open(
+            server_round, lambda session: session.holds(arrays), lambda schema: to_weights(arrays, like=schema), arrays
+        )
 
     def __sent(self, session: Session, messages: Iterable[Message] | None, server_round: int) -> list[Message]:
         """The messages, each of which states its round from now on."""
