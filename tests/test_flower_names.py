@@ -78,7 +78,7 @@ def test_the_name_of_a_node_that_takes_part_stays_its_own(stream: bool, caplog: 
             return messages if server_round > 1 else messages[1:]
 
     strategy = Late(fraction_evaluate=0.0, stream=stream)
-    job = strategy.start(LocalGrid(app(name), 3), record(w=np.zeros(1)), num_rounds=3).job
+    job: Any = strategy.start(LocalGrid(app(name), 3), record(w=np.zeros(1)), num_rounds=3).job
     assert [r.accepted for r in job.reports] == [("hospital-a", "hospital-b")] * 3
     assert [[(f.contributor, f.cause) for f in r.rejected] for r in job.reports] == [
         [],

@@ -7,7 +7,7 @@ has names with two underscores, and what its children replace begins with `_job_
 import io
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,10 +19,10 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError, UnknownContributorError
+from fed_learn.errors import FedLearnError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.model_selection import by_likeness
-from fed_learn.integrations.flower.exchange import gathers, replies_to
+from fed_learn.integrations.flower.exchange import gathers, log_replies, noted, replies_to
 from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
@@ -30,8 +30,8 @@ from fed_learn.integrations.flower.replies import (
     SCORE_ONLY,
     SCORES,
     Keys,
-    Place,
-    claimed_name,
+    claim_of,
+    claims_of,
     contribution_of,
     failure_of,
     metrics_of,
@@ -255,8 +255,9 @@ class Handled(OneJob, Strategy):
         try:
             place = 0
             if isinstance(good, list):
-                session.expect(_claims(good))
-                session.note_widest(readable_weights(good, self.arrayrecord_key))
+                session.expect(claims_of(good))
+                if not session.job.schema:
+                    session.widths.note(readable_weights(good, self.arrayrecord_key))
                 session.selection.expect(score_stated(message.content) for message in good if message.has_content())
             for message in good:
                 place += 1
@@ -331,7 +332,7 @@ class Handled(OneJob, Strategy):
                 metric = self.__with_score(session, message, place).get(INITIAL_VALIDATION_METRIC)
                 if metric is not None:
                     node = node_of(message, place)
-                    session.note_score(node, partial(_claim, message, node), metric)
+                    session.note_score(node, partial(claim_of, message, node), metric)
         if silent and named:
             logger.warning("\t> No %r of the final model from %s", self.validation_metric, in_one_line(silent))
 
@@ -381,7 +382,7 @@ class Handled(OneJob, Strategy):
         if isinstance(replies, list):
             arrived.update(dict.fromkeys(node_of(message, place) for place, message in enumerate(replies, 1)))
         else:
-            replies = _noted(replies, arrived)
+            replies = noted(replies, arrived)
         aggregated, metrics = self.aggregate_train(number, replies)
         if session.number is not None:
             if aggregated is not None:
@@ -484,7 +485,7 @@ class Handled(OneJob, Strategy):
             found = replace(found, metrics=session.selection.kept(name, found.metrics, stated))
             return found if session.states_round or METADATA in message.content else replace(found, round=None)
 
-        contribution = session.receive(node, partial(_claim, message, node), read)
+        contribution = session.receive(node, partial(claim_of, message, node), read)
         if contribution is not None:
             content = without_arrays(message.content) if self.__streams else message.content
             session.accepted[contribution.contributor] = Accepted(
@@ -502,7 +503,7 @@ class Handled(OneJob, Strategy):
 
         if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(session, message, place):
             return [node_name(node)]
-        session.receive_final(node, partial(_claim, message, node), read)
+        session.receive_final(node, partial(claim_of, message, node), read)
         return []
 
     def __with_score(self, session: Session, message: Message, place: int) -> dict[str, Any]:
@@ -512,33 +513,3 @@ class Handled(OneJob, Strategy):
         if self.validation_metric in metrics:
             metrics.setdefault(INITIAL_VALIDATION_METRIC, metrics[self.validation_metric])
         return metrics
-
-
-def _noted(replies: Iterable[Message], arrived: dict[Hashable, None]) -> Iterator[Message]:
-    """Replies as they arrive; which nodes they are from is noted."""
-    for place, message in enumerate(replies, 1):
-        arrived[node_of(message, place)] = None
-        yield message
-        del message  # while the next one is awaited, a streaming server holds none
-
-
-def log_replies(results: int, failed: Sequence[Message]) -> None:
-    """What Flower's strategies log of the replies of a training round, where none of them does."""
-    if results or failed:
-        logger.info("aggregate_train: Received %s results and %s failures", results, len(failed))
-    for message in failed:
-        logger.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
-
-
-def _claims(replies: Sequence[Message]) -> Iterator[tuple[int | Place, str | None]]:
-    """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
-    for place, message in enumerate(replies, 1):
-        node = node_of(message, place)
-        try:
-            yield node, _claim(message, node)
-        except UnknownContributorError:
-            continue
-
-
-def _claim(message: Message, node: int | Place) -> str | None:
-    return claimed_name(message.content, node) if message.has_content() else None

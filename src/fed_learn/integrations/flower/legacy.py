@@ -148,7 +148,8 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         by_name: dict[str, FitRes] = {}
         try:
             placed = [(_node(client, place), result) for place, (client, result) in enumerate(results, 1)]
-            session.note_widest(_readable(results))
+            if not session.job.schema:
+                session.widths.note(_readable(results))
             session.expect((node, _claim(node, result.metrics)) for node, result in placed)
             for place, (client, result) in enumerate(results, 1):
                 contribution = self.__receive(session, _node(client, place), result)

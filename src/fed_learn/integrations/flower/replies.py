@@ -1,7 +1,7 @@
 """What clients' replies say: who sent them, and the contribution or the scores in them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -135,6 +135,21 @@ def claimed_name(content: RecordDict, node: object) -> str | None:
         return checked_name(claim, node)
     partition = whole_number_of(metrics_of(content).get(PARTITION_ID))
     return None if partition is None else partition_name(partition)
+
+
+def claims_of(replies: Sequence[Message]) -> Iterator[tuple[int | Place, str | None]]:
+    """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
+    for place, message in enumerate(replies, 1):
+        node = node_of(message, place)
+        try:
+            yield node, claim_of(message, node)
+        except UnknownContributorError:
+            continue
+
+
+def claim_of(message: Message, node: int | Place) -> str | None:
+    """What a reply claims to be called; None if nothing. See `claimed_name`."""
+    return claimed_name(message.content, node) if message.has_content() else None
 
 
 def of_partition(name: str) -> bool:

@@ -3,17 +3,16 @@
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fed_learn.aggregation.round import UNUSABLE, Told
+from fed_learn.aggregation.round import Told
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
     Contribution,
-    Kind,
     RoundReport,
     ValidationResult,
 )
@@ -29,13 +28,14 @@ from fed_learn.errors import (
     without_tracebacks,
 )
 from fed_learn.integrations.flower.names import Names
-from fed_learn.integrations.flower.records import RecordWriter, copy_of, same_bytes, to_record, to_weights
+from fed_learn.integrations.flower.receiver import FlowerReceiver
+from fed_learn.integrations.flower.records import copy_of, same_bytes, to_record, to_weights
 from fed_learn.integrations.flower.selection import Selection
-from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.integrations.flower.widths import Widths
+from fed_learn.model_meta import ContextKey
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
-from fed_learn.server.receiving import Receiver, Refusal, moved
-from fed_learn.weights import FLOATS, FrozenDict, FrozenWeights, Schema, WeightDict, listed
+from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, listed
 
 logger = logging.getLogger("flwr")
 
@@ -90,6 +90,7 @@ class Session:
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
         told: What has been said of clients in this job.
         selection: By which score models are selected.
+        widths: The floating-point dtypes of a round whose replies tell what the model is.
         scorers: Nodes whose `ClientMod` scores the models that it receives, and the type of the messages that reach it.
     """
 
@@ -107,7 +108,7 @@ class Session:
         **settings: Any,
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
-        self._receiver = _FlowerReceiver(server, self, aggregate)
+        self._receiver = FlowerReceiver(server, self.note_part, None if aggregate is None else partial(aggregate, self))
         self.job = _FlowerJob(server, receiver=self._receiver)
         self.job.declare_score(validation_metric, validation_mode)
         self.job.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with the evaluation after a round
@@ -131,11 +132,11 @@ class Session:
         self._part: tuple[str, ...] | None = None
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
-        self._widest: dict[str, np.dtype[Any]] = {}
         self._begun: tuple[FrozenWeights, dict[str, float], tuple[str, ...] | None] = (self.job.weights, {}, None)
         self.scorers: dict[Hashable, str] = {}
         self.told = Told(logger)
         self._names = Names(self.told)
+        self.widths = Widths(self.told)
         self._advise_empty = bool(record)
         self.selection = Selection(self.job, self.told, validation_metric, validation_mode)
 
@@ -242,7 +243,8 @@ class Session:
         """
         self._asked, self.heard, self.contributed, self._missed, self.arrived = {}, {}, {}, {}, None
         self._names.begin_round(forget=self.guessed)  # nothing says that the nodes are those of the call before
-        self.number, self._widest = number, {}
+        self.number = number
+        self.widths.forget()
         before = self.job.weights if weights is None else weights
         self.job.start_round(number, weights)
         if not _same_memory(before, self.job.weights):  # a handler replaced what the clients had scored
@@ -276,31 +278,6 @@ class Session:
             self._asked[node] = None
             self.job.send_model(self.called(node))
 
-    def note_widest(self, replies: Iterable[WeightDict]) -> None:
-        """Where replies tell the model: notes the widest floating-point dtype of each variable in them."""
-        found: dict[str, set[Any]] = {}
-        for weights in () if self.job.schema else replies:
-            for name, array in weights.items():
-                if array.dtype in FLOATS:
-                    found.setdefault(name, set()).add(array.dtype)
-        self._widest = {name: widest_of(dtypes) for name, dtypes in found.items() if len(dtypes) > 1}
-
-    def _widened(self, sent: Contribution) -> Contribution:
-        """A contribution in the widest dtypes, which hold every number of the narrower ones."""
-        given = sent.weights or {}
-        narrow = [
-            n for n, array in given.items() if array.dtype in FLOATS and array.dtype != self._widest.get(n, array.dtype)
-        ]
-        if not narrow:
-            return sent
-        first, who = narrow[0], sent.contributor
-        self.told.once(
-            ("widened", who),
-            f"{who}: {first!r} came as {given[first].dtype} and is taken as {self._widest[first]}, as others send it",
-        )
-        wider = {name: array.astype(self._widest[name]) if name in narrow else array for name, array in given.items()}
-        return replace(sent, weights=FrozenWeights.adopt(wider))
-
     def receive(
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[str], Contribution]
     ) -> Contribution | None:
@@ -317,7 +294,7 @@ class Session:
         sent: Contribution | Exception
         try:
             name = self._register(node, claim())
-            sent = self._widened(read(name))
+            sent = self.widths.widened(read(name))
             if INITIAL_VALIDATION_METRIC not in sent.metrics and name in self._scores:
                 sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
         except HandlerError:
@@ -497,43 +474,6 @@ class _FlowerJob(Job):
             super().log_failure(name, error, what)
 
 
-class _FlowerReceiver(Receiver):
-    """Writes the mean where the bytes of the next message are, or leaves the aggregation to another strategy."""
-
-    def __init__(self, server: FederatedServer, session: Session, aggregate: Aggregate | None) -> None:
-        super().__init__(server)
-        self._session = session
-        self._aggregate = aggregate
-
-    def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
-        """See `Round.averaged`."""
-        return self._round.averaged(contributions)
-
-    def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
-        """See `Receiver.aggregate`."""
-        if self._aggregate is not None:
-            self._session.note_part(self._round.sent(contributions))
-            return self._aggregate(self._session, contributions)
-        writers: list[RecordWriter] = []
-
-        def written(schema: Schema) -> WeightDict:
-            writers.append(RecordWriter(schema))
-            return writers[0].arrays
-
-        try:
-            combined = self._round.combine(contributions, None if self.server.kind is Kind.DIFF else written)
-            self._session.note_part(combined.sent)
-            if not writers:
-                return moved(weights, combined, self.server.kind)
-            names = tuple(combined.mean)  # the arrays are those of the writer, which lets go of them now
-            mean = writers[0].finish()
-            if mean.keys() == weights.keys() and len(names) == len(weights):
-                return mean
-            return moved(weights, replace(combined, mean={name: mean[name] for name in names}), Kind.FULL)
-        except UNUSABLE as error:
-            raise Refusal(error) from error
-
-
 def in_one_line(names: Sequence[str]) -> str:
     """Names for one line of the log.
 
@@ -561,19 +501,6 @@ def _both(first: RoundReport, second: RoundReport) -> RoundReport:
         seconds=first.seconds + second.seconds,
         error=second.error if first.error is not None else None,
     )
-
-
-def widest_of(dtypes: Iterable[Any]) -> "np.dtype[Any]":
-    """The narrowest floating-point dtype that holds every number of some.
-
-    Example:
-        >>> widest_of(map(np.dtype, ("float16", "float32")))
-        dtype('float32')
-    """
-    different = set(dtypes)
-    largest = max(different, key=lambda dtype: (dtype.itemsize, str(dtype)))
-    halves = sum(dtype.itemsize == largest.itemsize for dtype in different) > 1  # float16 and bfloat16
-    return np.dtype(np.float32) if halves else largest
 
 
 def _schema_of(weights: WeightDict) -> Schema | None:

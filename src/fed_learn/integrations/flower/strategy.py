@@ -16,7 +16,8 @@ from flwr.serverapp.strategy import Strategy
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import FedLearnError, IntegerRangeError
 from fed_learn.events import EventHandler
-from fed_learn.integrations.flower.handled import Handled, log_replies
+from fed_learn.integrations.flower.exchange import log_replies
+from fed_learn.integrations.flower.handled import Handled
 from fed_learn.integrations.flower.metrics import mean_metrics
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
 from fed_learn.integrations.flower.replies import N_ITER
