@@ -23,6 +23,7 @@ from fed_learn.errors import FedLearnError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.model_selection import by_likeness
 from fed_learn.integrations.flower.exchange import gathers, log_replies, noted, replies_to
+from fed_learn.integrations.flower.names import in_one_line
 from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
@@ -42,7 +43,7 @@ from fed_learn.integrations.flower.replies import (
     states,
     without_arrays,
 )
-from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, in_one_line
+from fed_learn.integrations.flower.session import Accepted, Aggregate, Session
 from fed_learn.model_meta import ContextKey
 from fed_learn.server import JobResult
 from fed_learn.weights import WeightDict

@@ -1,10 +1,13 @@
 """Which node of Flower's is which contributor."""
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 from fed_learn.aggregation.round import Told
 from fed_learn.errors import UnknownContributorError
 from fed_learn.integrations.flower.replies import node_name, of_partition
+
+LISTED = 10
+"""Names in one line of the log."""
 
 
 class Names:
@@ -106,3 +109,14 @@ class Names:
             f"several nodes are called {claim!r}: each counts for itself, as '{claim}@{node_name('<id>')}', which is "
             "another name in every run; let ClientMod(name=...) give each node a name of its own",
         )
+
+
+def in_one_line(names: Sequence[str]) -> str:
+    """Names for one line of the log.
+
+    Example:
+        >>> in_one_line([f"node-{k}" for k in range(2, 15)])
+        'node-2, node-3, node-4, node-5, node-6, node-7, node-8, node-9, node-10, node-11 and 3 more'
+    """
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more

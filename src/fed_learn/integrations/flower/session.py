@@ -27,7 +27,7 @@ from fed_learn.errors import (
     UnknownContributorError,
     without_tracebacks,
 )
-from fed_learn.integrations.flower.names import Names
+from fed_learn.integrations.flower.names import Names, in_one_line
 from fed_learn.integrations.flower.receiver import FlowerReceiver
 from fed_learn.integrations.flower.records import copy_of, same_bytes, to_record, to_weights
 from fed_learn.integrations.flower.selection import Selection
@@ -41,8 +41,6 @@ logger = logging.getLogger("flwr")
 
 Aggregate: TypeAlias = Callable[["Session", Sequence[Contribution]], FrozenWeights]
 """A job and its accepted contributions → the new global model."""
-LISTED = 10
-"""Names in one line of the log."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,9 @@ class Session:
         validation_metric: By which models are selected.
         validation_mode: What is better of it.
         settings: Further arguments of `FederatedServer`.
+
+    Raises:
+        ValueError: One is out of its range.
 
     Attributes:
         job: The job.
@@ -150,13 +151,21 @@ class Session:
         return copy_of(self._own_record)
 
     def whole(self, arrays: ArrayRecord) -> ArrayRecord:
-        """The whole global model; with what a subclass has made of it, if `arrays` are not what `record` gave."""
+        """The whole global model; with what a subclass has made of it, if `arrays` are not what `record` gave.
+
+        Raises:
+            ContributionError: `arrays` cannot be read.
+        """
         if self.holds(arrays):
             return arrays if self._part is None else to_record(self.job.weights)
         return to_record(self.completed(to_weights(arrays, like=self.job.schema)))
 
     def completed(self, weights: FrozenWeights) -> FrozenWeights:
-        """A model that comes from outside, with the rest of the global model where it has a part of that."""
+        """A model that comes from outside, with the rest of the global model where it has a part of that.
+
+        Raises:
+            DtypeError, ShapeError: A variable of the part is not as the global model has it.
+        """
         schema = self.job.schema
         if not weights or not weights.keys() < schema.keys():
             return weights
@@ -240,6 +249,10 @@ class Session:
         Args:
             number: From 0.
             weights: Replaces the global model, before any handler sees it.
+
+        Raises:
+            ContributionError: These, or what a handler put in their place, are no model of the job's.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         self._asked, self.heard, self.contributed, self._missed, self.arrived = {}, {}, {}, {}, None
         self._names.begin_round(forget=self.guessed)  # nothing says that the nodes are those of the call before
@@ -273,7 +286,11 @@ class Session:
         self._part = part
 
     def ask(self, node: Hashable) -> None:
-        """SEND_MODEL, unless this node has been asked in this round."""
+        """SEND_MODEL, unless this node has been asked in this round.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
         if node not in self._asked:
             self._asked[node] = None
             self.job.send_model(self.called(node))
@@ -290,6 +307,10 @@ class Session:
 
         Returns:
             The contribution if it was accepted.
+
+        Raises:
+            ContributionError: It is refused, with `on_bad_contribution="raise"`.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         sent: Contribution | Exception
         try:
@@ -346,6 +367,12 @@ class Session:
 
         Returns:
             Whether there is a new global model.
+
+        Raises:
+            ContributionError: A part of the model is refused, with `on_bad_contribution="raise"`; or a handler put a
+                bad contribution or a bad model into the context.
+            ValueError: A handler changed contributions that are added up already, or that another strategy aggregates.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         # A reply that arrived and is not here was put aside by the user's own code.
         came = self.heard if self.arrived is None else {**self.heard, **self.arrived}
@@ -399,7 +426,11 @@ class Session:
         return self._names.called(node)
 
     def note_score(self, node: Hashable, claim: Callable[[], str | None], metric: float) -> None:
-        """Notes what a client measured on the global model, which it will receive in the next round."""
+        """Notes what a client measured on the global model, which it will receive in the next round.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
         try:
             self._scores[self._register(node, claim())] = metric
         except UnknownContributorError as error:
@@ -418,7 +449,11 @@ class Session:
     def receive_final(
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """RECEIVE_VALIDATION_RESULTS of the final model."""
+        """RECEIVE_VALIDATION_RESULTS of the final model.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
         name = self.called(node)
         result: ValidationResult | Exception
         try:
@@ -435,6 +470,7 @@ class Session:
 
         Raises:
             NothingAggregatedError: No round made a new global model.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         try:
             self.job.finish()
@@ -472,17 +508,6 @@ class _FlowerJob(Job):
         """See `Job.log_failure`."""
         if not isinstance(error, ClientQuitError):
             super().log_failure(name, error, what)
-
-
-def in_one_line(names: Sequence[str]) -> str:
-    """Names for one line of the log.
-
-    Example:
-        >>> in_one_line([f"node-{k}" for k in range(2, 15)])
-        'node-2, node-3, node-4, node-5, node-6, node-7, node-8, node-9, node-10, node-11 and 3 more'
-    """
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _both(first: RoundReport, second: RoundReport) -> RoundReport:
