@@ -824,16 +824,6 @@ def test_krum_gets_the_replies_in_the_order_of_names() -> None:
     assert same(run(), run())
 
 
-def test_a_strategy_that_makes_another_model_fails_the_round() -> None:
-    class Bad(FlowerFedAvg):
-        def aggregate_train(self, server_round: int, replies: Any) -> Any:
-            return ArrayRecord([np.zeros(3)]), None
-
-    result = in_vain(WithHandlers(Bad()))
-    assert isinstance(result.reports[0].error, fl.NamesError)
-    assert same(result.weights, initial())
-
-
 def test_a_strategy_that_makes_nothing_or_refuses_fails_the_round() -> None:
     class Nothing(FlowerFedAvg):
         def aggregate_train(self, server_round: int, replies: Any) -> Any:

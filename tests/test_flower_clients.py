@@ -63,7 +63,7 @@ def answer(mod: Any, kind: str = "train", group: str = "3", config: Any = None, 
 
 def test_a_reply_says_who_sent_it_for_which_round_and_what_the_received_model_scored() -> None:
     content = answer(ClientMod(validate=validate)).content
-    expected = {"contributor": "partition-1", "round": 2, "kind": "full", "scores": True}
+    expected = {"contributor": "partition-1", "round": 2, "kind": "full", "scores": True, "metric": "accuracy"}
     assert dict(content.config_records["fed_learn"]) == expected
     assert dict(content.metric_records["metrics"]) == {
         "num-examples": 7,

@@ -184,8 +184,10 @@ def test_failures_are_reported_and_may_fail_the_round() -> None:
         assert (parameters is not None) is made
         assert strategy.job is not None
         assert isinstance(strategy.job.reports[0].error, type(None) if made else fl.ClientQuitError)
-        (quit,) = strategy.job.reports[0].quits
-        assert (quit.contributor, str(quit.error)) == ("node-7", "7: FIT_NOT_IMPLEMENTED: no fit")
+        assert [(quit.contributor, str(quit.error)) for quit in strategy.job.reports[0].quits] == [
+            ("node-7", "7: FIT_NOT_IMPLEMENTED: no fit"),
+            ("a client", "a client failed: RuntimeError: lost"),
+        ]
 
 
 def test_a_score_that_is_no_number_is_left_out() -> None:

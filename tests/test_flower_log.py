@@ -116,7 +116,7 @@ def test_many_missing_nodes_are_counted(caplog: pytest.LogCaptureFixture) -> Non
     grid = LocalGrid(adding, 15)
     messages = list(strategy.configure_train(1, record(w=np.zeros(2)), ConfigRecord(), grid))
     strategy.aggregate_train(1, grid.send_and_receive(messages[:2]))
-    (said,) = [r.getMessage() for r in caplog.records if "No reply" in r.getMessage()]
+    (said,) = [r.getMessage() for r in caplog.records if "Not among" in r.getMessage()]
     assert said.endswith(" and 3 more")
     assert said.count("node-") == 10
 
@@ -128,3 +128,39 @@ def test_rounds_count_from_one_in_what_is_said(caplog: pytest.LogCaptureFixture)
 
     ours = lines(WithHandlers(Nothing(fraction_evaluate=0.0)), caplog)
     assert "round 2: Nothing aggregated nothing; the global model stands" in ours
+
+
+def test_the_log_says_that_a_handler_ended_the_job(caplog: pytest.LogCaptureFixture) -> None:
+    class Stops(fl.Handler):
+        def end_round(self, fl_ctx: fl.FLContext) -> None:
+            if fl_ctx[fl.ContextKey.ROUND] == 1:
+                fl_ctx[fl.ContextKey.STOP] = "good enough"
+
+    caplog.set_level(logging.INFO)
+    for rounds, told in ((4, 1), (2, 0)):
+        caplog.clear()
+        FedAvg(handlers=[Stops()]).start(LocalGrid(adding, 2), record(w=np.zeros(2)), num_rounds=rounds)
+        said = [r.getMessage() for r in caplog.records if "ends the job" in r.getMessage()]
+        assert said == ["A handler ends the job after round 2 of 4: good enough"] * told
+
+
+def test_an_evaluation_without_examples_is_told_once_and_its_score_counts(caplog: pytest.LogCaptureFixture) -> None:
+    def bare(message: Message, context: Context) -> Message:
+        reply = adding(message, context)
+        if message.metadata.message_type == "evaluate" and context.node_config["partition-id"] == 0:
+            reply.content["m"] = MetricRecord({"accuracy": 9.0})
+        return reply
+
+    strategy = FedAvg(handlers=[fl.ModelSelectionHandler()], validation_metric="accuracy")
+    result = strategy.start(LocalGrid(bare, 2), record(w=np.zeros(2)), num_rounds=3)
+    assert [dict(result.evaluate_metrics_clientapp[n]) for n in (1, 2, 3)] == [
+        {"accuracy": float(n)} for n in (1, 2, 3)
+    ]
+    assert result.job is not None
+    assert result.job.best is not None
+    assert (result.job.best.round, result.job.best.metric) == (3, 6.0)
+    said = [r.getMessage() for r in caplog.records if "num-examples" in r.getMessage() and r.levelname == "WARNING"]
+    assert said == [
+        "no number 'num-examples' in the evaluation of node-2: it is not counted in the aggregated metrics; its score "
+        "counts where models are selected"
+    ]

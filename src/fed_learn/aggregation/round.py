@@ -17,16 +17,18 @@ from fed_learn.aggregation.tensors import schema_of, without_tensors
 from fed_learn.contribution import Contribution, Kind, check_terms
 from fed_learn.errors import (
     ContributionError,
+    DtypeError,
     EmptyAggregationError,
     ExactDomainError,
     IntegerRangeError,
     NamesError,
     NonFiniteError,
     OutOfTurnError,
+    ShapeError,
     SumOverflowError,
 )
 from fed_learn.values import whole_number_of
-from fed_learn.weights import Array, FrozenWeights, Schema, WeightDict, finite_elements, listed
+from fed_learn.weights import SHAPE_AND_DTYPE, Array, FrozenWeights, Schema, WeightDict, finite_elements, listed
 
 logger = logging.getLogger(__name__)
 
@@ -189,8 +191,10 @@ class Round:
         for name, checked in list(self._checked.items()):
             if checked.unless_alone is not None and counts[checked.form] == 1:
                 refused.append((self._drop(name), checked.unless_alone))
-        if self._partial != "average" or not self._terms.schema:
+        if self._partial != "average":
             refused += self._drop_other_forms()
+        elif not self._terms.schema:
+            refused += self._drop_other_variables()
         refused += self._drop_other_constants()
         self._tell()
         self._settled = True
@@ -225,7 +229,7 @@ class Round:
             )
         if self._stream:
             mean = self._streamed(chosen)
-        elif self._partial == "average" and self._terms.schema:
+        elif self._partial == "average":
             mean = self._mean_of_each(counting)
         else:
             self._check_alike(counting)
@@ -233,7 +237,10 @@ class Round:
         mean = self._with_constants(mean, counting)
         sent = {name: None for checked in counting for name in checked.arrays}
         order = tuple(name for name in self._terms.schema or sent if name in sent)
-        return Combined(mean, {} if self._terms.schema else counting[0].constants, order)
+        constants: dict[str, Any] = {}
+        for checked in () if self._terms.schema else reversed(counting):
+            constants |= checked.constants
+        return Combined(mean, constants, order)
 
     def sent(self, contributions: Sequence[Contribution]) -> tuple[str, ...]:
         """Names of the variables that are in any of these contributions, in the order of the global model."""
@@ -371,14 +378,15 @@ class Round:
     def _mean_of_each(self, chosen: Sequence[Checked]) -> dict[str, Any]:
         """The mean of each variable over those who sent it."""
         senders: dict[tuple[int, ...], list[str]] = {}
-        for name in self._terms.schema:
+        names = tuple(self._terms.schema or dict.fromkeys(name for checked in chosen for name in checked.averaged))
+        for name in names:
             who = tuple(i for i, checked in enumerate(chosen) if name in checked.averaged)
             if who:
                 senders.setdefault(who, []).append(name)
         mean: dict[str, Any] = {}
-        for who, names in senders.items():
-            mean |= self._mean([chosen[i] for i in who], names)
-        return {name: mean[name] for name in self._terms.schema if name in mean}
+        for who, theirs in senders.items():
+            mean |= self._mean([chosen[i] for i in who], theirs)
+        return {name: mean[name] for name in names if name in mean}
 
     def _streamed(self, chosen: Sequence[Checked]) -> WeightDict:
         if len(chosen) < len(self._checked):
@@ -440,6 +448,27 @@ class Round:
             for checked in [self._checked[name]]
         ]
 
+    def _drop_other_variables(self) -> list[tuple[Contribution, ContributionError]]:
+        """Refuses those in which a variable is another than in most that hold it: by shape, dtype or constants."""
+
+        def sort(name: str, checked: Checked) -> tuple[Any, ...]:
+            array = checked.arrays[name]
+            return array.shape, array.dtype, None if name in checked.averaged else array.tobytes()
+
+        usual: dict[str, tuple[tuple[Any, ...], int]] = {}
+        for name in {name for checked in self._checked.values() for name in checked.arrays}:
+            counts = Counter(sort(name, one) for one in self._checked.values() if name in one.arrays)
+            usual[name] = min(counts.items(), key=lambda item: (-item[1], str(item[0])))
+        refused: list[tuple[Contribution, ContributionError]] = []
+        for who, checked in sorted(self._checked.items()):
+            other = next((name for name in checked.arrays if sort(name, checked) != usual[name][0]), None)
+            if other is not None:
+                (shape, dtype, _), count = usual[other]
+                error = _other_variable(who, other, checked, (shape, dtype), count) or checked.unless_alone
+                text = f"{who}: {other!r} holds numbers, and is not finite in {count} of the round's contributions"
+                refused.append((self._drop(who), error or NonFiniteError(text, contributor=who, name=other)))
+        return refused
+
     def _drop_other_constants(self) -> list[tuple[Contribution, ContributionError]]:
         """Refuses the fewer of those that send numbers for a constant of the global model, and those that keep it."""
         refused: list[tuple[Contribution, ContributionError]] = []
@@ -467,7 +496,12 @@ class Round:
         missing = tuple(name for name in usual.averaged if name not in found)
         extra = tuple(name for name in checked.averaged if name not in expected)
         parts = [f"{what} {listed(names)}" for what, names in (("misses", missing), ("adds", extra)) if names]
-        what = " and ".join(parts) or "has other shapes, dtypes or constants"
+        if not parts:
+            for name in checked.averaged:
+                other = _other_variable(who, name, checked, SHAPE_AND_DTYPE(usual.arrays[name]), count)
+                if other is not None:
+                    return other
+        what = " and ".join(parts) or "has other constants"
         advice = "; partial='average' averages each variable over those who sent it" if missing or extra else ""
         return NamesError(
             f"{who}: {what}, compared with what {count} of the round's contributions hold{advice}",
@@ -496,6 +530,31 @@ class Round:
                 ("constants", frozenset(constants)),
                 f"{listed(constants)}: not finite in the global model, and the same from clients: kept there as it is",
             )
+
+
+def _other_variable(
+    who: str, name: str, checked: Checked, usual: tuple[Any, ...], count: int
+) -> ShapeError | DtypeError | None:
+    """What is wrong with a variable that has another shape or dtype than in `count` other contributions."""
+    (shape, dtype), found = usual, checked.arrays[name]
+    others = f"in {count} of the round's contributions"
+    if found.shape != shape:
+        return ShapeError(
+            f"{who}: {name!r} has shape {found.shape}, and {shape} {others}",
+            contributor=who,
+            name=name,
+            shape=found.shape,
+            expected=shape,
+        )
+    if found.dtype != dtype:
+        return DtypeError(
+            f"{who}: {name!r} has dtype {found.dtype}, and {dtype} {others}",
+            contributor=who,
+            name=name,
+            dtype=found.dtype,
+            expected=dtype,
+        )
+    return None
 
 
 def _only(weights: WeightDict, names: Sequence[str]) -> WeightDict:

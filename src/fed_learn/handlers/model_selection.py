@@ -9,7 +9,7 @@ from types import MappingProxyType
 from fed_learn.contribution import FINAL_MODEL, INITIAL_VALIDATION_METRIC, BestModel, Contribution, ValidationResult
 from fed_learn.errors import MetricError, brief
 from fed_learn.handlers.handler import ServerHandler
-from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, is_better
+from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, declared_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.values import mean_of
 from fed_learn.weights import FrozenWeights
@@ -94,7 +94,10 @@ class ModelSelectionHandler(ServerHandler):
         """A job begins: forgets the best of an earlier one."""
         super().startup(fl_ctx)
         check_best_key(self, self.best_key, fl_ctx)
-        self._mode = chosen_mode(self, self.validation_metric_name, self.mode, fl_ctx)
+        # Where scores come late, those who send them may still declare which direction is better.
+        open_ = fl_ctx.get_prop(ContextKey.SCORES_LATE, False) and self.mode is None
+        undeclared = open_ and declared_mode(self.validation_metric_name, fl_ctx) is None
+        self._mode = None if undeclared else chosen_mode(self, self.validation_metric_name, self.mode, fl_ctx)
         self._warned, self._any_round, self._seen = set(), False, set()
         fl_ctx.pop(self.best_key, None)
         self._before_final, self._final_scored = None, False
@@ -176,7 +179,7 @@ class ModelSelectionHandler(ServerHandler):
         self._seen = None
         own = self.best_key == ContextKey.BEST_RECEIVED
         ctx.publish_metric(SELECTION_METRIC if own else f"{SELECTION_METRIC}/{self.best_key}", metric)
-        if self._mode is None:  # driven by hand, without STARTUP
+        if self._mode is None:  # driven by hand, without STARTUP, or not declared until now
             self._mode = chosen_mode(self, self.validation_metric_name, self.mode, ctx)
         if is_better(metric, best, self._mode, self.min_delta):
             model = ctx.get_model()

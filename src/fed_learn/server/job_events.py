@@ -35,7 +35,7 @@ class JobEvents:
         self.handler_failures: list[HandlerFailure] = []
 
     def declare_score(self, metric: str | None, mode: str | None) -> None:
-        """Tells handlers, before STARTUP, by which metric models are selected, and what is better of it.
+        """Tells handlers, before STARTUP or the first score, by which metric models are selected, and what is better.
 
         Raises:
             ValueError: `mode` is neither `"max"` nor `"min"` nor None.

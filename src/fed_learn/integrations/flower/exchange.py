@@ -3,14 +3,14 @@
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fed_learn.integrations.flower.records import record_bytes
-from fed_learn.integrations.flower.replies import array_records
+from fed_learn.integrations.flower.replies import array_records, node_of
 
 logger = logging.getLogger("flwr")
 
@@ -68,6 +68,22 @@ def replies_to(
     at_once = max(IN_FLIGHT, IN_FLIGHT_BYTES // max(1, _size(sent))) if stream else len(ids)
     replies = _pull(grid, ids, by_id, at_once, timeout, poll_interval)
     return replies if stream else list(replies)
+
+
+def log_replies(results: int, failed: Sequence[Message]) -> None:
+    """What Flower's strategies log of the replies of a training round, where none of them does."""
+    if results or failed:
+        logger.info("aggregate_train: Received %s results and %s failures", results, len(failed))
+    for message in failed:
+        logger.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
+
+
+def noted(replies: Iterable[Message], arrived: dict[Hashable, None]) -> Iterator[Message]:
+    """Replies as they arrive; which nodes they are from is noted."""
+    for place, message in enumerate(replies, 1):
+        arrived[node_of(message, place)] = None
+        yield message
+        del message  # while the next one is awaited, a streaming server holds none
 
 
 def _pull(

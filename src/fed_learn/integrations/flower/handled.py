@@ -7,7 +7,7 @@ has names with two underscores, and what its children replace begins with `_job_
 import io
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,31 +19,34 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.serverapp.strategy.strategy_utils import log_strategy_start_info
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError, NothingAggregatedError, UnknownContributorError
+from fed_learn.errors import FedLearnError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.model_selection import by_likeness
-from fed_learn.integrations.flower.exchange import gathers, replies_to
+from fed_learn.integrations.flower.exchange import gathers, log_replies, noted, replies_to
+from fed_learn.integrations.flower.names import in_one_line
+from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
     METADATA,
     SCORE_ONLY,
     SCORES,
     Keys,
-    Place,
-    claimed_name,
+    claim_of,
+    claims_of,
     contribution_of,
     failure_of,
     metrics_of,
     node_name,
     node_of,
     readable_weights,
+    score_stated,
     states,
     without_arrays,
 )
-from fed_learn.integrations.flower.session import Accepted, Aggregate, Session, in_one_line
+from fed_learn.integrations.flower.session import Accepted, Aggregate, Session
+from fed_learn.model_meta import ContextKey
 from fed_learn.server import JobResult
-from fed_learn.server.job import Job
-from fed_learn.weights import Schema, WeightDict
+from fed_learn.weights import WeightDict
 
 logger = logging.getLogger("flwr")
 
@@ -61,7 +64,7 @@ class HandledResult(Result):
     job: JobResult | None = None
 
 
-class Handled(Strategy):
+class Handled(OneJob, Strategy):
     """A base beside one of Flower's strategies, whose methods it reaches by `super()`.
 
     Attributes:
@@ -114,12 +117,11 @@ class Handled(Strategy):
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
         self.poll_interval = poll_interval
-        self.job: Job | None = None
-        self.__session: Session | None = None
-        self.__begin({"nothing": np.zeros(1)}, None, handlers=())  # refuses what a job would refuse later
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "job": None, "_Handled__session": None}
+        self.job = None
+        self._job_session = None
+        self._job_begin(
+            {"nothing": np.zeros(1)}, None, None, handlers=(), guessed=False
+        )  # refuses what a job would refuse later
 
     def start(
         self,
@@ -157,7 +159,7 @@ class Handled(Strategy):
         began = time.time()
         self.close()
         result, arrays = HandledResult(), initial_arrays
-        session = self.__start_job(to_weights(initial_arrays), initial_arrays, num_rounds)
+        session = self._job_start(to_weights(initial_arrays), initial_arrays, num_rounds)
         try:
             with session.job:
                 if evaluate_fn:
@@ -178,6 +180,9 @@ class Handled(Strategy):
                         if metrics is not None:
                             result.evaluate_metrics_serverapp[number] = metrics
                     if last:
+                        if number < num_rounds:
+                            reason = session.job.ctx.get_prop(ContextKey.STOP)
+                            logger.info("A handler ends the job after round %s of %s: %s", number, num_rounds, reason)
                         break
                 session.finish()
         except FedLearnError as error:
@@ -185,7 +190,7 @@ class Handled(Strategy):
             error.handled = result  # type: ignore[attr-defined] # beside `result`, which every stack has
             raise
         finally:
-            self.__session = None
+            self._job_session = None
         job, whole = session.job.result(), session.whole(arrays)
         if not session.holds(arrays):  # a subclass has made something else of the average
             job = replace(job, weights=to_weights(whole, like=session.job.schema))
@@ -203,14 +208,22 @@ class Handled(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """START_ROUND, which may replace the global model; Flower's messages; SEND_MODEL for each."""
-        session = self.__session
+        """START_ROUND, which may replace the global model; Flower's messages; SEND_MODEL for each that is left to send.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+            ContributionError: `arrays`, or what a handler put in their place, are no model.
+        """
+        session = self._job_session
         if session is None or session.num_rounds is None or session.number != server_round - 1:
             session = self.__open(server_round, arrays)
             arrays = session.record
         # What comes next in the order of bases is a strategy of Flower's.
-        messages = super().configure_train(server_round, arrays, config, grid)  # type: ignore[safe-super]
-        return self.__sent(session, messages, server_round)
+        messages = self.__sent(session, super().configure_train(server_round, arrays, config, grid), server_round)  # type: ignore[safe-super]
+        if session.num_rounds is None:  # else a subclass may still leave some out
+            for message in messages:
+                session.ask(message.metadata.dst_node_id)
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -234,16 +247,19 @@ class Handled(Strategy):
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        if replies is None or not self.__streams or self.__session is None:
+        if replies is None or not self.__streams or self._job_session is None:
             replies = list(replies or ())
         good, failed = self._job_replies(replies)
-        session = self.__session_for(server_round, good)
+        session = self._job_for(server_round, good, lambda: readable_weights(good, self.arrayrecord_key))
         if session is None:
             return None, None
         try:
             place = 0
             if isinstance(good, list):
-                session.expect(_claims(good))
+                session.expect(claims_of(good))
+                if not session.job.schema:
+                    session.widths.note(readable_weights(good, self.arrayrecord_key))
+                session.selection.expect(score_stated(message.content) for message in good if message.has_content())
             for message in good:
                 place += 1
                 if message.has_error():  # of a stream
@@ -263,7 +279,8 @@ class Handled(Strategy):
         except BaseException:
             session.forget_round()
             raise
-        report = session.job.reports[-1]
+        report = session.report
+        assert report is not None
         counted = [accepted[name].content for name in report.accepted if name in accepted]
         metrics = self._job_metrics(counted if report.error is None else [])
         return (session.record if changed else None), metrics
@@ -278,7 +295,7 @@ class Handled(Strategy):
             NothingAggregatedError: No round made a new global model.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        session, self.__session = self.__session, None
+        session, self._job_session = self._job_session, None
         if session is None:
             return None
         with session.job:
@@ -302,7 +319,7 @@ class Handled(Strategy):
 
     def _job_scores(self, replies: Sequence[Message]) -> None:
         """Takes the clients' scores of the global model from an evaluation."""
-        session = self.__session
+        session = self._job_session
         if session is None:
             return
         silent: list[str] = []
@@ -313,12 +330,30 @@ class Handled(Strategy):
             if session.final:
                 silent += self.__receive_final(session, place, message)
             elif message.has_content():
-                metric = self.__with_score(message).get(INITIAL_VALIDATION_METRIC)
+                metric = self.__with_score(session, message, place).get(INITIAL_VALIDATION_METRIC)
                 if metric is not None:
                     node = node_of(message, place)
-                    session.note_score(node, partial(_claim, message, node), metric)
+                    session.note_score(node, partial(claim_of, message, node), metric)
         if silent and named:
             logger.warning("\t> No %r of the final model from %s", self.validation_metric, in_one_line(silent))
+
+    def _job_weighed(self, replies: list[Message]) -> list[Message]:
+        """Replies to an evaluation by whose examples they can be weighted; says once in a job that there are others."""
+        session = self._job_session
+        if session is None:
+            return replies
+        names = [
+            session.called(node_of(message, place))
+            for place, message in enumerate(replies, 1)
+            if self.weighted_by_key not in metrics_of(message.content)
+        ]
+        if names:
+            session.told.once(
+                "unweighted",
+                f"no number {self.weighted_by_key!r} in the evaluation of {in_one_line(names)}: it is not counted in "
+                "the aggregated metrics; its score counts where models are selected",
+            )
+        return [message for message in replies if self.weighted_by_key in metrics_of(message.content)]
 
     def __check_scored(self, session: Session, replies: Sequence[Message]) -> None:
         """Says once in a job that no reply holds the metric by which models are to be selected."""
@@ -339,8 +374,16 @@ class Handled(Strategy):
         session = self.__open(number, arrays)
         sent = session.record
         messages = self.__sent(session, self.configure_train(number, sent, config, grid), number)
+        for message in messages:
+            session.ask(message.metadata.dst_node_id)
         replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval, stream=self.__streams)
         del messages
+        arrived: dict[Hashable, None] = {}
+        session.arrived = arrived
+        if isinstance(replies, list):
+            arrived.update(dict.fromkeys(node_of(message, place) for place, message in enumerate(replies, 1)))
+        else:
+            replies = noted(replies, arrived)
         aggregated, metrics = self.aggregate_train(number, replies)
         if session.number is not None:
             if aggregated is not None:
@@ -364,7 +407,7 @@ class Handled(Strategy):
     ) -> None:
         """The clients' evaluation after a round."""
         messages = list(self.configure_evaluate(number, arrays, config, grid) or ())
-        session = self.__session
+        session = self._job_session
         assert session is not None
         ours = last and bool(self.handlers) and not messages
         if ours:
@@ -393,15 +436,16 @@ class Handled(Strategy):
             )
         return [Message(content, node, session.scorers[node], group_id=str(number)) for node in asked]
 
-    def __begin(
+    def _job_begin(
         self,
         weights: WeightDict,
         record: ArrayRecord | None,
-        num_rounds: int | None = None,
+        num_rounds: int | None,
         *,
         handlers: Sequence[EventHandler],
-        guessed: bool = False,
+        guessed: bool,
     ) -> Session:
+        """See `OneJob._job_begin`."""
         settings = {name: getattr(self, name) for name in self._job_settings}
         return Session(
             weights,
@@ -413,71 +457,19 @@ class Handled(Strategy):
             **settings,
         )
 
-    def __start_job(
-        self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None = None, *, guessed: bool = False
-    ) -> Session:
-        session = self.__begin(weights, record, num_rounds, handlers=self.handlers, guessed=guessed)
-        session.job.start()
-        self.__session, self.job = session, session.job
-        return session
-
     def __open(self, server_round: int, arrays: ArrayRecord) -> Session:
-        """The job with this global model, in this round; begins either if need be."""
-        if self.__session is not None and self.__session.is_over(server_round):
-            self.__replace()
-        session, given = self.__session, None
-        if session is None or not session.holds(arrays):
-            given = to_weights(arrays, like=None if session is None else session.job.schema)
-            given = given if session is None else session.completed(given)
-            schema = Schema.of(given)
-            if session is not None and session.num_rounds is not None:  # `start` runs one job
-                if schema != session.job.schema:
-                    session.change_model(schema)
-            elif session is None or schema != session.job.schema:
-                self.__replace()  # another model: another job
-                session, given = self.__start_job(given, arrays), None
-        session.guessed = False
-        if session.number != server_round - 1 or given is not None:
-            session.start_round(server_round - 1, given)
-        return session
-
-    def __replace(self) -> None:
-        """Ends a job in the place of which another begins."""
-        try:
-            self.close()
-        except NothingAggregatedError as error:
-            logger.error("the job before ended in vain: %s", error)
-
-    def __session_for(self, server_round: int, replies: Iterable[Message]) -> Session | None:
-        """The job in which these replies count, in this round; begins either if need be.
-
-        None if there is nothing to begin with.
-        """
-        session = self.__session
-        if session is not None and not session.takes(server_round, readable_weights(replies, self.arrayrecord_key)):
-            self.__replace()
-            session = None
-        if (
-            session is None
-            and self.kind is Kind.FULL
-            and any(True for _ in readable_weights(replies, self.arrayrecord_key))
-        ):
-            session = self.__start_job({}, None, guessed=True)
-        if session is None and any(True for _ in replies):
-            logger.error("round %d: no reply can be read, and the global model is not known", server_round)
-        if session is not None and session.number != server_round - 1:
-            session.start_round(server_round - 1)
-        return session
+        return self._job_open(
+            server_round, lambda session: session.holds(arrays), lambda schema: to_weights(arrays, like=schema), arrays
+        )
 
     def __sent(self, session: Session, messages: Iterable[Message] | None, server_round: int) -> list[Message]:
-        """SEND_MODEL for each message, which from now on states its round."""
+        """The messages, each of which states its round from now on."""
         sent = list(messages or ())
         # A strategy that uses group ids in its own way tells nothing of rounds by them.
         session.states_round = all(message.metadata.group_id in ("", str(server_round)) for message in sent)
         for message in sent:
             if not message.metadata.group_id:
                 message.metadata.group_id = str(server_round)
-            session.ask(message.metadata.dst_node_id)
         return sent
 
     def __receive(self, session: Session, place: int, message: Message) -> None:
@@ -490,9 +482,11 @@ class Handled(Strategy):
             if states(message.content, SCORES):
                 session.scorers[node] = message.metadata.message_type
             found = contribution_of(message, name, keys, session.job.schema, self.kind)
+            stated = score_stated(message.content)
+            found = replace(found, metrics=session.selection.kept(name, found.metrics, stated))
             return found if session.states_round or METADATA in message.content else replace(found, round=None)
 
-        contribution = session.receive(node, partial(_claim, message, node), read)
+        contribution = session.receive(node, partial(claim_of, message, node), read)
         if contribution is not None:
             content = without_arrays(message.content) if self.__streams else message.content
             session.accepted[contribution.contributor] = Accepted(
@@ -506,38 +500,17 @@ class Handled(Strategy):
         def read() -> dict[str, Any]:
             if message.has_error():
                 raise failure_of(message, node)
-            return self.__with_score(message)
+            return self.__with_score(session, message, place)
 
-        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(message):
+        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(session, message, place):
             return [node_name(node)]
-        session.receive_final(node, partial(_claim, message, node), read)
+        session.receive_final(node, partial(claim_of, message, node), read)
         return []
 
-    def __with_score(self, message: Message) -> dict[str, Any]:
+    def __with_score(self, session: Session, message: Message, place: int) -> dict[str, Any]:
         """The metrics of an evaluation, the one to select by under the name that handlers know."""
-        metrics = metrics_of(message.content)
+        who, stated = session.called(node_of(message, place)), score_stated(message.content)
+        metrics = session.selection.kept(who, metrics_of(message.content), stated, [self.validation_metric])
         if self.validation_metric in metrics:
             metrics.setdefault(INITIAL_VALIDATION_METRIC, metrics[self.validation_metric])
         return metrics
-
-
-def log_replies(results: int, failed: Sequence[Message]) -> None:
-    """What Flower's strategies log of the replies of a training round, where none of them does."""
-    if results or failed:
-        logger.info("aggregate_train: Received %s results and %s failures", results, len(failed))
-    for message in failed:
-        logger.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
-
-
-def _claims(replies: Sequence[Message]) -> Iterator[tuple[int | Place, str | None]]:
-    """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
-    for place, message in enumerate(replies, 1):
-        node = node_of(message, place)
-        try:
-            yield node, _claim(message, node)
-        except UnknownContributorError:
-            continue
-
-
-def _claim(message: Message, node: int | Place) -> str | None:
-    return claimed_name(message.content, node) if message.has_content() else None

@@ -7,15 +7,16 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 from flwr.common import EvaluateRes, FitIns, FitRes, Parameters
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import ClientQuitError, ContributionError, NothingAggregatedError
+from fed_learn.errors import ClientQuitError, ContributionError
 from fed_learn.events import EventHandler, check_handlers
+from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import NPY, to_weights
 from fed_learn.integrations.flower.replies import (
     N_ITER,
@@ -26,9 +27,8 @@ from fed_learn.integrations.flower.replies import (
 )
 from fed_learn.integrations.flower.session import Session
 from fed_learn.server import JobResult
-from fed_learn.server.job import Job
 from fed_learn.values import number_of, whole_number_of
-from fed_learn.weights import FrozenWeights, Schema
+from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
 
@@ -36,7 +36,7 @@ Failures: TypeAlias = "list[tuple[ClientProxy, Any] | BaseException]"
 Metrics: TypeAlias = dict[str, Any]
 
 
-class LegacyFedAvg(FlowerFedAvg):
+class LegacyFedAvg(OneJob, FlowerFedAvg):
     """Federated averaging with our checks, sums and handlers, behind Flower's older interface.
 
     Parameters have no names there: variables are `"0"`, `"1"`, … A contributor is named by the `"partition-id"` among
@@ -101,12 +101,11 @@ class LegacyFedAvg(FlowerFedAvg):
         self.validation_metric = validation_metric
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
-        self.job: Job | None = None
-        self.__session: Session | None = None
-        self.__begin({"nothing": np.zeros(1)}, ())  # refuses what a job would refuse later
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "job": None, "_LegacyFedAvg__session": None}
+        self.job = None
+        self._job_session = None
+        self._job_begin(
+            {"nothing": np.zeros(1)}, None, None, handlers=(), guessed=False
+        )  # refuses what a job would refuse later
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(accept_failures={self.accept_failures})"
@@ -114,8 +113,15 @@ class LegacyFedAvg(FlowerFedAvg):
     def configure_fit(
         self, server_round: int, parameters: Parameters, client_manager: ClientManager
     ) -> list[tuple[ClientProxy, FitIns]]:
-        """START_ROUND, which may replace the global model; Flower's instructions; SEND_MODEL for each client."""
-        session = self.__open(server_round, parameters)
+        """START_ROUND, which may replace the global model; Flower's instructions; SEND_MODEL for each client.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+            ContributionError: `parameters`, or what a handler put in their place, are no model.
+        """
+        session = self._job_open(
+            server_round, lambda session: _holds(session, parameters), lambda schema: _weights(parameters, schema)
+        )
         instructions = super().configure_fit(server_round, _parameters(session), client_manager)
         for client, _ in instructions:
             session.ask(_node(client, 0))
@@ -134,7 +140,7 @@ class LegacyFedAvg(FlowerFedAvg):
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        session = self.__session_for(server_round, [result.parameters for _, result in results])
+        session = self._job_for(server_round, results, lambda: _readable(results))
         if session is None:
             for failure in failures:
                 logger.warning("\t> %s", _failure(failure, 0)[1])
@@ -142,19 +148,25 @@ class LegacyFedAvg(FlowerFedAvg):
         by_name: dict[str, FitRes] = {}
         try:
             placed = [(_node(client, place), result) for place, (client, result) in enumerate(results, 1)]
+            if not session.job.schema:
+                session.widths.note(_readable(results))
             session.expect((node, _claim(node, result.metrics)) for node, result in placed)
             for place, (client, result) in enumerate(results, 1):
                 contribution = self.__receive(session, _node(client, place), result)
                 if contribution is not None:
                     by_name[contribution.contributor] = result
-            errors = [
-                _fail(session, *_failure(failure, place)) for place, failure in enumerate(failures, len(results) + 1)
-            ]
-            changed = session.close_round(error=errors[0] if errors and not self.accept_failures else None)
+            errors = [_failure(failure, place) for place, failure in enumerate(failures, len(results) + 1)]
+            for node, error in errors:
+                logger.warning("\t> %s", error)
+                if node is not None:
+                    session.fail(node, error)
+            session.lose([error for node, error in errors if node is None])
+            changed = session.close_round(error=errors[0][1] if errors and not self.accept_failures else None)
         except BaseException:
             session.forget_round()
             raise
-        report = session.job.reports[-1]
+        report = session.report
+        assert report is not None
         metrics: Metrics = {}
         accepted = [by_name[name] for name in report.accepted if name in by_name]
         if accepted and report.error is None:
@@ -174,7 +186,7 @@ class LegacyFedAvg(FlowerFedAvg):
 
         The scores serve the selection of models, those of the last round for the final one.
         """
-        session = self.__session
+        session = self._job_session
         if session is not None and server_round == self.num_rounds:
             self.close(results)
         elif session is not None:
@@ -193,7 +205,7 @@ class LegacyFedAvg(FlowerFedAvg):
         Args:
             results: Of the last evaluation, by which the final model is scored.
         """
-        session, self.__session = self.__session, None
+        session, self._job_session = self._job_session, None
         if session is None:
             return None
         with session.job:
@@ -205,9 +217,19 @@ class LegacyFedAvg(FlowerFedAvg):
             session.finish()
         return session.job.result()
 
-    def __begin(self, weights: Any, handlers: Sequence[EventHandler], *, guessed: bool = False) -> Session:
+    def _job_begin(
+        self,
+        weights: WeightDict,
+        record: ArrayRecord | None,
+        num_rounds: int | None,
+        *,
+        handlers: Sequence[EventHandler],
+        guessed: bool,
+    ) -> Session:
+        """See `OneJob._job_begin`."""
         return Session(
             weights,
+            record,
             num_rounds=self.num_rounds,
             handlers=handlers,
             guessed=guessed,
@@ -221,52 +243,6 @@ class LegacyFedAvg(FlowerFedAvg):
             exact=self.exact,
             kernel=self.kernel,
         )
-
-    def __start(self, weights: FrozenWeights, *, guessed: bool = False) -> Session:
-        session = self.__begin(weights, self.handlers, guessed=guessed)
-        session.job.start()
-        self.__session, self.job = session, session.job
-        return session
-
-    def __open(self, server_round: int, parameters: Parameters) -> Session:
-        """The job with this global model, in this round; begins either if need be."""
-        if self.__session is not None and self.__session.is_over(server_round):
-            self.__replace()
-        session, given = self.__session, None
-        if session is None or not _holds(session, parameters):
-            given = _weights(parameters, None if session is None else session.job.schema)
-            given = given if session is None else session.completed(given)
-            schema = Schema.of(given)
-            if session is not None and schema != session.job.schema and session.num_rounds is not None:
-                session.change_model(schema)  # Flower's server runs one job
-            elif session is None or schema != session.job.schema:
-                self.__replace()  # another model: another job
-                session, given = self.__start(given), None
-        session.guessed = False
-        if session.number != server_round - 1 or given is not None:
-            session.start_round(server_round - 1, given)
-        return session
-
-    def __replace(self) -> None:
-        """Ends a job in the place of which another begins."""
-        try:
-            self.close()
-        except NothingAggregatedError as error:
-            logger.error("the job before ended in vain: %s", error)
-
-    def __session_for(self, server_round: int, results: Sequence[Parameters]) -> Session | None:
-        """The job in which these results count, in this round; None if there is nothing to begin with."""
-        session = self.__session
-        if session is not None and not session.takes(server_round, _readable(results)):
-            self.__replace()
-            session = None
-        if session is None and self.kind is Kind.FULL and any(True for _ in _readable(results)):
-            session = self.__start(FrozenWeights({}), guessed=True)
-        if session is None and results:
-            logger.error("round %d: no result can be read, and the global model is not known", server_round)
-        if session is not None and session.number != server_round - 1:
-            session.start_round(server_round - 1)
-        return session
 
     def __receive(self, session: Session, node: Hashable, result: FitRes) -> Contribution | None:
         def read(name: str) -> Contribution:
@@ -305,11 +281,11 @@ def _holds(session: Session, parameters: Parameters) -> bool:
     return len(own) == len(parameters.tensors) and all(map(operator.is_, own, parameters.tensors))
 
 
-def _readable(results: Sequence[Parameters]) -> Iterator[FrozenWeights]:
+def _readable(results: Sequence[tuple[ClientProxy, FitRes]]) -> Iterator[FrozenWeights]:
     """The weights of those results that can be read, for want of a global model."""
-    for parameters in results:
+    for _, result in results:
         try:
-            yield _weights(parameters)
+            yield _weights(result.parameters)
         except ContributionError:  # to be refused with its reason where it is received
             continue
 
@@ -336,13 +312,3 @@ def _failure(failure: tuple[ClientProxy, Any] | BaseException, place: int) -> tu
     node = _node(client, place)
     who = client.cid if node == client.cid else node_name(node)
     return node, ClientQuitError(f"{who}: {result.status.code.name}: {result.status.message}")
-
-
-def _fail(session: Session, node: Hashable | None, error: ClientQuitError) -> ClientQuitError:
-    def read(_: str) -> Contribution:
-        raise error
-
-    logger.warning("\t> %s", error)
-    if node is not None:
-        session.receive(node, lambda: None, read)
-    return error

@@ -7,11 +7,13 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from fed_learn.components.direction import MODES
 from fed_learn.components.returned import scores_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult
 from fed_learn.differences import difference
 from fed_learn.errors import brief
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
+from fed_learn.handlers.scoring import check_choice
 from fed_learn.integrations.flower.records import to_record, to_weights
 from fed_learn.integrations.flower.replies import (
     METADATA,
@@ -39,9 +41,10 @@ class ClientMod:
 
     A reply to a training message gets the contributor's name, its round and kind in a `ConfigRecord` of its own and,
     with `validate`, the scores of the model that was received: as `initial_<name>`, the one to select by also as
-    `initial_validation_metric`. So does a reply to an evaluation. The number of local iterations is what the app's own
-    `MetricRecord` holds as `"num-iterations"`. Where our server asks for the score of the final model alone, the mod
-    answers from `validate`, and the app is not called: it needs no evaluation of its own.
+    `initial_validation_metric`. So does a reply to an evaluation. The record says too which metric that is, and what
+    is better of it, which the server follows unless it was told something itself. The number of local iterations is
+    what the app's own `MetricRecord` holds as `"num-iterations"`. Where our server asks for the score of the final
+    model alone, the mod answers from `validate`, and the app is not called: it needs no evaluation of its own.
 
     Handlers see the client's events: STARTUP, GET_MODEL, RECEIVE_MODEL, SHUTDOWN around training, and
     RECEIVE_VALIDATION_MODEL, SEND_VALIDATION_RESULTS around an evaluation; a model that they put into the context is
@@ -53,6 +56,7 @@ class ClientMod:
         validate: Scores weights on data that is not trained on: gives a dict of names to numbers of any kind, or the
             one number to select by.
         validation_metric: The score to select by, where `validate` gives several.
+        validation_mode: What is better of it, `"max"` or `"min"`; None: its name says so.
         name: Gives the contributor's name, which must be the same in every run; None: `partition-<id>` of the node's
             configuration, where it says so.
         kind: `Kind.DIFF` sends the difference to what was received, in the place of the trained weights.
@@ -60,6 +64,7 @@ class ClientMod:
 
     Raises:
         TypeError: A handler lacks `handle_event` or `rollback`.
+        ValueError: For another `validation_mode` or `kind`.
 
     Example:
         >>> from flwr.clientapp import ClientApp
@@ -72,6 +77,7 @@ class ClientMod:
         handlers: Sequence[EventHandler] = (),
         validate: Validate | None = None,
         validation_metric: str = "accuracy",
+        validation_mode: str | None = None,
         name: Callable[[Context], str] | None = None,
         kind: Kind = Kind.FULL,
         arrayrecord_key: str = "arrays",
@@ -79,6 +85,9 @@ class ClientMod:
         self.handlers = check_handlers(handlers)
         self.validate = validate
         self.validation_metric = validation_metric
+        if validation_mode is not None:
+            check_choice("validation_mode", validation_mode, MODES)
+        self.validation_mode = validation_mode
         self.name = name
         self.kind = Kind(kind)
         self.arrayrecord_key = arrayrecord_key
@@ -137,6 +146,7 @@ class ClientMod:
             "round": ctx.get_prop(ContextKey.ROUND),
             "kind": str(self.kind),
             SCORES: True if self.validate is not None else None,
+            **self._stated(),
         }
         content[METADATA] = ConfigRecord({key: value for key, value in stated.items() if value is not None})
         _add(content, scores)
@@ -149,13 +159,21 @@ class ClientMod:
         if reply.has_error():
             return reply
         name = self._name(context)
-        if name is not None:
-            reply.content[METADATA] = ConfigRecord({"contributor": name})
+        stated: dict[str, Any] = {"contributor": name, **self._stated()}
+        stated = {key: value for key, value in stated.items() if value is not None}
+        if stated:
+            reply.content[METADATA] = ConfigRecord(stated)
         _add(reply.content, scores)
         metrics = {key: float(value) for key, value in metrics_of(reply.content).items()}
         ctx.set_prop(ContextKey.VALIDATION_RESULTS, (ValidationResult(name or "", "global", metrics),))
         fire_event(EventType.SEND_VALIDATION_RESULTS, self.handlers, ctx)
         return reply
+
+    def _stated(self) -> dict[str, str | None]:
+        """What the mod says of the score to select by."""
+        if self.validate is None:
+            return {}
+        return {"metric": self.validation_metric, "mode": self.validation_mode}
 
     def _name(self, context: Context) -> str | None:
         if self.name is not None:

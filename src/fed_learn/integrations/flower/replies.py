@@ -1,6 +1,7 @@
 """What clients' replies say: who sent them, and the contribution or the scores in them."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,14 +18,15 @@ from fed_learn.errors import (
     brief,
 )
 from fed_learn.integrations.flower.records import to_weights
+from fed_learn.integrations.flower.selection import Stated
 from fed_learn.values import whole_number_of
 from fed_learn.weights import FrozenWeights, Schema
 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 METADATA = "fed_learn"
-"""Key of the `ConfigRecord` that is ours. In a reply `ClientMod` states `contributor`, `round` (from 0), `kind` and
-`SCORES`; in a message our server may state `SCORE_ONLY`."""
+"""Key of the `ConfigRecord` that is ours. In a reply `ClientMod` states `contributor`, `round` (from 0), `kind`,
+`SCORES`, and the `metric` and the `mode` of its score; in a message our server may state `SCORE_ONLY`."""
 SCORES = "scores"
 """The entry of `METADATA` that is true in a reply of a `ClientMod` that scores the models that it receives."""
 SCORE_ONLY = "score-only"
@@ -35,6 +37,13 @@ N_ITER = "num-iterations"
 """The entry of a `MetricRecord` that counts the local iterations."""
 LONGEST_NAME = 200
 """Characters of a contributor's name."""
+LONGEST_CAUSE = 500
+"""Characters of what is shown of a client's error."""
+
+_FLOWERS = re.compile(r"<class '(?P<kind>[^']+)'>:<'(?P<message>.*)'>", re.DOTALL)
+_WRAPPED = re.compile(r"Exception (?P<kind>\w+) occurred\. Message: (?P<message>.*)\Z", re.DOTALL)
+_TRACE = re.compile(r"^Traceback \(most recent call last\)|^ray::", re.MULTILINE)
+"""Of a traceback the last line says the cause."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +99,27 @@ def node_of(message: Message, place: int) -> int | Place:
 def failure_of(message: Message, node: object) -> ClientQuitError:
     """What a reply says of the error that it carries."""
     name = node_name(node)
-    reason = str(message.error.reason or "").strip().splitlines()  # the last line says it
-    shown = reason[-1].rstrip("'>") if reason else "no reason given"
-    return ClientQuitError(f"{name}: {shown} (code {message.error.code})")
+    return ClientQuitError(f"{name}: {_cause(str(message.error.reason or ''))} (code {message.error.code})")
+
+
+def _cause(reason: str) -> str:
+    r"""What is said of an exception of a client's, its type and its message, in one line.
+
+    Example:
+        >>> _cause("<class 'RuntimeError'>:<'no <disk>'>"), _cause("no room")
+        ('RuntimeError: no <disk>', 'no room')
+        >>> _cause("<class 'flwr.x.ClientAppException'>:<'\nException KeyError occurred. Message: 'w''>")
+        "KeyError: 'w'"
+    """
+    kind = ""
+    if found := _FLOWERS.fullmatch(reason.strip()):
+        kind, reason = found["kind"].rpartition(".")[2], found["message"]
+    if found := _WRAPPED.search(reason):  # by the code around a ClientApp
+        kind, reason = found["kind"], found["message"]
+    lines = reason.split("\n") if _TRACE.search(reason) is None else reason.strip().split("\n")[-1:]
+    said = " ".join(" ".join(lines).split())
+    said = said if len(said) <= LONGEST_CAUSE else f"{said[:LONGEST_CAUSE]}…"
+    return ": ".join(part for part in (kind, said) if part) or "no reason given"
 
 
 def claimed_name(content: RecordDict, node: object) -> str | None:
@@ -108,6 +135,21 @@ def claimed_name(content: RecordDict, node: object) -> str | None:
         return checked_name(claim, node)
     partition = whole_number_of(metrics_of(content).get(PARTITION_ID))
     return None if partition is None else partition_name(partition)
+
+
+def claims_of(replies: Sequence[Message]) -> Iterator[tuple[int | Place, str | None]]:
+    """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
+    for place, message in enumerate(replies, 1):
+        node = node_of(message, place)
+        try:
+            yield node, claim_of(message, node)
+        except UnknownContributorError:
+            continue
+
+
+def claim_of(message: Message, node: int | Place) -> str | None:
+    """What a reply claims to be called; None if nothing. See `claimed_name`."""
+    return claimed_name(message.content, node) if message.has_content() else None
 
 
 def of_partition(name: str) -> bool:
@@ -128,7 +170,9 @@ def checked_name(claim: object, node: object) -> str:
     """
     own = node_name(node)
     bad = not isinstance(claim, str) or not claim.strip() or len(claim) > LONGEST_NAME
-    if bad or claim in (FINAL_MODEL, GLOBAL_BEST) or (str(claim).startswith(node_name("")) and claim != own):
+    _, at, node_of_claim = str(claim).rpartition(f"@{node_name('')}")
+    anothers = (str(claim).startswith(node_name("")) and claim != own) or (at and node_name(node_of_claim) != own)
+    if bad or anothers or claim in (FINAL_MODEL, GLOBAL_BEST):
         raise UnknownContributorError(f"{own}: {brief(claim)} is no name for a contributor", contributor=own)
     return str(claim)
 
@@ -217,6 +261,11 @@ def readable_weights(replies: Iterable[Message], key: str) -> Iterator[FrozenWei
                 yield to_weights(only_arrays(message.content, "", key))
             except ContributionError:  # to be refused with its reason where it is received
                 continue
+
+
+def score_stated(content: RecordDict) -> Stated | None:
+    """What `ClientMod` says of the score in a reply; None if it says nothing."""
+    return Stated.of(_metadata(content))
 
 
 def states(content: RecordDict, entry: str) -> bool:

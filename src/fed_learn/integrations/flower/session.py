@@ -3,16 +3,17 @@
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fed_learn.aggregation.round import UNUSABLE, Told
+from fed_learn.aggregation.round import Told
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
     Contribution,
-    Kind,
+    RoundReport,
     ValidationResult,
 )
 from fed_learn.errors import (
@@ -26,20 +27,20 @@ from fed_learn.errors import (
     UnknownContributorError,
     without_tracebacks,
 )
-from fed_learn.integrations.flower.records import RecordWriter, copy_of, same_bytes, to_record, to_weights
-from fed_learn.integrations.flower.replies import node_name, of_partition
-from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.integrations.flower.names import Names, in_one_line
+from fed_learn.integrations.flower.receiver import FlowerReceiver
+from fed_learn.integrations.flower.records import copy_of, same_bytes, to_record, to_weights
+from fed_learn.integrations.flower.selection import Selection
+from fed_learn.integrations.flower.widths import Widths
+from fed_learn.model_meta import ContextKey
 from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
-from fed_learn.server.receiving import Receiver, Refusal, moved
-from fed_learn.weights import FrozenWeights, Schema, WeightDict
+from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, listed
 
 logger = logging.getLogger("flwr")
 
 Aggregate: TypeAlias = Callable[["Session", Sequence[Contribution]], FrozenWeights]
 """A job and its accepted contributions → the new global model."""
-LISTED = 10
-"""Names in one line of the log."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,9 @@ class Session:
         validation_mode: What is better of it.
         settings: Further arguments of `FederatedServer`.
 
+    Raises:
+        ValueError: One is out of its range.
+
     Attributes:
         job: The job.
         num_rounds: As given.
@@ -82,8 +86,12 @@ class Session:
         failed: The replies of this round that carry an error.
         number: The round that is under way, from 0; None between rounds.
         heard: Nodes that answered in this round.
+        arrived: Nodes whose replies reached the server in this round; None: the user's own loop fetches them.
+        report: The report of the last replies that were aggregated, the only ones of their round or not.
         contributed: Nodes that contributed in this round, accepted or not, and have not left.
         told: What has been said of clients in this job.
+        selection: By which score models are selected.
+        widths: The floating-point dtypes of a round whose replies tell what the model is.
         scorers: Nodes whose `ClientMod` scores the models that it receives, and the type of the messages that reach it.
     """
 
@@ -101,7 +109,7 @@ class Session:
         **settings: Any,
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
-        self._receiver = _FlowerReceiver(server, self, aggregate)
+        self._receiver = FlowerReceiver(server, self.note_part, None if aggregate is None else partial(aggregate, self))
         self.job = _FlowerJob(server, receiver=self._receiver)
         self.job.declare_score(validation_metric, validation_mode)
         self.job.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with the evaluation after a round
@@ -117,14 +125,21 @@ class Session:
         self.heard: dict[Hashable, None] = {}
         self.contributed: dict[Hashable, None] = {}
         self._asked: dict[Hashable, None] = {}
-        self._names: dict[Hashable, str] = {}
+        self._missed: dict[Hashable, None] = {}
+        self.arrived: dict[Hashable, None] | None = None
+        self.report: RoundReport | None = None
+        self._before: RoundReport | None = None
         self._record = (self.job.weights, record)
         self._part: tuple[str, ...] | None = None
-        self._shared: set[str] = set()
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
+        self._begun: tuple[FrozenWeights, dict[str, float], tuple[str, ...] | None] = (self.job.weights, {}, None)
         self.scorers: dict[Hashable, str] = {}
         self.told = Told(logger)
+        self._names = Names(self.told)
+        self.widths = Widths(self.told)
+        self._advise_empty = bool(record)
+        self.selection = Selection(self.job, self.told, validation_metric, validation_mode)
 
     @property
     def record(self) -> ArrayRecord:
@@ -136,13 +151,21 @@ class Session:
         return copy_of(self._own_record)
 
     def whole(self, arrays: ArrayRecord) -> ArrayRecord:
-        """The whole global model; with what a subclass has made of it, if `arrays` are not what `record` gave."""
+        """The whole global model; with what a subclass has made of it, if `arrays` are not what `record` gave.
+
+        Raises:
+            ContributionError: `arrays` cannot be read.
+        """
         if self.holds(arrays):
             return arrays if self._part is None else to_record(self.job.weights)
         return to_record(self.completed(to_weights(arrays, like=self.job.schema)))
 
     def completed(self, weights: FrozenWeights) -> FrozenWeights:
-        """A model that comes from outside, with the rest of the global model where it has a part of that."""
+        """A model that comes from outside, with the rest of the global model where it has a part of that.
+
+        Raises:
+            DtypeError, ShapeError: A variable of the part is not as the global model has it.
+        """
         schema = self.job.schema
         if not weights or not weights.keys() < schema.keys():
             return weights
@@ -166,6 +189,16 @@ class Session:
         """Notes which variables the clients have sent."""
         self._part = None if len(names) == len(self.job.schema) or not self.job.schema else tuple(names)
 
+    def widen_part(self, names: Iterable[str]) -> None:
+        """Messages are to carry these variables too, beside those that clients have sent."""
+        if self._part is not None:
+            self.note_part(tuple(dict.fromkeys((*self._part, *(n for n in names if n in self.job.schema)))))
+
+    @property
+    def sent(self) -> frozenset[str]:
+        """Names of the variables that messages carry."""
+        return frozenset(self.job.schema if self._part is None else self._part)
+
     def is_over(self, server_round: int) -> bool:
         """Whether rounds count from 1 again, after others: another job begins."""
         return server_round == 1 and bool(self.job.reports)
@@ -186,8 +219,27 @@ class Session:
         """Names of the variables of contributions that are averaged; see `Round.averaged`."""
         return self._receiver.averaged(contributions)
 
-    def change_model(self, schema: Schema) -> None:
-        """From the next round on the model has other names, shapes or dtypes."""
+    def change_model(self, schema: Schema, who: str) -> None:
+        """From the next round on the model has other names, shapes or dtypes.
+
+        Args:
+            schema: These.
+            who: What has changed them.
+        """
+        before = self.job.schema
+        other = [name for name in before if name in schema and schema[name] != before[name]]
+        added, dropped = (
+            [name for name in schema if name not in before],
+            [name for name in before if name not in schema],
+        )
+        parts = [
+            f"{what} {listed(names)}"
+            for what, names in (("adds", added), ("drops", dropped), ("changes the shape or dtype of", other))
+            if names
+        ]
+        logger.warning(
+            "\t> the global model is another one from now on: %s %s", who, " and ".join(parts) or "reorders it"
+        )
         self.job.change_schema(schema)
         self._part = None
 
@@ -197,21 +249,51 @@ class Session:
         Args:
             number: From 0.
             weights: Replaces the global model, before any handler sees it.
+
+        Raises:
+            ContributionError: These, or what a handler put in their place, are no model of the job's.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        self._asked, self.heard, self.contributed = {}, {}, {}
-        if self.guessed:  # nothing says that the nodes are those of the call before
-            self._names = {}
+        self._asked, self.heard, self.contributed, self._missed, self.arrived = {}, {}, {}, {}, None
+        self._names.begin_round(forget=self.guessed)  # nothing says that the nodes are those of the call before
         self.number = number
+        self.widths.forget()
         before = self.job.weights if weights is None else weights
         self.job.start_round(number, weights)
         if not _same_memory(before, self.job.weights):  # a handler replaced what the clients had scored
             self._scores = {}
+        self._begun = self.job.weights, dict(self._scores), self._part
+
+    def enter(self, number: int) -> None:
+        """The round whose replies come now: the one that is under way, or another, which begins.
+
+        A subclass may aggregate the replies of one round in several calls, such as one for each cluster of nodes. Each
+        of them meets the model that this round's nodes received, and handlers see START_ROUND to END_ROUND of it.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
+        if self.number == number:
+            return
+        if self.guessed or not self.job.reports or self.job.reports[-1].round != number:
+            self.start_round(number)
+            return
+        weights, self._scores, part = self._begun
+        if Schema.of(weights) != self.job.schema:
+            self.job.change_schema(Schema.of(weights))
+        self.number, self._before = number, self.job.reports.pop()
+        self.job.start_round(number, weights)
+        self._part = part
 
     def ask(self, node: Hashable) -> None:
-        """SEND_MODEL, unless this node has been asked in this round."""
+        """SEND_MODEL, unless this node has been asked in this round.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
         if node not in self._asked:
             self._asked[node] = None
-            self.job.send_model(self._names.get(node, node_name(node)))
+            self.job.send_model(self.called(node))
 
     def receive(
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[str], Contribution]
@@ -225,11 +307,15 @@ class Session:
 
         Returns:
             The contribution if it was accepted.
+
+        Raises:
+            ContributionError: It is refused, with `on_bad_contribution="raise"`.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         sent: Contribution | Exception
         try:
             name = self._register(node, claim())
-            sent = read(name)
+            sent = self.widths.widened(read(name))
             if INITIAL_VALIDATION_METRIC not in sent.metrics and name in self._scores:
                 sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
         except HandlerError:
@@ -245,6 +331,34 @@ class Session:
             self.contributed[node] = None
         return contribution
 
+    def lose(self, errors: Sequence[ClientQuitError]) -> None:
+        """Notes failures that name no client: of the nodes that have not answered, where that is certain.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
+        silent = [node for node in self._asked if node not in self.heard]
+        if len(silent) == len(errors) and len(set(map(str, errors))) == 1:
+            for node, error in zip(silent, errors, strict=True):
+                self.fail(node, error)
+            return
+        for error in errors:
+            self.job.note_failure("a client", error, "failed")
+        if len(silent) <= len(errors):  # each of them is one of the failures, which have been told
+            self._missed |= dict.fromkeys(silent)
+
+    def fail(self, node: Hashable, error: ClientQuitError) -> None:
+        """CLIENT_QUIT of a node that failed.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
+
+        def read(_: str) -> Contribution:
+            raise error
+
+        self.receive(node, lambda: None, read)
+
     def close_round(self, *, error: Exception | None = None) -> bool:
         """Notes who is missing; aggregates, if enough is there; END_ROUND.
 
@@ -253,12 +367,24 @@ class Session:
 
         Returns:
             Whether there is a new global model.
+
+        Raises:
+            ContributionError: A part of the model is refused, with `on_bad_contribution="raise"`; or a handler put a
+                bad contribution or a bad model into the context.
+            ValueError: A handler changed contributions that are added up already, or that another strategy aggregates.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        absent = [self._names.get(node, node_name(node)) for node in self._asked if node not in self.heard]
-        for name in absent:
-            self.job.absent(name)
+        # A reply that arrived and is not here was put aside by the user's own code.
+        came = self.heard if self.arrived is None else {**self.heard, **self.arrived}
+        absent = [node for node in self._asked if node not in came and node not in self._missed]
+        self._missed |= dict.fromkeys(absent)
+        for node in absent:
+            self.job.absent(self.called(node))
         if absent:
-            logger.warning("\t> No reply from %s", in_one_line(absent))
+            what = (
+                "No reply from" if self.arrived is not None or self.num_rounds is not None else "Not among the replies:"
+            )
+            logger.warning("\t> %s %s", what, in_one_line([self.called(node) for node in absent]))
         before = self.job.weights
         if error is not None:
             self.job.update_report(error=error)
@@ -269,6 +395,8 @@ class Session:
         finally:
             for failure in self.job.report.rejected:
                 logger.warning("\t> Refused: %s: %s", failure.cause, failure.error)
+        if any(INITIAL_VALIDATION_METRIC in one.metrics for one in self.job.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())):
+            self.selection.fix()
         self.end_round()
         if self.job.weights is not before:
             self._scores = {}
@@ -279,18 +407,31 @@ class Session:
 
         Args:
             aggregated_elsewhere: A subclass has made the new global model by itself.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         self.job.aggregated_elsewhere |= aggregated_elsewhere
-        self.job.end_round()
+        self.report = self.job.end_round()
+        if self._before is not None:
+            self.job.reports[-1] = _both(self._before, self.report)
         self.forget_round()
 
     def forget_round(self) -> None:
         """Keeps nothing of a round that ended, or was broken off: if it comes again, it begins anew."""
-        self.number, self.accepted, self.failed = None, {}, []
+        self.number, self.accepted, self.failed, self._before = None, {}, [], None
         self.job.break_off_round()
 
+    def called(self, node: Hashable) -> str:
+        """What a node is called, as far as is known."""
+        return self._names.called(node)
+
     def note_score(self, node: Hashable, claim: Callable[[], str | None], metric: float) -> None:
-        """Notes what a client measured on the global model, which it will receive in the next round."""
+        """Notes what a client measured on the global model, which it will receive in the next round.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
         try:
             self._scores[self._register(node, claim())] = metric
         except UnknownContributorError as error:
@@ -303,13 +444,18 @@ class Session:
             weights: What they are sent, if it is not the job's global model.
         """
         self._asked, self.heard, self.final = {}, {}, True
+        self._names.begin_round(forget=False)
         self.job.begin_validation(FINAL_MODEL, weights)
 
     def receive_final(
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[], Mapping[str, Any]]
     ) -> None:
-        """RECEIVE_VALIDATION_RESULTS of the final model."""
-        name = self._names.get(node, node_name(node))
+        """RECEIVE_VALIDATION_RESULTS of the final model.
+
+        Raises:
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
+        """
+        name = self.called(node)
         result: ValidationResult | Exception
         try:
             name = self._register(node, claim())
@@ -325,11 +471,14 @@ class Session:
 
         Raises:
             NothingAggregatedError: No round made a new global model.
+            HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         try:
             self.job.finish()
         except NothingAggregatedError as error:
-            if error.cause in (NamesError.__name__, ShapeError.__name__, DtypeError.__name__):
+            refused = {failure.cause for report in self.job.reports for failure in report.rejected}
+            of_form = {NamesError.__name__, ShapeError.__name__, DtypeError.__name__}
+            if self._advise_empty and error.cause in refused & of_form:
                 error.args = (f"{error} (an empty initial record takes the model as the clients send it)",)
             raise
         finally:
@@ -337,15 +486,8 @@ class Session:
                 self.job.quit(name)
 
     def expect(self, claims: Iterable[tuple[Hashable, str | None]]) -> None:
-        """Notes which partitions several nodes hold, where all replies of a round are at hand: none has the bare name.
-
-        So it does not depend on who answered first who is called what, and with it the order of sums.
-        """
-        holders: dict[str, set[Hashable]] = {}
-        for node, claim in claims:
-            if claim is not None and of_partition(claim):
-                holders.setdefault(claim, set()).add(node)
-        self._shared |= {claim for claim, nodes in holders.items() if len(nodes) > 1}
+        """See `Names.expect`."""
+        self._names.expect(claims)
 
     def _register(self, node: Hashable, claim: str | None) -> str:
         """The name of a node; CLIENT_REGISTER if it is new.
@@ -353,29 +495,7 @@ class Session:
         Raises:
             UnknownContributorError: It claims another name than before, or that of another node that takes part.
         """
-        own = node_name(node)
-        known = self._names.get(node)
-        name = claim or known or own
-        shared = f"{name}@{own}" if of_partition(name) else None
-        if known not in (None, own) and shared is not None:
-            name = known  # whatever an app counts as its partition from message to message
-        elif shared is not None and name in self._shared:
-            name = shared
-        if known not in (None, own, name):
-            raise UnknownContributorError(
-                f"{known}: {own} has contributed under this name, and now claims to be {name!r}", contributor=known
-            )
-        other = next((other for other, taken in self._names.items() if taken == name and other != node), None)
-        if other is not None:
-            if other not in self._asked and other not in self.heard:
-                del self._names[other]  # a node that was started anew has another id
-            elif shared is not None:
-                name = shared  # several nodes may hold one partition, and contribute each for itself
-            else:
-                raise UnknownContributorError(
-                    f"{own}: claims to be {name!r}, which is {node_name(other)}", contributor=own
-                )
-        self._names[node] = name
+        name = self._names.name(node, claim, lambda other: other in self._asked or other in self.heard)
         self.heard[node] = None
         if name not in self.job.clients:
             self.job.register(name)
@@ -391,52 +511,22 @@ class _FlowerJob(Job):
             super().log_failure(name, error, what)
 
 
-class _FlowerReceiver(Receiver):
-    """Writes the mean where the bytes of the next message are, or leaves the aggregation to another strategy."""
-
-    def __init__(self, server: FederatedServer, session: Session, aggregate: Aggregate | None) -> None:
-        super().__init__(server)
-        self._session = session
-        self._aggregate = aggregate
-
-    def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
-        """See `Round.averaged`."""
-        return self._round.averaged(contributions)
-
-    def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
-        """See `Receiver.aggregate`."""
-        if self._aggregate is not None:
-            self._session.note_part(self._round.sent(contributions))
-            return self._aggregate(self._session, contributions)
-        writers: list[RecordWriter] = []
-
-        def written(schema: Schema) -> WeightDict:
-            writers.append(RecordWriter(schema))
-            return writers[0].arrays
-
-        try:
-            combined = self._round.combine(contributions, None if self.server.kind is Kind.DIFF else written)
-            self._session.note_part(combined.sent)
-            if not writers:
-                return moved(weights, combined, self.server.kind)
-            names = tuple(combined.mean)  # the arrays are those of the writer, which lets go of them now
-            mean = writers[0].finish()
-            if mean.keys() == weights.keys() and len(names) == len(weights):
-                return mean
-            return moved(weights, replace(combined, mean={name: mean[name] for name in names}), Kind.FULL)
-        except UNUSABLE as error:
-            raise Refusal(error) from error
-
-
-def in_one_line(names: Sequence[str]) -> str:
-    """Names for one line of the log.
-
-    Example:
-        >>> in_one_line([f"node-{k}" for k in range(2, 15)])
-        'node-2, node-3, node-4, node-5, node-6, node-7, node-8, node-9, node-10, node-11 and 3 more'
-    """
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
+def _both(first: RoundReport, second: RoundReport) -> RoundReport:
+    """One report of a round whose replies were aggregated in two parts."""
+    return replace(
+        second,
+        accepted=tuple(sorted({*first.accepted, *second.accepted})),
+        rejected=(*first.rejected, *second.rejected),
+        absent=(*first.absent, *second.absent),
+        quits=(*first.quits, *second.quits),
+        handler_failures=(*first.handler_failures, *second.handler_failures),
+        metrics=FrozenDict({**first.metrics, **second.metrics}),
+        total_weight=first.total_weight + second.total_weight,
+        aggregation_seconds=first.aggregation_seconds + second.aggregation_seconds,
+        aggregation_bytes=first.aggregation_bytes + second.aggregation_bytes,
+        seconds=first.seconds + second.seconds,
+        error=second.error if first.error is not None else None,
+    )
 
 
 def _schema_of(weights: WeightDict) -> Schema | None:

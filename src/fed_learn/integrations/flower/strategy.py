@@ -16,13 +16,14 @@ from flwr.serverapp.strategy import Strategy
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import FedLearnError, IntegerRangeError
 from fed_learn.events import EventHandler
-from fed_learn.integrations.flower.handled import Handled, log_replies
+from fed_learn.integrations.flower.exchange import log_replies
+from fed_learn.integrations.flower.handled import Handled
 from fed_learn.integrations.flower.metrics import mean_metrics
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
 from fed_learn.integrations.flower.replies import N_ITER
 from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server.receiving import Refusal
-from fed_learn.weights import FrozenWeights, Schema, check_finite
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, check_finite, listed
 
 logger = logging.getLogger("flwr")
 
@@ -144,7 +145,11 @@ class FedAvg(Handled, FlowerFedAvg):
         listed = list(replies or ())
         self._job_scores(listed)
         good, _ = self.__looked_through(listed, is_train=False)
-        return self.evaluate_metrics_aggr_fn([m.content for m in good], self.weighted_by_key) if good else None
+        if not good:
+            return None
+        if self.evaluate_metrics_aggr_fn is mean_metrics:
+            good = self._job_weighed(good)
+        return self.evaluate_metrics_aggr_fn([m.content for m in good], self.weighted_by_key)
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
         """See `Handled._job_replies`."""
@@ -321,11 +326,11 @@ class WithHandlers(Handled, _Delegate):
             if not _by_replies(error):
                 raise
             raise Refusal(FedLearnError(f"{who} cannot aggregate the replies: {_said(error)}")) from error
-        if record is None:
+        if not record:
             raise Refusal(FedLearnError(f"{who} aggregated nothing"))
         try:
             made = to_weights(record, like=session.job.schema)
-            return _with_dtypes(made, session.job.weights, session.averaged(contributions), who)
+            return _completed(made, session, session.averaged(contributions), who)
         except FedLearnError as error:
             raise Refusal(error) from error
 
@@ -349,24 +354,53 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _with_dtypes(made: FrozenWeights, model: FrozenWeights, averaged: frozenset[str], who: str) -> FrozenWeights:
-    """The global model with what a strategy made of it, in its own dtypes; integers are rounded half to even.
+def _completed(made: FrozenWeights, session: Session, averaged: frozenset[str], who: str) -> FrozenWeights:
+    """The new global model: what a strategy made, in the dtypes of the model before, and the rest of that.
+
+    What a strategy returns beyond the variables of the model, or in other shapes, changes the model, as with Flower.
 
     Args:
         made: What the strategy made.
-        model: The global model; what clients did not send, and constants, stay as they are there. Empty: not known.
-        averaged: Names of what clients sent.
+        session: The job.
+        averaged: Names of what clients sent and changed.
         who: The strategy.
     """
-    expected = {name: array for name, array in (model or made).items() if name in averaged}
-    found = {name: array for name, array in made.items() if name in expected or name not in model}
-    schema = Schema.of(expected)
-    given = {name: found[name].dtype if name in found else dtype for name, (_, dtype) in schema.items()}
-    Schema({name: (shape, given[name]) for name, (shape, _) in schema.items()}).check(found, who)
-    check_finite(found, who, constants=model or None)
+    model = session.job.weights
+    sent = session.sent
+    constants = sent - averaged  # what clients sent as it was: not finite
+    taken = {name: array for name, array in made.items() if name not in constants or name not in model}
+    Schema.of(taken, who)  # refuses dtypes that are no numbers
+    check_finite(taken, who, constants=model or None)
+    alike = {n: taken[n] for n in model if n in taken and taken[n].shape == model[n].shape}
+    fitted = _with_dtypes(alike, Schema.of({name: model[name] for name in alike}), who)
+    check_finite(fitted, who, constants=model or None)
+    if len(fitted) == len(taken) == len(model):
+        session.widen_part(made)
+        return fitted
+    taken |= fitted
+    missing = [name for name in model if name in averaged and name not in made]
+    others = len(alike) < len(taken)
+    if missing and not others:
+        session.told.once(
+            ("fewer", frozenset(missing)),
+            f"{who} returns {len(made)} of the global model's {len(model)} variables, and the rest is kept as it is: "
+            f"{listed(missing)}",
+        )
+    dropped = set(missing) if others else set()
+    new = {name: taken.get(name, array) for name, array in model.items() if name not in dropped}
+    new |= taken
+    if others and model:
+        session.change_model(Schema.of(new), who)
+    if model:
+        session.note_part([name for name in new if name in sent or name in made])
+    return FrozenWeights.adopt(new)
+
+
+def _with_dtypes(made: WeightDict, schema: Schema, who: str) -> FrozenWeights:
+    """The variables of a schema in its dtypes; integers are rounded half to even."""
     writer = RecordWriter(schema)
     for name, (_, dtype) in schema.items():
-        values: Any = found[name]
+        values: Any = made[name]
         if dtype.kind in "biu" and values.dtype != dtype:
             values = values if values.dtype.kind in "biu" else np.rint(values)
             info = np.iinfo(dtype) if dtype.kind != "b" else None
@@ -374,6 +408,4 @@ def _with_dtypes(made: FrozenWeights, model: FrozenWeights, averaged: frozenset[
             if values.size and not (low <= values.min() and values.max() <= high):
                 raise IntegerRangeError(f"{who}: {name!r} leaves the range of {dtype}", contributor=who, name=name)
         writer.arrays[name][...] = values.astype(dtype)
-    new = writer.finish()
-    check_finite(new, who, constants=model or None)
-    return new if len(new) == len(model or new) else FrozenWeights.adopt({**model, **new})
+    return writer.finish()
