@@ -139,6 +139,7 @@ def test_values_that_do_not_fit_are_refused_by_name(expected: Any, array: Array)
     [
         (np.float32, np.array([1, 1])),
         (np.float32, np.array([True, True])),
+        (np.float32, np.array([0])),
         (np.bool_, np.array([1, 2])),
         (np.bool_, np.array([1.0, 0.5])),
         (np.bool_, np.array([1.0, np.nan])),
@@ -151,7 +152,7 @@ def test_values_that_do_not_fit_are_refused_by_name(expected: Any, array: Array)
 )
 def test_another_sort_of_dtype_is_refused(expected: Any, array: Array) -> None:
     with pytest.raises(fl.DtypeError):
-        Round(model={"w": np.zeros(2, expected)}).receive(sent("site-1", {"w": array}))
+        Round(model={"w": np.zeros(array.shape, expected)}).receive(sent("site-1", {"w": array}))
 
 
 @STREAMS

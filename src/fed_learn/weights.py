@@ -298,7 +298,8 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
 
         Args:
             weights: In any byte order, floating-point numbers and integers of any width; see `fitted`. Fractions for
-                integers, and integers for floating-point numbers, are taken only in counters: single numbers.
+                integers are taken only in counters: single numbers beside variables of floating-point numbers; integers
+                for floating-point numbers only where the shape is ().
             contributor: Who sent them, for the error.
 
         Returns:
@@ -324,7 +325,7 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             if array is None:
                 continue
             given = native_dtype(array.dtype)
-            counted = given in INTEGERS and dtype in FLOATS and math.prod(shape) == 1  # a number beside weights
+            counted = given in INTEGERS and dtype in FLOATS and shape == ()  # a number beside weights
             if given != dtype and not counted and not same_sort(given, dtype):
                 raise dtype_error(name, array, dtype, contributor)
             if array.shape != shape:
