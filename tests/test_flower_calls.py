@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flower_parts import record
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 import fed_learn as fl
@@ -153,3 +154,98 @@ def test_in_a_loop_of_ones_own_the_log_says_what_is_known(caplog: pytest.LogCapt
     replies = grid.send_and_receive(messages)
     strategy.aggregate_train(1, [reply for reply in replies if reply.metadata.src_node_id != 2])
     assert "Not among the replies: node-2" in caplog.text
+
+
+class InGroups(FedAvg):
+    """Aggregates three nodes and one, and goes on with the group that can be aggregated."""
+
+    def aggregate_train(self, server_round: int, replies: Any) -> Any:
+        ordered = sorted(replies, key=lambda reply: reply.metadata.src_node_id)
+        made = []
+        for group in (ordered[:3], ordered[3:]):
+            try:
+                arrays, metrics = super().aggregate_train(server_round, group)
+            except fl.NonFiniteError:
+                continue
+            if arrays is not None:
+                made.append((arrays, metrics))
+        return made[0]
+
+
+def test_the_report_counts_nobody_of_a_call_with_too_few() -> None:
+    strategy = InGroups(fraction_evaluate=0.0, min_contributions=2)
+    result = run(strategy, nodes=4)
+    assert [(len(report.accepted), report.error) for report in result.job.reports] == [(3, None)] * 3
+    assert [report.total_weight for report in result.job.reports] == [33.0] * 3
+
+
+def test_the_report_of_a_call_stays_where_the_next_one_raises() -> None:
+    def fourth_is_nan(message: Message, context: Context) -> Message:
+        reply = scaled(message, context)
+        if context.node_config["partition-id"] == 3:
+            reply.content["arrays"] = record(w=np.full(2, np.nan), b=np.zeros(1))
+        return reply
+
+    strategy = InGroups(fraction_evaluate=0.0, on_bad_contribution="raise")
+    result = run(strategy, fourth_is_nan, nodes=4)
+    assert [(report.round, len(report.accepted)) for report in result.job.reports] == [(0, 3), (1, 3), (2, 3)]
+
+
+def test_models_are_selected_by_the_scores_of_all_calls() -> None:
+    by_model = {0: [0.9, 0.9, 0.1, 0.1], 1: [0.6] * 4, 2: [0.7] * 4}
+
+    def accuracy(weights: Any, context: Context) -> dict[str, float]:
+        node: Any = context.node_config["partition-id"]
+        return {"accuracy": by_model[round(float(weights["w"][0]))][node]}
+
+    apps = ClientApp(mods=[ClientMod(validate=accuracy)])
+
+    @apps.train()
+    def train(message: Message, context: Context) -> Message:
+        arrays: Any = message.content["arrays"]
+        made = record(**{name: array.numpy() + 1 for name, array in arrays.items()})
+        return Message(RecordDict({"arrays": made, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    selection = fl.ModelSelectionHandler()
+    strategy = clustered(FedAvg, lambda replies: (replies[:2], replies[2:]), handlers=[selection])
+    result = run(strategy, apps, nodes=4)
+    assert (result.job.best.round, result.job.best.metric) == (2, pytest.approx(0.7))
+    assert result.job.reports[0].metrics["selection"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("base", [FedAvg, FlowerFedAvg], ids=["sub", "inside"])
+def test_what_a_strategy_leaves_away_stays_the_clients_own(base: Any) -> None:
+    own: dict[Any, dict[str, Any]] = {}
+
+    def app(message: Message, context: Context) -> Message:
+        node: Any = context.node_config["partition-id"]
+        arrays: Any = message.content["arrays"]
+        mine = own.setdefault(node, {})
+        mine.update({name: array.numpy() for name, array in arrays.items()})
+        mine["b"] = mine["b"] + node + 1
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(RecordDict({"arrays": record(**mine), "metrics": metrics}), reply_to=message)
+
+    class WithoutB(base):
+        def aggregate_train(self, server_round: int, replies: Any) -> Any:
+            arrays, metrics = super().aggregate_train(server_round, replies)
+            return ArrayRecord({"w": arrays["w"]}), metrics
+
+    strategy = WithoutB(fraction_evaluate=0.0)
+    run(strategy if base is FedAvg else WithHandlers(strategy), app)
+    assert {node: mine["b"].tolist() for node, mine in sorted(own.items())} == {0: [10.0], 1: [13.0], 2: [16.0]}
+
+
+def test_who_alone_holds_a_variable_and_misses_the_first_round_is_sent_it_later() -> None:
+    def app(message: Message, context: Context) -> Message:
+        node: Any = context.node_config["partition-id"]
+        if node == 2 and message.content["config"]["server-round"] == 1:
+            raise RuntimeError("the network is down")
+        arrays: Any = message.content["arrays"]
+        names = ["w", "b"] if node == 2 else ["w"]
+        made = record(**{name: arrays[name].numpy() + 1 for name in names})
+        return Message(RecordDict({"arrays": made, "metrics": MetricRecord({"num-examples": 1})}), reply_to=message)
+
+    result = run(FedAvg(fraction_evaluate=0.0, partial="average"), app)
+    assert values(result.arrays) == {"w": [3.0, 3.0], "b": [9.0]}
+    assert [len(report.accepted) for report in result.job.reports] == [2, 3, 3]

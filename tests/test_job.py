@@ -192,10 +192,18 @@ def test_contributions_that_would_be_lost_are_an_error_of_whoever_drives_the_job
     job = FederatedServer({"w": np.zeros(1)}, num_rounds=2).begin()
     job.start_round(0)
     job.receive("a", contribution("a", {"w": np.ones(1)}))
-    with pytest.raises(fl.OutOfTurnError, match=r"^end_round: aggregate comes first, for contributions have been"):
+    with pytest.raises(fl.OutOfTurnError, match=r"^end_round: aggregate comes first, for contributions to"):
         job.end_round()
-    with pytest.raises(fl.OutOfTurnError, match=r"^start_round: end_round of round 1 comes first$"):
-        job.start_round(1)
+    calls: dict[str, Callable[[], object]] = {
+        "start_round": lambda: job.start_round(1),
+        "begin_validation": job.begin_validation,
+        "finish": job.finish,
+        "the end of the job": lambda: job.__exit__(None, None, None),
+    }
+    for what, call in calls.items():
+        text = f"^{what}: aggregate comes first, for contributions to round 1 have been accepted$"
+        with pytest.raises(fl.OutOfTurnError, match=text):
+            call()
     assert job.aggregate()
     with pytest.raises(fl.OutOfTurnError, match=r"^aggregate: round 1 is aggregated already$"):
         job.aggregate()
@@ -233,6 +241,83 @@ def test_a_round_with_too_few_may_be_aggregated_once_enough_have_come() -> None:
     job.finish()
 
 
+def test_what_comes_after_an_attempt_with_too_few_is_not_lost_either() -> None:
+    job = FederatedServer({"w": np.zeros(1)}, num_rounds=1, min_contributions=1).begin()
+    job.start_round(0)
+    assert not job.aggregate()
+    job.receive("a", contribution("a", {"w": np.ones(1)}))
+    with pytest.raises(fl.OutOfTurnError, match="aggregate comes first"):
+        job.end_round()
+    assert job.aggregate()
+    assert job.end_round().accepted == ("a",)
+
+
+def test_a_round_may_be_failed_for_a_reason_of_ones_own() -> None:
+    job = FederatedServer({"w": np.zeros(1)}, num_rounds=1, min_contributions=1).begin()
+    job.start_round(0)
+    job.receive("a", contribution("a", {"w": np.ones(1)}))
+    job.fail_round(RuntimeError("the lights went out"))
+    assert str(job.end_round().error) == "the lights went out"
+    with pytest.raises(fl.NothingAggregatedError, match="RuntimeError once, the first: the lights went out"):
+        job.finish()
+    assert job.weights["w"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["kept", "stream"])
+def test_what_was_refused_before_a_second_attempt_is_in_no_sum(stream: bool) -> None:
+    def sent(name: str, value: float, *names: str) -> fl.Contribution:
+        return contribution(name, {n: np.full(1, float(value)) for n in names})
+
+    server = FederatedServer(
+        {"w": np.zeros(1), "b": np.zeros(1)},
+        num_rounds=1,
+        min_contributions=3,
+        on_bad_contribution="reject",
+        stream=stream,
+    )
+    job = server.begin()
+    job.start_round(0)
+    for one in (sent("a", 100, "w"), sent("b", 5, "w", "b"), sent("d", 5, "w", "b")):
+        job.receive(one.contributor, one)
+    assert not job.aggregate()  # a is refused, and two are not enough
+    assert [failure.contributor for failure in job.report.rejected] == ["a"]
+    for name in "aceg":
+        assert job.receive(name, sent(name, 3, "w")) is not None
+    assert job.aggregate()
+    assert (job.weights["w"].tolist(), job.end_round().accepted) == ([3.0], ("a", "c", "e", "g"))
+
+
+def test_after_a_validation_between_rounds_the_context_holds_the_global_model() -> None:
+    seen: list[float] = []
+
+    class Looks(fl.Handler):
+        def start_round(self, ctx: fl.FLContext) -> None:
+            self.look(ctx)
+
+        def before_aggregation(self, ctx: fl.FLContext) -> None:
+            self.look(ctx)
+
+        def look(self, ctx: fl.FLContext) -> None:
+            assert ctx.model is not None
+            assert ctx.model.weights is not None
+            seen.append(float(ctx.model.weights["w"][0]))
+
+    handlers = [Looks(), fl.ModelSelectionHandler()]
+    with FederatedServer({"w": np.zeros(1)}, num_rounds=2, handlers=handlers).begin() as job:
+        for number in range(2):
+            job.start_round(number)
+            score = {"initial_validation_metric": float(number)}
+            job.receive("a", contribution("a", {"w": np.ones(1)}, round=number, metrics=score))
+            job.aggregate()
+            job.end_round()
+            job.begin_validation("a", fl.weights.FrozenWeights({"w": np.full(1, 9.0)}))
+            job.receive_validation_result("a", fl.ValidationResult("a", "a", {"initial_validation_metric": 0.5}))
+    assert seen == [0.0, 0.0, 1.0, 1.0]
+    best = job.result().best
+    assert best is not None
+    assert (best.round, best.metric, best.weights["w"].tolist()) == (1, 1.0, [1.0])
+
+
 def test_weights_that_are_frozen_already_are_not_copied() -> None:
     from fed_learn.weights import FrozenWeights
 
@@ -241,6 +326,7 @@ def test_weights_that_are_frozen_already_are_not_copied() -> None:
         job.start_round(0)
         accepted = job.receive("a", contribution("a", sent))
         copied = job.receive("b", contribution("b", noise(2)))
+        job.break_off_round()
     assert accepted is not None
     assert copied is not None
     assert accepted.weights is not None

@@ -179,6 +179,26 @@ def test_missing_iterations_do_not_matter_where_they_are_not_needed(
     assert caplog.records == []
 
 
+def test_a_round_that_is_aggregated_in_parts_is_scored_with_all_of_them() -> None:
+    ctx = context()
+    handler = ModelSelectionHandler()
+    run_round(handler, ctx, 0, [contribution("a", 0.9), contribution("b", 0.9)])
+    assert best_of(ctx).metric == 0.9
+    ctx[fl.ContextKey.CONTRIBUTIONS] = (contribution("c", 0.1), contribution("d", 0.1))
+    fl.fire_event(fl.EventType.BEFORE_AGGREGATION, [handler], ctx)
+    assert (best_of(ctx).round, best_of(ctx).metric) == (0, 0.5)
+    run_round(handler, ctx, 1, [contribution("a", 0.6), contribution("b", 0.6)])
+    assert (best_of(ctx).round, best_of(ctx).metric) == (1, 0.6)
+
+
+def test_a_model_without_variables_is_not_selected() -> None:
+    ctx = fl.FLContext({fl.ContextKey.ROUND: 0}, model=fl.ModelData({}))
+    ctx[fl.ContextKey.CONTRIBUTIONS] = (contribution("a", 1.0),)
+    fl.fire_event(fl.EventType.BEFORE_AGGREGATION, [ModelSelectionHandler()], ctx)
+    assert ctx[fl.ContextKey.METRICS] == {"selection": 1.0}
+    assert fl.ContextKey.BEST_RECEIVED not in ctx
+
+
 def test_a_round_in_which_nobody_has_a_metric_selects_nothing_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
     ctx = context()
     handler = ModelSelectionHandler()

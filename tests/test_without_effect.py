@@ -198,7 +198,7 @@ def test_a_metric_that_only_some_send_or_that_is_nan_is_no_error(caplog: pytest.
     assert [record.getMessage() for record in caplog.records] == [
         "site-0 is left out of model selection: its 'initial_validation_metric' is None",
         "site-1 is left out of model selection: its 'initial_validation_metric' is nan",
-        "no usable 'initial_validation_metric' (None): no model is selected",
+        "round 1: no client sent a usable 'initial_validation_metric', so its model has no score",
     ]
     select(handler, ctx, {"loss": 1.0}, {"initial_validation_metric": 0.25})
     assert (ctx[Key.BEST_RECEIVED].metric, ctx[Key.METRICS]["selection"]) == (0.25, 0.25)

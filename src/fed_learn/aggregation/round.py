@@ -196,6 +196,7 @@ class Round:
         elif not self._terms.schema:
             refused += self._drop_other_variables()
         refused += self._drop_other_constants()
+        self._forget_streams()
         self._tell()
         self._settled = True
         return refused
@@ -292,7 +293,7 @@ class Round:
         except NonFiniteError:
             checked = self._terms.scanned(checked, kernels.resolve(self._kernel))  # raises, unless these are constants
             self._add(checked)
-        kept = dict.fromkeys(checked.arrays, np.empty(0)) | checked.constants
+        kept = {name: _shape_of(array) for name, array in checked.arrays.items()} | checked.constants
         filled = dict.fromkeys(checked.filled, np.empty(0))
         return replace(checked, contribution=checked.contribution.without_weights(), arrays=kept, filled=filled)
 
@@ -306,6 +307,12 @@ class Round:
             stream = self._streams[key]
         stream.add(checked.to_average(checked.averaged))
         self._streams[key] = stream
+
+    def _forget_streams(self) -> None:
+        """Drops the sums whose contributions have been refused: those of one sum are refused all or none."""
+        held = {self._stream_of(checked) for checked in self._checked.values()}
+        self._streams = {key: stream for key, stream in self._streams.items() if key in held}
+        self._given_up &= held
 
     def _stream_of(self, checked: Checked) -> Hashable:
         return checked.form, tuple(sorted(checked.filled)) if self._terms.kind is Kind.FULL else ()
@@ -530,6 +537,11 @@ class Round:
                 ("constants", frozenset(constants)),
                 f"{listed(constants)}: not finite in the global model, and the same from clients: kept there as it is",
             )
+
+
+def _shape_of(array: Array) -> Array:
+    """An array of the same shape and dtype that takes no memory."""
+    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
 
 
 def _other_variable(

@@ -86,6 +86,9 @@ class ModelSelectionHandler(ServerHandler):
         self._seen: set[str] | None = None  # metrics that clients sent, as long as no model was scored
         self._before_final: BestModel | None = None
         self._final_scored = False
+        self._scored: tuple[int, list[int]] | None = None  # the round, and where its model lies
+        self._entries: dict[str, Contribution] = {}
+        self._before_round: BestModel | None = None
         for contributor, weight in self.aggregation_weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"aggregation weight of {contributor!r} must be finite and not negative, is {weight}")
@@ -101,6 +104,7 @@ class ModelSelectionHandler(ServerHandler):
         self._warned, self._any_round, self._seen = set(), False, set()
         fl_ctx.pop(self.best_key, None)
         self._before_final, self._final_scored = None, False
+        self._scored = None
 
     def rollback(self, fl_ctx: FLContext) -> None:
         """Nothing to undo: what matters is in the context."""
@@ -117,7 +121,7 @@ class ModelSelectionHandler(ServerHandler):
             self._seen |= {metric for c in contributions for metric in c.metrics}
             if self.validation_metric_name not in self._seen and fl_ctx.get_prop(ContextKey.SCORES_LATE, False):
                 return  # they are still to come
-        self._select(fl_ctx, contributions, fl_ctx.get_prop(self.best_key))
+        self._select(fl_ctx, self._of_round(fl_ctx, contributions), self._before_round)
 
     def receive_validation_results(self, fl_ctx: FLContext) -> None:
         """Scores the final model from the results so far; the last client's completes the score."""
@@ -137,6 +141,16 @@ class ModelSelectionHandler(ServerHandler):
             logger.error(
                 "no model was selected: no client sent a usable %r; they sent %s", name, by_likeness(name, self._seen)
             )
+
+    def _of_round(self, ctx: FLContext, contributions: Sequence[Contribution]) -> Sequence[Contribution]:
+        """All contributions of a round whose model is scored, which may be aggregated in several parts."""
+        model = ctx.get_model()
+        arrays = [] if model is None or model.weights is None else list(model.weights.values())
+        scored = ctx.get_prop(ContextKey.ROUND, -1), [array.__array_interface__["data"][0] for array in arrays]
+        if scored != self._scored:
+            self._scored, self._entries, self._before_round = scored, {}, ctx.get_prop(self.best_key)
+        self._entries |= {one.contributor: one.without_weights() for one in contributions}
+        return tuple(self._entries.values())
 
     def _check_any(self, contributions: Sequence[Contribution]) -> None:
         """Refuses a round in which nobody sent what selection goes by."""
@@ -185,7 +199,10 @@ class ModelSelectionHandler(ServerHandler):
             model = ctx.get_model()
             if model is None or model.weights is None:
                 raise ValueError("the context holds no model that could be selected")
-            best = BestModel(ctx[ContextKey.ROUND], metric, self.validation_metric_name, FrozenWeights(model.weights))
+            if model.weights:  # of an empty one nothing could be kept
+                best = BestModel(
+                    ctx[ContextKey.ROUND], metric, self.validation_metric_name, FrozenWeights(model.weights)
+                )
         if best is not None:
             ctx.set_prop(self.best_key, best)
 

@@ -92,6 +92,7 @@ class Job(JobEvents):
         self.aggregated_elsewhere = False
         self._in_round = False
         self._aggregated = False
+        self._unanswered = 0  # contributions of the round that no attempt to aggregate has met
         self._schema = server.schema
         self._adopt(server.weights)
 
@@ -145,10 +146,10 @@ class Job(JobEvents):
             ContributionError: These, or what a handler set, is no model of the job's schema.
             OutOfTurnError: The round before is not over, and contributions to it would be lost.
         """
-        if self._in_round and self._waiting():
-            raise OutOfTurnError(f"start_round: end_round of round {self.report.round + 1} comes first")
+        self._check_answered("start_round")
         self._round_started = time.perf_counter()
-        self._in_round, self._aggregated = True, False
+        self._in_round, self._aggregated, self._unanswered = True, False, 0
+        self._end_validation()
         if weights is not None:
             before = self._weights if Schema.of(self._weights) == self.schema else None
             self._adopt(checked_model(weights, self.schema, "global model", constants=before))
@@ -194,6 +195,7 @@ class Job(JobEvents):
             self.quit(name, sent)
             return None
         contribution, refusal = self._receiver.receive(name, sent)
+        self._unanswered += refusal is None
         self.fire_contribution(name, contribution, refusal)
         if refusal is None:
             return contribution
@@ -232,6 +234,11 @@ class Job(JobEvents):
         """
         self._check_in_round("aggregate")
         self._check_not_aggregated("aggregate")
+        aggregated = self._aggregate()
+        self._unanswered = 0
+        return aggregated
+
+    def _aggregate(self) -> bool:
         self._settle()
         if not self._enough():
             return False
@@ -266,8 +273,7 @@ class Job(JobEvents):
             OutOfTurnError: No round has begun, or its contributions have not been aggregated.
         """
         self._check_in_round("end_round")
-        if self._waiting():
-            raise OutOfTurnError("end_round: aggregate comes first, for contributions have been accepted")
+        self._check_answered("end_round")
         self.update_report(seconds=time.perf_counter() - self._round_started)
         self._fire_and_adopt(EventType.END_ROUND)
         self._in_round = False
@@ -276,9 +282,20 @@ class Job(JobEvents):
         self.reports.append(self.report)
         return self.report
 
+    def fail_round(self, error: Exception) -> None:
+        """Says why nothing is made of what the round has received; the global model stands, and `end_round` follows.
+
+        Raises:
+            OutOfTurnError: No round has begun, or it is aggregated already.
+        """
+        self._check_in_round("fail_round")
+        self._check_not_aggregated("fail_round")
+        self.update_report(error=error)
+        self._unanswered = 0
+
     def break_off_round(self) -> None:
         """Gives up a round that an error has ended, with what was received; `start_round` begins it, or another."""
-        self._in_round = False
+        self._in_round, self._unanswered = False, 0
 
     @property
     def stopped(self) -> bool:
@@ -293,7 +310,11 @@ class Job(JobEvents):
                 then the one in which clients would have received it: the number of rounds run. Or a client's name,
                 for its local best, or `GLOBAL_BEST`.
             weights: Its weights; None: the global model's.
+
+        Raises:
+            OutOfTurnError: A round is not over, and contributions to it would be lost.
         """
+        self._check_answered("begin_validation")
         if model == FINAL_MODEL:
             self.ctx.set_props({ContextKey.ROUND: len(self.reports), ContextKey.METRICS: FrozenDict()})
             for key in (ContextKey.CONTRIBUTION, ContextKey.CONTRIBUTIONS, ContextKey.REJECTION, ContextKey.REPORT):
@@ -366,7 +387,9 @@ class Job(JobEvents):
 
         Raises:
             NothingAggregatedError: Rounds were run, and none of them made a new global model.
+            OutOfTurnError: A round is not over, and contributions to it would be lost.
         """
+        self._check_answered("finish")
         self.ctx.set_model(self._model)
         self._result = self._so_far()
         self._refuse_untrained()
@@ -397,6 +420,7 @@ class Job(JobEvents):
     ) -> None:
         self.shut_down()
         if error is None:
+            self._check_answered("the end of the job")
             self._refuse_untrained()
         if error is not None:
             for failure in self._late:
@@ -439,10 +463,19 @@ class Job(JobEvents):
         if self._aggregated:
             raise OutOfTurnError(f"{what}: round {self.report.round + 1} is aggregated already")
 
-    def _waiting(self) -> bool:
-        """Whether contributions have been accepted that nothing was made of, and no error says why."""
-        done = self._aggregated or self.aggregated_elsewhere or self.report.error is not None
-        return bool(self.report.accepted) and not done
+    def _check_answered(self, what: str) -> None:
+        """Raises if contributions have been accepted that nothing was made of, and no error says why."""
+        if self._unanswered and not self.aggregated_elsewhere:
+            raise OutOfTurnError(
+                f"{what}: aggregate comes first, for contributions to round {self.report.round + 1} have been accepted"
+            )
+
+    def _end_validation(self) -> None:
+        """The model in the context is the global one again, whatever was validated."""
+        if self._validated == FINAL_MODEL:
+            self._final_metrics = self.ctx[ContextKey.METRICS]
+        self._validated = None
+        self.ctx.set_model(self._model)
 
     def change_schema(self, schema: Schema) -> None:
         """From the next round on the global model, which `start_round` is given, has other names, shapes or dtypes."""

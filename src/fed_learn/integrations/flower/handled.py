@@ -358,7 +358,8 @@ class Handled(OneJob, Strategy):
     def __check_scored(self, session: Session, replies: Sequence[Message]) -> None:
         """Says once in a job that no reply holds the metric by which models are to be selected."""
         found = [metrics_of(message.content) for message in replies if message.has_content()]
-        if found and not any(self.validation_metric in metrics for metrics in found):
+        named = {self.validation_metric, f"initial_{self.validation_metric}"}
+        if found and not any(named & metrics.keys() for metrics in found):
             sent = by_likeness(self.validation_metric, {name for metrics in found for name in metrics})
             text = f"no reply to the evaluation holds validation_metric={self.validation_metric!r}; they hold {sent}"
             session.told.once("validation_metric", text)

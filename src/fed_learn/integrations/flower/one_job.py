@@ -88,7 +88,7 @@ class OneJob:
         if session is None or not holds(session):
             given = read(None if session is None else session.job.schema)
             if session is not None:
-                session.widen_part(given)
+                session.take_part(given, type(self).__name__)
                 given = session.completed(given)
             schema = Schema.of(given)
             if session is not None and session.num_rounds is not None:  # Flower runs one job

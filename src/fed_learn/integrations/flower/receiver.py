@@ -17,18 +17,18 @@ class FlowerReceiver(Receiver):
 
     Args:
         server: The settings.
-        note_part: Is told which variables the clients of a round have sent.
+        note_sent: Is told which variables the clients of a round have sent.
         aggregate: Makes the new global model of the accepted contributions; None: the weighted mean.
     """
 
     def __init__(
         self,
         server: FederatedServer,
-        note_part: Callable[[Sequence[str]], None],
+        note_sent: Callable[[Sequence[str]], None],
         aggregate: Callable[[Sequence[Contribution]], FrozenWeights] | None,
     ) -> None:
         super().__init__(server)
-        self._note_part = note_part
+        self._note_sent = note_sent
         self._aggregate = aggregate
 
     def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
@@ -38,7 +38,7 @@ class FlowerReceiver(Receiver):
     def aggregate(self, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext) -> FrozenWeights:
         """See `Receiver.aggregate`."""
         if self._aggregate is not None:
-            self._note_part(self._round.sent(contributions))
+            self._note_sent(self._round.sent(contributions))
             return self._aggregate(contributions)
         writers: list[RecordWriter] = []
 
@@ -48,7 +48,7 @@ class FlowerReceiver(Receiver):
 
         try:
             combined = self._round.combine(contributions, None if self.server.kind is Kind.DIFF else written)
-            self._note_part(combined.sent)
+            self._note_sent(combined.sent)
             if not writers:
                 return moved(weights, combined, self.server.kind)
             names = tuple(combined.mean)  # the arrays are those of the writer, which lets go of them now

@@ -109,7 +109,7 @@ class Session:
         **settings: Any,
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
-        self._receiver = FlowerReceiver(server, self.note_part, None if aggregate is None else partial(aggregate, self))
+        self._receiver = FlowerReceiver(server, self.note_sent, None if aggregate is None else partial(aggregate, self))
         self.job = _FlowerJob(server, receiver=self._receiver)
         self.job.declare_score(validation_metric, validation_mode)
         self.job.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with the evaluation after a round
@@ -131,6 +131,8 @@ class Session:
         self._before: RoundReport | None = None
         self._record = (self.job.weights, record)
         self._part: tuple[str, ...] | None = None
+        self._ever: dict[str, None] = {}
+        self._narrow = False
         self._n_iter: dict[str, int | None] = {}
         self._scores: dict[str, float] = {}
         self._begun: tuple[FrozenWeights, dict[str, float], tuple[str, ...] | None] = (self.job.weights, {}, None)
@@ -164,11 +166,13 @@ class Session:
         """A model that comes from outside, with the rest of the global model where it has a part of that.
 
         Raises:
-            DtypeError, ShapeError: A variable of the part is not as the global model has it.
+            DtypeError: A variable of the part is not as the global model has it.
         """
         schema = self.job.schema
         if not weights or not weights.keys() < schema.keys():
             return weights
+        if any(array.shape != schema[name][0] for name, array in weights.items()):
+            return weights  # another model
         fit, _ = schema.fit(weights, "global model")
         return FrozenWeights.adopt({name: fit.get(name, array) for name, array in self.job.weights.items()})
 
@@ -185,14 +189,42 @@ class Session:
             self._record = self.job.weights, record
         return record
 
-    def note_part(self, names: Sequence[str]) -> None:
-        """Notes which variables the clients have sent."""
-        self._part = None if len(names) == len(self.job.schema) or not self.job.schema else tuple(names)
+    def note_sent(self, names: Sequence[str]) -> None:
+        """Notes which variables the clients have sent in a round: messages carry these from now on.
 
-    def widen_part(self, names: Iterable[str]) -> None:
-        """Messages are to carry these variables too, beside those that clients have sent."""
-        if self._part is not None:
-            self.note_part(tuple(dict.fromkeys((*self._part, *(n for n in names if n in self.job.schema)))))
+        Where each may send other ones (`partial="average"`), they carry all that anyone ever sent, and the whole model
+        until a round in which everyone answered.
+        """
+        if self.job.server.partial == "average":
+            self._ever |= dict.fromkeys(names)
+            self._narrow = self._narrow or set(self._asked) <= set(self.contributed)
+            names = [name for name in self.job.schema if name in self._ever or not self._narrow]
+        self.note_part(names)
+
+    def note_part(self, names: Sequence[str]) -> None:
+        """Notes which variables messages carry from now on."""
+        part = None if len(names) == len(self.job.schema) or not self.job.schema else tuple(names)
+        if part != self._part:
+            self._part, self._record = part, (self.job.weights, None)
+
+    def take_part(self, made: WeightDict, who: str) -> None:
+        """Messages are to carry just the variables that a strategy returns, as with Flower, if the model has them.
+
+        Args:
+            made: What it returns.
+            who: The strategy, for the log.
+        """
+        schema = self.job.schema
+        if not made or any(name not in schema or array.shape != schema[name][0] for name, array in made.items()):
+            return
+        dropped = [name for name in schema if name in self.sent and name not in made]
+        if dropped:
+            self.told.once(
+                ("fewer", frozenset(dropped)),
+                f"{who} returns {len(made)} of the global model's {len(schema)} variables: clients are sent these, and "
+                f"the rest is kept as it is: {listed(dropped)}",
+            )
+        self.note_part([name for name in schema if name in made])
 
     @property
     def sent(self) -> frozenset[str]:
@@ -387,7 +419,7 @@ class Session:
             logger.warning("\t> %s %s", what, in_one_line([self.called(node) for node in absent]))
         before = self.job.weights
         if error is not None:
-            self.job.update_report(error=error)
+            self.job.fail_round(error)
         # Where nobody was asked and nobody answered, there is nothing that could be missing.
         expected = bool(self._asked or self.heard)
         try:
@@ -414,11 +446,13 @@ class Session:
         self.job.aggregated_elsewhere |= aggregated_elsewhere
         self.report = self.job.end_round()
         if self._before is not None:
-            self.job.reports[-1] = _both(self._before, self.report)
+            self.job.reports[-1], self._before = _both(self._before, self.report), None
         self.forget_round()
 
     def forget_round(self) -> None:
         """Keeps nothing of a round that ended, or was broken off: if it comes again, it begins anew."""
+        if self._before is not None:  # of replies that were aggregated before those that broke off
+            self.job.reports.append(self._before)
         self.number, self.accepted, self.failed, self._before = None, {}, [], None
         self.job.break_off_round()
 
@@ -512,12 +546,15 @@ class _FlowerJob(Job):
 
 
 def _both(first: RoundReport, second: RoundReport) -> RoundReport:
-    """One report of a round whose replies were aggregated in two parts."""
+    """One report of a round whose replies were aggregated in two parts: accepted is who counted in either."""
+    parts = [one for one in (first, second) if one.error is None] or [first, second]
+    accepted = {name for one in parts for name in one.accepted}
+    came = {*first.accepted, *second.accepted, *(failure.contributor for failure in second.rejected)}
     return replace(
         second,
-        accepted=tuple(sorted({*first.accepted, *second.accepted})),
+        accepted=tuple(sorted(accepted)),
         rejected=(*first.rejected, *second.rejected),
-        absent=(*first.absent, *second.absent),
+        absent=tuple(name for name in dict.fromkeys((*first.absent, *second.absent)) if name not in came),
         quits=(*first.quits, *second.quits),
         handler_failures=(*first.handler_failures, *second.handler_failures),
         metrics=FrozenDict({**first.metrics, **second.metrics}),

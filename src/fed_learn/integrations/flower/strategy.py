@@ -23,7 +23,7 @@ from fed_learn.integrations.flower.records import RecordWriter, to_weights
 from fed_learn.integrations.flower.replies import N_ITER
 from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server.receiving import Refusal
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, check_finite, listed
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, check_finite
 
 logger = logging.getLogger("flwr")
 
@@ -375,24 +375,18 @@ def _completed(made: FrozenWeights, session: Session, averaged: frozenset[str], 
     fitted = _with_dtypes(alike, Schema.of({name: model[name] for name in alike}), who)
     check_finite(fitted, who, constants=model or None)
     if len(fitted) == len(taken) == len(model):
-        session.widen_part(made)
+        session.take_part(made, who)
         return fitted
     taken |= fitted
     missing = [name for name in model if name in averaged and name not in made]
     others = len(alike) < len(taken)
-    if missing and not others:
-        session.told.once(
-            ("fewer", frozenset(missing)),
-            f"{who} returns {len(made)} of the global model's {len(model)} variables, and the rest is kept as it is: "
-            f"{listed(missing)}",
-        )
+    if not others:
+        session.take_part(made, who)
     dropped = set(missing) if others else set()
     new = {name: taken.get(name, array) for name, array in model.items() if name not in dropped}
     new |= taken
     if others and model:
         session.change_model(Schema.of(new), who)
-    if model:
-        session.note_part([name for name in new if name in sent or name in made])
     return FrozenWeights.adopt(new)
 
 
