@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -293,7 +294,8 @@ class Round:
         except NonFiniteError:
             checked = self._terms.scanned(checked, kernels.resolve(self._kernel))  # raises, unless these are constants
             self._add(checked)
-        kept = {name: _shape_of(array) for name, array in checked.arrays.items()} | checked.constants
+        kept = {name: _placeholder(*SHAPE_AND_DTYPE(array)) for name, array in checked.arrays.items()}
+        kept |= checked.constants
         filled = dict.fromkeys(checked.filled, np.empty(0))
         return replace(checked, contribution=checked.contribution.without_weights(), arrays=kept, filled=filled)
 
@@ -539,9 +541,10 @@ class Round:
             )
 
 
-def _shape_of(array: Array) -> Array:
-    """An array of the same shape and dtype that takes no memory."""
-    return np.broadcast_to(np.zeros((), array.dtype), array.shape)
+@lru_cache(maxsize=10_000)
+def _placeholder(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array that takes no memory, for all that have its shape and dtype."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
 
 
 def _other_variable(
