@@ -755,3 +755,14 @@ def test_weights_that_are_frozen_in_another_order_come_in_that_of_the_model() ->
     taken = Round(model=MODEL).receive(sent("a", turned))
     assert taken.weights is not None
     assert list(taken.weights) == list(MODEL)
+
+
+@STREAMS
+def test_the_way_out_is_named_where_there_is_one(stream: bool) -> None:
+    this = Round(model=MODEL, stream=stream)
+    for who, names in (("a", ("fc.weight",)), ("b", ("fc.weight",)), ("c", ("fc.bias",))):
+        this.receive(sent(who, model(1, *names)))
+    ((_, error),) = this.settle()
+    way_out = "; partial='average' averages each variable over those who sent it"
+    text = "c: misses 'fc.weight' and adds 'fc.bias', compared with what 2 of the round's contributions hold"
+    assert str(error) == (text if stream else text + way_out)

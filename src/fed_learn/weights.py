@@ -5,7 +5,7 @@ kernels or frameworks; who sent a weight dict is only passed through into the er
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from os import PathLike
 from typing import Any, NoReturn, Self, TypeAlias
@@ -282,9 +282,8 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
         """What is wrong with the names of weights that have others than these."""
         missing = tuple(name for name in self if name not in weights)
         extra = tuple(name for name in weights if name not in self)
-        parts = [f"{what} {listed(names)}" for what, names in (("misses", missing), ("adds", extra)) if names]
         return NamesError(
-            f"{about(contributor)}has other variables than expected: {' and '.join(parts)}",
+            f"{about(contributor)}has other variables than expected: {misses_and_adds(missing, extra)}",
             contributor=contributor,
             name=next(iter(missing or extra), None),
             missing=missing,
@@ -343,6 +342,17 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
     def _is_counter(self, name: str) -> bool:
         """Whether integers are a number beside weights, rather than the weights of a model that was begun with them."""
         return math.prod(self[name][0]) == 1 and any(dtype in FLOATS for _, dtype in self.values())
+
+
+def misses_and_adds(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """Names that are missing and names that are extra, for a message; empty if there are none.
+
+    Example:
+        >>> misses_and_adds(["w"], ["bias"])
+        "misses 'w' and adds 'bias'"
+    """
+    both = (("misses", missing), ("adds", extra))
+    return " and ".join(f"{what} {listed(names)}" for what, names in both if names)
 
 
 def dtype_error(

@@ -29,7 +29,16 @@ from fed_learn.errors import (
     SumOverflowError,
 )
 from fed_learn.values import whole_number_of
-from fed_learn.weights import SHAPE_AND_DTYPE, Array, FrozenWeights, Schema, WeightDict, finite_elements, listed
+from fed_learn.weights import (
+    SHAPE_AND_DTYPE,
+    Array,
+    FrozenWeights,
+    Schema,
+    WeightDict,
+    finite_elements,
+    listed,
+    misses_and_adds,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -504,14 +513,14 @@ class Round:
         expected, found = set(usual.averaged), set(checked.averaged)
         missing = tuple(name for name in usual.averaged if name not in found)
         extra = tuple(name for name in checked.averaged if name not in expected)
-        parts = [f"{what} {listed(names)}" for what, names in (("misses", missing), ("adds", extra)) if names]
-        if not parts:
+        if not missing and not extra:
             for name in checked.averaged:
                 other = _other_variable(who, name, checked, SHAPE_AND_DTYPE(usual.arrays[name]), count)
                 if other is not None:
                     return other
-        what = " and ".join(parts) or "has other constants"
-        advice = "; partial='average' averages each variable over those who sent it" if missing or extra else ""
+        what = misses_and_adds(missing, extra) or "has other constants"
+        helps = (missing or extra) and not self._stream
+        advice = "; partial='average' averages each variable over those who sent it" if helps else ""
         return NamesError(
             f"{who}: {what}, compared with what {count} of the round's contributions hold{advice}",
             contributor=who,

@@ -119,9 +119,8 @@ class Handled(OneJob, Strategy):
         self.poll_interval = poll_interval
         self.job = None
         self._job_session = None
-        self._job_begin(
-            {"nothing": np.zeros(1)}, None, None, handlers=(), guessed=False
-        )  # refuses what a job would refuse later
+        # Refuses now what a job would refuse later.
+        self._job_begin({"nothing": np.zeros(1)}, None, None, handlers=(), guessed=False)
 
     def start(
         self,
