@@ -31,6 +31,7 @@ from fed_learn.errors import (
     NonFiniteError,
     RoundError,
     ShapeError,
+    UnknownContributorError,
     WeightsTypeError,
 )
 from fed_learn.values import whole_number_of
@@ -645,8 +646,8 @@ def test_contributor_without_a_name_is_refused(contributor: Any) -> None:
 
 
 def test_name_with_a_line_break_does_not_break_the_message_in_two() -> None:
-    bad = replace(good(), contributor="site-1\nroot: all is well", aggregation_weight=-1)
-    with pytest.raises(AggregationWeightError) as caught:
+    bad = replace(good(), contributor="site-1\nroot: all is well")
+    with pytest.raises(UnknownContributorError) as caught:
         weighted_average([bad])
     assert caught.value.contributor == "site-1\nroot: all is well"
     assert "\n" not in str(caught.value)
@@ -658,6 +659,30 @@ def test_variable_with_a_line_break_does_not_break_the_message_in_two() -> None:
         weighted_average([Contribution("site-1", {name: np.array([np.nan])}, 1)])
     assert caught.value.name == name
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("a\tb", "'\\\\t' is not printable"),
+        ("a\x1b[2Kb", "'\\\\x1b' is not printable"),
+        ("a\u202eb", "'\\\\u202e' is not printable"),
+        ("a\u2028b", "'\\\\u2028' is not printable"),
+        ("../a", "holds a slash"),
+        ("a\\b", "holds a slash or backslash"),
+        (" a", "begins or ends with a space"),
+        ("a" * 201, "has 201 characters, at most 200"),
+    ],
+)
+def test_what_could_forge_a_log_line_a_path_or_another_name_is_no_name(name: str, problem: str) -> None:
+    with pytest.raises(UnknownContributorError, match=problem) as caught:
+        weighted_average([replace(good(), contributor=name)])
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("name", ["site-1", "Klinikum Süd 3", "病院", "site-1@node-7", "a" * 200])
+def test_names_that_people_give_are_names(name: str) -> None:
+    assert weighted_average([replace(good(), contributor=name)]).keys() == good().weights.keys()  # type: ignore[union-attr]
 
 
 # Rounds and kinds

@@ -18,7 +18,9 @@ from fed_learn.errors import (
     RoundError,
     UnknownContributorError,
     brief,
+    text_of,
 )
+from fed_learn.limits import LONGEST_CONTRIBUTOR
 from fed_learn.values import number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
     Array,
@@ -185,6 +187,40 @@ def _advice(kind: object) -> str:
     )
 
 
+def check_contributor(name: object) -> str:
+    r"""A contributor's name, if it can be one: it is part of log lines, files and the order of sums.
+
+    It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, and neither begins nor ends with
+    a space. All names go through here, whoever gives them.
+
+    Raises:
+        UnknownContributorError: It cannot.
+
+    Example:
+        >>> check_contributor("site-1"), check_contributor("Klinikum Süd 3")
+        ('site-1', 'Klinikum Süd 3')
+        >>> check_contributor("site-1\nERROR")
+        Traceback (most recent call last):
+        ...
+        fed_learn.errors.UnknownContributorError: contributor 'site-1\nERROR' is not a name: '\n' is not printable
+    """
+    if not isinstance(name, str) or not name:
+        raise UnknownContributorError(f"contributor {brief(name)} is not a name", contributor=None)
+    if len(name) > LONGEST_CONTRIBUTOR:
+        problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
+    elif not name.isprintable():
+        problem = f"{next(c for c in name if not c.isprintable())!r} is not printable"
+    elif "/" in name or "\\" in name:
+        problem = "it holds a slash or backslash, and names become parts of paths"
+    elif name != name.strip():
+        problem = "it begins or ends with a space"
+    else:
+        return str(name)
+    raise UnknownContributorError(
+        f"contributor {brief(name)} is not a name: {problem}", contributor=name[:LONGEST_CONTRIBUTOR]
+    )
+
+
 def check_terms(
     contribution: Contribution,
     *,
@@ -206,9 +242,7 @@ def check_terms(
     Raises:
         ContributionError: One of its children, naming the contributor and the cause.
     """
-    who = contribution.contributor
-    if not isinstance(who, str) or not who:
-        raise UnknownContributorError(f"contributor {brief(who)} is not a name", contributor=who)
+    who = check_contributor(contribution.contributor)
     if who in contributors:
         raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
     own_round = contribution.round
@@ -333,7 +367,7 @@ class ClientFailure:
 
     def as_dict(self) -> dict[str, str]:
         """For JSON."""
-        return {"contributor": self.contributor, "cause": self.cause, "message": str(self.error)}
+        return {"contributor": self.contributor, "cause": self.cause, "message": text_of(self.error)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,5 +419,5 @@ class RoundReport:
             "aggregation_bytes": self.aggregation_bytes,
             "kernel": self.kernel,
             "seconds": self.seconds,
-            "error": None if self.error is None else str(self.error),
+            "error": None if self.error is None else text_of(self.error),
         }

@@ -32,8 +32,8 @@ class FedLearnError(Exception):
     """The `JobResult` so far, where the error ended a job; else None."""
 
     def __init__(self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any) -> None:
-        # What a client sent must not be able to begin a new line in a log.
-        super().__init__(" ".join(message.splitlines()))
+        # What a client sent must not be able to write a line of its own into a log, or to move a terminal's cursor.
+        super().__init__(printable(message))
         self.contributor = contributor
         self.name = name
         self.__dict__.update(values)
@@ -206,6 +206,50 @@ class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
 
 
+def printable(text: str) -> str:
+    r"""Text for one line of a log: lines are joined, and what is not printable is shown as its escape.
+
+    Example:
+        >>> printable("site\nERROR all is lost\x1b[2K")
+        'site ERROR all is lost\\x1b[2K'
+    """
+    if text.isprintable():  # the usual case
+        return text
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
+LONGEST_TEXT = 2000
+"""Characters of an exception's text that are shown."""
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception: printable, of one line, bounded. Never raises, whatever its `__str__` does.
+
+    This is how the library makes text of an exception that it has not raised itself; `described` adds the class.
+
+    Example:
+        >>> text_of(ValueError("disk full")), text_of(KeyError("w"))
+        ('disk full', "'w'")
+    """
+    try:
+        text = str(error)
+        return printable(text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…")
+    except (Exception, SystemExit, GeneratorExit) as second:  # noqa: BLE001 - code of others, which may do anything
+        return f"its text cannot be read ({type(second).__name__})"
+
+
+def described(error: BaseException) -> str:
+    """The class and the text of an exception, as Python prints them; see `text_of`.
+
+    Example:
+        >>> described(OSError("disk full")), described(ValueError())
+        ('OSError: disk full', 'ValueError')
+    """
+    text = text_of(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def brief(value: object) -> str:
     """A short description of anything, for a message; never raises, whatever a client sent.
 
@@ -214,8 +258,8 @@ def brief(value: object) -> str:
         ("'xxxxxxxxxxxx...xxxxxxxxxxxxx'", 'an int')
     """
     try:
-        return reprlib.repr(value)
-    except Exception:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
+        return printable(reprlib.repr(value))
+    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
         return a_type(type(value))
 
 
@@ -269,10 +313,9 @@ class HandlerFailure:
 
     def __str__(self) -> str:
         where = self.event if self.round is None else f"{self.event} of round {self.round + 1}"
-        text = f"{self.handler} at {where}: {type(self.exception).__name__}: {self.exception}"
+        text = f"{self.handler} at {where}: {described(self.exception)}"
         if self.rollback_exception is not None:
-            rollback = self.rollback_exception
-            text += f" (its rollback raised {type(rollback).__name__}: {rollback})"
+            text += f" (its rollback raised {described(self.rollback_exception)})"
         return text
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from fed_learn.errors import brief
+from fed_learn.limits import DEEPEST
 from fed_learn.weights import FLOATS, FrozenDict, Schema
 
 
@@ -53,10 +54,6 @@ def whole_number_of(value: object) -> int | None:
             return None
         number = int(found)
     return number if -(2**63) <= number < 2**63 else None
-
-
-DEEPEST = 8
-"""How deep lists and dicts nest in `Contribution.info`; below that they are described."""
 
 
 def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, Any]]:

@@ -14,14 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from fed_learn.errors import (
-    DtypeError,
-    NamesError,
-    NonFiniteError,
-    ShapeError,
-    WeightsTypeError,
-    a_type,
-)
+from fed_learn.errors import DtypeError, NamesError, NonFiniteError, ShapeError, WeightsTypeError, a_type, described
 
 Array: TypeAlias = npt.NDArray[Any]
 """An array of any supported dtype."""
@@ -170,7 +163,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
         items = list(weights.items())
     except Exception as error:
         raise WeightsTypeError(
-            f"{about(contributor)}weights cannot be read: {type(error).__name__}: {error}", contributor=contributor
+            f"{about(contributor)}weights cannot be read: {described(error)}", contributor=contributor
         ) from error
     arrays: dict[str, Array] = {}
     for name, value in items:

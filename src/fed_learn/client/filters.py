@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fed_learn.client.fed_privacy import TrainContext
-from fed_learn.errors import ContributionError, FilterError, WeightsTypeError, a_type
+from fed_learn.errors import ContributionError, FilterError, WeightsTypeError, a_type, described
 from fed_learn.model_meta import FLContext
 from fed_learn.numproto import model_to_weights, to_dtypes, weights_to_model
 from fed_learn.weights import Array, Schema
@@ -53,8 +53,7 @@ def apply_filters(
                 error.args = (f"{who}: {error}",)
             raise
         except Exception as error:
-            text, *_ = str(error).splitlines() or [""]
-            raise FilterError(f"{who}: {type(error).__name__}: {text}", contributor=client) from error
+            raise FilterError(f"{who}: {described(error)}", contributor=client) from error
         diff = left
     return diff
 

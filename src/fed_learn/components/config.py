@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fed_learn.errors import ConfigError
+from fed_learn.errors import ConfigError, described
 
 
 def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[str, Any] | None = None) -> Any:
@@ -54,7 +54,7 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
     try:
         return cls(**built)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"{cls.__name__} cannot be built: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{cls.__name__} cannot be built: {described(error)}") from error
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _import(path: object) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # a script that ends itself when it is imported
-        raise ConfigError(f"path {path!r}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"path {path!r}: {described(error)}") from error
     if not isinstance(found, type):
         raise ConfigError(f"path {path!r} is no class")
     return found

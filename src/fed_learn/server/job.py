@@ -23,6 +23,8 @@ from fed_learn.errors import (
     MetricError,
     OutOfTurnError,
     TooFewContributionsError,
+    described,
+    printable,
     without_tracebacks,
 )
 from fed_learn.events import EventType, fire_event, shut_down
@@ -347,7 +349,7 @@ class Job(JobEvents):
         try:
             checked = checked_result(name, self._validated, result, results)
         except Exception as error:  # noqa: BLE001 - whatever a client sent must not end the job
-            reason = error if isinstance(error, MetricError) else f"{name}: {type(error).__name__}: {error}"
+            reason = error if isinstance(error, MetricError) else f"{name}: {described(error)}"
             logger.error("a validation result is left out: %s", reason)
             return None
         self.validation_results.append(checked)
@@ -376,7 +378,7 @@ class Job(JobEvents):
 
     def log_failure(self, name: str, error: Exception, what: str) -> None:
         """Logs that a client failed. A stack that has said so in its own words overrides this."""
-        logger.error("%s %s: %s: %s", name, what, type(error).__name__, error, exc_info=error)
+        logger.error("%s %s: %s", printable(name), what, described(error), exc_info=error)
 
     def record_late(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers while a job shuts down: they do not stop it from doing so."""
@@ -446,7 +448,7 @@ class Job(JobEvents):
             TooFewContributionsError: Fewer are left than are required.
         """
         if len(self.clients) < self.required:
-            left = "; ".join(f"{quit.contributor} left ({quit.cause}: {quit.error})" for quit in self.quits)
+            left = "; ".join(f"{quit.contributor} left ({described(quit.error)})" for quit in self.quits)
             raise TooFewContributionsError(
                 f"{len(self.clients)} clients are left, {self.required} required: {left}",
                 count=len(self.clients),

@@ -7,7 +7,7 @@ from typing import Any
 
 from fed_learn.components.direction import MODES
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, Contribution, RoundReport
-from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError
+from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError, text_of
 from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.handlers.scoring import check_choice
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
@@ -186,13 +186,13 @@ def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError
     """
     if any(report.accepted and report.error is None for report in reports):
         return None
-    causes = [(f.cause, str(f.error)) for report in reports for f in (*report.rejected, *report.quits)]
-    causes += [(type(r.error).__name__, str(r.error)) for r in reports if r.accepted and r.error is not None]
+    causes = [(f.cause, text_of(f.error)) for report in reports for f in (*report.rejected, *report.quits)]
+    causes += [(type(r.error).__name__, text_of(r.error)) for r in reports if r.accepted and r.error is not None]
     absent = sum(len(report.absent) for report in reports)
     if absent > len(causes):
         causes = [("absent", "a client did not contribute")] * absent
     if not causes:
-        causes = [(type(r.error).__name__, str(r.error)) for r in reports if r.error is not None]
+        causes = [(type(r.error).__name__, text_of(r.error)) for r in reports if r.error is not None]
     if not causes:
         return None
     cause, count = Counter(cause for cause, _ in causes).most_common(1)[0]

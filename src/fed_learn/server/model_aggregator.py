@@ -12,7 +12,7 @@ import numpy as np
 from fed_learn.aggregation import weighted_average
 from fed_learn.contribution import BestModel, Contribution, Kind, check_aggregation_weight, check_factor
 from fed_learn.differences import add_difference
-from fed_learn.errors import AggregatorError, EmptyAggregationError, FedLearnError, MetricError
+from fed_learn.errors import AggregatorError, EmptyAggregationError, FedLearnError, MetricError, described
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.numproto import model_arrays, model_to_weights, to_dtypes, weights_to_model
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
@@ -213,9 +213,7 @@ def run_aggregator(
 
 
 def _cause(error: Exception) -> str:
-    """Its first line."""
-    text, *_ = str(error).splitlines() or [""]
-    return text if isinstance(error, FedLearnError) else f"{type(error).__name__}: {text}"
+    return str(error) if isinstance(error, FedLearnError) else described(error)
 
 
 def _item(contribution: Contribution, ctx: FLContext) -> FLContext:

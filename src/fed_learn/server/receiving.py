@@ -19,6 +19,8 @@ from fed_learn.errors import (
     WeightsTypeError,
     a_type,
     brief,
+    described,
+    text_of,
     without_tracebacks,
 )
 from fed_learn.model_meta import FLContext
@@ -36,7 +38,7 @@ class Refusal(Exception):  # noqa: N818 - no failure of the library
     """A round that cannot be averaged; `error` says why."""
 
     def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
+        super().__init__(text_of(error))
         self.error = error
 
 
@@ -80,9 +82,7 @@ class Receiver:
         except (ContributionError, ExactDomainError) as error:
             return contribution, without_tracebacks(error)
         except Exception as error:
-            unreadable = WeightsTypeError(
-                f"{name}: sent something unreadable: {type(error).__name__}: {error}", contributor=name
-            )
+            unreadable = WeightsTypeError(f"{name}: sent something unreadable: {described(error)}", contributor=name)
             unreadable.__cause__ = error
             logger.error("%s", unreadable, exc_info=error)
             return contribution, without_tracebacks(unreadable)

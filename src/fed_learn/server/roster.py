@@ -10,7 +10,7 @@ from fed_learn.client.fed_client import FederatedClient
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import metric_and_mode, mode_followed
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import ClientQuitError, HandlerFailure
+from fed_learn.errors import ClientQuitError, HandlerFailure, described
 from fed_learn.kernels.threads import usable_processors
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ class Roster:
             elif isinstance(error, Exception):
                 yield name, error
             else:  # a learner that calls sys.exit ends its client, not the server
-                failure = ClientQuitError(f"{name}: {type(error).__name__}: {error}", contributor=name)
+                failure = ClientQuitError(f"{name}: {described(error)}", contributor=name)
                 failure.__cause__ = error
                 yield name, failure
 

@@ -14,7 +14,7 @@ from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import ClientQuitError, ContributionError
+from fed_learn.errors import ClientQuitError, ContributionError, described
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import NPY, to_weights
@@ -307,7 +307,7 @@ def _claim(node: Hashable, metrics: Metrics) -> str | None:
 def _failure(failure: tuple[ClientProxy, Any] | BaseException, place: int) -> tuple[Hashable | None, ClientQuitError]:
     """A client that failed, and why: by an exception, which names no client, or with a status that says it."""
     if isinstance(failure, BaseException):
-        return None, ClientQuitError(f"a client failed: {type(failure).__name__}: {failure}")
+        return None, ClientQuitError(f"a client failed: {described(failure)}")
     client, result = failure
     node = _node(client, place)
     who = client.cid if node == client.cid else node_name(node)

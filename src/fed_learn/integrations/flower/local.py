@@ -11,6 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fed_learn.errors import described
 from fed_learn.integrations.flower.replies import PARTITION_ID
 
 App = Callable[[Message, Context], Message | None]
@@ -108,5 +109,5 @@ class LocalGrid(Grid):
         try:
             return self._app(received, context)
         except Exception as error:  # noqa: BLE001 - as Flower does
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{described(error)}"
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=sent)

@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError, IntegerRangeError
+from fed_learn.errors import FedLearnError, IntegerRangeError, described
 from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
@@ -281,7 +281,7 @@ class WithHandlers(Handled, _Delegate):
             if not _by_replies(error):
                 raise
             who = type(self.strategy).__name__
-            logger.error("round %d: %s cannot aggregate the evaluation: %s", server_round, who, _said(error))
+            logger.error("round %d: %s cannot aggregate the evaluation: %s", server_round, who, described(error))
             return None
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
@@ -325,7 +325,7 @@ class WithHandlers(Handled, _Delegate):
         except Exception as error:
             if not _by_replies(error):
                 raise
-            raise Refusal(FedLearnError(f"{who} cannot aggregate the replies: {_said(error)}")) from error
+            raise Refusal(FedLearnError(f"{who} cannot aggregate the replies: {described(error)}")) from error
         if not record:
             raise Refusal(FedLearnError(f"{who} aggregated nothing"))
         try:
@@ -348,10 +348,6 @@ def _by_replies(error: Exception) -> bool:
     if not inner or inner[-1] != "flwr":
         return False
     return isinstance(error, ArithmeticError) or set(inner) == {"flwr"}
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _completed(made: FrozenWeights, session: Session, averaged: frozenset[str], who: str) -> FrozenWeights:

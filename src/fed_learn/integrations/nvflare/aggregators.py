@@ -33,6 +33,7 @@ from fed_learn.errors import (
     FloatingPointEnvironmentError,
     WeightsTypeError,
     brief,
+    described,
 )
 from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
@@ -502,4 +503,4 @@ def _reason(who: Any, error: Exception) -> Exception:
     """Why a contribution is refused, as an error that names who sent it."""
     if isinstance(error, ContributionError | ExactDomainError):
         return error
-    return WeightsTypeError(f"{who}: sent something unreadable: {type(error).__name__}: {error}", contributor=who)
+    return WeightsTypeError(f"{who}: sent something unreadable: {described(error)}", contributor=who)

@@ -32,6 +32,7 @@ from fed_learn.errors import (
     FedLearnError,
     NothingAggregatedError,
     WeightsTypeError,
+    described,
 )
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.scoring import check_choice
@@ -147,7 +148,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             return
         except Exception as error:  # noqa: BLE001 - ends the job, below
             self._failed = True
-            self.log_exception(fl_ctx, f"at {event_type}: {type(error).__name__}: {error}")
+            self.log_exception(fl_ctx, f"at {event_type}: {described(error)}")
             # Outside of the lock: whoever acts on this may wait for something that waits for us.
             self.system_panic(f"HandlerBridge at {event_type}: {error}", fl_ctx)
             return
