@@ -20,8 +20,8 @@ from fed_learn.errors import (
     brief,
     text_of,
 )
-from fed_learn.limits import LONGEST_CONTRIBUTOR
-from fed_learn.values import number_of, plain_values, split_metrics, whole_number_of
+from fed_learn.limits import LEFT_OUT, LONGEST_CONTRIBUTOR, MOST_INFO
+from fed_learn.values import entries_of, number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
     Array,
     FrozenDict,
@@ -59,7 +59,8 @@ class Contribution:
         round: The round it belongs to, from 0.
         kind: Full weights, or the difference to the global model.
         metrics: Numbers the client measured, by name, in any form; kept as a read-only copy of floats.
-        info: What else the client says: plain JSON values by name. Entries of `metrics` that are no numbers go here.
+        info: What else the client says: plain JSON values by name. Entries of `metrics` that are no numbers go here,
+            and under `fed_learn.limits.LEFT_OUT` what of both was too much to be kept.
 
     Example:
         >>> metrics = {"loss": np.float32(0.5), "host": "a100"}
@@ -78,10 +79,12 @@ class Contribution:
     info: Mapping[str, Any] = field(default_factory=FrozenDict, kw_only=True)
 
     def __post_init__(self) -> None:
-        numbers, others = split_metrics(dict(self.metrics or {}))
+        numbers, others = split_metrics(self.metrics or {})
+        info, said = entries_of(self.info or {}, MOST_INFO)
+        left_out = {LEFT_OUT: said} if said else {}
         object.__setattr__(self, "metrics", FrozenDict(numbers))
-        object.__setattr__(self, "info", FrozenDict({**others, **plain_values(dict(self.info or {}))}))
-        if self.kind in tuple(Kind):
+        object.__setattr__(self, "info", FrozenDict(plain_values({**others, **info, **left_out})))
+        if type(self.kind) is str and self.kind in tuple(Kind):
             object.__setattr__(self, "kind", Kind(self.kind))
 
     def frozen(self) -> "Contribution":
