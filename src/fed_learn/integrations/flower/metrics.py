@@ -7,6 +7,7 @@ from flwr.app import MetricRecord, RecordDict
 from fed_learn.contribution import check_aggregation_weight
 from fed_learn.errors import AggregationWeightError
 from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of, records_of
+from fed_learn.limits import LONGEST_NAME, MOST_METRICS
 from fed_learn.values import mean_of
 
 logger = logging.getLogger("flwr")
@@ -17,7 +18,7 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
 
     Takes the place of Flower's `aggregate_metricrecords`, which refuses a round in which clients report different
     metrics. A reply by a weight of 0 adds nothing; one without a weight, or by a negative one, is left out, and so are
-    lists of different lengths; both logged.
+    lists of different lengths, and more metrics than `fed_learn.limits` takes of one reply; all logged.
 
     Example:
         >>> contents = [RecordDict({"m": MetricRecord({"n": n, "loss": x})}) for n, x in [(1, 2.0), (3, 6.0)]]
@@ -34,12 +35,15 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
             continue
         if not weight:
             continue
-        for record in records_of(content, MetricRecord).values():
-            for key, value in record.items():
-                if key not in (weighted_by_key, PARTITION_ID):
-                    listed = [float(v) for v in value] if isinstance(value, list) else [float(value)]
-                    scalars |= set() if isinstance(value, list) else {key}
-                    values.setdefault(key, []).append((weight, listed))
+        entries = [entry for record in records_of(content, MetricRecord).values() for entry in record.items()]
+        taken = [(key, value) for key, value in entries[:MOST_METRICS] if len(key) <= LONGEST_NAME]
+        if len(taken) < len(entries):
+            logger.warning("%d of a reply's %d metrics are too many: left out", len(entries) - len(taken), len(entries))
+        for key, value in taken:
+            if key not in (weighted_by_key, PARTITION_ID):
+                listed = [float(v) for v in value] if isinstance(value, list) else [float(value)]
+                scalars |= set() if isinstance(value, list) else {key}
+                values.setdefault(key, []).append((weight, listed))
     means = MetricRecord()
     for key, terms in values.items():
         if len({len(listed) for _, listed in terms}) > 1:
