@@ -104,7 +104,7 @@ class Contribution:
     def __repr__(self) -> str:
         parts = [brief(self.contributor), size_text(self.weights)]
         parts.append(f"aggregation_weight={brief(self.aggregation_weight)}")
-        parts += [f"round={self.round + 1}"] if type(self.round) is int else []
+        parts += [f"round={brief(self.round + 1)}"] if type(self.round) is int else []
         parts += [f"kind={brief(self.kind)}"] if self.kind is not Kind.FULL else []
         return f"Contribution({', '.join(parts)})"
 
@@ -207,8 +207,9 @@ def check_contributor(name: object) -> str:
         ...
         fed_learn.errors.UnknownContributorError: contributor 'site-1\nERROR' is not a name: '\n' is not printable
     """
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not str.__len__(name):
         raise UnknownContributorError(f"contributor {brief(name)} is not a name", contributor=None)
+    name = str.__str__(name)  # of a subclass of str nothing is called
     if len(name) > LONGEST_CONTRIBUTOR:
         problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
     elif not name.isprintable():
@@ -218,7 +219,7 @@ def check_contributor(name: object) -> str:
     elif name != name.strip():
         problem = "it begins or ends with a space"
     else:
-        return str(name)
+        return name
     raise UnknownContributorError(
         f"contributor {brief(name)} is not a name: {problem}", contributor=name[:LONGEST_CONTRIBUTOR]
     )
@@ -260,7 +261,7 @@ def check_terms(
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
         raise KindError(
-            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}"
+            f"{who}: contribution is of kind {brief(contribution.kind)}, expected {kind or ' or '.join(Kind)}"
             + _advice(contribution.kind),
             contributor=who,
             kind=contribution.kind,

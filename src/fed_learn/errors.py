@@ -261,6 +261,10 @@ CONTAINERS = (dict, list, tuple, set, frozenset)
 """What `reprlib` shows the beginning of, for just these types; of others it makes text of all that they hold."""
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # with the usual 6, lists of lists make text of tens of thousands of values
+
+
 def brief(value: object) -> str:
     """A short description of anything, for a message; never raises, whatever a client sent.
 
@@ -274,7 +278,7 @@ def brief(value: object) -> str:
             value = value[:LONGEST_BRIEF]  # type: ignore[index] # reprlib would first make text of all of it
         elif isinstance(value, CONTAINERS) and kind not in CONTAINERS:
             return a_type(kind)
-        return printable(reprlib.repr(value))
+        return printable(_SHORT.repr(value))
     except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
         return a_type(type(value))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.errors import brief, described
+from fed_learn.errors import a_type, brief, described
 from fed_learn.limits import DEEPEST, LEFT_OUT, LONGEST_INFO, LONGEST_NAME, MOST_INFO, MOST_METRICS
 from fed_learn.weights import FLOATS, FrozenDict, Schema, items_of
 
@@ -173,7 +173,7 @@ def _plain(value: Any, depth: int, room: _Room) -> Any:
         items = list.__getitem__(value, _ALL) if isinstance(value, list) else tuple.__getitem__(value, _ALL)
         room.take(len(items))
         return tuple(_plain(item, depth - 1, room) for item in items)
-    return brief(value)
+    return brief(value) if depth else a_type(type(value))  # so deep there may be as many as entries are taken
 
 
 def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:

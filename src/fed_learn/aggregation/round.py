@@ -175,7 +175,6 @@ class Round:
         Raises:
             ContributionError, ExactDomainError: It is refused.
         """
-        who = sent.contributor
         said: list[str] = []
         checked = self._terms.check(sent, said.append, self.accepted)
         if not self._stream:
@@ -184,6 +183,7 @@ class Round:
             check(checked.contribution)
         if self._stream:
             checked = self._added(checked)
+        who = checked.contribution.contributor
         self._checked[who] = checked
         self.accepted[who] = checked.contribution
         self._settled = False

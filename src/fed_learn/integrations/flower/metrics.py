@@ -1,6 +1,7 @@
 """The weighted mean of clients' metrics, as Flower reports them."""
 
 import logging
+import math
 
 from flwr.app import MetricRecord, RecordDict
 
@@ -41,7 +42,7 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
             logger.warning("%d of a reply's %d metrics are too many: left out", len(entries) - len(taken), len(entries))
         for key, value in taken:
             if key not in (weighted_by_key, PARTITION_ID):
-                listed = [float(v) for v in value] if isinstance(value, list) else [float(value)]
+                listed = [_as_float(v) for v in value] if isinstance(value, list) else [_as_float(value)]
                 scalars |= set() if isinstance(value, list) else {key}
                 values.setdefault(key, []).append((weight, listed))
     means = MetricRecord()
@@ -53,3 +54,11 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
         mean = [mean_of(column, weights) for column in zip(*(listed for _, listed in terms), strict=True)]
         means[key] = mean[0] if key in scalars else mean
     return means
+
+
+def _as_float(value: float) -> float:
+    """An int beyond the floats counts as infinite, as a float beyond them would."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

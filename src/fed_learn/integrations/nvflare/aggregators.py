@@ -22,6 +22,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn import kernels
 from fed_learn.aggregation.round import Told, check_partial
+from fed_learn.aggregation.tensors import label_of
 from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight, check_factor
 from fed_learn.errors import (
     AggregationWeightError,
@@ -515,4 +516,5 @@ def _reason(who: Any, error: Exception) -> Exception:
     """Why a contribution is refused, as an error that names who sent it."""
     if isinstance(error, ContributionError | ExactDomainError):
         return error
-    return WeightsTypeError(f"{who}: sent something unreadable: {described(error)}", contributor=who)
+    label = label_of(who)
+    return WeightsTypeError(f"{label}: sent something unreadable: {described(error)}", contributor=label)
