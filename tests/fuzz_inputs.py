@@ -42,7 +42,7 @@ SEEDS = (
     *tuple(dict.fromkeys(npy(array, version) for array in ARRAYS for version in ((1, 0), (2, 0)))),
     npy(np.arange(3).astype(ml_dtypes.bfloat16).view("V2")),
 )
-OTHERS = (
+OTHERS: tuple[bytes, ...] = (
     *(npy(value) for value in (np.array(["x"]), np.array([b"x"]), np.zeros(2, complex), np.array([object], object))),
     npy(np.zeros(2, [("a", "f4"), ("b", "O")])),
     npy(np.zeros(2, "M8[s]")),
@@ -181,12 +181,13 @@ def raiser(rng: Rng) -> Any:
     base: type = choose(rng, (object, str, int, float, dict, list, np.ndarray))
     if base is np.ndarray:
         return np.ones(2).view(raising(rng, np.ndarray))
-    made: dict[type, Callable[[type], Any]] = {
+    made: dict[type, Callable[[Any], Any]] = {
         str: lambda cls: str.__new__(cls, "w"),
         int: lambda cls: int.__new__(cls, 3),
         float: lambda cls: float.__new__(cls, 0.5),
     }
-    return made.get(base, lambda cls: cls())(raising(rng, base))
+    cls = raising(rng, base)
+    return made[base](cls) if base in made else cls()
 
 
 def nested(rng: Rng, depth: int = 0) -> Any:
@@ -232,7 +233,7 @@ def entries(rng: Rng) -> dict[Any, Any]:
 
 def weights(rng: Rng) -> Any:
     """What stands in the place of a weight dict of `w` (two float32), `b` (a float64) and `n` (a counter)."""
-    good: dict[Any, Any] = {"w": np.float32([1, 2]), "b": np.float64([3]), "n": np.array(4)}
+    good: dict[Any, Any] = {"w": np.array([1, 2], np.float32), "b": np.array([3.0]), "n": np.array(4)}
     for _ in range(int(rng.integers(3))):
         name = choose(rng, ("w", "b", "n", text(rng), 1, None, (1,)))
         match int(rng.integers(7)):

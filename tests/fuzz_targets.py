@@ -42,7 +42,7 @@ from fed_learn.weights import Schema
 
 MODEL: dict[str, Any] = {"w": np.zeros(2, np.float32), "b": np.zeros(1), "n": np.array(0)}
 SCHEMA = Schema.of(MODEL)
-GOOD: dict[str, Any] = {"w": np.float32([1, 2]), "b": np.array([3.0]), "n": np.array(4)}
+GOOD: dict[str, Any] = {"w": np.array([1, 2], np.float32), "b": np.array([3.0]), "n": np.array(4)}
 REFUSALS = (fl.ContributionError, fl.ExactDomainError)
 KEYS = Keys("num-examples", "num-iterations")
 
@@ -180,17 +180,19 @@ def make_reply(rng: Rng) -> Message:
     content = RecordDict()
     for _ in range(1 + int(rng.random() < 0.1)):
         content[choose(rng, ("arrays", "a", "x" * 2000))] = ArrayRecord(make_record(rng))
-    metrics = MetricRecord({"num-examples": choose(rng, (1, 3, 0, -1, 0.5, math.nan, math.inf, 2**63, 10**400, [1]))})
+    values: Any = (1, 3, 0, -1, 0.5, math.nan, math.inf, 2**63, 10**400, [1], [0.5] * 3, [1] * 20_000, [])
+    metrics = MetricRecord({"num-examples": choose(rng, values[:10])})
     for _ in range(int(rng.integers(4))):
         name = choose(rng, ("loss", "num-examples", "partition-id", "initial_validation_metric", given.text(rng)))
-        metrics[name] = choose(rng, (0.5, 3, math.nan, math.inf, -1, 10**400, [0.5] * 3, [1] * 20_000, []))
+        metrics[name] = choose(rng, values)
     if rng.random() < 0.05:
         metrics.update({f"m{i}": 0.5 for i in range(3000)})
     content["metrics"] = metrics
     stated = ConfigRecord()
+    claims: Any = (given.text(rng), 0, 1, -1, 10**400, True, 0.5, b"x", ["a"] * 3, "diff", "full")
     for key in ("contributor", "round", "kind", "metric", "mode", "scores"):
         if rng.random() < 0.15:
-            stated[key] = choose(rng, (given.text(rng), 0, 1, -1, 10**400, True, 0.5, b"x", ["a"] * 3, "diff", "full"))
+            stated[key] = choose(rng, claims)
     content["fed_learn"] = stated
     return Message(content, reply_to=question())
 
@@ -244,6 +246,7 @@ def run_strategy(message: Message) -> Any:
     initial = ArrayRecord({name: Array(array) for name, array in MODEL.items()})
     with contextlib.redirect_stdout(io.StringIO()):
         result = FedAvg(fraction_evaluate=0.0).start(LocalGrid(app, 2), initial, num_rounds=1)
+    assert result.job is not None
     (report,) = result.job.reports
     return report, to_weights(result.arrays)
 

@@ -64,7 +64,9 @@ def calls_of_a_round(count: int, settings: dict[str, Any]) -> int:
     this = Round(number=0, model={name: np.zeros(1) for name in names} if known else None, **settings)
     Counted.calls = 0
     for k, part in enumerate((names, names, names[::2], [Counted(f"other.{i}") for i in range(count)])):
-        values = {name: np.full(1, np.inf if not known and k == 1 and i % 2 else 1.0) for i, name in enumerate(part)}
+        values: dict[str, Any] = {
+            name: np.full(1, np.inf if not known and k == 1 and i % 2 else 1.0) for i, name in enumerate(part)
+        }
         try:
             this.receive(fl.Contribution(f"site-{k}", values, 1))
         except fl.NamesError:

@@ -261,7 +261,7 @@ def check_terms(
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
         raise KindError(
-            f"{who}: contribution is of kind {brief(contribution.kind)}, expected {kind or ' or '.join(Kind)}"
+            f"{who}: contribution is of kind {brief(_word(contribution.kind))}, expected {kind or ' or '.join(Kind)}"
             + _advice(contribution.kind),
             contributor=who,
             kind=contribution.kind,
@@ -269,6 +269,11 @@ def check_terms(
         )
     checked_n_iter(contribution.n_iter, who)
     return check_aggregation_weight(contribution.aggregation_weight, who)
+
+
+def _word(kind: object) -> object:
+    """A kind as a user writes it; what is none stays what it is."""
+    return str(kind) if type(kind) is Kind else kind
 
 
 def _shown(number: object) -> object:

@@ -37,7 +37,7 @@ _SHAPE = rb"(?:" + _SIZE + rb" *+,(?: *+" + _SIZE + rb" *+,){0,63}+(?: *+" + _SI
 _HEADER = re.compile(
     rb"\{ *+'descr' *+: *+(?P<descr>'[^'\n]{0,30}+'|\[[^\n]*?\]) *+, *+"
     rb"'fortran_order' *+: *+(?P<fortran>True|False) *+, *+"
-    rb"'shape' *+: *+\((?P<shape>" + _SHAPE + rb")\) *+(?:, *+)?+\}[ \n]*+"
+    rb"'shape' *+: *+\( *+(?P<shape>" + _SHAPE + rb")\) *+(?:, *+)?+\}[ \n]*+"
 )
 
 
