@@ -80,10 +80,12 @@ class Contribution:
 
     def __post_init__(self) -> None:
         numbers, others = split_metrics(self.metrics or {})
-        info, said = entries_of(self.info or {}, MOST_INFO)
-        left_out = {LEFT_OUT: said} if said else {}
+        info: Mapping[Any, Any] = self.info or {}
+        if others and info:
+            entries, said = entries_of(info, MOST_INFO)
+            info = {**others, **entries, **({LEFT_OUT: said} if said else {})}
         object.__setattr__(self, "metrics", FrozenDict(numbers))
-        object.__setattr__(self, "info", FrozenDict(plain_values({**others, **info, **left_out})))
+        object.__setattr__(self, "info", plain_values(info or others))
         if type(self.kind) is str and self.kind in tuple(Kind):
             object.__setattr__(self, "kind", Kind(self.kind))
 

@@ -57,7 +57,7 @@ def whole_number_of(value: object) -> int | None:
     return number if -(2**63) <= number < 2**63 else None
 
 
-def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, Any]]:
+def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], "PlainValues"]:
     """The entries of a client's metrics that are numbers, as floats, and the others as plain values.
 
     NaN and infinities are numbers; handlers deal with them. Of too many metrics the first `MOST_METRICS` are read, and
@@ -103,7 +103,14 @@ def entries_of(values: Mapping[Any, Any], most: int) -> tuple[dict[Any, Any], st
     return found, said if isinstance(said, str) else brief(said)
 
 
-def plain_values(values: Mapping[Any, Any]) -> dict[str, Any]:
+class PlainValues(FrozenDict):
+    """What `plain_values` has made, which it need not look through again."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)  # who sends one has not made it here
+
+
+def plain_values(values: Mapping[Any, Any]) -> PlainValues:
     """A copy of a mapping in plain JSON values that nobody can change; what is none becomes a short description.
 
     So do texts that are too long, and lists and dicts that are too deep or hold too much; see `fed_learn.limits`.
@@ -112,10 +119,14 @@ def plain_values(values: Mapping[Any, Any]) -> dict[str, Any]:
         >>> plain_values({"host": "a100", "tags": ["x", {1}], "log": "x" * 20_000})
         {'host': 'a100', 'tags': ('x', '{1}'), 'log': "'xxxxxxxxxxxx...xxxxxxxxxxxxx'"}
     """
+    if type(values) is PlainValues:
+        return values
     found, said = entries_of(values, MOST_INFO)
     room = _Room(MOST_INFO - len(found))
     plain = {_plain_name(name): _described_unless_plain(value, room) for name, value in found.items()}
-    return {**plain, LEFT_OUT: said if len(said) <= LONGEST_INFO else brief(said)} if said else plain
+    if said:
+        plain[LEFT_OUT] = said if len(said) <= LONGEST_INFO else brief(said)
+    return PlainValues(plain)
 
 
 _ALL = slice(None)
@@ -158,6 +169,15 @@ def _plain(value: Any, depth: int, room: _Room) -> Any:
         return value
     if type(value) is int and abs(value) < 2**63:  # Python does not even print the longest ones
         return value
+    if isinstance(value, dict | list | tuple) and not depth:
+        return a_type(type(value))  # of so deep ones there may be as many as entries are taken
+    if isinstance(value, dict):
+        room.take(dict.__len__(value))
+        return FrozenDict({_plain_name(key): _plain(item, depth - 1, room) for key, item in dict.items(value)})
+    if isinstance(value, list | tuple):
+        items = list.__getitem__(value, _ALL) if isinstance(value, list) else tuple.__getitem__(value, _ALL)
+        room.take(len(items))
+        return tuple([_plain(item, depth - 1, room) for item in items])
     number = number_of(value)
     if number is not None:
         return number
@@ -166,14 +186,7 @@ def _plain(value: Any, depth: int, room: _Room) -> Any:
     if isinstance(value, str):
         text = str.__str__(value)
         return text if len(text) <= LONGEST_INFO else brief(text)
-    if depth and isinstance(value, dict):
-        room.take(dict.__len__(value))
-        return FrozenDict({_plain_name(key): _plain(item, depth - 1, room) for key, item in dict.items(value)})
-    if depth and isinstance(value, list | tuple):
-        items = list.__getitem__(value, _ALL) if isinstance(value, list) else tuple.__getitem__(value, _ALL)
-        room.take(len(items))
-        return tuple(_plain(item, depth - 1, room) for item in items)
-    return brief(value) if depth else a_type(type(value))  # so deep there may be as many as entries are taken
+    return brief(value)
 
 
 def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:

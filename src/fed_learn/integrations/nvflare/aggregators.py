@@ -39,6 +39,7 @@ from fed_learn.errors import (
 from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.intake import Intake
+from fed_learn.limits import LEFT_OUT
 from fed_learn.server.job_events import nothing_aggregated
 from fed_learn.values import whole_number_of
 from fed_learn.weights import items_of
@@ -224,8 +225,10 @@ class _Averaging:
         weight = (self.aggregation_weights or {}).get(who, 1.0)
         if self.weigh_by_local_iter:
             weight *= self._steps(who, steps)
-        numbers, others = props.numbers_in(metrics), props.others_in(metrics)
-        self._tell_of_metrics(who, numbers, {name: metrics.get(name, others[name]) for name in others})
+        numbers, others = props.split(metrics)
+        self._tell_of_metrics(
+            who, numbers, {name: metrics.get(name, others[name]) for name in others if name != LEFT_OUT}
+        )
         return Contribution(
             who,
             self._averaged_part(weights),

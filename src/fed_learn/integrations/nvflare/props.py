@@ -99,20 +99,16 @@ def numbers_in(metrics: object) -> dict[str, float]:
         >>> numbers_in({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
         {'accuracy': 0.5, 'converged': 1.0}
     """
-    numbers, others = split_metrics(_entries(metrics))
-    return numbers | {name: float(value) for name, value in others.items() if isinstance(value, bool)}
+    return split(metrics)[0]
 
 
-def others_in(metrics: object) -> dict[str, Any]:
-    """The metrics that are no numbers, as plain values.
+def split(metrics: object) -> tuple[dict[str, float], dict[str, Any]]:
+    """The metrics that are numbers, see `numbers_in`, and those that are none, as plain values.
 
     Example:
-        >>> others_in({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
-        {'confusion': ((1, 2),)}
+        >>> split({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
+        ({'accuracy': 0.5, 'converged': 1.0}, {'confusion': ((1, 2),)})
     """
-    _, others = split_metrics(_entries(metrics))
-    return {name: value for name, value in others.items() if not isinstance(value, bool)}
-
-
-def _entries(metrics: object) -> dict[Any, Any]:
-    return dict(metrics) if isinstance(metrics, Mapping) else {}
+    numbers, others = split_metrics(metrics if isinstance(metrics, Mapping) else {})
+    bools = {name: float(value) for name, value in others.items() if isinstance(value, bool)}
+    return numbers | bools, {name: value for name, value in others.items() if name not in bools}
