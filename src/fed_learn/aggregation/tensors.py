@@ -245,7 +245,7 @@ def check_device(found: Opened, device: str | None, who: str) -> None:
 
 def label_of(contributor: object) -> str:
     """What to call a contributor whose name may not even be one."""
-    return contributor if isinstance(contributor, str) else brief(contributor)
+    return str.__str__(contributor) if isinstance(contributor, str) else brief(contributor)
 
 
 def _refuse_devices(what: str, who: str, name: str | None, device: str, expected: str) -> None:
