@@ -81,7 +81,7 @@ class Contribution:
         numbers, others = split_metrics(dict(self.metrics or {}))
         object.__setattr__(self, "metrics", FrozenDict(numbers))
         object.__setattr__(self, "info", FrozenDict({**others, **plain_values(dict(self.info or {}))}))
-        if self.kind in tuple(Kind):
+        if isinstance(self.kind, str) and self.kind in tuple(Kind):
             object.__setattr__(self, "kind", Kind(self.kind))
 
     def frozen(self) -> "Contribution":
@@ -256,8 +256,10 @@ def check_terms(
             expected=round,
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
+        given: object = contribution.kind
+        shown = brief(str(given) if isinstance(given, Kind) else given)
         raise KindError(
-            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}"
+            f"{who}: contribution is of kind {shown}, expected {kind or ' or '.join(Kind)}"
             + _advice(contribution.kind),
             contributor=who,
             kind=contribution.kind,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.errors import brief
+from fed_learn.errors import brief, failure_of
 from fed_learn.limits import DEEPEST
 from fed_learn.weights import FLOATS, FrozenDict, Schema
 
@@ -35,7 +35,8 @@ def number_of(value: object) -> float | None:
         if isinstance(value, bool | np.bool_) or not isinstance(value, Real | Decimal):
             return None
         return float(value)
-    except Exception:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        failure_of(error)
         return None
 
 
@@ -46,13 +47,17 @@ def whole_number_of(value: object) -> int | None:
         >>> whole_number_of(np.float32(3)), whole_number_of(2.5), whole_number_of(10**400), whole_number_of("3")
         (3, None, None, None)
     """
-    if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
-        number = int(value)
-    else:
-        found = number_of(value)
-        if found is None or not found.is_integer():
-            return None
-        number = int(found)
+    try:
+        if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
+            number = int(value)
+        else:
+            found = number_of(value)
+            if found is None or not found.is_integer():
+                return None
+            number = int(found)
+    except BaseException as error:  # noqa: BLE001 - as in `number_of`
+        failure_of(error)
+        return None
     return number if -(2**63) <= number < 2**63 else None
 
 
@@ -89,15 +94,18 @@ def _plain(value: Any, depth: int) -> Any:
     number = number_of(value)
     if number is not None:
         return number
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, str):
-        return str(value)
-    if depth and isinstance(value, dict):
-        inner = {key if isinstance(key, str) else brief(key): _plain(item, depth - 1) for key, item in value.items()}
-        return FrozenDict(inner)
-    if depth and isinstance(value, list | tuple):
-        return tuple(_plain(item, depth - 1) for item in value)
+    try:
+        if isinstance(value, np.bool_):
+            return bool(value)
+        if isinstance(value, str):
+            return str.__str__(value)
+        if depth and isinstance(value, dict):
+            inner = {k if isinstance(k, str) else brief(k): _plain(item, depth - 1) for k, item in value.items()}
+            return FrozenDict(inner)
+        if depth and isinstance(value, list | tuple):
+            return tuple(_plain(item, depth - 1) for item in value)
+    except BaseException as error:  # noqa: BLE001 - as in `number_of`
+        failure_of(error)
     return brief(value)
 
 
@@ -141,7 +149,8 @@ def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
         return weights
     try:
         items = dict(weights.items())
-    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        failure_of(error)
         return weights
     if not any(type(value) in (bool, int, float) for value in items.values()):
         return weights

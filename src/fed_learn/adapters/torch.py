@@ -14,7 +14,7 @@ import numpy as np
 
 from fed_learn.adapters.base import Variable, checked, given, not_averageable
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
-from fed_learn.errors import ModelError, WeightsTypeError, a_type
+from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
 
 DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
@@ -88,7 +88,7 @@ class TorchTensors:
             array: Array = plain.numpy()
         except (RuntimeError, TypeError) as error:  # a subclass without memory of its own
             raise WeightsTypeError(
-                f"{contributor}: {name!r} is {a_type(type(tensor))} that cannot be read as an array: {error}",
+                f"{contributor}: {name!r} is {a_type(type(tensor))} that cannot be read as an array: {text_of(error)}",
                 contributor=contributor,
                 name=name,
             ) from error

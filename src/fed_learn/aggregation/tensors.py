@@ -43,7 +43,7 @@ import numpy as np
 from fed_learn.adapters.base import Framework, Resident, not_averageable
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
-from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, brief
+from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, brief, failure_of
 from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict
 
 Tensors: TypeAlias = dict[str, Any]
@@ -127,7 +127,8 @@ def opened(weights: object, who: str) -> Opened:
         return Opened(weights, {}, {})
     try:
         arrays: dict[Any, Any] = dict(weights.items())
-    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        failure_of(error)
         return Opened(weights, {}, {})
     tensors: Tensors = {}
     owners: dict[str, Framework] = {}
@@ -167,7 +168,8 @@ def without_tensors(weights: Any, who: str) -> Any:
     if isinstance(weights, Mapping) and type(weights) not in (dict, FrozenWeights):
         try:
             weights = dict(weights.items())  # read once: what is looked at is what is kept
-        except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+            failure_of(error)
             return weights
     return opened(weights, who).on_host() if hold_tensors(weights) else weights
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fed_learn.errors import ConfigError, described
+from fed_learn.errors import ConfigError, described, failure_of, text_of
 
 
 def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[str, Any] | None = None) -> Any:
@@ -50,10 +50,11 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
         built |= {k: v for k, v in (supplies or {}).items() if k in signature.parameters and k not in built}
         signature.bind(**built)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {error}") from error
+        raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {text_of(error)}") from error
     try:
         return cls(**built)
-    except (Exception, SystemExit) as error:
+    except BaseException as error:
+        failure_of(error)
         raise ConfigError(f"{cls.__name__} cannot be built: {described(error)}") from error
 
 
@@ -105,7 +106,8 @@ def _import(path: object) -> type:
         raise ConfigError(f"path {path!r} must be package.module.Class")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # a script that ends itself when it is imported
+    except BaseException as error:  # a script may end itself when it is imported
+        failure_of(error)
         raise ConfigError(f"path {path!r}: {described(error)}") from error
     if not isinstance(found, type):
         raise ConfigError(f"path {path!r} is no class")

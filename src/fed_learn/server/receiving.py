@@ -20,6 +20,7 @@ from fed_learn.errors import (
     a_type,
     brief,
     described,
+    failure_of,
     text_of,
     without_tracebacks,
 )
@@ -81,9 +82,9 @@ class Receiver:
             raise  # not the client's doing
         except (ContributionError, ExactDomainError) as error:
             return contribution, without_tracebacks(error)
-        except Exception as error:
+        except BaseException as error:
             unreadable = WeightsTypeError(f"{name}: sent something unreadable: {described(error)}", contributor=name)
-            unreadable.__cause__ = error
+            unreadable.__cause__ = failure_of(error)
             logger.error("%s", unreadable, exc_info=error)
             return contribution, without_tracebacks(unreadable)
 

@@ -25,6 +25,8 @@ from fed_learn.errors import (
     NothingAggregatedError,
     ShapeError,
     UnknownContributorError,
+    failure_of,
+    text_of,
     without_tracebacks,
 )
 from fed_learn.integrations.flower.names import Names, in_one_line
@@ -352,9 +354,9 @@ class Session:
                 sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
         except HandlerError:
             raise  # of CLIENT_REGISTER: no failure of the client
-        except Exception as error:  # noqa: BLE001 - the job says what becomes of it
+        except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
             # That a client failed is not this code's failure: where it was noticed would tell nothing.
-            sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else error
+            sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else failure_of(error)
             name = self._register(node, None)
         contribution = self.job.receive(name, sent)
         if contribution is not None:
@@ -426,7 +428,7 @@ class Session:
             aggregated = error is None and expected and self.job.aggregate()
         finally:
             for failure in self.job.report.rejected:
-                logger.warning("\t> Refused: %s: %s", failure.cause, failure.error)
+                logger.warning("\t> Refused: %s: %s", failure.cause, text_of(failure.error))
         if any(INITIAL_VALIDATION_METRIC in one.metrics for one in self.job.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())):
             self.selection.fix()
         self.end_round()
@@ -496,8 +498,8 @@ class Session:
             result = ValidationResult(name, FINAL_MODEL, read(), self._n_iter.get(name))
         except HandlerError:
             raise  # of CLIENT_REGISTER: no failure of the client
-        except Exception as error:  # noqa: BLE001 - the job says what becomes of it
-            result = error
+        except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
+            result = failure_of(error)
         self.job.receive_validation_result(name, result)
 
     def finish(self) -> None:

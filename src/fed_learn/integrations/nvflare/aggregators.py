@@ -34,6 +34,8 @@ from fed_learn.errors import (
     WeightsTypeError,
     brief,
     described,
+    failure_of,
+    text_of,
 )
 from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
@@ -115,7 +117,7 @@ class _Averaging:
         elif event_type == EventType.END_WORKFLOW:
             error = nothing_aggregated(self._reports)
             if error is not None and not fl_ctx.get_prop(FLContextKey.FATAL_SYSTEM_ERROR):
-                self.system_panic(str(error), fl_ctx)  # type: ignore[attr-defined] # of NVFlare's class
+                self.system_panic(text_of(error), fl_ctx)  # type: ignore[attr-defined] # of NVFlare's class
         elif event_type == AppEventType.ROUND_STARTED:
             self._learn_round(fl_ctx)
             self._global = props.global_weights(fl_ctx)
@@ -188,8 +190,8 @@ class _Averaging:
                 sent = intake.receive(sent)
             except (BrokenAccumulatorError, FloatingPointEnvironmentError):
                 raise  # not the client's doing
-            except Exception as error:  # noqa: BLE001 - raised below, with the name of who sent it
-                reason = _reason(who, error)
+            except BaseException as error:  # noqa: BLE001 - raised below, with the name of who sent it
+                reason = _reason(who, failure_of(error))
                 refusal = intake.refuse(who, reason)
                 raise reason from (None if reason is error else error)
             finally:
@@ -478,7 +480,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         try:
             self._receive(who, read)
         except (ContributionError, ExactDomainError) as error:
-            self.log_error(fl_ctx, f"refused: {error}", fire_event=False)
+            self.log_error(fl_ctx, f"refused: {text_of(error)}", fire_event=False)
             return False
         return True
 

@@ -14,7 +14,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.contribution import FINAL_MODEL
-from fed_learn.errors import FedLearnError
+from fed_learn.errors import FedLearnError, text_of
 from fed_learn.integrations.nvflare import props
 
 
@@ -98,7 +98,7 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
             props.scores_in(result)
         except FedLearnError as error:
             # NVFlare's own components would log an error each for an event about an answer without metrics.
-            self._unscored[client_task.client.name] = str(error)
+            self._unscored[client_task.client.name] = text_of(error)
             return
         self._unscored.pop(client_task.client.name, None)
         event = AppEventType.VALIDATION_RESULT_RECEIVED
