@@ -13,10 +13,10 @@ from fed_learn.components.learner import Learner
 from fed_learn.components.returned import check_learner, metric_and_mode, mode_followed, scores, training_result
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
 from fed_learn.differences import add_difference, difference
-from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError
+from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError, text_of
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better
-from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.model_meta import ContextKey, JobContext, ModelData
 from fed_learn.values import numbers_as_arrays, split_metrics
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict
 
@@ -67,7 +67,7 @@ class FederatedClient:
         self.handlers = check_handlers(handlers)
         self.kind = Kind(kind)
         self.filters = check_filters(filters)
-        self.ctx = FLContext({ContextKey.CONTRIBUTOR: name, ContextKey.HANDLERS: self.handlers})
+        self.ctx = JobContext({ContextKey.CONTRIBUTOR: name, ContextKey.HANDLERS: self.handlers})
         self._best: BestModel | None = None
         self._n_iter: int | None = None
         self._running = False
@@ -80,7 +80,7 @@ class FederatedClient:
             HandlerError: A handler could not start; those before it have been shut down.
         """
         metric, mode = metric_and_mode(self.learner)
-        self.ctx = FLContext(
+        self.ctx = JobContext(
             {
                 ContextKey.CONTRIBUTOR: self.name,
                 ContextKey.NUM_ROUNDS: num_rounds,
@@ -188,7 +188,7 @@ class FederatedClient:
         if not self._running:
             return ()
         self._running = False
-        return shut_down(self.handlers, self.ctx)
+        return shut_down(self.handlers, self.ctx, of_client=True)
 
     def _check_quit(self) -> None:
         if self._quit_reason is not None:
@@ -220,16 +220,14 @@ class FederatedClient:
             yield
         except ContributionError as error:
             error.contributor = self.name
-            error.args = (f"{self.name}: {error}",)
+            error.args = (f"{self.name}: {text_of(error)}",)
             raise
 
     def _with_model(self, weights: FrozenWeights, event: str) -> FrozenWeights:
         """Binds the model, fires the event, and gives the weights as the handlers left them."""
         self.ctx.set_model(ModelData(weights))
         fire_event(event, self.handlers, self.ctx)
-        model = self.ctx.get_model()
-        if model is None or model.weights is None:
-            raise ValueError(f"{self.name}: a handler took the model away at {event}")
+        model: Any = self.ctx.get_model()
         return FrozenWeights(model.weights)
 
     def _validate(self, weights: FrozenWeights) -> tuple[dict[str, float], dict[str, Any]]:
