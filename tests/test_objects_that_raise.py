@@ -10,7 +10,7 @@ import pytest
 from federation import AddingLearner, At, WeightDict, clients_of, initial_weights, server_of, values
 
 import fed_learn as fl
-from fed_learn.errors import brief, described, failure_of, text_of
+from fed_learn.errors import as_failure, brief, described, text_of
 from fed_learn.handlers import JsonLinesHandler, RoundLogHandler
 from fed_learn.values import number_of, split_metrics, whole_number_of
 from fed_learn.weights import as_weight_dict, size_text
@@ -110,10 +110,10 @@ def test_a_text_of_a_class_of_its_own_is_plain() -> None:
 
 def test_what_code_of_others_raises_is_a_failure_of_theirs_unless_it_is_an_interrupt() -> None:
     error = ValueError("a")
-    assert failure_of(error) is error
-    assert failure_of(OwnExit("b")).__cause__.args == ("b",)  # type: ignore[union-attr]
+    assert as_failure(error) is error
+    assert as_failure(OwnExit("b")).__cause__.args == ("b",)  # type: ignore[union-attr]
     with pytest.raises(KeyboardInterrupt):
-        failure_of(KeyboardInterrupt())
+        as_failure(KeyboardInterrupt())
 
 
 @pytest.mark.parametrize("leaving", LEAVING)

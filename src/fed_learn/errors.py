@@ -242,11 +242,11 @@ def text_of(error: BaseException) -> str:
         text = str.__str__(str(error))  # of a class of one's own it would do as it likes
         return printable(text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…")
     except BaseException as second:  # noqa: BLE001 - code of others, which may do anything
-        failure_of(second)
+        as_failure(second)
         return f"its text cannot be read ({type(second).__name__})"
 
 
-def failure_of(error: BaseException) -> Exception:
+def as_failure(error: BaseException) -> Exception:
     """What code of others raised, as a failure of theirs; what interrupts the process is raised again.
 
     Clients, and the objects that they send, may raise anything while they run or are looked at, `SystemExit` and
@@ -257,7 +257,7 @@ def failure_of(error: BaseException) -> Exception:
         The error itself; one that describes it where it is no `Exception`, which most code would not catch.
 
     Example:
-        >>> failure_of(ValueError("no data")), failure_of(SystemExit("no GPU"))
+        >>> as_failure(ValueError("no data")), as_failure(SystemExit("no GPU"))
         (ValueError('no data'), FedLearnError('SystemExit: no GPU'))
     """
     if isinstance(error, KeyboardInterrupt):
@@ -300,7 +300,7 @@ def brief(value: object) -> str:
     try:
         return printable(str.__str__(reprlib.repr(value)))
     except BaseException as error:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
-        failure_of(error)
+        as_failure(error)
         return a_type(type(value))
 
 
@@ -357,7 +357,7 @@ def _is_large(value: object, depth: int = 3) -> bool:
             return depth == 0 or _is_large(value.weights, depth - 1)
         return bool(getattr(value, "nbytes", 0) > LARGEST_VALUE)
     except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
-        failure_of(error)
+        as_failure(error)
         return True
 
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from fed_learn.errors import HandlerError, HandlerFailure, brief, described, failure_of
+from fed_learn.errors import HandlerError, HandlerFailure, as_failure, brief, described
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def shut_down(
             if not of_client or isinstance(error, KeyboardInterrupt):
                 interrupt = error
                 continue
-            failure = HandlerFailure(EventType.SHUTDOWN, _name_of(handler), failure_of(error))
+            failure = HandlerFailure(EventType.SHUTDOWN, _name_of(handler), as_failure(error))
         failures += [failure.without_tracebacks()] if failure is not None else []
     if interrupt is not None:
         raise interrupt

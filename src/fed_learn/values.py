@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.errors import brief, failure_of
+from fed_learn.errors import as_failure, brief
 from fed_learn.limits import DEEPEST
 from fed_learn.weights import FLOATS, FrozenDict, Schema
 
@@ -36,7 +36,7 @@ def number_of(value: object) -> float | None:
             return None
         return float(value)
     except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
-        failure_of(error)
+        as_failure(error)
         return None
 
 
@@ -56,7 +56,7 @@ def whole_number_of(value: object) -> int | None:
                 return None
             number = int(found)
     except BaseException as error:  # noqa: BLE001 - as in `number_of`
-        failure_of(error)
+        as_failure(error)
         return None
     return number if -(2**63) <= number < 2**63 else None
 
@@ -105,7 +105,7 @@ def _plain(value: Any, depth: int) -> Any:
         if depth and isinstance(value, list | tuple):
             return tuple(_plain(item, depth - 1) for item in value)
     except BaseException as error:  # noqa: BLE001 - as in `number_of`
-        failure_of(error)
+        as_failure(error)
     return brief(value)
 
 
@@ -150,7 +150,7 @@ def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
     try:
         items = dict(weights.items())
     except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-        failure_of(error)
+        as_failure(error)
         return weights
     if not any(type(value) in (bool, int, float) for value in items.values()):
         return weights

@@ -22,9 +22,9 @@ from fed_learn.errors import (
     ShapeError,
     WeightsTypeError,
     a_type,
+    as_failure,
     brief,
     described,
-    failure_of,
 )
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -76,7 +76,7 @@ def size_text(weights: object) -> str:
         size = sum(int(getattr(value, "nbytes", 0)) for value in weights.values())
         count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
     except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-        failure_of(error)
+        as_failure(error)
         return f"{a_type(type(weights))} that cannot be read"
     for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= bytes_of_one:
@@ -177,7 +177,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
     try:
         items = list(weights.items())
     except BaseException as error:
-        failure_of(error)
+        as_failure(error)
         raise WeightsTypeError(
             f"{about(contributor)}weights cannot be read: {described(error)}", contributor=contributor
         ) from error
@@ -204,7 +204,7 @@ def _safely(look: Callable[[], str], otherwise: str) -> str:
     try:
         return look()
     except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
-        failure_of(error)
+        as_failure(error)
         return otherwise
 
 

@@ -14,7 +14,7 @@ from fed_learn.adapters.base import Framework
 from fed_learn.adapters.jax import JaxTensors
 from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchTensors
-from fed_learn.errors import failure_of
+from fed_learn.errors import as_failure
 
 FRAMEWORKS: tuple[Framework, ...] = (TorchTensors(), TensorFlowTensors(), JaxTensors())
 
@@ -66,6 +66,6 @@ def hold_tensors(*weights: object) -> bool:
         try:
             kinds.update(map(type, one.values()) if isinstance(one, Mapping) else ())
         except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-            failure_of(error)
+            as_failure(error)
     kinds.discard(np.ndarray)
     return any(framework_of(kind) is not None or _is_keras(kind) for kind in kinds)

@@ -43,7 +43,7 @@ import numpy as np
 from fed_learn.adapters.base import Framework, Resident, not_averageable
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
-from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, brief, failure_of
+from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, as_failure, brief
 from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict
 
 Tensors: TypeAlias = dict[str, Any]
@@ -128,7 +128,7 @@ def opened(weights: object, who: str) -> Opened:
     try:
         arrays: dict[Any, Any] = dict(weights.items())
     except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-        failure_of(error)
+        as_failure(error)
         return Opened(weights, {}, {})
     tensors: Tensors = {}
     owners: dict[str, Framework] = {}
@@ -169,7 +169,7 @@ def without_tensors(weights: Any, who: str) -> Any:
         try:
             weights = dict(weights.items())  # read once: what is looked at is what is kept
         except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-            failure_of(error)
+            as_failure(error)
             return weights
     return opened(weights, who).on_host() if hold_tensors(weights) else weights
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fed_learn.errors import ConfigError, described, failure_of, text_of
+from fed_learn.errors import ConfigError, as_failure, described, text_of
 
 
 def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[str, Any] | None = None) -> Any:
@@ -54,7 +54,7 @@ def build_component(entry: object, known: Mapping[str, type], supplies: Mapping[
     try:
         return cls(**built)
     except BaseException as error:
-        failure_of(error)
+        as_failure(error)
         raise ConfigError(f"{cls.__name__} cannot be built: {described(error)}") from error
 
 
@@ -107,7 +107,7 @@ def _import(path: object) -> type:
     try:
         found = getattr(importlib.import_module(module), name)
     except BaseException as error:  # a script may end itself when it is imported
-        failure_of(error)
+        as_failure(error)
         raise ConfigError(f"path {path!r}: {described(error)}") from error
     if not isinstance(found, type):
         raise ConfigError(f"path {path!r} is no class")

@@ -23,8 +23,8 @@ from fed_learn.errors import (
     MetricError,
     OutOfTurnError,
     TooFewContributionsError,
+    as_failure,
     described,
-    failure_of,
     is_error,
     printable,
     text_of,
@@ -198,7 +198,7 @@ class Job(JobEvents):
         self._check_in_round("receive")
         self._check_not_aggregated("receive")
         if is_error(sent) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
-            self.quit(name, failure_of(sent))
+            self.quit(name, as_failure(sent))
             return None
         contribution, refusal = self._receiver.receive(name, sent)
         self._unanswered += refusal is None
@@ -345,7 +345,7 @@ class Job(JobEvents):
             OutOfTurnError: No model is being validated.
         """
         if is_error(result):
-            self.quit(name, failure_of(result))
+            self.quit(name, as_failure(result))
             return None
         if self._validated is None:
             raise OutOfTurnError("receive_validation_result: begin_validation comes first")
@@ -353,7 +353,7 @@ class Job(JobEvents):
         try:
             checked = checked_result(name, self._validated, result, results)
         except BaseException as error:  # noqa: BLE001 - whatever a client sent must not end the job
-            named = isinstance(failure_of(error), MetricError)
+            named = isinstance(as_failure(error), MetricError)
             reason = text_of(error) if named else f"{name}: {described(error)}"
             logger.error("a validation result is left out: %s", reason)
             return None

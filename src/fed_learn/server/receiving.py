@@ -18,9 +18,9 @@ from fed_learn.errors import (
     UnknownContributorError,
     WeightsTypeError,
     a_type,
+    as_failure,
     brief,
     described,
-    failure_of,
     text_of,
     without_tracebacks,
 )
@@ -84,7 +84,7 @@ class Receiver:
             return contribution, without_tracebacks(error)
         except BaseException as error:
             unreadable = WeightsTypeError(f"{name}: sent something unreadable: {described(error)}", contributor=name)
-            unreadable.__cause__ = failure_of(error)
+            unreadable.__cause__ = as_failure(error)
             logger.error("%s", unreadable, exc_info=error)
             return contribution, without_tracebacks(unreadable)
 

@@ -11,7 +11,7 @@ from fed_learn.client.fed_client import FederatedClient
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import metric_and_mode, mode_followed
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import ClientQuitError, HandlerFailure, described, failure_of
+from fed_learn.errors import ClientQuitError, HandlerFailure, as_failure, described
 from fed_learn.events import EventType
 from fed_learn.kernels.threads import usable_processors
 
@@ -72,7 +72,7 @@ class Roster:
             if error is None:
                 yield name, future.result()
                 continue
-            answer = failure_of(error)
+            answer = as_failure(error)
             if answer is not error:  # a learner that calls sys.exit ends its client, not the server
                 answer = ClientQuitError(f"{name}: {described(error)}", contributor=name)
                 answer.__cause__ = error
@@ -85,7 +85,7 @@ class Roster:
             return client.stop()
         except BaseException as error:
             kind = f"{type(client).__module__}.{type(client).__qualname__}"
-            failure = HandlerFailure(EventType.SHUTDOWN, kind, failure_of(error))
+            failure = HandlerFailure(EventType.SHUTDOWN, kind, as_failure(error))
             logger.error("%s could not be stopped: %s", name, failure, exc_info=error)
             return (failure.without_tracebacks(),)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import failure_of, is_error, text_of
+from fed_learn.errors import as_failure, is_error, text_of
 from fed_learn.server.job import Job
 from fed_learn.server.roster import Roster
 from fed_learn.weights import FrozenWeights, as_weight_dict, check_finite
@@ -39,7 +39,7 @@ def run_job(job: Job, roster: Roster) -> None:
 def _register(job: Job, roster: Roster) -> None:
     for name, answer in roster.ask(lambda client: client.start(job.server.num_rounds)):
         if is_error(answer):
-            job.note_failure(name, failure_of(answer), "could not start")
+            job.note_failure(name, as_failure(answer), "could not start")
             job.record(roster.dismiss(name))
         else:
             job.register(name)
@@ -90,7 +90,7 @@ def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
     bests: dict[str, FrozenWeights] = {}
     for name, answer in roster.ask(lambda client: client.submit_best_model()):
         if is_error(answer):
-            job.quit(name, failure_of(answer))
+            job.quit(name, as_failure(answer))
             _stop_if_it_left(job, roster, name)
         elif answer is not None:
             try:
@@ -99,7 +99,7 @@ def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
                 frozen = FrozenWeights({**job.weights, **fit})  # what is checked below is what is kept
                 check_finite(frozen, name, constants=job.weights)
             except BaseException as error:  # noqa: BLE001 - whatever a client offers must not end the job
-                reason = text_of(failure_of(error))
+                reason = text_of(as_failure(error))
                 logger.error("the best model of %s is left out of the cross-site validation: %s", name, reason)
             else:
                 bests[name] = frozen

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fed_learn.errors import described, failure_of
+from fed_learn.errors import as_failure, described
 from fed_learn.integrations.flower.replies import PARTITION_ID
 
 App = Callable[[Message, Context], Message | None]
@@ -109,5 +109,5 @@ class LocalGrid(Grid):
         try:
             return self._app(received, context)
         except BaseException as error:  # noqa: BLE001 - a node that fails, or leaves, is one that fails
-            failure_of(error)
+            as_failure(error)
             return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, described(error)), reply_to=sent)

@@ -25,7 +25,7 @@ from fed_learn.errors import (
     NothingAggregatedError,
     ShapeError,
     UnknownContributorError,
-    failure_of,
+    as_failure,
     text_of,
     without_tracebacks,
 )
@@ -356,7 +356,7 @@ class Session:
             raise  # of CLIENT_REGISTER: no failure of the client
         except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
             # That a client failed is not this code's failure: where it was noticed would tell nothing.
-            sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else failure_of(error)
+            sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else as_failure(error)
             name = self._register(node, None)
         contribution = self.job.receive(name, sent)
         if contribution is not None:
@@ -499,7 +499,7 @@ class Session:
         except HandlerError:
             raise  # of CLIENT_REGISTER: no failure of the client
         except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
-            result = failure_of(error)
+            result = as_failure(error)
         self.job.receive_validation_result(name, result)
 
     def finish(self) -> None:

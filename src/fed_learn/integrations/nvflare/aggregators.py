@@ -32,9 +32,9 @@ from fed_learn.errors import (
     FedLearnError,
     FloatingPointEnvironmentError,
     WeightsTypeError,
+    as_failure,
     brief,
     described,
-    failure_of,
     text_of,
 )
 from fed_learn.handlers.scoring import check_choice, check_count
@@ -191,7 +191,7 @@ class _Averaging:
             except (BrokenAccumulatorError, FloatingPointEnvironmentError):
                 raise  # not the client's doing
             except BaseException as error:  # noqa: BLE001 - raised below, with the name of who sent it
-                reason = _reason(who, failure_of(error))
+                reason = _reason(who, as_failure(error))
                 refusal = intake.refuse(who, reason)
                 raise reason from (None if reason is error else error)
             finally:

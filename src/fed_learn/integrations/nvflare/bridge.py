@@ -32,8 +32,8 @@ from fed_learn.errors import (
     FedLearnError,
     NothingAggregatedError,
     WeightsTypeError,
+    as_failure,
     described,
-    failure_of,
     text_of,
 )
 from fed_learn.events import EventHandler, check_handlers
@@ -149,7 +149,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             self.system_panic(text_of(error), fl_ctx)
             return
         except BaseException as error:  # noqa: BLE001 - ends the job, below; NVFlare's threads would end without a word
-            failure_of(error)
+            as_failure(error)
             self._failed = True
             self.log_exception(fl_ctx, f"at {event_type}: {described(error)}")
             # Outside of the lock: whoever acts on this may wait for something that waits for us.
@@ -299,7 +299,7 @@ def _read(name: str, result: Any, number: int | None) -> Contribution | None:
     try:
         model: FLModel = FLModelUtils.from_shareable(result)
     except BaseException as error:  # noqa: BLE001 - from outside; the aggregator judges it, and not this
-        failure_of(error)
+        as_failure(error)
         return None
     steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
     try:
@@ -316,7 +316,7 @@ def _why_not(name: str, result: Any) -> ContributionError:
     try:
         empty = not FLModelUtils.from_shareable(result).params
     except BaseException as error:  # noqa: BLE001 - from outside, or not there at all: its client failed
-        failure_of(error)
+        as_failure(error)
         empty = False
     if empty:
         return WeightsTypeError(f"{name}: sent no weights", contributor=name)

@@ -16,7 +16,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.contribution import Contribution
-from fed_learn.errors import FedLearnError, described, failure_of
+from fed_learn.errors import FedLearnError, as_failure, described
 from fed_learn.values import split_metrics
 
 OUTCOME = "fed_learn.outcome"
@@ -83,7 +83,7 @@ def scores_in(answer: Shareable) -> dict[str, float]:
     try:
         model = FLModelUtils.from_shareable(answer)
     except BaseException as error:
-        failure_of(error)
+        as_failure(error)
         raise FedLearnError(f"sent something unreadable: {described(error)}") from error
     if model.params is not None:
         raise FedLearnError("sent weights, and scores nothing unless its script asks flare.is_evaluate()")
