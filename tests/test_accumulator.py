@@ -340,8 +340,9 @@ def test_kernel_is_looked_up_when_the_accumulator_is_made(monkeypatch: pytest.Mo
     with fl.kernels.use("numpy"):
         accumulator = Accumulator()
     accumulator.add(model(1.0), 1)
+    accumulator.flush()
     assert calls == ["numpy"]
-    Accumulator(kernel="numpy").add(model(1.0), 1)
+    Accumulator(kernel="numpy").add(FrozenWeights(model(1.0)), 1)
     assert calls == ["numpy", "numpy"]
 
 
@@ -550,7 +551,7 @@ def test_interrupted_accumulator_refuses_to_go_on(step: str, exact: bool, monkey
     else:
         monkeypatch.setattr(type(accumulator._kernel), "accumulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        accumulator.merge(other) if step == "merge" else accumulator.add(batch(1, 3)[0])
+        accumulator.merge(other) if step == "merge" else accumulator.add(batch(1, 3)[0].frozen())
     for use in (accumulator.result, lambda: accumulator.add(batch(1, 4)[0]), lambda: other.merge(accumulator)):
         with pytest.raises(BrokenAccumulatorError):
             use()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
@@ -122,6 +123,10 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
         >>> mean_of([1.0, 3.0], [3, 1]), mean_of([1.5e308, 1.5e308], [1e300, 1e300])
         (1.5, 1.5e+308)
     """
+    if min(filter(None, weights)) < 2.0**-800 * max(weights) and all(map(math.isfinite, numbers)):
+        # Products could underflow.
+        exact = [Fraction(weight) * Fraction(number) for weight, number in zip(weights, numbers, strict=True)]
+        return float(sum(exact) / sum(map(Fraction, weights)))
     _, exponent = math.frexp(max(weights))
     scaled = [math.ldexp(weight, -exponent) for weight in weights]  # exactly, and none of them above 1
     largest = max(map(abs, numbers))

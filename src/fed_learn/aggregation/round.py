@@ -316,7 +316,9 @@ class Round:
             stream = Accumulator(like=like, exact=self._exact, kernel=self._kernel)
         else:
             stream = self._streams[key]
-        stream.add(checked.to_average(checked.averaged))
+        # Frozen, or left alone as was promised: neither needs a copy, nor to wait.
+        stream.add(checked.to_average(checked.averaged), borrow=True)
+        stream.flush()
         self._streams[key] = stream
 
     def _forget_streams(self) -> None:
