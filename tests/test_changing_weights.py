@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import KERNELS, Array
+from reference import KERNELS, Array, WeightDict
 
 import fed_learn as fl
 from fed_learn import kernels
@@ -77,7 +77,7 @@ def test_a_batch_with_a_buffer_that_flips_is_finite_or_refused_by_name(kernel: s
     with flipping(buffer):
         for _ in range(8):
             refused: list[fl.NonFiniteError] = []
-            mean = {"w": good / 2}
+            mean: WeightDict = {"w": good / 2}
             try:
                 mean = weighted_average([{"w": good}, {"w": buffer}], [1, 1], exact=exact, kernel=kernel)
             except fl.NonFiniteError as error:
@@ -138,7 +138,7 @@ def test_an_exact_batch_that_stays_changed_is_refused_by_name(kernel: str, value
 def test_what_becomes_of_weights_after_they_were_added_does_not_matter(kernel: str, exact: bool, dtype: type) -> None:
     accumulator = Accumulator(exact=exact, kernel=kernel)
     for k in range(5):
-        buffer = np.full((2, SIZE // 2), k % 2, dtype)
+        buffer: Array = np.full((2, SIZE // 2), k % 2, dtype)
         accumulator.add({"w": buffer.T if k == 3 else buffer.T.copy()}, 1)
         buffer[:] = 1
     assert set(accumulator.result()["w"].ravel().tolist()) == {
@@ -152,7 +152,8 @@ def test_tensors_that_change_after_they_were_added_do_not_matter(exact: bool) ->
         accumulator = Accumulator(exact=exact, kernel=kernel)
         for k in range(5):
             tensor = torch.full((7,), float(k))
-            accumulator.add({"w": tensor}, 1)
+            state: Any = {"w": tensor}
+            accumulator.add(state, 1)
             tensor.fill_(torch.nan)
         assert accumulator.result()["w"].tolist() == [2.0] * 7
 
@@ -220,7 +221,8 @@ def test_frozen_weights_are_not_copied(kernel: str) -> None:
 def test_a_copy_has_the_same_bytes_and_says_whether_they_are_finite(kernel: str, dtype: type, size: int) -> None:
     rng = np.random.default_rng(size)
     # At an odd multiple of the element, where no vector begins.
-    source, target = (np.zeros(size + 1, dtype)[1:] for _ in range(2))
+    source: Array = np.zeros(size + 1, dtype)[1:]
+    target: Array = np.zeros(size + 1, dtype)[1:]
     source[...] = rng.integers(0, 2, size)
     assert kernels.resolve(kernel).copy([source], [target]) == [False]
     assert target.tobytes() == source.tobytes()

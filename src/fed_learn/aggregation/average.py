@@ -152,7 +152,8 @@ def _average_far_apart(schema: Schema, checked: Rows, results: WeightDict, kerne
     mean = weighted_average([weights for _, weights, _ in near], [a for _, _, a in near], kernel=kernel)
     names = [name for name, (_, dtype) in schema.items() if dtype == np.float64]
     added = weighted_average([{n: w[n] for n in names} for _, w, _ in far], [a for _, _, a in far], kernel=kernel)
-    share = sum(Fraction(a) for _, _, a in far) / sum(Fraction(a) for _, _, a in checked)
+    total, of_far = (sum((Fraction(a) for _, _, a in rows), Fraction()) for rows in (checked, far))
+    share = of_far / total
     exponent = share.numerator.bit_length() - share.denominator.bit_length() + 1
     factor = float(share / Fraction(2) ** exponent)
     for name, result in results.items():
