@@ -766,3 +766,15 @@ def test_the_way_out_is_named_where_there_is_one(stream: bool) -> None:
     way_out = "; partial='average' averages each variable over those who sent it"
     text = "c: misses 'fc.weight' and adds 'fc.bias', compared with what 2 of the round's contributions hold"
     assert str(error) == (text if stream else text + way_out)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_round_that_nobody_told_is_the_one_that_most_contributions_state(place: int) -> None:
+    this = Round(model=MODEL)
+    stated = [3, None, 3]
+    stated.insert(place, 99)
+    for k, number in enumerate(stated):
+        this.receive(sent("liar" if number == 99 else f"site-{k}", model(9 if number == 99 else 1), round=number))
+    ((refused, error),) = this.settle()
+    assert (refused.contributor, type(error), this.number) == ("liar", fl.RoundError, 3)
+    assert firsts(this.combine().mean)["fc.weight"] == 1.0
