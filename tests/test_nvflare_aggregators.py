@@ -15,8 +15,9 @@ import fed_learn as fl
 
 pytest.importorskip("nvflare")
 
+from nvflare.apis.client import Client
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
-from nvflare.apis.fl_constant import ReservedKey, ReturnCode
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode, ServerCommandKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -648,3 +649,35 @@ def test_a_bridge_takes_handlers_alone() -> None:
         HandlerBridge([fl.ModelSelectionHandler])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="on_handler_error must be 'raise' or 'log'"):
         HandlerBridge([], on_handler_error="ignore")
+
+
+def test_a_client_cannot_contribute_in_the_name_of_another() -> None:
+    aggregator = WeightedAverageDXOAggregator()
+
+    def sent(by: str, stated: str, value: float) -> Shareable:
+        made = DXO(DataKind.WEIGHT_DIFF, {"w": np.full(1, value)}, {"NUM_STEPS_CURRENT_ROUND": 1}).to_shareable()
+        made.set_peer_props({ReservedKey.IDENTITY_NAME: stated})
+        made.set_header(ServerCommandKey.FL_CLIENT, Client(by, "token"))  # as NVFlare's server does, by the token
+        return made
+
+    assert aggregator.accept(sent("site-2", "site-1", 3.0), FLContext())
+    assert aggregator.accept(sent("site-1", "site-1", 1.0), FLContext())
+    assert not aggregator.accept(sent("site-2", "site-3", 5.0), FLContext())
+    assert aggregator.report is not None
+    assert aggregator.report.accepted == ("site-1", "site-2")
+    assert [(f.contributor, f.cause) for f in aggregator.report.rejected] == [("site-2", "DuplicateContributionError")]
+    assert from_shareable(aggregator.aggregate(FLContext())).data["w"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize("name", ["a\nERROR all is lost\x1b[2K", "a/b", " a", "final", "x" * 201])
+def test_a_client_whose_name_is_none_is_refused_in_one_printable_line(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator = WeightedAverageAggregator()
+    with pytest.raises(fl.UnknownContributorError, match="is not a name") as caught:
+        aggregator.accept_model(FLModel(params={"w": np.ones(1)}, meta={"client_name": name}))
+    assert str(caught.value).isprintable()
+    assert aggregator.report is not None
+    (failure,) = aggregator.report.rejected
+    assert failure.contributor.isprintable()
+    assert len(failure.contributor) < 100

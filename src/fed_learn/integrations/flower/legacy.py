@@ -16,6 +16,7 @@ from flwr.server.strategy import FedAvg as FlowerFedAvg
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import ClientQuitError, ContributionError, described
 from fed_learn.events import EventHandler, check_handlers
+from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import NPY, to_weights
 from fed_learn.integrations.flower.replies import (
@@ -61,6 +62,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         validation_metric: See there.
         validation_mode: See there.
         n_iter_key: See there.
+        node_names: See there; by Flower's client ids.
         **flower: Arguments of Flower's `FedAvg`.
 
     Attributes:
@@ -86,6 +88,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         validation_metric: str = INITIAL_VALIDATION_METRIC,
         validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
+        node_names: NodeNames | None = None,
         **flower: Any,
     ) -> None:
         super().__init__(**flower)
@@ -101,6 +104,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         self.validation_metric = validation_metric
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
+        self.node_names = node_names
         self.job = None
         self._job_session = None
         self._job_begin(
@@ -122,6 +126,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         session = self._job_open(
             server_round, lambda session: _holds(session, parameters), lambda schema: _weights(parameters, schema)
         )
+        session.connect(client_manager.all)
         instructions = super().configure_fit(server_round, _parameters(session), client_manager)
         for client, _ in instructions:
             session.ask(_node(client, 0))
@@ -242,6 +247,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
             validation_mode=self.validation_mode,
             exact=self.exact,
             kernel=self.kernel,
+            node_names=self.node_names,
         )
 
     def __receive(self, session: Session, node: Hashable, result: FitRes) -> Contribution | None:

@@ -1,6 +1,5 @@
 """`FedAvg` in the place of Flower's, and `WithHandlers` around any other strategy of its Message API."""
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from traceback import walk_tb
@@ -19,6 +18,7 @@ from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
 from fed_learn.integrations.flower.metrics import mean_metrics
+from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
 from fed_learn.integrations.flower.replies import N_ITER
 from fed_learn.integrations.flower.session import Aggregate, Session
@@ -70,6 +70,9 @@ class FedAvg(Handled, FlowerFedAvg):
         validation_mode: What is better of it, `"max"` or `"min"`, which handlers follow; None: its name says so.
         n_iter_key: Where a reply's metrics hold the number of local iterations.
         poll_interval: Seconds from the first look for replies to the second. From look to look they grow by half, to 4.
+        node_names: Which node is which contributor: a mapping of nodes' numbers to names, or a function of a number that
+            gives a name, or None where it knows none. A node that claims to be another is refused. Without, a name
+            belongs to the node that first contributes under it, as long as that is connected.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -111,6 +114,7 @@ class FedAvg(Handled, FlowerFedAvg):
         validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
         poll_interval: float = 0.25,
+        node_names: NodeNames | None = None,
     ) -> None:
         super().__init__(
             fraction_train=fraction_train,
@@ -138,6 +142,7 @@ class FedAvg(Handled, FlowerFedAvg):
             validation_mode=validation_mode,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
+            node_names=node_names,
         )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -159,12 +164,18 @@ class FedAvg(Handled, FlowerFedAvg):
         """See `Handled._job_metrics`."""
         return self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None
 
+    def _check_and_log_replies(
+        self, replies: Iterable[Message], is_train: bool, validate: bool = True
+    ) -> tuple[list[Message], list[Message]]:
+        """Replies with content and with errors, which are logged. Contents are checked later, one by one."""
+        del validate
+        listed = list(replies)
+        good, failed = [m for m in listed if not m.has_error()], [m for m in listed if m.has_error()]
+        log_replies(len(good), failed, "aggregate_train" if is_train else "aggregate_evaluate")
+        return good, failed
+
     def __looked_through(self, replies: list[Message], *, is_train: bool) -> tuple[list[Message], list[Message]]:
-        """Replies with content and with errors, as Flower's method logs and separates them, or a subclass's."""
-        look = self._check_and_log_replies
-        # That replies are like one another is checked later, one by one. A subclass may not know of the choice.
-        choice = {"validate": False} if "validate" in inspect.signature(look).parameters else {}
-        good, failed = look(replies, is_train=is_train, **choice)
+        good, failed = self._check_and_log_replies(replies, is_train=is_train)  # a subclass may have its own
         return list(good), list(failed)
 
 
@@ -224,6 +235,7 @@ class WithHandlers(Handled, _Delegate):
         validation_mode: See `FedAvg`.
         n_iter_key: See `FedAvg`.
         poll_interval: See `FedAvg`.
+        node_names: See `FedAvg`.
 
     Raises:
         ValueError: Also for `Kind.DIFF` and a strategy of Flower's own, which would take the mean difference for the
@@ -250,6 +262,7 @@ class WithHandlers(Handled, _Delegate):
         validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
         poll_interval: float = 0.25,
+        node_names: NodeNames | None = None,
     ) -> None:
         if Kind(kind) is Kind.DIFF and type(strategy).__module__.startswith("flwr."):
             raise ValueError(f"{type(strategy).__name__} makes a model of full weights: kind must be Kind.FULL")
@@ -269,6 +282,7 @@ class WithHandlers(Handled, _Delegate):
             validation_mode=validation_mode,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
+            node_names=node_names,
         )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:

