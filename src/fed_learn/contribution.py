@@ -136,6 +136,21 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     return number
 
 
+def check_countable(aggregation_weight: float, contributor: str) -> float:
+    """An aggregation weight that a job takes: nobody has more than `LARGEST_WEIGHT` examples, and sums stay finite.
+
+    Raises:
+        AggregationWeightError: It is larger.
+    """
+    if aggregation_weight > LARGEST_WEIGHT:
+        raise AggregationWeightError(
+            f"{contributor}: aggregation weight {aggregation_weight} is above 2**100, which no number of examples is",
+            contributor=contributor,
+            value=aggregation_weight,
+        )
+    return aggregation_weight
+
+
 def check_factor(value: object, contributor: str) -> float:
     """A factor of a contributor's aggregation weights, from the settings, as a float.
 

@@ -15,7 +15,7 @@ from fed_learn.aggregation.average import weighted_average
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.tensors import schema_of, without_tensors
-from fed_learn.contribution import Contribution, Kind, check_terms
+from fed_learn.contribution import Contribution, Kind, check_countable, check_terms
 from fed_learn.errors import (
     ContributionError,
     DtypeError,
@@ -363,7 +363,7 @@ class Round:
         if known is not None and known.contribution is given:
             return known
         if known is not None and known.contribution.weights is given.weights:
-            weight = check_terms(given, kind=self._terms.kind, round=self.number)
+            weight = check_countable(check_terms(given, kind=self._terms.kind, round=self.number), given.contributor)
             if not self._stream or weight == known.contribution.aggregation_weight:
                 return replace(known, contribution=replace(given, aggregation_weight=weight))
         if self._stream:

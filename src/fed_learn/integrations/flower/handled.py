@@ -287,7 +287,7 @@ class Handled(OneJob, Strategy):
             raise
         report = session.report
         assert report is not None
-        counted = [accepted[name].content for name in report.accepted if name in accepted]
+        counted = [(name, accepted[name].content) for name in report.accepted if name in accepted]
         metrics = self._job_metrics(counted if report.error is None else [])
         return (session.record if changed else None), metrics
 
@@ -315,8 +315,12 @@ class Handled(OneJob, Strategy):
         """Replies with content, and those that carry an error; what streams is not looked into."""
         raise NotImplementedError
 
-    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
-        """The metrics of a round, of the replies that counted."""
+    def _job_called(self, node: Hashable) -> str:
+        """What a node is called, as far as is known."""
+        return node_name(node) if self._job_session is None else self._job_session.called(node)
+
+    def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
+        """The metrics of a round, of the replies that counted, by the names of their clients."""
         raise NotImplementedError
 
     def _job_aggregate(self) -> Aggregate | None:

@@ -1,8 +1,10 @@
 """`LegacyFedAvg` in the place of `flwr.server.strategy.FedAvg`, for apps that have not moved to the Message API."""
 
 import logging
+import math
 import operator
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,8 +15,9 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import ClientQuitError, ContributionError, described
+from fed_learn.aggregation.round import Told
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, check_aggregation_weight
+from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, brief, described
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.one_job import OneJob
@@ -28,7 +31,7 @@ from fed_learn.integrations.flower.replies import (
 )
 from fed_learn.integrations.flower.session import Session
 from fed_learn.server import JobResult
-from fed_learn.values import number_of, whole_number_of
+from fed_learn.values import mean_of, number_of, whole_number_of
 from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
@@ -187,7 +190,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
     def aggregate_evaluate(
         self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: Failures
     ) -> tuple[float | None, Metrics]:
-        """Flower's mean loss, over the clients that have examples.
+        """The mean loss over the clients that have examples and a loss that is finite; the others are told of.
 
         The scores serve the selection of models, those of the last round for the final one.
         """
@@ -200,9 +203,32 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
                 node = _node(client, place)
                 if score is not None:
                     session.note_score(node, partial(_claim, node, result.metrics), score)
-        counted = [(client, result) for client, result in results if result.num_examples > 0]
-        aggregated: tuple[float | None, Metrics] = super().aggregate_evaluate(server_round, counted, failures)
-        return aggregated
+        told = Told(logger) if session is None else session.told
+        counted: list[tuple[ClientProxy, EvaluateRes]] = []
+        losses: list[tuple[float, float]] = []
+        for place, (client, result) in enumerate(results, 1):
+            node = _node(client, place)
+            who = node_name(node) if session is None else session.called(node)
+            try:
+                weight = check_aggregation_weight(result.num_examples, who)
+            except AggregationWeightError as error:
+                told.once(("evaluation", who), f"its evaluation is left out: {error}")
+                continue
+            if not weight:
+                continue
+            counted.append((client, result))
+            loss = number_of(result.loss)
+            if loss is not None and math.isfinite(loss):
+                losses.append((loss, weight))
+            else:
+                told.once(
+                    ("metric", who, "loss"), f"{who}: its loss is {brief(result.loss)}, left out of the mean loss"
+                )
+        # Flower's own mean loss would be NaN where one is; it decides whether there is one.
+        safe = [(client, replace(result, loss=0.0)) for client, result in counted]
+        aggregated, metrics = super().aggregate_evaluate(server_round, safe, failures)
+        mean = mean_of(*zip(*losses, strict=True)) if aggregated is not None and losses else None
+        return mean, metrics
 
     def close(self, results: list[tuple[ClientProxy, EvaluateRes]] | None = None) -> JobResult | None:
         """CLIENT_QUIT and SHUTDOWN; nothing if no job runs.

@@ -17,10 +17,10 @@ from fed_learn.errors import FedLearnError, IntegerRangeError, described
 from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
-from fed_learn.integrations.flower.metrics import mean_metrics
+from fed_learn.integrations.flower.metrics import mean_by_name, mean_metrics
 from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
-from fed_learn.integrations.flower.replies import N_ITER
+from fed_learn.integrations.flower.replies import N_ITER, node_of
 from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server.receiving import Refusal
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, check_finite
@@ -70,9 +70,9 @@ class FedAvg(Handled, FlowerFedAvg):
         validation_mode: What is better of it, `"max"` or `"min"`, which handlers follow; None: its name says so.
         n_iter_key: Where a reply's metrics hold the number of local iterations.
         poll_interval: Seconds from the first look for replies to the second. From look to look they grow by half, to 4.
-        node_names: Which node is which contributor: a mapping of nodes' numbers to names, or a function of a number that
-            gives a name, or None where it knows none. A node that claims to be another is refused. Without, a name
-            belongs to the node that first contributes under it, as long as that is connected.
+        node_names: Which node is which contributor: a mapping of nodes' numbers to names, or a function of a number
+            that gives a name, or None where it knows none. A node that claims to be another is refused. Of nodes that
+            are not named so, a name belongs to the first that contributes under it, as long as that is connected.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -154,15 +154,22 @@ class FedAvg(Handled, FlowerFedAvg):
             return None
         if self.evaluate_metrics_aggr_fn is mean_metrics:
             good = self._job_weighed(good)
-        return self.evaluate_metrics_aggr_fn([m.content for m in good], self.weighted_by_key)
+        named = [(self._job_called(node_of(m, place)), m.content) for place, m in enumerate(good, 1)]
+        return self.__mean(self.evaluate_metrics_aggr_fn, named)
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
         """See `Handled._job_replies`."""
         return self.__looked_through(replies, is_train=True) if isinstance(replies, list) else (replies, [])
 
-    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
+    def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
         """See `Handled._job_metrics`."""
-        return self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None
+        return self.__mean(self.train_metrics_aggr_fn, counted) if counted else None
+
+    def __mean(self, function: MetricsFunction, contents: list[tuple[str, RecordDict]]) -> MetricRecord:
+        session = self._job_session
+        if function is mean_metrics and session is not None:
+            return mean_by_name(contents, self.weighted_by_key, session.told)
+        return function([content for _, content in contents], self.weighted_by_key)
 
     def _check_and_log_replies(
         self, replies: Iterable[Message], is_train: bool, validate: bool = True
@@ -305,7 +312,7 @@ class WithHandlers(Handled, _Delegate):
         self.__metrics, self.__unsaid = None, (len(good), failed)
         return good, failed
 
-    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
+    def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
         """See `Handled._job_metrics`."""
         unsaid, self.__unsaid = self.__unsaid, None
         if unsaid is not None:

@@ -229,16 +229,16 @@ class _Averaging:
         )
 
     def _tell_of_metrics(self, who: Any, numbers: Mapping[str, float], others: Mapping[str, Any]) -> None:
-        """Says once for each metric that some of what clients sent for it is not in its mean."""
+        """Says once for each metric of a client that it is not in the mean."""
         for name, value in others.items():
             self._told.once(
-                ("metric", name),
-                f"{who}: metric {name!r} is {brief(value)}, no single number: it is left out of the mean metrics",
+                ("metric", who, name),
+                f"{who}: metric {brief(name)} is {brief(value)}, no single number: it is left out of the mean metrics",
             )
         for name, value in numbers.items():
             if not math.isfinite(value):
                 self._told.once(
-                    ("not finite", name), f"{who}: metric {name!r} is {value}: it is left out of the mean metrics"
+                    ("metric", who, name), f"{who}: metric {brief(name)} is {value}: it is left out of the mean metrics"
                 )
 
     def _steps(self, who: Any, steps: Any) -> float:
