@@ -916,7 +916,7 @@ def test_an_accumulator_that_is_told_kind_and_round_does_not_take_them_from_the_
     for liar, error in zip(liars, (RoundError, KindError), strict=True):
         with pytest.raises(error) as caught:
             mean.add(liar)
-        assert caught.value.contributor == "liar"  # type: ignore[attr-defined]
+        assert caught.value.contributor == "liar"
     mean.add(Contribution("a", model(1.0), 1, kind=Kind.DIFF, round=3))
     mean.add(model(3.0), 1, "b")  # bare weights are of the kind that it was told
     assert mean.contributors == ("a", "b")

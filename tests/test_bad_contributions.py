@@ -715,6 +715,19 @@ def test_of_equally_common_rounds_the_newer_counts_and_the_refusal_says_that_the
         assert caught.value.contributor == "site-1"
 
 
+@pytest.mark.parametrize("stated", ["4", 2.5, [4], None])
+def test_a_round_or_a_kind_that_is_none_does_not_decide(stated: Any) -> None:
+    batch = [replace(good("site-1"), round=stated), replace(good("site-2"), kind=stated), good("site-3")]
+    for listed in (batch, batch[::2], batch[:1]):
+        if stated is None and batch[1] not in listed:
+            assert bits(weighted_average(listed)) == bits(good_weights())
+            continue
+        with pytest.raises((RoundError, KindError)) as caught:
+            weighted_average(listed)
+        assert caught.value.contributor in ("site-1", "site-2")
+        assert "as many" not in str(caught.value)
+
+
 def test_the_one_of_another_kind_is_refused_and_not_the_others_wherever_it_stands() -> None:
     weights = {"w": np.ones(2)}
     for kind, other in ((Kind.FULL, Kind.DIFF), (Kind.DIFF, Kind.FULL)):

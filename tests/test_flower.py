@@ -894,7 +894,7 @@ def test_one_clients_bad_metric_costs_itself_and_not_the_mean(
         return Message(content, reply_to=message)
 
     start_record = ArrayRecord({"w": Array(np.zeros(1))})
-    result = FedAvg(stream=stream).start(LocalGrid(measures, 4), start_record, num_rounds=2)
+    result: Any = FedAvg(stream=stream).start(LocalGrid(measures, 4), start_record, num_rounds=2)
     for found in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp):
         assert [dict(found[number]) for number in (1, 2)] == [{"loss": 5 / 3, "other": 1.5}] * 2
     assert [report.accepted for report in result.job.reports] == [tuple(f"node-{k}" for k in (2, 3, 4, 5))] * 2

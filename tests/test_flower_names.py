@@ -115,11 +115,12 @@ class Nodes(LocalGrid):
         return [node for node in super().get_node_ids() if node not in self.away]
 
     def _answer_of(self, message: Message, context: Context) -> Message:
-        content = {"a": record(w=np.full(1, float(context.node_id))), "m": MetricRecord({"num-examples": 1})}
+        weights = record(w=np.full(1, float(context.node_id)))
+        content = RecordDict({"a": weights, "m": MetricRecord({"num-examples": 1})})
         claim = self.claims.get(context.node_id)
         if claim is not None:
             content["fed_learn"] = ConfigRecord({"contributor": claim})
-        return Message(RecordDict(content), reply_to=message)
+        return Message(content, reply_to=message)
 
 
 class Sampling(FedAvg):
@@ -233,7 +234,7 @@ def test_the_registry_says_whose_a_name_is_also_in_the_first_round(registry: Any
 
 def test_a_claim_that_the_registry_contradicts_is_refused_by_the_name_that_it_gives() -> None:
     strategy = Sampling({1: (2, 3)}, node_names={2: "a", 3: "b"})
-    result = strategy.start(Nodes({2: "b", 3: "b"}), record(w=np.zeros(1)), num_rounds=1)
+    result: Any = strategy.start(Nodes({2: "b", 3: "b"}), record(w=np.zeros(1)), num_rounds=1)
     (failure,) = result.job.reports[0].rejected
     assert (result.job.reports[0].accepted, failure.contributor, failure.cause) == (
         ("b",),
@@ -255,7 +256,7 @@ def test_a_registry_that_raises_or_gives_no_name_costs_that_node_alone() -> None
     def registry(node: int) -> str:
         return {3: "b", 4: "a\nb"}[node]
 
-    result = Sampling({1: (2, 3, 4)}, node_names=registry).start(Nodes({}), record(w=np.zeros(1)), num_rounds=1)
+    result: Any = Sampling({1: (2, 3, 4)}, node_names=registry).start(Nodes({}), record(w=np.zeros(1)), num_rounds=1)
     assert result.job.reports[0].accepted == ("b",)
     assert [str(f.error) for f in result.job.reports[0].rejected] == [
         "node-2: node_names raised KeyError: 2",

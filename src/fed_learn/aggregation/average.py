@@ -216,8 +216,8 @@ def counting(checked: Rows, check: Callable[[str, dict[str, Array]], None]) -> R
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Rows]:
     """In the order of the contributors' names."""
-    rounds = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
-    kinds = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
+    rounds: Counter[Any] = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
+    kinds: Counter[Any] = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
     # Of equally common ones: the newer round, since late contributions are common, and the first's kind.
     number = max(rounds, key=lambda number: (rounds[number], number), default=None)
     kind = max(kinds, key=kinds.__getitem__, default=None)
@@ -228,8 +228,9 @@ def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> 
                 contribution, schema, kind=kind, round=number, contributors=seen, scan=False
             )
         except (RoundError, KindError) as error:
-            stated, chosen = (rounds, number) if isinstance(error, RoundError) else (kinds, kind)
-            if list(stated.values()).count(stated[chosen]) > 1:
+            of_round = isinstance(error, RoundError)
+            stated, counts = (whole_number_of(contribution.round), rounds) if of_round else (contribution.kind, kinds)
+            if isinstance(stated, int | Kind) and counts[stated] == max(counts.values(), default=1):
                 error.args = (f"{error} (as many contributions of this call state the one as the other)",)
             raise
         schema = Schema.of(weights) if schema is None else schema
