@@ -306,7 +306,7 @@ def test_what_a_client_says_of_its_error_is_one_printable_line_of_the_log(caplog
             raise RuntimeError("no room\nERROR fed_learn: all is lost\x1b[2K")
         return Nodes({})._answer_of(message, context)
 
-    for strategy in (FedAvg(), FedAvg(stream=True)):
+    for strategy in (FedAvg(), FedAvg(stream=True), WithHandlers(FlowerFedAvg(fraction_evaluate=0.0))):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             strategy.start(LocalGrid(fails, 2), record(w=np.zeros(1)), num_rounds=1)

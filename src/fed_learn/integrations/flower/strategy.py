@@ -6,14 +6,14 @@ from traceback import walk_tb
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError, IntegerRangeError, described
+from fed_learn.errors import FedLearnError, IntegerRangeError, described, printable
 from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
@@ -341,6 +341,9 @@ class WithHandlers(Handled, _Delegate):
                     "they came: it can only be left out"
                 )
             accepted.append(own.message)
+        for message in session.failed:  # whose reasons the strategy logs as they are
+            if message.has_error():
+                message.error = Error(message.error.code, printable(str(message.error.reason)))
         try:
             record, self.__metrics = _Delegate.aggregate_train(self, number, [*accepted, *session.failed])
         except Exception as error:
