@@ -906,3 +906,35 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("noticed", "right")
+
+
+def test_an_accumulator_that_is_told_kind_and_round_does_not_take_them_from_the_first() -> None:
+    mean = Accumulator(kind=Kind.DIFF, round=3)
+    liars = [
+        Contribution("liar", model(1.0), 1, kind=Kind.DIFF, round=99),
+        Contribution("liar", model(1.0), 1, kind=Kind.FULL, round=3),
+    ]
+    for liar, error in zip(liars, (RoundError, KindError), strict=True):
+        with pytest.raises(error) as caught:
+            mean.add(liar)
+        assert caught.value.contributor == "liar"
+    mean.add(Contribution("a", model(1.0), 1, kind=Kind.DIFF, round=3))
+    mean.add(model(3.0), 1, "b")  # bare weights are of the kind that it was told
+    assert mean.contributors == ("a", "b")
+    assert mean.result()["w"].tolist() == [2.0]
+
+
+def test_an_accumulator_that_is_told_kind_and_round_merges_only_with_these() -> None:
+    def holding(**said: Any) -> Accumulator:
+        made = Accumulator()
+        made.add(Contribution("a", model(1.0), 1, **said))
+        return made
+
+    mean = Accumulator(kind=Kind.DIFF, round=3)
+    for other, error in ((holding(round=3), KindError), (holding(kind=Kind.DIFF, round=2), RoundError)):
+        with pytest.raises(error):
+            mean.merge(other)
+    mean.merge(holding(kind=Kind.DIFF, round=3))
+    assert mean.contributors == ("a",)
+    with pytest.raises(ValueError, match="gradient"):
+        Accumulator(kind="gradient")  # type: ignore[arg-type]

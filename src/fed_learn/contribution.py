@@ -136,6 +136,21 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     return number
 
 
+def check_countable(aggregation_weight: float, contributor: str) -> float:
+    """An aggregation weight that a job takes: nobody has more than `LARGEST_WEIGHT` examples, and sums stay finite.
+
+    Raises:
+        AggregationWeightError: It is larger.
+    """
+    if aggregation_weight > LARGEST_WEIGHT:
+        raise AggregationWeightError(
+            f"{contributor}: aggregation weight {aggregation_weight} is above 2**100, which no number of examples is",
+            contributor=contributor,
+            value=aggregation_weight,
+        )
+    return aggregation_weight
+
+
 def check_factor(value: object, contributor: str) -> float:
     """A factor of a contributor's aggregation weights, from the settings, as a float.
 
@@ -190,8 +205,9 @@ def _advice(kind: object) -> str:
 def check_contributor(name: object) -> str:
     r"""A contributor's name, if it can be one: it is part of log lines, files and the order of sums.
 
-    It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, and neither begins nor ends with
-    a space. All names go through here, whoever gives them.
+    It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, neither begins nor ends with a
+    space, and is not that of a global model, `FINAL_MODEL` or `GLOBAL_BEST`. All names go through here, whoever gives
+    them.
 
     Raises:
         UnknownContributorError: It cannot.
@@ -214,6 +230,8 @@ def check_contributor(name: object) -> str:
         problem = "it holds a slash or backslash, and names become parts of paths"
     elif name != name.strip():
         problem = "it begins or ends with a space"
+    elif name in (FINAL_MODEL, GLOBAL_BEST):
+        problem = "it names a global model"
     else:
         return str(name)
     raise UnknownContributorError(
@@ -357,10 +375,19 @@ GLOBAL_BEST = "global_best"
 
 @dataclass(frozen=True, eq=False)
 class ClientFailure:
-    """A contribution that was refused, or a client that left the job: who, and the error that says why."""
+    """A contribution that was refused, or a client that left the job: who, and the error that says why.
+
+    Where `contributor` is not a name, it becomes a short description, so that it can be shown.
+    """
 
     contributor: str
     error: Exception
+
+    def __post_init__(self) -> None:
+        try:
+            check_contributor(self.contributor)
+        except UnknownContributorError:
+            object.__setattr__(self, "contributor", brief(self.contributor))
 
     @property
     def cause(self) -> str:

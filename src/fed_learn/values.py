@@ -111,7 +111,7 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
-    """The weighted mean of numbers, rounded once, whatever their order and however large they are.
+    """The weighted mean of numbers, within their range, whatever their order and however large they are.
 
     Infinities and NaN give what a plain sum gives.
 
@@ -134,7 +134,10 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
     terms = [weight * math.ldexp(number, -shift) for weight, number in zip(scaled, numbers, strict=True)]
     if not all(map(math.isfinite, terms)):
         return sum(terms) / math.fsum(scaled)
-    return math.ldexp(math.fsum(terms) / math.fsum(scaled), shift)
+    mean = math.fsum(terms) / math.fsum(scaled)
+    # Rounding may have taken it out of the range of the numbers, and even of all floats.
+    low, high = (math.ldexp(bound(numbers), -shift) for bound in (min, max))
+    return math.ldexp(min(max(mean, low), high), shift)
 
 
 def numbers_as_arrays(weights: Any, schema: Schema) -> Any:

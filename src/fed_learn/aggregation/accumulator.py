@@ -55,11 +55,18 @@ class Accumulator:
 
     Args:
         like: The global model: sets names, shapes, dtypes and order. None: the first contribution does.
+        kind: What contributions are; weights that are none of a `Contribution` are taken for it. None: the first
+            contribution decides.
+        round: The round to which they belong. None: the first contribution that states one decides.
         exact: Sum exactly (see `fed_learn.aggregation.exact` for the domain and the memory it takes).
         kernel: Name of the kernel; None: the current one, looked up now.
 
+    What the first one decides, a wrong first one decides too, and the right ones after it are refused: a server that
+    knows the model, the kind and the round says so.
+
     Raises:
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
+        ValueError: There is no such kind.
 
     Example:
         >>> mean = Accumulator()
@@ -69,7 +76,15 @@ class Accumulator:
         ({'w': array([1., 1.], dtype=float32)}, 400.0)
     """
 
-    def __init__(self, *, like: WeightDict | None = None, exact: bool = False, kernel: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        like: WeightDict | None = None,
+        kind: Kind | None = None,
+        round: int | None = None,
+        exact: bool = False,
+        kernel: str | None = None,
+    ) -> None:
         self._requested = kernels.requested(kernel)
         self._kernel = kernels.resolve(self._requested)
         self._exact = exact
@@ -85,8 +100,9 @@ class Accumulator:
         self._copies: list[dict[str, Any]] = []
         self._copied = 0
         self._contributors: dict[str, None] = {}
-        self._kind: Kind | None = None
-        self._round: int | None = None
+        self._kind = None if kind is None else Kind(kind)
+        self._bare = Kind.FULL if self._kind is None else self._kind
+        self._round = round
 
     @property
     def total_weight(self) -> float:
@@ -388,7 +404,7 @@ class Accumulator:
         assert other._schema is not None
         if self._schema is not None:
             self._schema.check(_placeholders(other._schema), "other")
-        if self._count and self._kind is not other._kind:
+        if None not in (self._kind, other._kind) and self._kind is not other._kind:
             raise KindError(
                 f"other holds contributions of kind {other._kind}, expected {self._kind}",
                 kind=other._kind,
@@ -406,7 +422,7 @@ class Accumulator:
     ) -> Contribution:
         if not isinstance(weights, Contribution):
             name = f"contribution {self._count}" if contributor is None else contributor
-            return Contribution(name, weights, aggregation_weight)  # type: ignore[arg-type]
+            return Contribution(name, weights, aggregation_weight, kind=self._bare)  # type: ignore[arg-type]
         if aggregation_weight is not None or contributor is not None:
             raise TypeError("a Contribution brings its own aggregation weight and contributor")
         return weights

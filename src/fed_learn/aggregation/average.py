@@ -1,6 +1,7 @@
 """The weighted mean of a batch of contributions."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -22,10 +23,17 @@ from fed_learn.contribution import (
     check_contribution,
 )
 from fed_learn.environment import sum_in_order
-from fed_learn.errors import AggregationWeightError, EmptyAggregationError, WeightsTypeError
+from fed_learn.errors import (
+    AggregationWeightError,
+    EmptyAggregationError,
+    KindError,
+    RoundError,
+    WeightsTypeError,
+)
 from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import MOST_TERMS, DigitsError
 from fed_learn.kernels.memory import Addresses
+from fed_learn.values import whole_number_of
 from fed_learn.weights import (
     Array,
     Schema,
@@ -63,10 +71,12 @@ def weighted_average(
     `fed_learn.aggregation.tensors`.
 
     Args:
-        contributions: Weight dicts, or `Contribution`s, all of one kind and round.
+        contributions: Weight dicts, or `Contribution`s, all of one kind and round: those that most of them state; of
+            equally common ones the newer round, and the kind of the first. One that states no round passes.
         aggregation_weights: One number ≥ 0 per weight dict; None: they count equally. `Contribution`s bring their own.
             What counts by 0 is checked, and adds nothing.
-        like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does.
+        like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does, so
+            give it where contributions are not to be trusted, or the wrong one may be refused.
         out: A weight dict of the same schema to write the result to; its content is undefined after an error.
         exact: Sum exactly, so that the bits do not depend on the list order of bare weight dicts either, and agree
             with those of `Accumulator(exact=True)`. Domain: see `fed_learn.aggregation.exact`.
@@ -252,11 +262,23 @@ def counting(checked: Rows, check: Callable[[str, dict[str, Array]], None]) -> R
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Rows]:
     """In the order of the contributors' names."""
-    newest = max((int(c.round) for c in batch if isinstance(c.round, int | np.integer)), default=None)
-    kind = batch[0].kind if isinstance(batch[0].kind, Kind) else None
+    rounds: Counter[Any] = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
+    kinds: Counter[Any] = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
+    # Of equally common ones: the newer round, since late contributions are common, and the first's kind.
+    number = max(rounds, key=lambda number: (rounds[number], number), default=None)
+    kind = max(kinds, key=kinds.__getitem__, default=None)
     seen: dict[str, tuple[dict[str, Array], float]] = {}
     for contribution in batch:
-        weights, a = check_contribution(contribution, schema, kind=kind, round=newest, contributors=seen, scan=False)
+        try:
+            weights, a = check_contribution(
+                contribution, schema, kind=kind, round=number, contributors=seen, scan=False
+            )
+        except (RoundError, KindError) as error:
+            of_round = isinstance(error, RoundError)
+            stated, counts = (whole_number_of(contribution.round), rounds) if of_round else (contribution.kind, kinds)
+            if isinstance(stated, int | Kind) and counts[stated] == max(counts.values(), default=1):
+                error.args = (f"{error} (as many contributions of this call state the one as the other)",)
+            raise
         schema = Schema.of(weights) if schema is None else schema
         seen[contribution.contributor] = weights, a
     assert schema is not None

@@ -11,7 +11,14 @@ from fed_learn.client.filters import apply_filters, check_filters
 from fed_learn.components.data_processor import DataProcessor
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import check_learner, metric_and_mode, mode_followed, scores, training_result
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
+from fed_learn.contribution import (
+    INITIAL_VALIDATION_METRIC,
+    BestModel,
+    Contribution,
+    Kind,
+    ValidationResult,
+    check_contributor,
+)
 from fed_learn.differences import add_difference, difference
 from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError, text_of
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
@@ -43,7 +50,8 @@ class FederatedClient:
         ctx: The client's context.
 
     Raises:
-        ValueError: `name` is empty, or the learner's `mode` is unknown.
+        UnknownContributorError: `name` cannot be one; see `fed_learn.contribution.check_contributor`.
+        ValueError: The learner's `mode` is unknown.
         TypeError: The learner lacks `train` or `validate`, a handler `handle_event` or `rollback`, or a filter
             `apply` or `process`.
     """
@@ -57,9 +65,7 @@ class FederatedClient:
         kind: Kind = Kind.FULL,
         filters: Sequence[PrivacyProtocol | DataProcessor] = (),
     ) -> None:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a client's name must be a non-empty str, not {name!r}")
-        self.name = name
+        self.name = name = check_contributor(name)
         self.learner = learner
         check_learner(learner, name)
         metric, mode = metric_and_mode(learner)

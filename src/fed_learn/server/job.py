@@ -14,6 +14,7 @@ from fed_learn.contribution import (
     Contribution,
     RoundReport,
     ValidationResult,
+    check_contributor,
 )
 from fed_learn.errors import (
     ContributionError,
@@ -135,9 +136,10 @@ class Job(JobEvents):
         """CLIENT_REGISTER: a client takes part from now on.
 
         Raises:
+            UnknownContributorError: That cannot be the name of a client.
             HandlerError: With `on_handler_error="raise"`, here and in all that follow.
         """
-        self.clients[name] = None
+        self.clients[check_contributor(name)] = None
         self.fire(EventType.CLIENT_REGISTER, name)
 
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
@@ -354,7 +356,7 @@ class Job(JobEvents):
             checked = checked_result(name, self._validated, result, results)
         except BaseException as error:  # noqa: BLE001 - whatever a client sent must not end the job
             named = isinstance(as_failure(error), MetricError)
-            reason = text_of(error) if named else f"{name}: {described(error)}"
+            reason = text_of(error) if named else f"{printable(name)}: {described(error)}"
             logger.error("a validation result is left out: %s", reason)
             return None
         self.validation_results.append(checked)

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from fed_learn import kernels
 from fed_learn.aggregation.round import UNUSABLE, Combined, Round, Told
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, ValidationResult, checked_n_iter
+from fed_learn.contribution import (
+    INITIAL_VALIDATION_METRIC,
+    Contribution,
+    Kind,
+    ValidationResult,
+    check_contributor,
+    checked_n_iter,
+)
 from fed_learn.differences import add_difference
 from fed_learn.errors import (
     AggregatorError,
@@ -158,9 +165,11 @@ def checked_result(name: str, model: str, result: object, others: Sequence[Valid
     """The result of a validation with plain numbers.
 
     Raises:
+        UnknownContributorError: That cannot be the name of a client.
         MetricError: It is none of this client on this model, or lacks the metric to select by; or one of the client is
             among the others already.
     """
+    check_contributor(name)
     if not isinstance(result, ValidationResult) or (result.contributor, result.model) != (name, model):
         raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
     if any(other.contributor == name for other in others):

@@ -10,7 +10,7 @@ from typing import TypeVar
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import metric_and_mode, mode_followed
-from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
+from fed_learn.contribution import check_contributor
 from fed_learn.errors import ClientQuitError, HandlerFailure, as_failure, described
 from fed_learn.events import EventType
 from fed_learn.kernels.threads import usable_processors
@@ -28,7 +28,7 @@ class Roster:
         max_workers: How many work at the same time; None: as many as there are processors.
 
     Raises:
-        ValueError: No clients, a name that is used twice or reserved, or a bad `max_workers`.
+        ValueError: No clients, a name that is used twice, or a bad `max_workers`.
         TypeError: The clients are no sequence.
     """
 
@@ -39,9 +39,7 @@ class Roster:
         for client in clients:
             if client.name in self._clients:
                 raise ValueError(f"two clients are named {client.name!r}")
-            if client.name in (FINAL_MODEL, GLOBAL_BEST):
-                raise ValueError(f"{client.name!r} is no name for a client: it names a global model")
-            self._clients[client.name] = client
+            self._clients[check_contributor(client.name)] = client
         if not self._clients:
             raise ValueError("a job needs at least one client")
         workers = max_workers if max_workers is not None else min(len(self._clients), usable_processors())

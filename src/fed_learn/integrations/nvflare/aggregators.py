@@ -231,16 +231,16 @@ class _Averaging:
         )
 
     def _tell_of_metrics(self, who: Any, numbers: Mapping[str, float], others: Mapping[str, Any]) -> None:
-        """Says once for each metric that some of what clients sent for it is not in its mean."""
+        """Says once for each metric of a client that it is not in the mean."""
         for name, value in others.items():
             self._told.once(
-                ("metric", name),
-                f"{who}: metric {name!r} is {brief(value)}, no single number: it is left out of the mean metrics",
+                ("metric", who, name),
+                f"{who}: metric {brief(name)} is {brief(value)}, no single number: it is left out of the mean metrics",
             )
         for name, value in numbers.items():
             if not math.isfinite(value):
                 self._told.once(
-                    ("not finite", name), f"{who}: metric {name!r} is {value}: it is left out of the mean metrics"
+                    ("metric", who, name), f"{who}: metric {brief(name)} is {value}: it is left out of the mean metrics"
                 )
 
     def _steps(self, who: Any, steps: Any) -> float:
@@ -376,7 +376,7 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
     """
 
     def accept_model(self, model: FLModel) -> None:
-        """Accepts a model from a client, `meta["client_name"]`.
+        """Accepts a model from a client, `meta["client_name"]`, where NVFlare's workflows put its authenticated name.
 
         Raises:
             ContributionError, ExactDomainError: It is refused.
@@ -461,7 +461,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         """Accepts what a client sent, or refuses it: logs why, and returns False."""
         self.fl_ctx = fl_ctx
         self._learn_round(fl_ctx)
-        who = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
+        who = props.sender(shareable, shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None))
         code = shareable.get_return_code()
         if code and code != ReturnCode.OK:
             failure = ClientQuitError(f"{who}: sent no contribution: {code}", contributor=who)

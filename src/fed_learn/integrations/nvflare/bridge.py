@@ -34,6 +34,7 @@ from fed_learn.errors import (
     WeightsTypeError,
     as_failure,
     described,
+    printable,
     text_of,
 )
 from fed_learn.events import EventHandler, check_handlers
@@ -203,9 +204,10 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
     def _receive(self, mirror: Mirror, fl_ctx: FLContext) -> None:
         if not mirror.in_round:
             return
-        name, accepted = _peer(fl_ctx), bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
+        accepted = bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
         outcome: props.Outcome | None = props.taken(fl_ctx, props.OUTCOME)
         result = fl_ctx.get_prop(AppConstants.TRAINING_RESULT)
+        name = props.sender(result, _peer(fl_ctx))
         if outcome is not None:
             contribution, refusal, self._settle = outcome.contribution, outcome.refusal, outcome.settle
         else:
@@ -252,7 +254,8 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         try:
             metrics = props.scores_in(result)
         except FedLearnError as error:
-            self.log_warning(fl_ctx, f"{name}: no validation result on {model!r}: {text_of(error)}", fire_event=False)
+            text = printable(f"{name}: no validation result on {model!r}: {text_of(error)}")
+            self.log_warning(fl_ctx, text, fire_event=False)
             return
         mirror.receive_result(name, self._named(metrics), model)
 
