@@ -1,6 +1,8 @@
 """Flower's records and weight dicts: viewed in place, whatever comes from outside."""
 
 import io
+import logging
+import math
 import pickle
 from typing import Any
 
@@ -8,10 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 import fed_learn as fl
 from fed_learn.integrations.flower import to_record, to_weights
+from fed_learn.integrations.flower.metrics import mean_metrics
 from fed_learn.integrations.flower.records import RecordWriter
 from fed_learn.weights import Schema
 
@@ -95,8 +98,8 @@ def test_bfloat16_in_other_byte_order_is_told_by_the_mark() -> None:
 
 def test_pairs_of_bytes_are_no_bfloat16() -> None:
     pairs = npy(np.zeros(2, [("a", "u1"), ("b", "u1")]))
-    view = to_weights({"x": Array("bfloat16", (2,), "numpy.ndarray", pairs)}, like={"x": np.zeros(2, BFLOAT16)})["x"]
-    assert view.dtype.names == ("a", "b")  # which nothing averages
+    with pytest.raises(fl.DtypeError, match=r"'x' cannot be read: an array of dtype .*\|u1.*, which cannot"):
+        to_weights({"x": Array("bfloat16", (2,), "numpy.ndarray", pairs)}, like={"x": np.zeros(2, BFLOAT16)})
 
 
 def test_a_torch_model_in_bfloat16_goes_there_and_back() -> None:
@@ -173,3 +176,23 @@ def test_an_array_that_is_not_aligned_is_copied() -> None:
     view = to_weights({"x": Array("float32", (3,), "numpy.ndarray", moved + GOOD[len(header) :])})["x"]
     assert view.flags.aligned
     assert view.tolist() == [1, 2, 3]
+
+
+def test_too_many_metrics_and_too_long_names_of_a_reply_are_left_out_of_the_means(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    many = {f"m{i}": 2.0 for i in range(3000)}
+    contents = [
+        RecordDict({"m": MetricRecord({"n": 1, "loss": 1.0, "huge": 10**400, "x" * 2000: 1.0})}),
+        RecordDict({"m": MetricRecord({"n": 1, "loss": 3.0, **many})}),
+    ]
+    with caplog.at_level(logging.WARNING, "flwr"):
+        means = mean_metrics(contents, "n")
+    assert means["loss"] == 2.0
+    assert "huge" not in means
+    assert len(means) == 1 + 998
+    assert [record.getMessage() for record in caplog.records] == [
+        "reply 1: 1 of its 4 metrics are too many: left out",
+        "reply 1: metric 'huge' is 100000000000000000...0000000000000000000: it is left out of the mean metrics",
+        "reply 2: 2002 of its 3002 metrics are too many: left out",
+    ]

@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -683,3 +684,40 @@ def test_a_client_whose_name_is_none_is_refused_in_one_printable_line(
     (failure,) = aggregator.report.rejected
     assert failure.contributor.isprintable()
     assert len(failure.contributor) < 100
+
+
+class Noting:
+    """A pattern that notes which names it meets."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern, self.met = re.compile(pattern), set[str]()
+
+    def search(self, name: str) -> object:
+        self.met.add(name)
+        return self.pattern.search(name)
+
+
+@pytest.mark.parametrize("kind", ["FULL", "DIFF"])
+@pytest.mark.parametrize("known", [True, False])
+def test_a_pattern_meets_no_name_that_a_client_made_up(kind: str, known: bool) -> None:
+    """A user's own pattern may take time that grows with the square of a name, or worse."""
+    data_kind = DataKind.WEIGHTS if kind == "FULL" else DataKind.WEIGHT_DIFF
+    aggregator = WeightedAverageAggregator(exclude_vars="^head", expected_data_kind=data_kind)
+    aggregator._excluded = noting = Noting("^head")  # type: ignore[assignment]
+    if known:
+        start_round(aggregator, 0, {"head": np.zeros(1), "w": np.zeros(2)})
+    aggregator.accept_model(model("site-1", {"head": np.ones(1), "w": np.ones(2)}, params_type=kind))
+    made_up = {"head": np.ones(1), "w": np.ones(2), "head of another": np.ones(1), "x": np.ones(1)}
+    if known:
+        with pytest.raises(
+            fl.NamesError, match="site-2: has other variables than expected: adds 'head of another', 'x'"
+        ):
+            aggregator.accept_model(model("site-2", made_up, params_type=kind))
+    for bad in (made_up | {"x": "no array"}, {"x" * 10**5: np.ones(1)}):
+        with pytest.raises(fl.ContributionError):
+            aggregator.accept_model(model("site-3", bad, params_type=kind))
+    if known or kind == "DIFF":
+        params = aggregator.aggregate_model().params
+        assert params["w"].tolist() == [1, 1]
+        assert list(params) == (["head", "w"] if known and kind == "FULL" else ["w"])
+    assert noting.met == ({"head", "w"} if known or kind == "DIFF" else set())

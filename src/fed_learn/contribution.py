@@ -20,8 +20,8 @@ from fed_learn.errors import (
     brief,
     text_of,
 )
-from fed_learn.limits import LONGEST_CONTRIBUTOR
-from fed_learn.values import number_of, plain_values, split_metrics, whole_number_of
+from fed_learn.limits import LEFT_OUT, LONGEST_CONTRIBUTOR, MOST_INFO
+from fed_learn.values import entries_of, number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
     Array,
     FrozenDict,
@@ -59,7 +59,8 @@ class Contribution:
         round: The round it belongs to, from 0.
         kind: Full weights, or the difference to the global model.
         metrics: Numbers the client measured, by name, in any form; kept as a read-only copy of floats.
-        info: What else the client says: plain JSON values by name. Entries of `metrics` that are no numbers go here.
+        info: What else the client says: plain JSON values by name. Entries of `metrics` that are no numbers go here,
+            and under `fed_learn.limits.LEFT_OUT` what of both was too much to be kept.
 
     Example:
         >>> metrics = {"loss": np.float32(0.5), "host": "a100"}
@@ -78,10 +79,12 @@ class Contribution:
     info: Mapping[str, Any] = field(default_factory=FrozenDict, kw_only=True)
 
     def __post_init__(self) -> None:
-        numbers, others = split_metrics(dict(self.metrics or {}))
+        numbers, others = split_metrics(self.metrics or {})
+        info, said = entries_of(self.info or {}, MOST_INFO)
+        left_out = {LEFT_OUT: said} if said else {}
         object.__setattr__(self, "metrics", FrozenDict(numbers))
-        object.__setattr__(self, "info", FrozenDict({**others, **plain_values(dict(self.info or {}))}))
-        if isinstance(self.kind, str) and self.kind in tuple(Kind):
+        object.__setattr__(self, "info", FrozenDict(plain_values({**others, **info, **left_out})))
+        if type(self.kind) is str and self.kind in tuple(Kind):
             object.__setattr__(self, "kind", Kind(self.kind))
 
     def frozen(self) -> "Contribution":
@@ -101,7 +104,7 @@ class Contribution:
     def __repr__(self) -> str:
         parts = [brief(self.contributor), size_text(self.weights)]
         parts.append(f"aggregation_weight={brief(self.aggregation_weight)}")
-        parts += [f"round={self.round + 1}"] if type(self.round) is int else []
+        parts += [f"round={brief(self.round + 1)}"] if type(self.round) is int else []
         parts += [f"kind={brief(self.kind)}"] if self.kind is not Kind.FULL else []
         return f"Contribution({', '.join(parts)})"
 
@@ -220,8 +223,9 @@ def check_contributor(name: object) -> str:
         ...
         fed_learn.errors.UnknownContributorError: contributor 'site-1\nERROR' is not a name: '\n' is not printable
     """
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not str.__len__(name):
         raise UnknownContributorError(f"contributor {brief(name)} is not a name", contributor=None)
+    name = str.__str__(name)  # of a subclass of str nothing is called
     if len(name) > LONGEST_CONTRIBUTOR:
         problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
     elif not name.isprintable():
@@ -233,7 +237,7 @@ def check_contributor(name: object) -> str:
     elif name in (FINAL_MODEL, GLOBAL_BEST):
         problem = "it names a global model"
     else:
-        return str(name)
+        return name
     raise UnknownContributorError(
         f"contributor {brief(name)} is not a name: {problem}", contributor=name[:LONGEST_CONTRIBUTOR]
     )

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeGuard
 
+from fed_learn.limits import LONGEST_MESSAGE
+
 
 class FedLearnError(Exception):
     """Base of all errors of this package.
@@ -33,7 +35,7 @@ class FedLearnError(Exception):
 
     def __init__(self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any) -> None:
         # What a client sent must not be able to write a line of its own into a log, or to move a terminal's cursor.
-        super().__init__(printable(message))
+        super().__init__(printable(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…"))
         self.contributor = contributor
         self.name = name
         self.__dict__.update(values)
@@ -56,7 +58,10 @@ class WeightsTypeError(ContributionError, TypeError):
 
 
 class NamesError(ContributionError, KeyError):
-    """Variables are missing or extra. Attributes: `missing`, `extra` (tuples of names)."""
+    """Variables are missing, extra or too many, or have too long a name.
+
+    Attributes: `missing`, `extra`: tuples of names; of extra ones the first `fed_learn.limits.MOST_NAMED`.
+    """
 
     missing: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
@@ -290,6 +295,16 @@ def described(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+LONGEST_BRIEF = 30
+"""Bytes of which `brief` makes text, as many as `reprlib` shows characters."""
+CONTAINERS = (dict, list, tuple, set, frozenset)
+"""What `reprlib` shows the beginning of, for just these types; of others it makes text of all that they hold."""
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel = 2  # with the usual 6, lists of lists make text of tens of thousands of values
+
+
 def brief(value: object) -> str:
     """A short description of anything, for a message; never raises, whatever a client sent.
 
@@ -297,8 +312,13 @@ def brief(value: object) -> str:
         >>> brief("x" * 100), brief(10**5000)
         ("'xxxxxxxxxxxx...xxxxxxxxxxxxx'", 'an int')
     """
+    kind = type(value)
     try:
-        return printable(str.__str__(reprlib.repr(value)))
+        if kind in (bytes, bytearray):
+            value = value[:LONGEST_BRIEF]  # type: ignore[index] # reprlib would first make text of all of it
+        elif isinstance(value, CONTAINERS) and kind not in CONTAINERS:
+            return a_type(kind)
+        return printable(str.__str__(_SHORT.repr(value)))
     except BaseException as error:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
         as_failure(error)
         return a_type(type(value))

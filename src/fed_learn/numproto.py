@@ -40,7 +40,7 @@ def proto_to_ndarray(nda_proto: NDArray | Array) -> Array:
         >>> proto_to_ndarray(NDArray(ndarray=b"secret"))
         Traceback (most recent call last):
         ...
-        fed_learn.errors.WeightsTypeError: 6 bytes that are no array in the .npy format
+        fed_learn.errors.WeightsTypeError: 6 bytes that are no array in the .npy format: no .npy file of version 1 or 2
     """
     return np.array(nda_proto if isinstance(nda_proto, np.ndarray) else _viewed(nda_proto))
 

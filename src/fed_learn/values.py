@@ -4,14 +4,15 @@ import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from fractions import Fraction
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from fed_learn.errors import as_failure, brief
-from fed_learn.limits import DEEPEST
-from fed_learn.weights import FLOATS, FrozenDict, Schema
+from fed_learn.errors import a_type, as_failure, brief, described
+from fed_learn.limits import DEEPEST, LEFT_OUT, LONGEST_INFO, LONGEST_NAME, MOST_INFO, MOST_METRICS
+from fed_learn.weights import FLOATS, FrozenDict, Schema, items_of
 
 
 def number_of(value: object) -> float | None:
@@ -65,7 +66,8 @@ def whole_number_of(value: object) -> int | None:
 def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, Any]]:
     """The entries of a client's metrics that are numbers, as floats, and the others as plain values.
 
-    NaN and infinities are numbers; handlers deal with them.
+    NaN and infinities are numbers; handlers deal with them. Of too many metrics the first `MOST_METRICS` are read, and
+    one with too long a name is left out; the other values then say so under `LEFT_OUT`.
 
     Example:
         >>> split_metrics({"accuracy": np.float32(0.5), "converged": True, "confusion": [[3, 1], [0, 4]]})
@@ -73,41 +75,113 @@ def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[st
     """
     numbers: dict[str, float] = {}
     others: dict[Any, Any] = {}
-    for name, value in metrics.items():
+    found, said = entries_of(metrics, MOST_METRICS)
+    for name, value in found.items():
         number = number_of(value) if isinstance(name, str) else None
-        if number is None:
+        if isinstance(name, str) and len(name) > LONGEST_NAME:
+            said = f"a metric with a name of {len(name)} characters"
+        elif number is None:
             others[name] = value
         else:
             numbers[name] = number
+    if said:
+        others[LEFT_OUT] = said
     return numbers, plain_values(others)
 
 
+def entries_of(values: Mapping[Any, Any], most: int) -> tuple[dict[Any, Any], str]:
+    """The first entries of a mapping from outside, which may never end, and what is left out of it.
+
+    Example:
+        >>> entries_of({"a": 1, "b": 2}, 1)
+        ({'a': 1}, 'all entries but the first 1')
+    """
+    if not isinstance(values, Mapping):
+        values = dict(islice(values, most + 2))  # of pairs; else a TypeError, since nobody means that
+    try:
+        found = dict(islice(values.items(), most + 2))  # one more may be what is said of others
+    except BaseException as error:  # noqa: BLE001 - from outside; it costs what it holds, and no weights
+        as_failure(error)
+        return {}, f"what cannot be read: {described(error)}"
+    said = found.pop(LEFT_OUT, "")
+    while len(found) > most:
+        found.popitem()
+        said = f"all entries but the first {most}"
+    return found, said if isinstance(said, str) else brief(said)
+
+
 def plain_values(values: Mapping[Any, Any]) -> dict[str, Any]:
-    """A copy of a mapping in plain JSON values that nobody can change; what is none becomes a short description."""
-    return {name if isinstance(name, str) else brief(name): _plain(value, DEEPEST) for name, value in values.items()}
+    """A copy of a mapping in plain JSON values that nobody can change; what is none becomes a short description.
+
+    So do texts that are too long, and lists and dicts that are too deep or hold too much; see `fed_learn.limits`.
+
+    Example:
+        >>> plain_values({"host": "a100", "tags": ["x", {1}], "log": "x" * 20_000})
+        {'host': 'a100', 'tags': ('x', '{1}'), 'log': "'xxxxxxxxxxxx...xxxxxxxxxxxxx'"}
+    """
+    found, said = entries_of(values, MOST_INFO)
+    room = _Room(MOST_INFO - len(found))
+    plain = {_plain_name(name): _described_unless_plain(value, room) for name, value in found.items()}
+    return {**plain, LEFT_OUT: said if len(said) <= LONGEST_INFO else brief(said)} if said else plain
 
 
-def _plain(value: Any, depth: int) -> Any:
-    if value is None or type(value) in (bool, float, str):
+_ALL = slice(None)
+
+
+class _TooMuchError(Exception):
+    """A value holds more entries than there is room for."""
+
+
+class _Room:
+    """How many more entries are taken, of all depths."""
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def take(self, count: int) -> None:
+        """Takes room for so many entries.
+
+        Raises:
+            _TooMuchError: There is not as much.
+        """
+        if count > self.left:
+            raise _TooMuchError
+        self.left -= count
+
+
+def _described_unless_plain(value: Any, room: _Room) -> Any:
+    try:
+        return _plain(value, DEEPEST, room)
+    except BaseException as error:  # noqa: BLE001 - too much; an object from outside may raise anything while it is looked at
+        as_failure(error)
+        return brief(value)
+
+
+def _plain_name(name: object) -> str:
+    return name if type(name) is str and len(name) <= LONGEST_NAME else brief(name)
+
+
+def _plain(value: Any, depth: int, room: _Room) -> Any:
+    if value is None or type(value) in (bool, float):
         return value
     if type(value) is int and abs(value) < 2**63:  # Python does not even print the longest ones
         return value
     number = number_of(value)
     if number is not None:
         return number
-    try:
-        if isinstance(value, np.bool_):
-            return bool(value)
-        if isinstance(value, str):
-            return str.__str__(value)
-        if depth and isinstance(value, dict):
-            inner = {k if isinstance(k, str) else brief(k): _plain(item, depth - 1) for k, item in value.items()}
-            return FrozenDict(inner)
-        if depth and isinstance(value, list | tuple):
-            return tuple(_plain(item, depth - 1) for item in value)
-    except BaseException as error:  # noqa: BLE001 - as in `number_of`
-        as_failure(error)
-    return brief(value)
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, str):
+        text = str.__str__(value)
+        return text if len(text) <= LONGEST_INFO else brief(text)
+    if depth and isinstance(value, dict):
+        room.take(dict.__len__(value))
+        return FrozenDict({_plain_name(key): _plain(item, depth - 1, room) for key, item in dict.items(value)})
+    if depth and isinstance(value, list | tuple):
+        items = list.__getitem__(value, _ALL) if isinstance(value, list) else tuple.__getitem__(value, _ALL)
+        room.take(len(items))
+        return tuple(_plain(item, depth - 1, room) for item in items)
+    return brief(value) if depth else a_type(type(value))  # so deep there may be as many as entries are taken
 
 
 def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
@@ -156,7 +230,7 @@ def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
     if not isinstance(weights, Mapping):
         return weights
     try:
-        items = dict(weights.items())
+        items = items_of(weights)
     except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
         as_failure(error)
         return weights

@@ -5,8 +5,9 @@ kernels or frameworks; who sent a weight dict is only passed through into the er
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from operator import attrgetter
 from os import PathLike
 from typing import Any, NoReturn, Self, TypeAlias
@@ -26,6 +27,7 @@ from fed_learn.errors import (
     brief,
     described,
 )
+from fed_learn.limits import LONGEST_NAME, MOST_NAMED, MOST_VARIABLES
 
 Array: TypeAlias = npt.NDArray[Any]
 """An array of any supported dtype."""
@@ -70,14 +72,13 @@ def size_text(weights: object) -> str:
     """
     if weights is None:
         return "no weights"
-    if not isinstance(weights, Mapping):
-        return f"{a_type(type(weights))} in the place of weights"
     try:
+        weights = items_of(weights)  # type: ignore[arg-type] # what is no mapping has no items
         size = sum(int(getattr(value, "nbytes", 0)) for value in weights.values())
-        count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
     except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
         as_failure(error)
-        return f"{a_type(type(weights))} that cannot be read"
+        return f"{a_type(type(weights))} in the place of weights"
+    count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
     for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= bytes_of_one:
             return f"{count}, {size / bytes_of_one:.1f} {unit}"
@@ -160,6 +161,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
 
     Raises:
         WeightsTypeError: For anything else.
+        NamesError: There are more variables, or longer names, than any model has.
 
     Example:
         >>> as_weight_dict({"steps": np.int64(3)})
@@ -168,21 +170,16 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
     if isinstance(weights, dict) and type(weights) in PLAIN:
         names, values = set(map(type, weights)), set(map(type, weights.values()))
         if names <= {str} and values <= {np.ndarray}:
+            check_names(weights, contributor)
             return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
         instead = _safely(partial(_what_instead, weights), a_type(type(weights)))
         raise WeightsTypeError(
             f"{about(contributor)}weights are {instead}, not a dict of numpy arrays", contributor=contributor
         )
-    try:
-        items = list(weights.items())
-    except BaseException as error:
-        as_failure(error)
-        raise WeightsTypeError(
-            f"{about(contributor)}weights cannot be read: {described(error)}", contributor=contributor
-        ) from error
+    items = items_of(weights, contributor)
     arrays: dict[str, Array] = {}
-    for name, value in items:
+    for name, value in items.items():
         if not isinstance(name, str):
             raise WeightsTypeError(
                 f"{about(contributor)}variable name {brief(name)} is {a_type(type(name))}, not a str",
@@ -206,6 +203,47 @@ def _safely(look: Callable[[], str], otherwise: str) -> str:
     except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
         as_failure(error)
         return otherwise
+
+
+def items_of(weights: Mapping[Any, Any], contributor: str | None = None) -> dict[Any, Any]:
+    """What a mapping holds, read once: at another reading one from outside may hold something else, or never end.
+
+    Raises:
+        NamesError: There are more variables, or longer names, than any model has.
+        WeightsTypeError: It cannot be read.
+
+    Example:
+        >>> items_of({"w" * 2000: 0}, "site-1")
+        Traceback (most recent call last):
+        ...
+        fed_learn.errors.NamesError: site-1: a variable's name has 2000 characters, at most 1000 are taken
+    """
+    try:
+        items = list(islice(weights.items(), MOST_VARIABLES + 1))
+        found = dict(items)
+    except BaseException as error:
+        as_failure(error)
+        raise WeightsTypeError(
+            f"{about(contributor)}weights cannot be read: {described(error)}", contributor=contributor
+        ) from error
+    check_names(items if len(items) > MOST_VARIABLES else found, contributor)
+    return found
+
+
+def check_names(names: Collection[object], contributor: str | None = None) -> None:
+    """Refuses more variables, or longer names, than any model has.
+
+    Raises:
+        NamesError: Says which limit of `fed_learn.limits` it is.
+    """
+    if len(names) > MOST_VARIABLES:
+        problem = f"more than {MOST_VARIABLES} variables, which is the most that is taken"
+    else:
+        longest = max((str.__len__(name) for name in names if isinstance(name, str)), default=0)
+        if longest <= LONGEST_NAME:
+            return
+        problem = f"a variable's name has {longest} characters, at most {LONGEST_NAME} are taken"
+    raise NamesError(about(contributor) + problem, contributor=contributor)
 
 
 def _what_instead(weights: object) -> str:
@@ -298,14 +336,14 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
 
     def names_error(self, weights: WeightDict, contributor: str | None) -> NamesError:
         """What is wrong with the names of weights that have others than these."""
-        missing = tuple(name for name in self if name not in weights)
-        extra = tuple(name for name in weights if name not in self)
+        missing = [name for name in self if name not in weights]
+        extra = [name for name in weights if name not in self]
         return NamesError(
             f"{about(contributor)}has other variables than expected: {misses_and_adds(missing, extra)}",
             contributor=contributor,
             name=next(iter(missing or extra), None),
-            missing=missing,
-            extra=extra,
+            missing=tuple(missing),
+            extra=tuple(extra[:MOST_NAMED]),
         )
 
     def fit(

@@ -6,6 +6,7 @@ averaged with is left to `fed_learn.aggregation.tensors`, and whole models to `f
 
 import sys
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from fed_learn.adapters.jax import JaxTensors
 from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchTensors
 from fed_learn.errors import as_failure
+from fed_learn.limits import MOST_VARIABLES
 
 FRAMEWORKS: tuple[Framework, ...] = (TorchTensors(), TensorFlowTensors(), JaxTensors())
 
@@ -64,7 +66,7 @@ def hold_tensors(*weights: object) -> bool:
     kinds: set[type] = set()
     for one in weights:
         try:
-            kinds.update(map(type, one.values()) if isinstance(one, Mapping) else ())
+            kinds.update(map(type, islice(one.values(), MOST_VARIABLES)) if isinstance(one, Mapping) else ())
         except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
             as_failure(error)
     kinds.discard(np.ndarray)

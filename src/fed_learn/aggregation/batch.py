@@ -6,8 +6,9 @@ error that names who and what. Which of several parts counts is left to `fed_lea
 """
 
 import hashlib
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ import numpy as np
 from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.tensor_outputs import as_tensors
 from fed_learn.aggregation.tensors import Opened, opened_contribution, without_tensors
-from fed_learn.contribution import Contribution, Kind, check_countable, check_terms, checked_n_iter
+from fed_learn.contribution import Contribution, Kind, check_contributor, check_countable, check_terms, checked_n_iter
 from fed_learn.differences import check_differences
-from fed_learn.errors import NonFiniteError
+from fed_learn.errors import FedLearnError, NonFiniteError, WeightsTypeError, as_failure, brief, described
 from fed_learn.kernels.base import Kernel
 from fed_learn.values import numbers_as_arrays
 from fed_learn.weights import (
@@ -29,6 +30,7 @@ from fed_learn.weights import (
     as_weight_dict,
     check_finite,
     finite_elements,
+    items_of,
     listed,
     same_values,
 )
@@ -67,10 +69,15 @@ class Checked:
             return self.contribution
         return replace(self.contribution, weights={name: self.filled.get(name, weights[name]) for name in names})
 
+    @cached_property
+    def averages(self) -> frozenset[str]:
+        """The names in `averaged`, for looking up one of a hundred thousand."""
+        return frozenset(self.averaged)
+
     @property
     def constants(self) -> dict[str, Array]:
         """Variables that are not averaged: not finite, and the global model is not known."""
-        return {name: array for name, array in self.arrays.items() if name not in self.averaged}
+        return {name: array for name, array in self.arrays.items() if name not in self.averages}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,10 +111,21 @@ class Terms:
         Raises:
             ContributionError: One of its children, naming the contributor, the variable and the cause.
         """
-        who = sent.contributor
-        aggregation_weight = check_countable(
-            check_terms(sent, kind=self.kind, round=self.round, contributors=contributors), who
-        )
+        try:
+            return self._checked(sent, tell, contributors)
+        except FedLearnError:
+            raise
+        except BaseException as error:  # an object that raises wherever one looks
+            as_failure(error)
+            who = sent.contributor if type(sent.contributor) is str else brief(sent.contributor)
+            raise WeightsTypeError(f"{who}: sent what cannot be read: {described(error)}", contributor=who) from error
+
+    def _checked(self, sent: Contribution, tell: Tell, contributors: Container[str]) -> Checked:
+        aggregation_weight = check_terms(sent, kind=self.kind, round=self.round, contributors=contributors)
+        who = check_contributor(sent.contributor)
+        check_countable(aggregation_weight, who)
+        if isinstance(sent.weights, Mapping) and type(sent.weights) not in PLAIN:
+            sent = replace(sent, weights=items_of(sent.weights, who))
         opened, found = opened_contribution(sent, None, on_host=True)
         arrays = self._arrays(opened.weights, who, tell)
         if sent.kind is Kind.DIFF:
@@ -173,7 +191,8 @@ class Terms:
                 raise _not_finite(name, arrays[name], checked.contribution.contributor)
             arrays[name] = arrays[name].copy()
         digests = tuple(hashlib.sha256(np.ascontiguousarray(arrays[name]).tobytes()).digest() for name in flagged)
-        averaged = tuple(name for name in arrays if name not in flagged)
+        infinite = frozenset(flagged)
+        averaged = tuple(name for name in arrays if name not in infinite)
         form = (checked.form, averaged, digests)
         return replace(checked, arrays=arrays, averaged=averaged, form=form, unless_alone=first)
 

@@ -28,7 +28,9 @@ from fed_learn.errors import (
     RoundError,
     ShapeError,
     SumOverflowError,
+    printable,
 )
+from fed_learn.limits import LEFT_OUT, MOST_NAMED, MOST_TOLD
 from fed_learn.values import whole_number_of
 from fed_learn.weights import (
     SHAPE_AND_DTYPE,
@@ -81,10 +83,11 @@ class Told:
     _said: set[Hashable] = field(default_factory=set)
 
     def once(self, about: Hashable, text: str) -> None:
-        """Logs a sentence, unless one about the same was logged before."""
-        if about not in self._said:
+        """Logs a sentence, unless one about the same was logged before, or `MOST_TOLD` others."""
+        if about not in self._said and len(self._said) <= MOST_TOLD:
             self._said.add(about)
-            self.logger.warning("%s", text)
+            more = "" if len(self._said) <= MOST_TOLD else "; no more is told of what clients send"
+            self.logger.warning("%s", printable(text + more))
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +180,6 @@ class Round:
         Raises:
             ContributionError, ExactDomainError: It is refused.
         """
-        who = sent.contributor
         said: list[str] = []
         checked = self._terms.check(sent, said.append, self.accepted)
         if not self._stream:
@@ -186,11 +188,15 @@ class Round:
             check(checked.contribution)
         if self._stream:
             checked = self._added(checked)
+        who = checked.contribution.contributor
         self._checked[who] = checked
         self.accepted[who] = checked.contribution
         self._settled = False
         for text in said:
             self._told.once((who, "rounded"), text)
+        if LEFT_OUT in checked.contribution.info:
+            left_out = checked.contribution.info[LEFT_OUT]
+            self._told.once((who, "left out"), f"{who}: of its metrics and info are left out: {left_out}")
         if self._terms.round is None and self._stream:
             self._terms = replace(self._terms, round=whole_number_of(sent.round))
         return checked.contribution
@@ -343,11 +349,11 @@ class Round:
         Raises:
             NamesError: It would.
         """
-        members = Counter(self._stream_of(other) for other in self._checked.values())
-        sizes = {self._stream_of(other): len(other.averaged) for other in self._checked.values()}
         if self._stream_of(checked) not in self._given_up:
             if len(self._streams) < MOST_FORMS:
                 return
+            members = Counter(self._stream_of(other) for other in self._checked.values())
+            sizes = {self._stream_of(other): len(other.averaged) for other in self._checked.values()}
             smallest = min(self._streams, key=lambda key: (members[key], sizes[key]))
             if checked.form is None or (members[smallest], sizes[smallest]) < (1, len(checked.averaged)):
                 self._given_up.add(smallest)
@@ -377,9 +383,9 @@ class Round:
 
     def _check_alike(self, chosen: Sequence[Checked]) -> None:
         """Refuses a contribution that a handler has made of another part than the others."""
-        expected = set(chosen[0].averaged)
+        expected = chosen[0].averages
         for checked in chosen:
-            if checked.averaged != chosen[0].averaged and set(checked.averaged) != expected:
+            if checked.averaged != chosen[0].averaged and checked.averages != expected:
                 who = checked.contribution.contributor
                 raise Schema.of({name: chosen[0].arrays[name] for name in expected}).names_error(
                     {name: checked.arrays[name] for name in checked.averaged}, who
@@ -407,7 +413,7 @@ class Round:
         senders: dict[tuple[int, ...], list[str]] = {}
         names = tuple(self._terms.schema or dict.fromkeys(name for checked in chosen for name in checked.averaged))
         for name in names:
-            who = tuple(i for i, checked in enumerate(chosen) if name in checked.averaged)
+            who = tuple(i for i, checked in enumerate(chosen) if name in checked.averages)
             if who:
                 senders.setdefault(who, []).append(name)
         mean: dict[str, Any] = {}
@@ -491,7 +497,7 @@ class Round:
 
         def sort(name: str, checked: Checked) -> tuple[Any, ...]:
             array = checked.arrays[name]
-            return array.shape, array.dtype, None if name in checked.averaged else array.tobytes()
+            return array.shape, array.dtype, None if name in checked.averages else array.tobytes()
 
         usual: dict[str, tuple[tuple[Any, ...], int]] = {}
         for name in {name for checked in self._checked.values() for name in checked.arrays}:
@@ -513,7 +519,7 @@ class Round:
         if self._terms.kind is Kind.DIFF:  # what is added to infinity changes nothing
             return refused
         for name in sorted({name for checked in self._checked.values() for name in checked.filled}):
-            holders = [who for who, checked in self._checked.items() if name in checked.averaged]
+            holders = [who for who, checked in self._checked.items() if name in checked.averages]
             keep = [who for who in holders if name in self._checked[who].filled]
             change = [who for who in holders if name not in self._checked[who].filled]
             fewer, more = (change, keep) if self._counting(keep) >= self._counting(change) else (keep, change)
@@ -530,9 +536,9 @@ class Round:
     def _other_form(self, who: str, checked: Checked, usual: Checked, count: int) -> ContributionError:
         if checked.unless_alone is not None:
             return checked.unless_alone
-        expected, found = set(usual.averaged), set(checked.averaged)
-        missing = tuple(name for name in usual.averaged if name not in found)
-        extra = tuple(name for name in checked.averaged if name not in expected)
+        expected, found = usual.averages, checked.averages
+        missing = [name for name in usual.averaged if name not in found]
+        extra = [name for name in checked.averaged if name not in expected]
         if not missing and not extra:
             for name in checked.averaged:
                 other = _other_variable(who, name, checked, SHAPE_AND_DTYPE(usual.arrays[name]), count)
@@ -545,8 +551,8 @@ class Round:
             f"{who}: {what}, compared with what {count} of the round's contributions hold{advice}",
             contributor=who,
             name=next(iter(missing or extra), None),
-            missing=missing,
-            extra=extra,
+            missing=tuple(missing[:MOST_NAMED]),
+            extra=tuple(extra[:MOST_NAMED]),
         )
 
     def _tell(self) -> None:

@@ -44,7 +44,7 @@ from fed_learn.adapters.base import Framework, Resident, not_averageable
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
 from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, as_failure, brief
-from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict
+from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict, items_of
 
 Tensors: TypeAlias = dict[str, Any]
 
@@ -126,7 +126,7 @@ def opened(weights: object, who: str) -> Opened:
     if not isinstance(weights, Mapping):
         return Opened(weights, {}, {})
     try:
-        arrays: dict[Any, Any] = dict(weights.items())
+        arrays = items_of(weights)
     except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
         as_failure(error)
         return Opened(weights, {}, {})
@@ -167,7 +167,7 @@ def without_tensors(weights: Any, who: str) -> Any:
     """
     if isinstance(weights, Mapping) and type(weights) not in (dict, FrozenWeights):
         try:
-            weights = dict(weights.items())  # read once: what is looked at is what is kept
+            weights = items_of(weights)  # read once: what is looked at is what is kept
         except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
             as_failure(error)
             return weights
@@ -195,7 +195,7 @@ def placeholders(weights: Any, who: str) -> Any:
     """
     if not hold_tensors(weights):
         return weights
-    shown = dict(weights.items())
+    shown = items_of(weights, who)
     for name, value in shown.items():
         tensor = plain(value)
         framework = framework_of(type(tensor))

@@ -1,6 +1,7 @@
 """Keeps the best of the models that the clients received, by the clients' own validation metrics."""
 
 import difflib
+import heapq
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,9 +11,10 @@ from fed_learn.contribution import FINAL_MODEL, INITIAL_VALIDATION_METRIC, BestM
 from fed_learn.errors import MetricError, brief
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, declared_mode, is_better
+from fed_learn.limits import MOST_METRICS
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.values import mean_of
-from fed_learn.weights import FrozenWeights
+from fed_learn.weights import FrozenWeights, listed
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +120,9 @@ class ModelSelectionHandler(ServerHandler):
                 self._check_any(contributions)
             self._warn_of_strangers(contributions)
         if self._seen is not None:
-            self._seen |= {metric for c in contributions for metric in c.metrics}
+            room = len(self._seen) < MOST_METRICS  # clients may make up new ones in each round
+            sent = {metric for c in contributions for metric in c.metrics}
+            self._seen |= sent if room else sent & {self.validation_metric_name}
             if self.validation_metric_name not in self._seen and fl_ctx.get_prop(ContextKey.SCORES_LATE, False):
                 return  # they are still to come
         self._select(fl_ctx, self._of_round(fl_ctx, contributions), self._before_round)
@@ -231,11 +235,12 @@ class ModelSelectionHandler(ServerHandler):
 
 
 def by_likeness(name: str, names: Iterable[str]) -> str:
-    """Names for a message, the one that is most like `name` first.
+    """Names for a message, the one that is most like `name` first. Clients make them up: only short ones are compared.
 
     Example:
         >>> by_likeness("auc", ["loss", "initial_auc"]), by_likeness("auc", [])
         ("'initial_auc', 'loss'", 'no metrics')
     """
-    listed = sorted(names, key=lambda other: (-difflib.SequenceMatcher(None, name, other).ratio(), other))
-    return ", ".join(map(repr, listed)) or "no metrics"
+    shortest = heapq.nsmallest(100, names, key=len)
+    likeness = {other: difflib.SequenceMatcher(None, name, other[:100]).ratio() for other in shortest}
+    return listed(sorted(shortest, key=lambda other: (-likeness[other], other)), most=10) or "no metrics"

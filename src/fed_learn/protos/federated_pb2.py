@@ -8,7 +8,6 @@ The bytes are those of protobuf for
 """
 
 import io
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fed_learn.errors import DtypeError, WeightsTypeError, a_type
+from fed_learn.npy import viewed
 from fed_learn.weights import BFLOAT16, native_dtype
 
 LENGTH_DELIMITED = 2
@@ -56,9 +56,9 @@ class NDArray:
         if not isinstance(self._value, bytes):
             return self._value
         try:
-            return _parsed(self._value)
-        except Exception as error:  # numpy reads headers by Python's parser, which raises anything
-            raise WeightsTypeError(f"{len(self._value)} bytes that are no array in the .npy format") from error
+            return viewed(self._value)
+        except (DtypeError, WeightsTypeError) as error:
+            raise WeightsTypeError(f"{len(self._value)} bytes that are no array in the .npy format: {error}") from error
 
     @property
     def ndarray(self) -> bytes:
@@ -166,18 +166,3 @@ def _varint(number: int) -> bytes:
         groups.append(number & 0x7F | 0x80)
         number >>= 7
     return bytes([*groups, number])
-
-
-def _parsed(content: bytes) -> npt.NDArray[Any]:
-    """A view of the bytes, which are checked before anything is allocated."""
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    if version not in ((1, 0), (2, 0)):
-        raise ValueError(f"version {version}")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran_order, dtype = read(file)
-    size = math.prod(shape)
-    if dtype.hasobject or min(shape, default=0) < 0:
-        raise ValueError("an array of Python objects, or of a negative length")
-    flat = np.frombuffer(content, dtype, size, file.tell()) if size else np.empty(0, dtype)
-    return flat.reshape(shape, order="F" if fortran_order else "C")

@@ -11,6 +11,7 @@ from fed_learn.aggregation.round import Told
 from fed_learn.contribution import check_aggregation_weight
 from fed_learn.errors import AggregationWeightError, brief
 from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of, records_of
+from fed_learn.limits import LONGEST_NAME, MOST_METRICS
 from fed_learn.values import mean_of
 
 logger = logging.getLogger("flwr")
@@ -21,8 +22,9 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
 
     Takes the place of Flower's `aggregate_metricrecords`, which refuses a round in which clients report different
     metrics, and gives NaN where one of them does. A reply by a weight of 0 adds nothing. Left out, and logged, are a
-    reply without a weight, or by one that is negative or not finite; a metric that is not finite; and a list that is
-    not as long as most are (of equally common lengths the shorter counts; a number is a list of one).
+    reply without a weight, or by one that is negative or not finite; a metric that is not finite; a list that is not
+    as long as most are (of equally common lengths the shorter counts; a number is a list of one); and more metrics than
+    `fed_learn.limits` takes of one reply.
 
     Example:
         >>> contents = [RecordDict({"m": MetricRecord({"n": n, "loss": x})}) for n, x in [(1, 2.0), (3, 6.0)]]
@@ -50,16 +52,22 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
         except AggregationWeightError as error:
             told.once(("metrics", who), f"{who}: its metrics are left out of the means: {weighted_by_key!r}: {error}")
             continue
-        for record in records_of(content, MetricRecord).values() if weight else ():
-            for key, value in record.items():
-                if key in (weighted_by_key, PARTITION_ID):
-                    continue
-                listed = [float(v) for v in value] if isinstance(value, list) else [float(value)]
-                if all(map(math.isfinite, listed)):
-                    numbers |= set() if isinstance(value, list) else {key}
-                    terms.setdefault(key, []).append((who, weight, listed))
-                else:
-                    _tell(told, who, key, f"is {brief(value)}")
+        if not weight:
+            continue
+        entries = [entry for record in records_of(content, MetricRecord).values() for entry in record.items()]
+        taken = [(key, value) for key, value in entries[:MOST_METRICS] if len(key) <= LONGEST_NAME]
+        if len(taken) < len(entries):
+            text = f"{len(entries) - len(taken)} of its {len(entries)} metrics are too many: left out"
+            told.once(("metrics left out", who), f"{who}: {text}")
+        for key, value in taken:
+            if key in (weighted_by_key, PARTITION_ID):
+                continue
+            listed = [_as_float(v) for v in value] if isinstance(value, list) else [_as_float(value)]
+            if all(map(math.isfinite, listed)):
+                numbers |= set() if isinstance(value, list) else {key}
+                terms.setdefault(key, []).append((who, weight, listed))
+            else:
+                _tell(told, who, key, f"is {brief(value)}, not a finite number")
     means = MetricRecord()
     for key, found in terms.items():
         lengths = Counter(len(listed) for _, _, listed in found)
@@ -76,3 +84,11 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
 
 def _tell(told: Told, who: str, key: str, why: str) -> None:
     told.once(("metric", who, key), f"{who}: metric {brief(key)} {why}: it is left out of the mean metrics")
+
+
+def _as_float(value: float) -> float:
+    """An int beyond the floats counts as infinite, as a float beyond them would."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf

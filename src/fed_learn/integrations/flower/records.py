@@ -8,28 +8,32 @@ says `"bfloat16"`; where it does not, the global model's dtype decides.
 """
 
 import math
-import struct
 from collections.abc import Mapping
 from functools import lru_cache
 from io import BytesIO
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from fed_learn.errors import DtypeError, WeightsTypeError, brief, text_of
-from fed_learn.weights import BFLOAT16, FrozenWeights, Schema, WeightDict, as_weight_dict, native_dtype
+from fed_learn.errors import DtypeError, WeightsTypeError, as_failure, brief, text_of
+from fed_learn.npy import viewed
+from fed_learn.weights import (
+    BFLOAT16,
+    FrozenWeights,
+    Schema,
+    WeightDict,
+    about,
+    as_weight_dict,
+    check_names,
+    native_dtype,
+)
 from fed_learn.weights import Array as NumpyArray
 
 NPY = "numpy.ndarray"
 """`Array.stype` of what this module reads and writes."""
 VOID = np.dtype("V2")
 """What `.npy` makes of bfloat16."""
-LONGEST_HEADER = 10_000
-"""Bytes; as in `numpy.load`. Headers come from outside."""
-
-Header: TypeAlias = tuple[np.dtype[Any], bool, tuple[int, ...]]
-"""Dtype, whether in Fortran order, shape."""
 
 
 def to_weights(
@@ -43,8 +47,9 @@ def to_weights(
         contributor: Who sent it, for errors.
 
     Raises:
+        NamesError: There are more variables, or longer names, than any model has.
         WeightsTypeError: The bytes are no `.npy` file, or hold more or less than their header says.
-        DtypeError: An array of Python objects.
+        DtypeError: An array of Python objects, or of another dtype that nothing averages.
 
     Example:
         >>> record = to_record({"w": np.float32([1, 2])})
@@ -52,6 +57,7 @@ def to_weights(
         array([1., 2.], dtype=float32)
     """
     schema = like if like is None or isinstance(like, Schema) else Schema.of(like)
+    check_names(record, contributor)
     weights: dict[str, NumpyArray] = {}
     for name, array in record.items():
         expected = None if schema is None else schema.get(name)
@@ -59,20 +65,18 @@ def to_weights(
             view = None if expected is None else _view_as(array, *expected)
             if view is None:
                 view = _view(array)
-        except Exception as error:  # numpy and struct have many for bytes that are no file
-            who = f"{contributor}: " if contributor is not None else ""
-            kind = DtypeError if isinstance(error, _ObjectsError) else WeightsTypeError
+            if view.dtype == VOID and (array.dtype == "bfloat16" or (expected is not None and expected[1] == BFLOAT16)):
+                view = view.view(BFLOAT16.newbyteorder(">") if array.dtype.startswith(">") else BFLOAT16)
+        except BaseException as error:  # what stands in for an `Array` may be anything
+            as_failure(error)
+            kind = DtypeError if isinstance(error, DtypeError) else WeightsTypeError
             raise kind(
-                f"{who}{name!r} cannot be read: {text_of(error)}",
+                f"{about(contributor, name)}cannot be read: {text_of(error)}",
                 contributor=contributor,
                 name=name,
-                dtype=object,
+                dtype=getattr(error, "dtype", None),
                 expected=None,
             ) from error
-        if view.dtype == VOID and (
-            array.dtype == "bfloat16" or (schema is not None and schema.get(name, ((), None))[1] == BFLOAT16)
-        ):
-            view = view.view(BFLOAT16.newbyteorder(">") if array.dtype.startswith(">") else BFLOAT16)
         weights[name] = view
     frozen = FrozenWeights({})
     dict.update(frozen, weights)  # views of bytes: nobody can make them writeable
@@ -173,10 +177,6 @@ class RecordWriter:
         return weights
 
 
-class _ObjectsError(ValueError):
-    """An array of Python objects, which would have to be unpickled."""
-
-
 def _view_as(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NumpyArray | None:
     """`_view` in a third of the time, for the usual file of this shape and dtype; None for any other."""
     header, data = _written_header(shape, dtype), array.data
@@ -190,40 +190,8 @@ def _view_as(array: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Nump
 def _view(array: Array) -> NumpyArray:
     """The array in the bytes of an `Array`."""
     if array.stype != NPY:
-        raise ValueError(f"serialized as {brief(array.stype)}, not as {NPY!r}")
-    data = array.data
-    if data[:6] != b"\x93NUMPY" or data[6:7] not in (b"\1", b"\2"):
-        raise ValueError("no .npy file of version 1 or 2")
-    length, start = (
-        (struct.unpack_from("<H", data, 8)[0], 10) if data[6] == 1 else (*struct.unpack_from("<I", data, 8), 12)
-    )
-    if length > LONGEST_HEADER:
-        raise ValueError(f"a header of {length} bytes")
-    dtype, fortran_order, shape = _read_header(data[6], data[8 : start + length])
-    start += length
-    if len(data) - start != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{len(data) - start} bytes of data for shape {shape} of {dtype}")
-    found: NumpyArray = np.ndarray(shape, dtype, data, start, order="F" if fortran_order else "C")
-    # Bytes again, and these are aligned.
-    return (
-        found
-        if found.flags.aligned
-        else np.ndarray(shape, dtype, found.tobytes("A"), order="F" if fortran_order else "C")
-    )
-
-
-@lru_cache(4096)  # parsing takes longer than averaging a small layer, and all clients send the same headers
-def _read_header(version: int, header: bytes) -> Header:
-    try:
-        read = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read(BytesIO(header), max_header_size=LONGEST_HEADER)
-    except Exception as error:  # a tokenizer and a parser of Python read what a client sent
-        raise ValueError(f"a header that is no header: {text_of(error)}") from error
-    if dtype.hasobject:
-        raise _ObjectsError("an array of Python objects, which would have to be unpickled")
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape {shape}")
-    return dtype, fortran_order, shape
+        raise WeightsTypeError(f"serialized as {brief(array.stype)}, not as {NPY!r}")
+    return viewed(array.data)
 
 
 @lru_cache(4096)

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
@@ -22,6 +22,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn import kernels
 from fed_learn.aggregation.round import Told, check_partial
+from fed_learn.aggregation.tensors import label_of
 from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight, check_factor
 from fed_learn.errors import (
     AggregationWeightError,
@@ -42,6 +43,7 @@ from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.intake import Intake
 from fed_learn.server.job_events import nothing_aggregated
 from fed_learn.values import whole_number_of
+from fed_learn.weights import items_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +103,7 @@ class _Averaging:
         self._lock = threading.Lock()
         self._round: int | None = None
         self._global: dict[str, Any] | None = None
-        self._skipped: set[str] = set()
+        self._skipped: frozenset[str] = frozenset()
         self._intake: Intake | None = None
         self._told = Told(logger)
         self._reports: list[RoundReport] = []
@@ -147,8 +149,8 @@ class _Averaging:
             FedLearnError: Nothing of the global model is left to be averaged.
         """
         if self._intake is None:
-            self._skipped.clear()
-            if self._global and not self._averaged_part(self._global):
+            self._skipped = self._matched(self._global or ())
+            if self._global and len(self._skipped) == len(self._global):
                 raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
             self._intake = Intake(
                 number=self._round,
@@ -163,13 +165,20 @@ class _Averaging:
             )
         return self._intake
 
+    def _matched(self, names: Iterable[Any]) -> frozenset[str]:
+        """Those names that `exclude_vars` matches: of the global model, or of a mean. A user's pattern may be slow.
+
+        So no name reaches it that a client has made up, and that has not passed all checks.
+        """
+        if self._excluded is None:
+            return frozenset()
+        return frozenset(name for name in names if isinstance(name, str) and self._excluded.search(name))
+
     def _averaged_part(self, weights: Any) -> Any:
-        """Without the variables that `exclude_vars` names; what is no dict is left for the checks to refuse."""
-        if self._excluded is None or not isinstance(weights, Mapping):
+        """Without the excluded variables of the global model; what is no dict is left for the checks to refuse."""
+        if not self._skipped or not isinstance(weights, Mapping):
             return weights
-        skipped = {name for name in weights if isinstance(name, str) and self._excluded.search(name)}
-        self._skipped |= skipped
-        return {name: value for name, value in weights.items() if name not in skipped}
+        return {name: value for name, value in items_of(weights).items() if name not in self._skipped}
 
     def _receive(self, who: Any, read: Callable[[], Contribution]) -> None:
         """Accepts what a client sent, or refuses it.
@@ -286,6 +295,9 @@ class _Averaging:
                 raise intake.rejected[0].error
             only = None if self.fl_ctx is None else props.taken(self.fl_ctx, props.CONTRIBUTORS)
             mean = intake.average(only)
+            if mean is not None and self._global is None:
+                self._skipped = self._matched(mean)
+                mean = {name: value for name, value in mean.items() if name not in self._skipped}
             self.report = report = intake.report
             self._reports.append(report)
             if report.error is not None:
@@ -339,8 +351,9 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
     logged and the global model stands.
 
     Args:
-        exclude_vars: Regular expression: variables with a match are not averaged, nor checked; the global model keeps
-            its own.
+        exclude_vars: Regular expression: variables of the global model with a match are not averaged, nor checked, and
+            it keeps its own. Where the workflow has not shown it to the aggregator they are checked and left out of
+            the average.
         aggregation_weights: Client → factor; 1 for those not named.
         expected_data_kind: `"WEIGHTS"` for models, `"WEIGHT_DIFF"` for differences (`ParamsType.DIFF`).
         weigh_by_local_iter: Weigh by steps; otherwise by `aggregation_weights` alone.
@@ -505,4 +518,5 @@ def _reason(who: Any, error: Exception) -> Exception:
     """Why a contribution is refused, as an error that names who sent it."""
     if isinstance(error, ContributionError | ExactDomainError):
         return error
-    return WeightsTypeError(f"{who}: sent something unreadable: {described(error)}", contributor=who)
+    label = label_of(who)
+    return WeightsTypeError(f"{label}: sent something unreadable: {described(error)}", contributor=label)

@@ -9,10 +9,11 @@ from typing import Any
 
 from fed_learn import kernels
 from fed_learn.aggregation.round import UNUSABLE, Round, Told
+from fed_learn.aggregation.tensors import label_of
 from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport
 from fed_learn.errors import TooFewContributionsError, without_tracebacks
 from fed_learn.values import mean_of
-from fed_learn.weights import WeightDict
+from fed_learn.weights import WeightDict, items_of
 
 
 class Intake:
@@ -93,7 +94,8 @@ class Intake:
             Exception: Whatever reading the weights raises, such as a file that is gone.
         """
         if isinstance(contribution.weights, Mapping):
-            loaded = {name: _loaded(value) for name, value in contribution.weights.items()}
+            items = items_of(contribution.weights, label_of(contribution.contributor))
+            loaded = {name: _loaded(value) for name, value in items.items()}
             contribution = replace(contribution, weights=loaded)
         accepted = self._round.receive(contribution)
         self._note_accepted()
