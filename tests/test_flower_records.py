@@ -2,7 +2,6 @@
 
 import io
 import logging
-import math
 import pickle
 from typing import Any
 

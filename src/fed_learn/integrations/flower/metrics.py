@@ -67,7 +67,7 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
                 numbers |= set() if isinstance(value, list) else {key}
                 terms.setdefault(key, []).append((who, weight, listed))
             else:
-                _tell(told, who, key, f"is {brief(value)}, not a finite number")
+                _tell(told, who, key, f"is {brief(value)}")
     means = MetricRecord()
     for key, found in terms.items():
         lengths = Counter(len(listed) for _, _, listed in found)
