@@ -210,7 +210,9 @@ def test_a_file_may_begin_with_the_mark_of_windows(tmp_path: Path) -> None:
     assert read_config(path) == {"num_rounds": 3}
 
 
-@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "class Own:\n    def __init__(self): raise SystemExit(3)"])
+@pytest.mark.parametrize(
+    "code", ["import sys; sys.exit(3)", "class Own:\n    process = print\n    def __init__(self): raise SystemExit(3)"]
+)
 def test_code_that_ends_the_process_is_refused(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_ending.py").write_text(code, encoding="utf-8")
