@@ -287,7 +287,7 @@ def test_the_example_of_a_project_of_clara_runs(tmp_path: Path) -> None:
     assert summary["best"]["source"] == "aggregated"
     assert summary["best"]["test_accuracy"] > 0.9
     again = json.loads(
-        run("--config", EXAMPLES / "clara" / "config_fed_server.json", "--json", "--out", tmp_path / "out").stdout
+        run("--config", EXAMPLES / "clara" / "config_fed_server.json", "--json", "--out", tmp_path / "again").stdout
     )
     assert again["best"] == summary["best"]
 

@@ -110,13 +110,20 @@ class CheckpointHandler(ServerHandler):
             self._saved = best
 
     def _save(self, name: str, weights: WeightDict, about: dict[str, object]) -> None:
-        data = serialized(weights, about)
-        if not self._begun:
+        data, path = serialized(weights, about), Path(self.directory) / name
+        # Both of an earlier job's go: a best model of one job beside a global model of another misleads.
+        earlier = [] if self._begun else self._paths()
+        if earlier:
             self._take()
-            for path in self._paths():  # both: a best model of one job beside a global model of another misleads
-                path.unlink(missing_ok=True) if self.overwrite else set_aside(path)
-            self._begun = True
-        write_whole(Path(self.directory) / name, data)
+        if not self.overwrite:
+            for one in earlier:
+                set_aside(one)
+        write_whole(path, data)
+        if self.overwrite:
+            for one in earlier:
+                if one != path:
+                    one.unlink(missing_ok=True)
+        self._begun = True
 
 
 def serialized(weights: WeightDict, about: dict[str, object]) -> bytes:

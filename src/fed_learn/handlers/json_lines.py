@@ -59,11 +59,10 @@ class JsonLinesHandler(ServerHandler):
         """
         super().startup(ctx)
         self._begun = False
-        self._take()
-        path = Path(self.path)
-        if path.exists():
-            with open(path, "ab"):  # better to hear now that it cannot be written
+        if os.path.exists(self.path):
+            with open(self.path, "ab"):  # better to hear now that it cannot be written
                 pass
+        self._take()
 
     def shutdown(self, ctx: FLContext) -> None:
         """Brings the file to the disk, and gives it up."""
