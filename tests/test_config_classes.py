@@ -71,10 +71,11 @@ def started() -> list[object]:
     return found
 
 
-by_name = {"ids": lambda value: getattr(value, "__name__", str(value))}
+def name_of(value: object) -> str:
+    return str(getattr(value, "__name__", value))
 
 
-@pytest.mark.parametrize("build", [*ROLES, *NESTED], **by_name)
+@pytest.mark.parametrize("build", [*ROLES, *NESTED], ids=name_of)
 @pytest.mark.parametrize("program", ["subprocess.Popen", "psutil.Popen"])
 def test_no_entry_of_a_configuration_starts_a_program(program: str, build: Build, started: list[object]) -> None:
     pytest.importorskip(program.partition(".")[0])
@@ -87,7 +88,7 @@ def test_no_entry_of_a_configuration_starts_a_program(program: str, build: Build
     assert len(started) == before + 1, "a program that is started is seen"
 
 
-@pytest.mark.parametrize("build", ROLES, **by_name)
+@pytest.mark.parametrize("build", ROLES, ids=name_of)
 def test_the_arguments_of_what_has_not_its_role_are_not_built(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[object] = []
 
@@ -110,7 +111,7 @@ def test_what_a_role_needs_is_said() -> None:
             build({"path": f"{__name__}.Plain"})
 
 
-@pytest.mark.parametrize("build", ROLES, **by_name)
+@pytest.mark.parametrize("build", ROLES, ids=name_of)
 def test_a_class_of_ones_own_that_derives_from_nothing_is_taken_for_what_its_methods_say(build: Build) -> None:
     assert type(build({"path": f"{__name__}.Quacking"})) is Quacking
 
