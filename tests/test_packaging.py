@@ -148,6 +148,7 @@ def test_the_advice_for_a_missing_extension_works_although_pip_has_cached_a_whee
     sdist = "import os, setuptools.build_meta as b; os.makedirs('dist'); b.build_sdist('dist')"
     subprocess.run([sys.executable, "-c", sdist], cwd=checkout, check=True, capture_output=True)
     (archive,) = (checkout / "dist").glob("*.tar.gz")
+    source = f"'fed-learn @ {archive.as_uri()}'"  # by name, as from an index: only then pip looks into its cache
 
     def pip(command: str, **settings: str) -> subprocess.CompletedProcess[str]:
         path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
@@ -158,11 +159,12 @@ def test_the_advice_for_a_missing_extension_works_although_pip_has_cached_a_whee
         return any(environment.glob("lib/*/site-packages/fed_learn/kernels/_native.abi3.*"))
 
     broken = {"CC": "/nonexistent/cc"}
-    done = pip(f"pip install --no-deps {archive}", FED_LEARN_REQUIRE_NATIVE="0", **broken)
+    done = pip(f"pip install --no-deps {source}", FED_LEARN_REQUIRE_NATIVE="0", **broken)
     assert done.returncode == 0, done.stderr
     assert "fed_learn-0.1.0-py3-none-any.whl" in pip("pip cache list").stdout
-    assert not native()
-    advised = ADVICE.removesuffix(".") + str(archive)
+    assert pip(f"pip install --no-deps --force-reinstall {source}").returncode == 0
+    assert not native(), "a compiler alone does not help: it is the cached wheel again"
+    advised = ADVICE.removesuffix(".") + source
     failed = pip(advised, **broken)
     assert failed.returncode != 0
     assert "/nonexistent/cc" in failed.stdout + failed.stderr, "it says why"
