@@ -388,7 +388,7 @@ NUMBERS: dict[str, tuple[Any, Any, Any]] = {
     "long double": (np.longdouble(2.5), np.int16(3), np.longdouble(0.25)),
     "8 bits": (np.int8(100), np.int8(100), np.int8(100)),
     "half": (np.float16(60_000), np.uint8(200), np.float16(0.25)),
-    "large": (10**300, 2**63 - 1, 10**300),
+    "large": (10**30, 2**63 - 1, 10**300),
     "large numpy": (np.uint64(2**63), np.uint64(2**63 - 1), np.uint64(2**63)),
 }
 """Aggregation weight, iterations and metric, of the types that clients come up with."""

@@ -343,7 +343,7 @@ def test_the_event_in_the_record_is_its_plain_value() -> None:
     with pytest.raises(fl.HandlerError) as caught:
         fl.fire_event(fl.EventType.END_ROUND, [Undoing(same(0), OSError())], fl.FLContext())
     assert caught.value.failures[0].event == "_endRound"
-    assert str(caught.value.failures[0]) == f"{__name__}.Undoing at _endRound: OSError: "
+    assert str(caught.value.failures[0]) == f"{__name__}.Undoing at _endRound: OSError"
 
 
 def test_except_star_catches_each_kind_by_itself() -> None:

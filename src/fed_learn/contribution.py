@@ -18,7 +18,9 @@ from fed_learn.errors import (
     RoundError,
     UnknownContributorError,
     brief,
+    text_of,
 )
+from fed_learn.limits import LONGEST_CONTRIBUTOR
 from fed_learn.values import number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
     Array,
@@ -79,7 +81,7 @@ class Contribution:
         numbers, others = split_metrics(dict(self.metrics or {}))
         object.__setattr__(self, "metrics", FrozenDict(numbers))
         object.__setattr__(self, "info", FrozenDict({**others, **plain_values(dict(self.info or {}))}))
-        if self.kind in tuple(Kind):
+        if isinstance(self.kind, str) and self.kind in tuple(Kind):
             object.__setattr__(self, "kind", Kind(self.kind))
 
     def frozen(self) -> "Contribution":
@@ -134,6 +136,21 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     return number
 
 
+def check_countable(aggregation_weight: float, contributor: str) -> float:
+    """An aggregation weight that a job takes: nobody has more than `LARGEST_WEIGHT` examples, and sums stay finite.
+
+    Raises:
+        AggregationWeightError: It is larger.
+    """
+    if aggregation_weight > LARGEST_WEIGHT:
+        raise AggregationWeightError(
+            f"{contributor}: aggregation weight {aggregation_weight} is above 2**100, which no number of examples is",
+            contributor=contributor,
+            value=aggregation_weight,
+        )
+    return aggregation_weight
+
+
 def check_factor(value: object, contributor: str) -> float:
     """A factor of a contributor's aggregation weights, from the settings, as a float.
 
@@ -185,6 +202,43 @@ def _advice(kind: object) -> str:
     )
 
 
+def check_contributor(name: object) -> str:
+    r"""A contributor's name, if it can be one: it is part of log lines, files and the order of sums.
+
+    It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, neither begins nor ends with a
+    space, and is not that of a global model, `FINAL_MODEL` or `GLOBAL_BEST`. All names go through here, whoever gives
+    them.
+
+    Raises:
+        UnknownContributorError: It cannot.
+
+    Example:
+        >>> check_contributor("site-1"), check_contributor("Klinikum Süd 3")
+        ('site-1', 'Klinikum Süd 3')
+        >>> check_contributor("site-1\nERROR")
+        Traceback (most recent call last):
+        ...
+        fed_learn.errors.UnknownContributorError: contributor 'site-1\nERROR' is not a name: '\n' is not printable
+    """
+    if not isinstance(name, str) or not name:
+        raise UnknownContributorError(f"contributor {brief(name)} is not a name", contributor=None)
+    if len(name) > LONGEST_CONTRIBUTOR:
+        problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
+    elif not name.isprintable():
+        problem = f"{next(c for c in name if not c.isprintable())!r} is not printable"
+    elif "/" in name or "\\" in name:
+        problem = "it holds a slash or backslash, and names become parts of paths"
+    elif name != name.strip():
+        problem = "it begins or ends with a space"
+    elif name in (FINAL_MODEL, GLOBAL_BEST):
+        problem = "it names a global model"
+    else:
+        return str(name)
+    raise UnknownContributorError(
+        f"contributor {brief(name)} is not a name: {problem}", contributor=name[:LONGEST_CONTRIBUTOR]
+    )
+
+
 def check_terms(
     contribution: Contribution,
     *,
@@ -206,9 +260,7 @@ def check_terms(
     Raises:
         ContributionError: One of its children, naming the contributor and the cause.
     """
-    who = contribution.contributor
-    if not isinstance(who, str) or not who:
-        raise UnknownContributorError(f"contributor {brief(who)} is not a name", contributor=who)
+    who = check_contributor(contribution.contributor)
     if who in contributors:
         raise DuplicateContributionError(f"{who}: contributed already", contributor=who)
     own_round = contribution.round
@@ -222,8 +274,10 @@ def check_terms(
             expected=round,
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
+        given: object = contribution.kind
+        shown = brief(str(given) if isinstance(given, Kind) else given)
         raise KindError(
-            f"{who}: contribution is of kind {brief(str(contribution.kind))}, expected {kind or ' or '.join(Kind)}"
+            f"{who}: contribution is of kind {shown}, expected {kind or ' or '.join(Kind)}"
             + _advice(contribution.kind),
             contributor=who,
             kind=contribution.kind,
@@ -321,10 +375,19 @@ GLOBAL_BEST = "global_best"
 
 @dataclass(frozen=True, eq=False)
 class ClientFailure:
-    """A contribution that was refused, or a client that left the job: who, and the error that says why."""
+    """A contribution that was refused, or a client that left the job: who, and the error that says why.
+
+    Where `contributor` is not a name, it becomes a short description, so that it can be shown.
+    """
 
     contributor: str
     error: Exception
+
+    def __post_init__(self) -> None:
+        try:
+            check_contributor(self.contributor)
+        except UnknownContributorError:
+            object.__setattr__(self, "contributor", brief(self.contributor))
 
     @property
     def cause(self) -> str:
@@ -333,7 +396,7 @@ class ClientFailure:
 
     def as_dict(self) -> dict[str, str]:
         """For JSON."""
-        return {"contributor": self.contributor, "cause": self.cause, "message": str(self.error)}
+        return {"contributor": self.contributor, "cause": self.cause, "message": text_of(self.error)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,5 +448,5 @@ class RoundReport:
             "aggregation_bytes": self.aggregation_bytes,
             "kernel": self.kernel,
             "seconds": self.seconds,
-            "error": None if self.error is None else str(self.error),
+            "error": None if self.error is None else text_of(self.error),
         }

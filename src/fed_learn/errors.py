@@ -6,9 +6,9 @@ about as attributes, so that nobody has to parse a message.
 """
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 
 class FedLearnError(Exception):
@@ -32,8 +32,8 @@ class FedLearnError(Exception):
     """The `JobResult` so far, where the error ended a job; else None."""
 
     def __init__(self, message: str, *, contributor: str | None = None, name: str | None = None, **values: Any) -> None:
-        # What a client sent must not be able to begin a new line in a log.
-        super().__init__(" ".join(message.splitlines()))
+        # What a client sent must not be able to write a line of its own into a log, or to move a terminal's cursor.
+        super().__init__(printable(message))
         self.contributor = contributor
         self.name = name
         self.__dict__.update(values)
@@ -170,6 +170,12 @@ class ClientQuitError(FedLearnError, RuntimeError):
     """A client leaves the job of its own will."""
 
 
+class ContextError(FedLearnError, TypeError):
+    """A handler took a key of the library out of a job's context, or bound something else to it. Attribute: `key`."""
+
+    key: str = ""
+
+
 class AggregatorError(FedLearnError, RuntimeError):
     """An aggregator raised, or left no model of the job's schema. The cause is its `__cause__`."""
 
@@ -210,6 +216,84 @@ class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
 
 
+def printable(text: str) -> str:
+    r"""Text for one line of a log: lines are joined, and what is not printable is shown as its escape.
+
+    Example:
+        >>> printable("site\nERROR all is lost\x1b[2K")
+        'site ERROR all is lost\\x1b[2K'
+    """
+    if text.isprintable():  # the usual case
+        return text
+    line = " ".join(text.splitlines())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in line)
+
+
+LONGEST_TEXT = 2000
+"""Characters of an exception's text that are shown."""
+
+
+def text_of(error: BaseException) -> str:
+    """The text of an exception: printable, of one line, bounded. Never raises, whatever its `__str__` does.
+
+    This is how the library makes text of an exception that it has not raised itself; `described` adds the class.
+
+    Example:
+        >>> text_of(ValueError("disk full")), text_of(KeyError("w"))
+        ('disk full', "'w'")
+    """
+    try:
+        text = str.__str__(str(error))  # of a class of one's own it would do as it likes
+        return printable(text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…")
+    except BaseException as second:  # noqa: BLE001 - code of others, which may do anything
+        as_failure(second)
+        return f"its text cannot be read ({type(second).__name__})"
+
+
+def as_failure(error: BaseException) -> Exception:
+    """What code of others raised, as a failure of theirs; what interrupts the process is raised again.
+
+    Clients, and the objects that they send, may raise anything while they run or are looked at, `SystemExit` and
+    `GeneratorExit` among it. Only `KeyboardInterrupt` is meant for the process. Wherever the library runs their code,
+    it takes what comes out of it by `except BaseException` and this.
+
+    Returns:
+        The error itself; one that describes it where it is no `Exception`, which most code would not catch.
+
+    Example:
+        >>> as_failure(ValueError("no data")), as_failure(SystemExit("no GPU"))
+        (ValueError('no data'), FedLearnError('SystemExit: no GPU'))
+    """
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, Exception):
+        return error
+    failure = FedLearnError(described(error))
+    failure.__cause__ = error
+    return failure
+
+
+def is_error(value: object) -> TypeGuard[BaseException]:
+    """Whether what came from outside is an exception: by its type, for `isinstance` asks the object, which may raise.
+
+    Example:
+        >>> is_error(ValueError()), is_error(ValueError)
+        (True, False)
+    """
+    return issubclass(type(value), BaseException)
+
+
+def described(error: BaseException) -> str:
+    """The class and the text of an exception, as Python prints them; see `text_of`.
+
+    Example:
+        >>> described(OSError("disk full")), described(ValueError())
+        ('OSError: disk full', 'ValueError')
+    """
+    text = text_of(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def brief(value: object) -> str:
     """A short description of anything, for a message; never raises, whatever a client sent.
 
@@ -218,8 +302,9 @@ def brief(value: object) -> str:
         ("'xxxxxxxxxxxx...xxxxxxxxxxxxx'", 'an int')
     """
     try:
-        return reprlib.repr(value)
-    except Exception:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
+        return printable(str.__str__(reprlib.repr(value)))
+    except BaseException as error:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
+        as_failure(error)
         return a_type(type(value))
 
 
@@ -240,7 +325,11 @@ def a_type(kind: type, *, module: bool = False) -> str:
 
 
 def without_tracebacks(error: Exception) -> Exception:
-    """The error, stripped of all tracebacks: kept, their frames would keep a client's weights alive."""
+    """The error as it can be kept: without tracebacks, whose frames would keep all weights of a round alive.
+
+    Nor does it keep arrays that it holds as arguments or attributes: short descriptions take their places. So it is
+    with all errors behind it.
+    """
     seen: set[int] = set()
     left: list[BaseException] = [error]
     while left:
@@ -250,7 +339,30 @@ def without_tracebacks(error: Exception) -> Exception:
             one.__traceback__ = None
             left += [other for other in (one.__cause__, one.__context__) if other is not None]
             left += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+            if any(map(_is_large, one.args)):
+                one.args = tuple(brief(value) if _is_large(value) else value for value in one.args)
+            for name in [name for name, value in vars(one).items() if _is_large(value)]:
+                vars(one)[name] = brief(vars(one)[name])
     return error
+
+
+LARGEST_VALUE = 1000
+"""Bytes of an array that an error may keep as an argument or attribute."""
+
+
+def _is_large(value: object, depth: int = 3) -> bool:
+    """Whether a value of an error is, or holds, an array or a tensor of more bytes than are worth keeping."""
+    try:
+        if isinstance(value, Mapping):
+            value = tuple(value.values())
+        if isinstance(value, list | tuple):
+            return depth == 0 or any(_is_large(one, depth - 1) for one in value)
+        if hasattr(value, "weights"):  # a contribution, a model
+            return depth == 0 or _is_large(value.weights, depth - 1)
+        return bool(getattr(value, "nbytes", 0) > LARGEST_VALUE)
+    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        as_failure(error)
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,12 +383,18 @@ class HandlerFailure:
     rollback_exception: Exception | None = None
     round: int | None = None
 
+    def without_tracebacks(self) -> Self:
+        """The same as it can be kept: see `fed_learn.errors.without_tracebacks`. The log has the tracebacks."""
+        without_tracebacks(self.exception)
+        if self.rollback_exception is not None:
+            without_tracebacks(self.rollback_exception)
+        return self
+
     def __str__(self) -> str:
         where = self.event if self.round is None else f"{self.event} of round {self.round + 1}"
-        text = f"{self.handler} at {where}: {type(self.exception).__name__}: {self.exception}"
+        text = f"{self.handler} at {where}: {described(self.exception)}"
         if self.rollback_exception is not None:
-            rollback = self.rollback_exception
-            text += f" (its rollback raised {type(rollback).__name__}: {rollback})"
+            text += f" (its rollback raised {described(self.rollback_exception)})"
         return text
 
 

@@ -3,12 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from fed_learn.errors import brief
+from fed_learn.errors import as_failure, brief
+from fed_learn.limits import DEEPEST
 from fed_learn.weights import FLOATS, FrozenDict, Schema
 
 
@@ -34,7 +36,8 @@ def number_of(value: object) -> float | None:
         if isinstance(value, bool | np.bool_) or not isinstance(value, Real | Decimal):
             return None
         return float(value)
-    except Exception:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        as_failure(error)
         return None
 
 
@@ -45,18 +48,18 @@ def whole_number_of(value: object) -> int | None:
         >>> whole_number_of(np.float32(3)), whole_number_of(2.5), whole_number_of(10**400), whole_number_of("3")
         (3, None, None, None)
     """
-    if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
-        number = int(value)
-    else:
-        found = number_of(value)
-        if found is None or not found.is_integer():
-            return None
-        number = int(found)
+    try:
+        if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
+            number = int(value)
+        else:
+            found = number_of(value)
+            if found is None or not found.is_integer():
+                return None
+            number = int(found)
+    except BaseException as error:  # noqa: BLE001 - as in `number_of`
+        as_failure(error)
+        return None
     return number if -(2**63) <= number < 2**63 else None
-
-
-DEEPEST = 8
-"""How deep lists and dicts nest in `Contribution.info`; below that they are described."""
 
 
 def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], dict[str, Any]]:
@@ -92,20 +95,23 @@ def _plain(value: Any, depth: int) -> Any:
     number = number_of(value)
     if number is not None:
         return number
-    if isinstance(value, np.bool_):
-        return bool(value)
-    if isinstance(value, str):
-        return str(value)
-    if depth and isinstance(value, dict):
-        inner = {key if isinstance(key, str) else brief(key): _plain(item, depth - 1) for key, item in value.items()}
-        return FrozenDict(inner)
-    if depth and isinstance(value, list | tuple):
-        return tuple(_plain(item, depth - 1) for item in value)
+    try:
+        if isinstance(value, np.bool_):
+            return bool(value)
+        if isinstance(value, str):
+            return str.__str__(value)
+        if depth and isinstance(value, dict):
+            inner = {k if isinstance(k, str) else brief(k): _plain(item, depth - 1) for k, item in value.items()}
+            return FrozenDict(inner)
+        if depth and isinstance(value, list | tuple):
+            return tuple(_plain(item, depth - 1) for item in value)
+    except BaseException as error:  # noqa: BLE001 - as in `number_of`
+        as_failure(error)
     return brief(value)
 
 
 def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
-    """The weighted mean of numbers, rounded once, whatever their order and however large they are.
+    """The weighted mean of numbers, within their range, whatever their order and however large they are.
 
     Infinities and NaN give what a plain sum gives.
 
@@ -117,6 +123,10 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
         >>> mean_of([1.0, 3.0], [3, 1]), mean_of([1.5e308, 1.5e308], [1e300, 1e300])
         (1.5, 1.5e+308)
     """
+    if min(filter(None, weights)) < 2.0**-800 * max(weights) and all(map(math.isfinite, numbers)):
+        # Products could underflow.
+        exact = [Fraction(weight) * Fraction(number) for weight, number in zip(weights, numbers, strict=True)]
+        return float(sum(exact) / sum(map(Fraction, weights)))
     _, exponent = math.frexp(max(weights))
     scaled = [math.ldexp(weight, -exponent) for weight in weights]  # exactly, and none of them above 1
     largest = max(map(abs, numbers))
@@ -124,7 +134,10 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
     terms = [weight * math.ldexp(number, -shift) for weight, number in zip(scaled, numbers, strict=True)]
     if not all(map(math.isfinite, terms)):
         return sum(terms) / math.fsum(scaled)
-    return math.ldexp(math.fsum(terms) / math.fsum(scaled), shift)
+    mean = math.fsum(terms) / math.fsum(scaled)
+    # Rounding may have taken it out of the range of the numbers, and even of all floats.
+    low, high = (math.ldexp(bound(numbers), -shift) for bound in (min, max))
+    return math.ldexp(min(max(mean, low), high), shift)
 
 
 def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
@@ -144,7 +157,8 @@ def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
         return weights
     try:
         items = dict(weights.items())
-    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        as_failure(error)
         return weights
     if not any(type(value) in (bool, int, float) for value in items.values()):
         return weights

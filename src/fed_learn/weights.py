@@ -5,7 +5,8 @@ kernels or frameworks; who sent a weight dict is only passed through into the er
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from os import PathLike
 from typing import Any, NoReturn, Self, TypeAlias
@@ -21,6 +22,9 @@ from fed_learn.errors import (
     ShapeError,
     WeightsTypeError,
     a_type,
+    as_failure,
+    brief,
+    described,
 )
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -68,8 +72,12 @@ def size_text(weights: object) -> str:
         return "no weights"
     if not isinstance(weights, Mapping):
         return f"{a_type(type(weights))} in the place of weights"
-    size = sum(int(getattr(value, "nbytes", 0)) for value in weights.values())
-    count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
+    try:
+        size = sum(int(getattr(value, "nbytes", 0)) for value in weights.values())
+        count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
+    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        as_failure(error)
+        return f"{a_type(type(weights))} that cannot be read"
     for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= bytes_of_one:
             return f"{count}, {size / bytes_of_one:.1f} {unit}"
@@ -162,32 +170,42 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
         if names <= {str} and values <= {np.ndarray}:
             return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
+        instead = _safely(partial(_what_instead, weights), a_type(type(weights)))
         raise WeightsTypeError(
-            f"{about(contributor)}weights are {_what_instead(weights)}, not a dict of numpy arrays",
-            contributor=contributor,
+            f"{about(contributor)}weights are {instead}, not a dict of numpy arrays", contributor=contributor
         )
     try:
         items = list(weights.items())
-    except Exception as error:
+    except BaseException as error:
+        as_failure(error)
         raise WeightsTypeError(
-            f"{about(contributor)}weights cannot be read: {type(error).__name__}: {error}", contributor=contributor
+            f"{about(contributor)}weights cannot be read: {described(error)}", contributor=contributor
         ) from error
     arrays: dict[str, Array] = {}
     for name, value in items:
         if not isinstance(name, str):
             raise WeightsTypeError(
-                f"{about(contributor)}variable name {name!r} is {a_type(type(name))}, not a str",
+                f"{about(contributor)}variable name {brief(name)} is {a_type(type(name))}, not a str",
                 contributor=contributor,
             )
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
             raise WeightsTypeError(
                 f"{about(contributor, name)}is {a_type(type(value), module=True)}, not a numpy array"
-                + _hint_of(name, value),
+                + _safely(partial(_hint_of, name, value), ""),
                 contributor=contributor,
                 name=name,
             )
-        arrays[name] = np.asarray(value)
+        arrays[str.__str__(name)] = np.asarray(value)  # a str of another class may do as it likes
     return arrays
+
+
+def _safely(look: Callable[[], str], otherwise: str) -> str:
+    """What looking at an object from outside tells; the other text where it cannot even be looked at."""
+    try:
+        return look()
+    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        as_failure(error)
+        return otherwise
 
 
 def _what_instead(weights: object) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.tensor_outputs import as_tensors
 from fed_learn.aggregation.tensors import Opened, opened_contribution, without_tensors
-from fed_learn.contribution import Contribution, Kind, check_terms, checked_n_iter
+from fed_learn.contribution import Contribution, Kind, check_countable, check_terms, checked_n_iter
 from fed_learn.differences import check_differences
 from fed_learn.errors import NonFiniteError
 from fed_learn.kernels.base import Kernel
@@ -104,8 +104,10 @@ class Terms:
         Raises:
             ContributionError: One of its children, naming the contributor, the variable and the cause.
         """
-        aggregation_weight = check_terms(sent, kind=self.kind, round=self.round, contributors=contributors)
         who = sent.contributor
+        aggregation_weight = check_countable(
+            check_terms(sent, kind=self.kind, round=self.round, contributors=contributors), who
+        )
         opened, found = opened_contribution(sent, None, on_host=True)
         arrays = self._arrays(opened.weights, who, tell)
         if sent.kind is Kind.DIFF:

@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     from fed_learn.cli.app import app
     from fed_learn.cli.interrupts import StoppedError, sigterm_like_ctrl_c
-    from fed_learn.errors import ConfigError
+    from fed_learn.errors import ConfigError, text_of
 
     ctrl_c = 128 + signal.SIGINT
     with sigterm_like_ctrl_c() as came:
@@ -47,7 +47,7 @@ def _run(arguments: list[str]) -> int:
         return _fail(message, error.exit_code) if message else int(error.exit_code)
     if "--debug" in arguments:
         traceback.print_exception(error)
-    return _fail(str(error) or type(error).__name__, 2 if isinstance(error, ConfigError) else 1)
+    return _fail(text_of(error) or type(error).__name__, 2 if isinstance(error, ConfigError) else 1)
 
 
 def _fail(message: str, code: int) -> int:

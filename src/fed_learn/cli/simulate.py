@@ -173,7 +173,7 @@ def simulate(
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
-        _print_summary(Console(soft_wrap=True, highlight=False), summary)
+        _print_summary(Console(soft_wrap=True, highlight=False, markup=False), summary)
 
 
 def _refuse_earlier_files(out: Path, overwrite: bool) -> None:
@@ -239,6 +239,7 @@ def _as_wrong_use(function: Callable[[], T]) -> T:
 
 def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from fed_learn.simulation.summary import site_labels
 
@@ -249,10 +250,8 @@ def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     if best is not None:
         final_one = best["source"] == "received" and best["round"] == len(summary["rounds"])
         where = "the final one" if final_one else f"{best['source']} in round {best['round'] + 1}"
-        console.print(
-            f"Best model   {where}, {best['metric_name']} {best['metric']:.4f}, "
-            f"[bold]test accuracy {best['test_accuracy']:.4f}[/bold]"
-        )
+        what = f"Best model   {where}, {best['metric_name']} {best['metric']:.4f}, "
+        console.print(Text.assemble(what, (f"test accuracy {best['test_accuracy']:.4f}", "bold")))
     console.print(f"Final model  test accuracy {final['test_accuracy']:.4f}")
     matrix = summary["cross_site"]
     sites = list(dict.fromkeys(site for row in matrix.values() for site in row))

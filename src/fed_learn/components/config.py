@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fed_learn.errors import ConfigError
+from fed_learn.errors import ConfigError, as_failure, described, text_of
 
 ROLES: dict[str, tuple[tuple[str, ...], ...]] = {
     "handler": (("handle_event", "rollback"),),
@@ -71,11 +71,12 @@ def build_component(
         built |= {k: v for k, v in (supplies or {}).items() if k in signature.parameters and k not in built}
         signature.bind(**built)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {error}") from error
+        raise ConfigError(f"{cls.__name__} cannot be built from {sorted(built)}: {text_of(error)}") from error
     try:
         return cls(**built)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"{cls.__name__} cannot be built: {type(error).__name__}: {error}") from error
+    except BaseException as error:
+        as_failure(error)
+        raise ConfigError(f"{cls.__name__} cannot be built: {described(error)}") from error
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -153,8 +154,9 @@ def _import(path: object) -> type:
         raise ConfigError(f"path {path!r} must be package.module.Class")
     try:
         found = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # a script that ends itself when it is imported
-        raise ConfigError(f"path {path!r}: {type(error).__name__}: {error}") from error
+    except BaseException as error:  # a script may end itself when it is imported
+        as_failure(error)
+        raise ConfigError(f"path {path!r}: {described(error)}") from error
     if not isinstance(found, type):
         raise ConfigError(f"path {path!r} is no class")
     return found

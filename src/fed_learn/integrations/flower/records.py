@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from fed_learn.errors import DtypeError, WeightsTypeError, brief
+from fed_learn.errors import DtypeError, WeightsTypeError, brief, text_of
 from fed_learn.weights import BFLOAT16, FrozenWeights, Schema, WeightDict, as_weight_dict, native_dtype
 from fed_learn.weights import Array as NumpyArray
 
@@ -63,7 +63,7 @@ def to_weights(
             who = f"{contributor}: " if contributor is not None else ""
             kind = DtypeError if isinstance(error, _ObjectsError) else WeightsTypeError
             raise kind(
-                f"{who}{name!r} cannot be read: {error}",
+                f"{who}{name!r} cannot be read: {text_of(error)}",
                 contributor=contributor,
                 name=name,
                 dtype=object,
@@ -218,7 +218,7 @@ def _read_header(version: int, header: bytes) -> Header:
         read = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0
         shape, fortran_order, dtype = read(BytesIO(header), max_header_size=LONGEST_HEADER)
     except Exception as error:  # a tokenizer and a parser of Python read what a client sent
-        raise ValueError(f"a header that is no header: {error}") from error
+        raise ValueError(f"a header that is no header: {text_of(error)}") from error
     if dtype.hasobject:
         raise _ObjectsError("an array of Python objects, which would have to be unpickled")
     if any(size < 0 for size in shape):
