@@ -213,6 +213,10 @@ class LayoutError(FedLearnError, ValueError):
     reason: str = ""
 
 
+class FileInUseError(FedLearnError, RuntimeError):
+    """Another job is writing the file that this one is to write. Attribute: `path`."""
+
+
 class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
 
