@@ -197,8 +197,9 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
         >>> mean_of([1.0, 3.0], [3, 1]), mean_of([1.5e308, 1.5e308], [1e300, 1e300])
         (1.5, 1.5e+308)
     """
-    if min(filter(None, weights)) < 2.0**-800 * max(weights) and all(map(math.isfinite, numbers)):
-        # Products could underflow.
+    if all(map(math.isfinite, numbers)):  # those that count by 0 decide on nothing
+        numbers, weights = zip(*((number, a) for number, a in zip(numbers, weights, strict=True) if a), strict=True)
+    if 0 < min(weights) < 2.0**-800 * max(weights) and all(map(math.isfinite, numbers)):  # products could underflow
         exact = [Fraction(weight) * Fraction(number) for weight, number in zip(weights, numbers, strict=True)]
         return float(sum(exact) / sum(map(Fraction, weights)))
     _, exponent = math.frexp(max(weights))
