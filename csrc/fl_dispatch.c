@@ -261,21 +261,46 @@ int fl_exact_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *po
     return status;
 }
 
+static fl_find_function *fl_find(int set)
+{
+#if FL_HAVE_AVX
+    if (set == FL_AVX512)
+        return fl_find_not_finite_avx512;
+    if (set == FL_AVX2_FMA)
+        return fl_find_not_finite_avx2_fma;
+    if (set == FL_AVX2)
+        return fl_find_not_finite_avx2;
+#endif
+    (void)set;
+    return fl_find_not_finite_baseline;
+}
+
 int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
                        const int32_t *dtypes, uint8_t *not_finite)
 {
     int status = fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
         return status;
-    fl_find_function *find = fl_find_not_finite_baseline;
-#if FL_HAVE_AVX
-    find = set == FL_AVX512    ? fl_find_not_finite_avx512
-           : set == FL_AVX2_FMA ? fl_find_not_finite_avx2_fma
-           : set == FL_AVX2     ? fl_find_not_finite_avx2
-                                : find;
-#endif
+    fl_find_function *find = fl_find(set);
     for (size_t p = 0; p < n_pieces; p++)
-        not_finite[p] = (uint8_t)find(dtypes[p], (const void *)pointers[p], counts[p]);
+        not_finite[p] = (uint8_t)find(dtypes[p], NULL, (const void *)pointers[p], counts[p], 0);
+    return FL_OK;
+}
+
+int fl_copy(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+            uint8_t *not_finite)
+{
+    int status = fl_check(set, n_pieces, dtypes);
+    if (status != FL_OK)
+        return status;
+    size_t written = 0;
+    for (size_t p = 0; p < n_pieces; p++)
+        written += counts[p];
+    fl_find_function *find = fl_find(set);
+    for (size_t p = 0; p < n_pieces; p++, pointers += 2)
+        not_finite[p] = (uint8_t)find(dtypes[p], (void *)pointers[0], (const void *)pointers[1], counts[p],
+                                      written >= FL_STREAMED);
+    FL_FENCE();
     return FL_OK;
 }
 

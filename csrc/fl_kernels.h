@@ -54,6 +54,11 @@ int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t 
 int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
                        const int32_t *dtypes, uint8_t *not_finite);
 
+/* output = input, byte by byte. Sets not_finite[i] to 1 where the copy of piece i holds a NaN or an infinity, else to 0:
+ * unlike the input, nobody else can change the copy. Pointers: output, input. */
+int fl_copy(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+            uint8_t *not_finite);
+
 /* Exact sums are kept as digits: 64-bit integers that count multiples of 2^(44 * (top - b)) for digit b, from the highest,
  * b = 0, to the lowest. Row b holds that digit of all elements; `rows` are the addresses of the rows. Aggregation weights
  * come as sums of two numbers of at most 26 bits. A call fails with FL_BAD_RANGE, and has then added a part, where the

@@ -63,7 +63,7 @@ extern const struct fl_functions fl_functions_avx2[FL_DTYPES];
 extern const struct fl_functions fl_functions_avx2_fma[FL_DTYPES];
 extern const struct fl_functions fl_functions_avx512[FL_DTYPES];
 
-typedef int fl_find_function(int dtype, const void *input, size_t count);
+typedef int fl_find_function(int dtype, void *output, const void *input, size_t count, int stream);
 fl_find_function fl_find_not_finite_baseline, fl_find_not_finite_avx2, fl_find_not_finite_avx2_fma,
     fl_find_not_finite_avx512;
 typedef uint64_t fl_read_function(const void *data, size_t size);

@@ -142,6 +142,18 @@ FL_INLINE void fl_stream(void *p, const void *v, size_t size)
 #define FL_STREAM(p, v) fl_stream(p, &(v), sizeof(v))
 #endif
 
+/* Makes a value in a register one that the compiler knows nothing of, so that it does not read it from memory once more,
+ * where it may have changed. */
+#if FL_SCALAR || !defined(__GNUC__)
+#define FL_READ_ONCE(v) ((void)0)
+#elif defined(__x86_64__)
+#define FL_READ_ONCE(v) __asm__("" : "+x"(v))
+#elif defined(__aarch64__)
+#define FL_READ_ONCE(v) __asm__("" : "+w"(v))
+#else
+#define FL_READ_ONCE(v) ((void)0)
+#endif
+
 /* The conversions that change the width of a lane. GCC 12 makes several instructions of what the machine has one for.
  * Integers keep their low bits when they are narrowed, as in C. */
 #define FL_CONVERSION(name, from, to, expression)                                                              \

@@ -106,7 +106,7 @@ def header(rng: Rng) -> bytes:
     version, width = choose(rng, ((b"\1\0", 2), (b"\2\0", 4), (b"\3\0", 4), (b"\1\1", 2)))
     length = len(encoded) if rng.random() < 0.9 else int(rng.integers(2**15))
     data: bytes = b"\x93NUMPY" + version + min(length, 2 ** (8 * width) - 1).to_bytes(width, "little") + encoded
-    return data + bytes(choose(rng, (0, 1, 4, 12, 24, 8 * 21)))
+    return data + bytes(int(choose(rng, (0, 1, 4, 12, 24, 8 * 21))))
 
 
 def file_bytes(rng: Rng) -> bytes:

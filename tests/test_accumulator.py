@@ -340,8 +340,9 @@ def test_kernel_is_looked_up_when_the_accumulator_is_made(monkeypatch: pytest.Mo
     with fl.kernels.use("numpy"):
         accumulator = Accumulator()
     accumulator.add(model(1.0), 1)
+    accumulator.flush()
     assert calls == ["numpy"]
-    Accumulator(kernel="numpy").add(model(1.0), 1)
+    Accumulator(kernel="numpy").add(FrozenWeights(model(1.0)), 1)
     assert calls == ["numpy", "numpy"]
 
 
@@ -550,7 +551,7 @@ def test_interrupted_accumulator_refuses_to_go_on(step: str, exact: bool, monkey
     else:
         monkeypatch.setattr(type(accumulator._kernel), "accumulate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        accumulator.merge(other) if step == "merge" else accumulator.add(batch(1, 3)[0])
+        accumulator.merge(other) if step == "merge" else accumulator.add(batch(1, 3)[0].frozen())
     for use in (accumulator.result, lambda: accumulator.add(batch(1, 4)[0]), lambda: other.merge(accumulator)):
         with pytest.raises(BrokenAccumulatorError):
             use()
@@ -905,3 +906,35 @@ else:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() in ("noticed", "right")
+
+
+def test_an_accumulator_that_is_told_kind_and_round_does_not_take_them_from_the_first() -> None:
+    mean = Accumulator(kind=Kind.DIFF, round=3)
+    liars = [
+        Contribution("liar", model(1.0), 1, kind=Kind.DIFF, round=99),
+        Contribution("liar", model(1.0), 1, kind=Kind.FULL, round=3),
+    ]
+    for liar, error in zip(liars, (RoundError, KindError), strict=True):
+        with pytest.raises(error) as caught:
+            mean.add(liar)
+        assert caught.value.contributor == "liar"
+    mean.add(Contribution("a", model(1.0), 1, kind=Kind.DIFF, round=3))
+    mean.add(model(3.0), 1, "b")  # bare weights are of the kind that it was told
+    assert mean.contributors == ("a", "b")
+    assert mean.result()["w"].tolist() == [2.0]
+
+
+def test_an_accumulator_that_is_told_kind_and_round_merges_only_with_these() -> None:
+    def holding(**said: Any) -> Accumulator:
+        made = Accumulator()
+        made.add(Contribution("a", model(1.0), 1, **said))
+        return made
+
+    mean = Accumulator(kind=Kind.DIFF, round=3)
+    for other, error in ((holding(round=3), KindError), (holding(kind=Kind.DIFF, round=2), RoundError)):
+        with pytest.raises(error):
+            mean.merge(other)
+    mean.merge(holding(kind=Kind.DIFF, round=3))
+    assert mean.contributors == ("a",)
+    with pytest.raises(ValueError, match="gradient"):
+        Accumulator(kind="gradient")  # type: ignore[arg-type]

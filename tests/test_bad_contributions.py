@@ -696,6 +696,48 @@ def test_contribution_of_an_older_round_is_the_stale_one_wherever_it_stands_in_t
         assert (caught.value.contributor, caught.value.round, caught.value.expected) == ("site-2", ROUND - 1, ROUND)
 
 
+def test_the_one_of_another_round_is_refused_and_not_the_others_wherever_it_stands() -> None:
+    honest = [good(f"site-{k}") for k in (1, 3, 4)]
+    for stated in (0, ROUND - 1, ROUND + 1, 99, 2**62):
+        for place in range(4):
+            batch = [*honest[:place], replace(good("site-2"), round=stated), *honest[place:]]
+            with pytest.raises(RoundError) as caught:
+                weighted_average(batch)
+            assert (caught.value.contributor, caught.value.round, caught.value.expected) == ("site-2", stated, ROUND)
+            assert "as many" not in str(caught.value)
+
+
+def test_of_equally_common_rounds_the_newer_counts_and_the_refusal_says_that_they_are() -> None:
+    batch = [good("site-1"), replace(good("site-2"), round=ROUND + 1)]
+    for listed in (batch, batch[::-1]):
+        with pytest.raises(RoundError, match="as many contributions of this call state the one as the other") as caught:
+            weighted_average(listed)
+        assert caught.value.contributor == "site-1"
+
+
+@pytest.mark.parametrize("stated", ["4", 2.5, [4], None])
+def test_a_round_or_a_kind_that_is_none_does_not_decide(stated: Any) -> None:
+    batch = [replace(good("site-1"), round=stated), replace(good("site-2"), kind=stated), good("site-3")]
+    for listed in (batch, batch[::2], batch[:1]):
+        if stated is None and batch[1] not in listed:
+            assert bits(weighted_average(listed)) == bits(good_weights())
+            continue
+        with pytest.raises((RoundError, KindError)) as caught:
+            weighted_average(listed)
+        assert caught.value.contributor in ("site-1", "site-2")
+        assert "as many" not in str(caught.value)
+
+
+def test_the_one_of_another_kind_is_refused_and_not_the_others_wherever_it_stands() -> None:
+    weights = {"w": np.ones(2)}
+    for kind, other in ((Kind.FULL, Kind.DIFF), (Kind.DIFF, Kind.FULL)):
+        honest = [Contribution(f"site-{k}", weights, 1, kind=kind) for k in (1, 3)]
+        for place in range(3):
+            with pytest.raises(KindError) as caught:
+                weighted_average([*honest[:place], Contribution("site-2", weights, 1, kind=other), *honest[place:]])
+            assert (caught.value.contributor, caught.value.expected) == ("site-2", kind)
+
+
 def test_rounds_that_are_numpy_integers_are_compared_too() -> None:
     batch = [replace(good(f"site-{k}"), round=np.int64(k)) for k in (3, 4)]  # type: ignore[arg-type]
     with pytest.raises(RoundError) as caught:

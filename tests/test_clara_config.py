@@ -210,7 +210,9 @@ def test_a_file_may_begin_with_the_mark_of_windows(tmp_path: Path) -> None:
     assert read_config(path) == {"num_rounds": 3}
 
 
-@pytest.mark.parametrize("code", ["import sys; sys.exit(3)", "class Own:\n    def __init__(self): raise SystemExit(3)"])
+@pytest.mark.parametrize(
+    "code", ["import sys; sys.exit(3)", "class Own:\n    process = print\n    def __init__(self): raise SystemExit(3)"]
+)
 def test_code_that_ends_the_process_is_refused(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_ending.py").write_text(code, encoding="utf-8")
@@ -285,7 +287,7 @@ def test_the_example_of_a_project_of_clara_runs(tmp_path: Path) -> None:
     assert summary["best"]["source"] == "aggregated"
     assert summary["best"]["test_accuracy"] > 0.9
     again = json.loads(
-        run("--config", EXAMPLES / "clara" / "config_fed_server.json", "--json", "--out", tmp_path / "out").stdout
+        run("--config", EXAMPLES / "clara" / "config_fed_server.json", "--json", "--out", tmp_path / "again").stdout
     )
     assert again["best"] == summary["best"]
 

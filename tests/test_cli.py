@@ -340,7 +340,7 @@ def test_a_second_job_in_the_same_folder_has_no_file_of_the_first_and_leaves_tho
     assert (out / "best.safetensors").exists()
     (out / "notes.txt").write_text("mine")
     config.write_text('{"handlers": []}')
-    done = run(*small, "--config", str(config))
+    done = run(*small, "--config", str(config), "--overwrite")
     assert (done.returncode, done.stderr) == (0, "")
     assert "best.safetensors" not in done.stdout
     summary = summary_of(out)

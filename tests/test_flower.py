@@ -2,6 +2,7 @@
 
 import gc
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping, FedAdam, FedMedian, Krum
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
@@ -876,13 +877,44 @@ def test_the_mean_of_metrics_counts_those_who_report_them() -> None:
 
 def test_the_mean_of_metrics_leaves_out_what_cannot_be_averaged() -> None:
     contents = [record(n=1, a=[1.0]), record(n=1, a=[1.0, 2.0], b=np.inf), record(n=0, b=5.0), record(b=5.0)]
-    assert dict(mean_metrics(contents, "n")) == {"b": np.inf}
+    assert dict(mean_metrics(contents, "n")) == {"a": [1.0]}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, [0.5, 1.0], [], [math.nan]], ids=str)
+@pytest.mark.parametrize("stream", [False, True], ids=["kept", "stream"])
+def test_one_clients_bad_metric_costs_itself_and_not_the_mean(
+    bad: Any, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measures(message: Message, context: Context) -> Message:
+        k: Any = context.node_config["partition-id"]
+        metrics = {"num-examples": 1, "loss": bad if k == 1 else float(k), "other": float(k)}
+        content = RecordDict({"m": MetricRecord(metrics)})
+        if message.metadata.message_type.startswith("train"):
+            content["a"] = ArrayRecord({"w": Array(np.ones(1))})
+        return Message(content, reply_to=message)
+
+    start_record = ArrayRecord({"w": Array(np.zeros(1))})
+    result: Any = FedAvg(stream=stream).start(LocalGrid(measures, 4), start_record, num_rounds=2)
+    for found in (result.train_metrics_clientapp, result.evaluate_metrics_clientapp):
+        assert [dict(found[number]) for number in (1, 2)] == [{"loss": 5 / 3, "other": 1.5}] * 2
+    assert [report.accepted for report in result.job.reports] == [tuple(f"node-{k}" for k in (2, 3, 4, 5))] * 2
+    told = [r.getMessage() for r in caplog.records if "left out of the mean metrics" in r.getMessage()]
+    assert len(told) == 1
+    assert told[0].startswith("node-3: metric 'loss' ")
+
+
+@pytest.mark.parametrize("examples", [math.nan, math.inf, -1.0])
+def test_one_clients_bad_number_of_examples_costs_its_metrics_and_not_the_mean(
+    examples: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    contents = [record(n=1, loss=2.0), record(n=examples, loss=7.0), record(n=3, loss=6.0)]
+    assert dict(mean_metrics(contents, "n")) == {"loss": 5.0}
+    assert [r.getMessage().partition(":")[0] for r in caplog.records] == ["reply 2"]
 
 
 def test_the_mean_of_the_largest_metrics_and_weights_is_right() -> None:
     assert dict(mean_metrics([record(n=1, loss=1.7e308)] * 4, "n")) == {"loss": 1.7e308}
     assert dict(mean_metrics([record(n=1, loss=x) for x in (1.7e308, -1.7e308)], "n")) == {"loss": 0.0}
-    assert dict(mean_metrics([record(n=1, loss=x) for x in (np.inf, 1.0)], "n")) == {"loss": np.inf}
     assert dict(mean_metrics([record(n=1.7e308, loss=2.0)] * 2, "n")) == {"loss": 2.0}
 
 

@@ -132,6 +132,42 @@ def test_a_handler_that_raises_is_an_error_of_the_reply_and_the_others_are_shut_
     assert log.events[-1] == E.SHUTDOWN
 
 
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, ValueError])
+def test_a_handler_that_leaves_when_it_is_shut_down_costs_no_reply(error: type[BaseException]) -> None:
+    class Leaving(fl.Handler):
+        def shutdown(self, ctx: fl.FLContext) -> None:
+            raise error("bye")
+
+    log = Log()
+    content = answer(ClientMod(handlers=[log, Leaving()])).content
+    assert to_weights(content.array_records["arrays"])["w"].tolist() == [3, 3]
+    assert log.events[-1] == E.SHUTDOWN
+
+
+@pytest.mark.parametrize("event", [E.GET_MODEL, E.RECEIVE_MODEL])
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit, ValueError])
+def test_an_app_that_leaves_is_an_error_of_its_reply(error: type[BaseException], event: str) -> None:
+    class Leaving(fl.Handler):
+        def handle_event(self, fired: str, ctx: fl.FLContext) -> None:
+            if fired == event:
+                raise error("bye")
+
+    log = Log()
+    reply = answer(ClientMod(handlers=[log, Leaving()]))
+    assert reply.has_error()
+    assert f"{error.__name__}: bye" in (reply.error.reason or "")
+    assert log.events[-1] == E.SHUTDOWN
+
+
+def test_a_handler_that_garbles_the_clients_context_is_an_error_of_the_reply() -> None:
+    class Tidy(fl.Handler):
+        def receive_model(self, ctx: fl.FLContext) -> None:
+            ctx.clear()
+
+    reply = answer(ClientMod(handlers=[Tidy()]))
+    assert "ContextError" in (reply.error.reason or "")
+
+
 def test_an_error_of_the_app_passes_as_it_is() -> None:
     reply = answer(ClientMod(validate=validate), kind="train.fails")
     assert (reply.error.code, reply.error.reason) == (5, "no disk")

@@ -1,6 +1,7 @@
 """`LegacyFedAvg` behind Flower's older interface, run by Flower's own server."""
 
 import copy
+import math
 import pickle
 from dataclasses import replace
 from typing import Any
@@ -341,3 +342,34 @@ def test_each_failure_is_told_once_and_so_is_the_lack_of_a_function_for_metrics(
         *once,
         "\t> Refused: NonFiniteError: node-1: '0' at index (0,): nan is not finite",
     ]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_clients_loss_that_is_not_finite_costs_itself_and_not_the_mean(
+    bad: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    def result(loss: float, examples: int) -> EvaluateRes:
+        return EvaluateRes(Status(Code.OK, ""), loss, examples, {"accuracy": 0.5})
+
+    seen: list[int] = []
+    strategy = LegacyFedAvg(evaluate_metrics_aggregation_fn=lambda pairs: seen.append(len(pairs)) or {})  # type: ignore[func-returns-value]
+    results: Any = [(Proxy("1"), result(0.25, 3)), (Proxy("2"), result(bad, 9)), (Proxy("3"), result(0.75, 1))]
+    assert strategy.aggregate_evaluate(1, results, []) == (0.375, {})
+    assert seen == [3]
+    told = [r.getMessage() for r in caplog.records if "left out of the mean loss" in r.getMessage()]
+    assert told == [f"node-2: its loss is {bad}, left out of the mean loss"]
+    assert strategy.aggregate_evaluate(1, results[1:2], [])[0] is None
+
+
+def test_a_client_id_that_could_not_be_a_name_is_one_all_the_same() -> None:
+    ids = ("10.0.0.1:80/a", "10.0.0.1:80%2Fa", "site\n1")
+    strategy = LegacyFedAvg(num_rounds=1, fraction_evaluate=0.0)
+    parameters = ndarrays_to_parameters([np.ones(2, np.float32)])
+    results: Any = [(Proxy(cid), FitRes(Status(Code.OK, ""), parameters, 1, {})) for cid in ids]
+    strategy.aggregate_fit(1, results, [])
+    assert strategy.job is not None
+    assert strategy.job.reports[0].accepted == (
+        "node-10.0.0.1:80%252Fa",
+        "node-10.0.0.1:80%2Fa",
+        "node-site%0A1",
+    )

@@ -201,9 +201,10 @@ BUILT_IN: dict[type[fl.Handler], dict[str, Any]] = {
         "directory": "some/folder",
         "global_name": "g.safetensors",
         "best_name": "b.safetensors",
+        "overwrite": True,
     },
     handlers.EarlyStoppingHandler: {"patience": 7},
-    handlers.JsonLinesHandler: {"path": "some/file.jsonl"},
+    handlers.JsonLinesHandler: {"path": "some/file.jsonl", "overwrite": True},
     handlers.ModelSelectionHandler: {
         "weigh_by_local_iter": True,
         "validation_metric_name": "initial_loss",

@@ -8,6 +8,7 @@ import math
 import pickle
 import warnings
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from federation import AddingLearner, At, TamperingClient, clients_of, initial_w
 import fed_learn as fl
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
 from fed_learn.handlers import ModelSelectionHandler
+from fed_learn.values import mean_of
 from fed_learn.weights import FrozenWeights
 
 METRIC = "initial_validation_metric"
@@ -620,3 +622,27 @@ def test_no_number_that_a_client_sends_can_end_the_job_or_reach_the_score(metric
     assert result.reports[1].metrics["selection"] == 1.0
     assert result.best is not None
     assert (result.best.round, result.best.metric) == (2, 2.0)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 2.0**-930), (1e300, 1e-300), (1.7e308, 2.0**-1074), (0.0, 1.0)])
+@pytest.mark.parametrize("numbers", [(0.0, 3e307), (-0.5, 1.5), (1.7e308, 1e-300)])
+def test_the_mean_of_numbers_is_right_however_far_apart_their_weights_are(
+    weights: tuple[float, ...], numbers: tuple[float, ...]
+) -> None:
+    exact = sum(Fraction(a) * Fraction(x) for a, x in zip(weights, numbers, strict=True)) / sum(map(Fraction, weights))
+    assert mean_of(numbers, weights) == float(exact)
+
+
+@pytest.mark.parametrize("number", [1.7976931348623157e308, -1.7976931348623157e308, 0.1, 5e-324, 0.0])
+def test_the_mean_of_equal_numbers_is_that_number_whatever_their_weights(number: float) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        count = int(rng.integers(1, 8))
+        assert mean_of([number] * count, list(rng.random(count) + 1e-9)) == number
+
+
+def test_a_mean_lies_within_the_range_of_the_numbers() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(500):
+        numbers = list(0.1 + rng.integers(0, 2, 5) * math.ulp(0.1))
+        assert min(numbers) <= mean_of(numbers, list(rng.random(5))) <= max(numbers)

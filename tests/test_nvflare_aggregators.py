@@ -16,8 +16,9 @@ import fed_learn as fl
 
 pytest.importorskip("nvflare")
 
+from nvflare.apis.client import Client
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
-from nvflare.apis.fl_constant import ReservedKey, ReturnCode
+from nvflare.apis.fl_constant import ReservedKey, ReturnCode, ServerCommandKey
 from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.app_common.abstract.fl_model import FLModel, ParamsType
@@ -428,7 +429,9 @@ def test_each_metric_is_averaged_by_the_same_weights_over_those_who_sent_a_numbe
     assert aggregator.aggregate_model().metrics == {"accuracy": pytest.approx(0.26), "extra": 1.0, "loss": 1.0}
 
 
-def test_metrics_that_are_left_out_of_the_mean_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_that_are_left_out_of_the_mean_are_told_of_once_for_each_client(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     aggregator = WeightedAverageAggregator()
     for number in (0, 1):
         start_round(aggregator, number, {"w": np.zeros(1)})
@@ -436,11 +439,11 @@ def test_metrics_that_are_left_out_of_the_mean_are_told_of_once(caplog: pytest.L
             metrics = {"loss": loss, "recall": np.array([0.5, 1.0]), "one": np.array([2.0]), "host": site}
             aggregator.accept_model(once(site, {"w": np.ones(1)}, metrics=metrics, current_round=number))
         assert aggregator.aggregate_model().metrics == {"loss": 1.0, "one": 2.0}
-    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
-        "site-1: metric 'recall' is array([0.5, 1. ]), no single number: it is left out of the mean metrics",
-        "site-1: metric 'host' is 'site-1', no single number: it is left out of the mean metrics",
-        "site-2: metric 'loss' is nan: it is left out of the mean metrics",
-    ]
+    expected = ["site-2: metric 'loss' is nan: it is left out of the mean metrics"]
+    for site in STEPS:
+        for told in ("'recall' is array([0.5, 1. ])", f"'host' is '{site}'"):
+            expected.append(f"{site}: metric {told}, no single number: it is left out of the mean metrics")
+    assert sorted(r.getMessage() for r in caplog.records if r.levelname == "WARNING") == sorted(expected)
 
 
 def test_metrics_as_large_as_floats_go_have_a_mean() -> None:
@@ -649,6 +652,38 @@ def test_a_bridge_takes_handlers_alone() -> None:
         HandlerBridge([fl.ModelSelectionHandler])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="on_handler_error must be 'raise' or 'log'"):
         HandlerBridge([], on_handler_error="ignore")
+
+
+def test_a_client_cannot_contribute_in_the_name_of_another() -> None:
+    aggregator = WeightedAverageDXOAggregator()
+
+    def sent(by: str, stated: str, value: float) -> Shareable:
+        made = DXO(DataKind.WEIGHT_DIFF, {"w": np.full(1, value)}, {"NUM_STEPS_CURRENT_ROUND": 1}).to_shareable()
+        made.set_peer_props({ReservedKey.IDENTITY_NAME: stated})
+        made.set_header(ServerCommandKey.FL_CLIENT, Client(by, "token"))  # as NVFlare's server does, by the token
+        return made
+
+    assert aggregator.accept(sent("site-2", "site-1", 3.0), FLContext())
+    assert aggregator.accept(sent("site-1", "site-1", 1.0), FLContext())
+    assert not aggregator.accept(sent("site-2", "site-3", 5.0), FLContext())
+    assert aggregator.report is not None
+    assert aggregator.report.accepted == ("site-1", "site-2")
+    assert [(f.contributor, f.cause) for f in aggregator.report.rejected] == [("site-2", "DuplicateContributionError")]
+    assert from_shareable(aggregator.aggregate(FLContext())).data["w"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize("name", ["a\nERROR all is lost\x1b[2K", "a/b", " a", "final", "x" * 201])
+def test_a_client_whose_name_is_none_is_refused_in_one_printable_line(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    aggregator = WeightedAverageAggregator()
+    with pytest.raises(fl.UnknownContributorError, match="is not a name") as caught:
+        aggregator.accept_model(FLModel(params={"w": np.ones(1)}, meta={"client_name": name}))
+    assert str(caught.value).isprintable()
+    assert aggregator.report is not None
+    (failure,) = aggregator.report.rejected
+    assert failure.contributor.isprintable()
+    assert len(failure.contributor) < 100
 
 
 class Noting:

@@ -140,8 +140,9 @@ def test_a_handler_replaces_the_global_model(event: str) -> None:
     ids=["shape", "nan"],
 )
 def test_a_bad_model_of_a_handler_is_refused(weights: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match="model set by a handler at _startRound"):
+    with pytest.raises(fl.HandlerError, match="model set by a handler at _startRound") as caught:
         started(Sets(fl.EventType.START_ROUND, weights))
+    assert [type(one) for one in caught.value.exceptions] == [error]
 
 
 @pytest.mark.parametrize("change", ["weight", "twice", "another"])
@@ -400,6 +401,44 @@ def test_a_model_of_a_handler_is_not_lost_where_nvflare_holds_none() -> None:
         ear.fire_event(event, fl_ctx)
     (reason,) = [data for event, data in ear.heard if event == EventType.FATAL_SYSTEM_ERROR]
     assert "a handler replaced the global model, which NVFlare does not hold" in reason
+
+
+@pytest.mark.parametrize("error", [SystemExit, GeneratorExit])
+def test_a_handler_that_leaves_ends_the_run_by_its_name_and_the_others_are_shut_down(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread of NVFlare's would end by it without a word, and the job would wait for ever."""
+
+    class Leaving(fl.Handler):
+        def start_round(self, ctx: fl.FLContext) -> None:
+            raise error("bye")
+
+    log = Log()
+    ear, bridge = Ear(), HandlerBridge([log, Leaving()], on_handler_error="log")
+    fl_ctx = context(bridge, ear)
+    for event in (EventType.START_RUN, AppEventType.ROUND_STARTED, EventType.END_RUN):
+        ear.fire_event(event, fl_ctx)
+    (reason,) = [data for event, data in ear.heard if event == EventType.FATAL_SYSTEM_ERROR]
+    assert reason == f"HandlerBridge at {AppEventType.ROUND_STARTED}: bye"
+    assert f"test_nvflare_bridge.{Leaving.__qualname__} leaves at _startRound by {error.__name__}: bye" in caplog.text
+    assert log.seen[-1][0] == "_shutdown"
+
+
+def test_a_handler_that_garbles_the_context_has_failed_and_the_round_goes_on() -> None:
+    class Tidy(fl.Handler):
+        def before_aggregation(self, ctx: fl.FLContext) -> None:
+            ctx.clear()
+
+    mirror = started(Tidy(), on_handler_error="log")
+    mirror.receive("a", contribution("a", 0.5), None)
+    assert mirror.before_aggregation() is None
+    mirror.note_aggregation(fl.RoundReport(0, ("a",)))
+    mirror.end_aggregation(W)
+    mirror.end_round()
+    assert mirror.reports[0].accepted == ("a",)
+    (failure,) = mirror.reports[0].handler_failures
+    assert isinstance(failure.exception, fl.ContextError)
+    assert failure.exception.__traceback__ is None
 
 
 class Drops(fl.Handler):

@@ -14,6 +14,8 @@ import pytest
 from flower_network import local_superlink
 
 ROOT = Path(__file__).parents[1]
+ADVICE = "FED_LEARN_REQUIRE_NATIVE=1 pip install --no-cache-dir --force-reinstall --no-deps ."
+"""What the error message and `fed-learn info` say where the extension was not built."""
 
 
 @pytest.fixture
@@ -113,7 +115,11 @@ def test_without_a_compiler_it_installs_and_works_on_numpy_and_says_why(checkout
     done = wheel_of(checkout, tmp_path / "wheels", CC="/nonexistent/cc", FED_LEARN_REQUIRE_NATIVE="0")
     assert done.returncode == 0, done.stderr
     (wheel,) = (tmp_path / "wheels").glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert wheel.name.endswith("-py3-none-any.whl"), "under a native tag it would stand in for a native one"
+    with zipfile.ZipFile(wheel) as archive:
+        (about,) = (name for name in archive.namelist() if name.endswith("/WHEEL"))
+        assert b"Root-Is-Purelib: true\nTag: py3-none-any\n" in archive.read(about)
+        archive.extractall(tmp_path / "site")
     code = (
         "import fed_learn as fl, numpy as np; print(fl.__file__); print(fl.kernels.available());"
         "print(fl.weighted_average([{'w': np.ones(2)}, {'w': np.zeros(2)}])); print(fl.kernels.unavailable())\n"
@@ -130,7 +136,41 @@ def test_without_a_compiler_it_installs_and_works_on_numpy_and_says_why(checkout
     assert printed[0].startswith(str(tmp_path / "site"))
     assert printed[1:3] == ["('numpy',)", "{'w': array([0.5, 0.5])}"]
     assert "the C extension was not built" in printed[3]
-    assert "FED_LEARN_REQUIRE_NATIVE=1" in printed[4]
+    assert ADVICE in printed[3]
+    assert ADVICE in printed[4]
+
+
+def test_the_advice_for_a_missing_extension_works_although_pip_has_cached_a_wheel_without_it(
+    checkout: Path, tmp_path: Path
+) -> None:
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=True)
+    sdist = "import os, setuptools.build_meta as b; os.makedirs('dist'); b.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", sdist], cwd=checkout, check=True, capture_output=True)
+    (archive,) = (checkout / "dist").glob("*.tar.gz")
+    source = f"'fed-learn @ {archive.as_uri()}'"  # by name, as from an index: only then pip looks into its cache
+
+    def pip(command: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        path = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        known = {**os.environ, "PIP_CACHE_DIR": str(tmp_path / "cache"), "PATH": path, "PYTHONPATH": "", **settings}
+        return subprocess.run(command, shell=True, cwd=checkout, env=known, capture_output=True, text=True, check=False)
+
+    def native() -> bool:
+        return any(environment.glob("lib/*/site-packages/fed_learn/kernels/_native.abi3.*"))
+
+    broken = {"CC": "/nonexistent/cc"}
+    done = pip(f"pip install --no-deps {source}", FED_LEARN_REQUIRE_NATIVE="0", **broken)
+    assert done.returncode == 0, done.stderr
+    assert "fed_learn-0.1.0-py3-none-any.whl" in pip("pip cache list").stdout
+    assert pip(f"pip install --no-deps --force-reinstall {source}").returncode == 0
+    assert not native(), "a compiler alone does not help: it is the cached wheel again"
+    advised = ADVICE.removesuffix(".") + source
+    failed = pip(advised, **broken)
+    assert failed.returncode != 0
+    assert "/nonexistent/cc" in failed.stdout + failed.stderr, "it says why"
+    done = pip(advised)
+    assert done.returncode == 0, done.stderr
+    assert native()
 
 
 def test_a_failed_build_is_an_error_where_the_extension_is_required(checkout: Path, tmp_path: Path) -> None:

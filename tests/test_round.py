@@ -766,3 +766,40 @@ def test_the_way_out_is_named_where_there_is_one(stream: bool) -> None:
     way_out = "; partial='average' averages each variable over those who sent it"
     text = "c: misses 'fc.weight' and adds 'fc.bias', compared with what 2 of the round's contributions hold"
     assert str(error) == (text if stream else text + way_out)
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_a_round_that_nobody_told_is_the_one_that_most_contributions_state(place: int) -> None:
+    this = Round(model=MODEL)
+    stated = [3, None, 3]
+    stated.insert(place, 99)
+    for k, number in enumerate(stated):
+        this.receive(sent("liar" if number == 99 else f"site-{k}", model(9 if number == 99 else 1), round=number))
+    ((refused, error),) = this.settle()
+    assert (refused.contributor, type(error), this.number) == ("liar", fl.RoundError, 3)
+    assert firsts(this.combine().mean)["fc.weight"] == 1.0
+
+
+@STREAMS
+def test_a_number_of_examples_that_nobody_has_is_refused_by_name(stream: bool) -> None:
+    this = Round(model=MODEL, stream=stream)
+    for weight in (2.0**101, 1e300, 1.7e308):
+        with pytest.raises(fl.AggregationWeightError) as caught:
+            this.receive(sent("liar", model(9), weight))
+        assert caught.value.contributor == "liar"
+    for k, weight in enumerate((2.0**100, 2.0**100, 2.0**100)):
+        this.receive(sent(f"site-{k}", model(k), weight))
+    assert this.settle() == []
+    assert firsts(this.combine().mean)["fc.weight"] == 1.0
+
+
+def test_the_total_weight_of_a_round_stays_finite_whatever_clients_state() -> None:
+    server = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=1, on_bad_contribution="reject", min_contributions=1)
+    with server.begin() as job:
+        job.start_round(0)
+        for name, weight in (("a", 3.0), ("b", 1.7e308), ("c", 1.7e308), ("d", 1.0)):
+            job.receive(name, sent(name, {"w": np.full(1, weight)}, weight, round=0))
+        job.aggregate()
+        report = job.end_round()
+    assert (report.accepted, report.total_weight) == (("a", "d"), 4.0)
+    assert [(f.contributor, f.cause) for f in report.rejected] == [(who, "AggregationWeightError") for who in "bc"]

@@ -14,9 +14,10 @@ from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
 @pytest.mark.parametrize("names", [["a", "a"], ["a", "b", "a"], [FINAL_MODEL], ["a", GLOBAL_BEST], []], ids=str)
 def test_names_that_are_used_twice_or_reserved_are_refused_before_anything_starts(names: list[str]) -> None:
     recorder = Recorder()
-    clients = [fl.FederatedClient(name, AddingLearner(), handlers=[recorder]) for name in names]
-    with pytest.raises(ValueError, match=r"two clients|no name for a client|at least one client"):
-        server_of(handlers=[recorder]).run(clients)
+    with pytest.raises(ValueError, match=r"two clients|names a global model|at least one client"):
+        server_of(handlers=[recorder]).run(
+            [fl.FederatedClient(name, AddingLearner(), handlers=[recorder]) for name in names]
+        )
     assert recorder.events == []
 
 

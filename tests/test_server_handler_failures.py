@@ -1,6 +1,7 @@
 """Handlers that fail in a job, and that every handler that was started is shut down once."""
 
 import _thread
+import asyncio
 import logging
 import signal
 import threading
@@ -213,13 +214,55 @@ def test_every_started_handler_is_shut_down_once_when_one_of_a_client_raises(
 ) -> None:
     watched, server, clients = watched_job(on_client=[At(event, raising(error()))], min_contributions=1)
     at_the_end = event == Event.SHUTDOWN
-    if error is KeyboardInterrupt or (at_the_end and error is SystemExit):
+    if error is KeyboardInterrupt:
         with pytest.raises(error):
             server.run(clients)
     else:  # sys.exit in a client ends that client
-        assert [f.contributor for f in server.run(clients).quits] == ([] if at_the_end else ["b"])
+        result = server.run(clients)
+        assert [f.contributor for f in result.quits] == ([] if at_the_end else ["b"])
+        assert len(result.handler_failures) == (1 if at_the_end or error is OSError else 0)
     assert watched.unbalanced() == {}
     assert watched.started("server") == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit, GeneratorExit, asyncio.CancelledError, type("Own", (BaseException,), {})]
+)
+def test_whatever_a_clients_handler_leaves_by_in_shutdown_is_recorded_and_the_result_is_there(
+    error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    leaves = At(Event.SHUTDOWN, raising(error("bye")))
+    clients = [*two_clients(), fl.FederatedClient("c", AddingLearner(2.5), handlers=[leaves])]
+    result = server_of(on_handler_error="log").run(clients)
+    assert values(result.weights) == (5.0, 5.0, 4.0)
+    assert [(f.handler, f.event) for f in result.handler_failures] == [("federation.At", Event.SHUTDOWN)]
+    assert error.__name__ in str(result.handler_failures[0])
+    assert f"federation.At leaves at _shutdown by {error.__name__}: bye" in caplog.messages
+
+
+def test_a_client_whose_own_stop_leaves_does_not_keep_the_others_from_being_stopped() -> None:
+    class Leaving(fl.FederatedClient):
+        def stop(self) -> tuple[HandlerFailure, ...]:
+            super().stop()
+            raise SystemExit("bye")
+
+    watched, server, clients = watched_job(client_class=Leaving, on_handler_error="log")
+    failures = server.run(clients).handler_failures
+    assert [str(failure).split(": ", 1)[1] for failure in failures] == ["FedLearnError: SystemExit: bye"]
+    assert watched.unbalanced() == {}
+
+
+@pytest.mark.parametrize("event", [event for event in SERVER_EVENTS if event != Event.STARTUP])
+def test_what_a_job_has_is_in_the_exit_by_which_a_handler_of_the_server_ends_it(
+    event: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        server_of(handlers=[At(event, raising(SystemExit("bye")))]).run(two_clients())
+    result: fl.JobResult = left.value.result  # type: ignore[attr-defined]
+    rounds = len([report for report in result.reports if report.seconds])
+    assert values(result.weights)[:2] in {(2.5 * rounds,) * 2, (2.5 * (rounds + 1),) * 2}
+    assert f"federation.At leaves at {event} by SystemExit: bye" in caplog.messages
+    assert any("the job ends by SystemExit: bye" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, SystemExit])

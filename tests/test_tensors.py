@@ -314,6 +314,7 @@ def test_out_that_overlaps_an_input_or_itself_is_refused(kernel: str | None) -> 
         of(a=torch.zeros(2), b=memory[3:5]),
         of(a=memory[4:6], b=memory[4:6]),
         of(a=memory[4:6], b=torch.zeros(1).expand(2)),
+        of(a=torch.zeros(2), b=torch.zeros(3).as_strided((2,), (0,))),
     ):
         with pytest.raises(fl.OutputError):
             fl.weighted_average([client], out=out, kernel=kernel)

@@ -1,5 +1,6 @@
 """The weighted mean of a batch: its arithmetic against exact rationals, and arrays of any layout."""
 
+import math
 import os
 from collections.abc import Iterator
 from functools import cache
@@ -262,6 +263,23 @@ def test_a_small_weight_still_counts_where_the_large_one_has_nothing_to_add(kern
 
 
 @every_kernel
+@pytest.mark.parametrize("apart", [799, 801, 930, 1900, 2040])
+@every_float
+def test_weights_however_far_apart_lose_no_bits(kernel: str, apart: int, dtype: np.dtype[Any]) -> None:
+    rng = np.random.default_rng(31)
+    weights = [1.1e307, 0.7e307, math.ldexp(1.3, 1019 - apart), math.ldexp(1.3, 1019 - min(apart, 900))]
+    arrays = [values(rng, dtype, 9) for _ in weights]
+    arrays[0][:6] = arrays[1][:6] = 0
+    arrays[2][3:6] = 0
+    arrays[2][0] = arrays[3][3] = largest(dtype)
+    assert largest_error(mean(arrays, weights, kernel), arrays, weights) <= (4 if dtype == np.float64 else 0.51)
+    out = {"w": np.empty(9, dtype)}
+    given = weighted_average([{"w": array} for array in arrays], weights, out=out, kernel=kernel)
+    assert given is out
+    assert out["w"].tobytes() == mean(arrays, weights, kernel).tobytes()
+
+
+@every_kernel
 def test_the_mean_of_a_tiny_float64_does_not_depend_on_its_neighbours(kernel: str) -> None:
     rng = np.random.default_rng(29)
     weights = (0.3, 0.7, 2.5)
@@ -363,6 +381,41 @@ def test_large_counters_are_the_exact_rational_rounded_half_to_even(kernel: str)
     arrays = [2**53 - rng.integers(0, 1000, 200) for _ in range(3)]
     for weights in ([1, 1, 1], [3, 5, 7], [100_000, 70_001, 3]):
         assert mean(arrays, weights, kernel).tolist() == rounded_mean(arrays, weights)
+
+
+@every_kernel
+@pytest.mark.parametrize("dtype", [np.dtype(np.int64), np.dtype(np.uint64)], ids=str)
+@pytest.mark.parametrize("weights", [(1, 1), (3, 5, 7), (0.1, 0.7, 1e-3, 33), (1e300, 1.0), (2.0**-1074, 1e-9, 1e308)])
+def test_integers_of_any_size_are_the_exact_rational_rounded_half_to_even(
+    kernel: str, dtype: np.dtype[Any], weights: tuple[float, ...]
+) -> None:
+    rng = np.random.default_rng(len(weights))
+    info = np.iinfo(dtype)
+    extremes = [info.min, info.max, info.min + 1, info.max - 1, 0, 1, 2, 2**53, 2**53 + 1, 2**62, 2**62 + 1]
+    arrays = [
+        np.array([*rng.permutation(np.array(extremes, dtype)), *rng.integers(info.min, info.max, 30, dtype)])
+        for _ in weights
+    ]
+    assert mean(arrays, weights, kernel).tolist() == rounded_mean(arrays, weights)
+
+
+@every_kernel
+def test_one_large_integer_is_summed_exactly_and_the_others_as_ever(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays = [np.arange(10_000) + k for k in range(3)]
+    arrays[1][77] = 2**60 + 1
+    deposited: list[int] = []
+    kind: Any = type(fl.kernels.resolve(kernel))
+    deposit = kind.deposit
+
+    def counted(self: Any, digits: Any, starts: Any, inputs: Any, *rest: Any) -> Any:
+        deposited.extend(x.size for column in inputs for x in column)
+        return deposit(self, digits, starts, inputs, *rest)
+
+    monkeypatch.setattr(kind, "deposit", counted)
+    assert mean(arrays, (1, 2, 3), kernel).tolist() == rounded_mean(arrays, (1, 2, 3))
+    assert set(deposited) == {1}  # a single element, a few times
 
 
 @every_kernel
@@ -573,6 +626,34 @@ def test_out_whose_variables_overlap_is_refused(kernel: str) -> None:
         weighted_average([client], out={"a": slab[:5], "b": slab[4:]}, kernel=kernel)
     with pytest.raises(OutputError, match="overlap in memory"):
         weighted_average([client], out={"a": slab[:5], "b": slab[:5]}, kernel=kernel)
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3,), (0,)), ((2, 3), (8, 8)), ((3,), (4,)), ((3,), (-4,)), ((2, 2), (8, 12)), ((2, 2, 2), (0, 8, 16))],
+)
+def test_out_that_overlaps_itself_is_refused(kernel: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    memory = np.zeros(20)
+    out = {"w": np.lib.stride_tricks.as_strided(memory[8:], shape, strides)}
+    with pytest.raises(OutputError, match="'w' overlaps itself") as caught:
+        weighted_average([{"w": np.ones(shape)}], out=out, kernel=kernel)
+    assert caught.value.name == "w"
+    assert not memory.any()
+
+
+@every_kernel
+@pytest.mark.parametrize(
+    ("shape", "strides"),
+    [((3,), (16,)), ((2, 3), (8, 16)), ((2, 2), (16, 24)), ((2, 1, 3), (8, 0, 16)), ((3,), (-8,)), ((0, 2), (0, 0))],
+)
+def test_out_of_any_layout_whose_elements_lie_apart_is_written_to(
+    kernel: str, shape: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    out = {"w": np.lib.stride_tricks.as_strided(np.zeros(20)[8:], shape, strides)}
+    expected = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
+    assert weighted_average([{"w": expected}], out=out, kernel=kernel) is out
+    assert out["w"].tolist() == expected.tolist()
 
 
 @every_kernel

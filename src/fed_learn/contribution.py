@@ -141,6 +141,21 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     return number
 
 
+def check_countable(aggregation_weight: float, contributor: str) -> float:
+    """An aggregation weight that a job takes: nobody has more than `LARGEST_WEIGHT` examples, and sums stay finite.
+
+    Raises:
+        AggregationWeightError: It is larger.
+    """
+    if aggregation_weight > LARGEST_WEIGHT:
+        raise AggregationWeightError(
+            f"{contributor}: aggregation weight {aggregation_weight} is above 2**100, which no number of examples is",
+            contributor=contributor,
+            value=aggregation_weight,
+        )
+    return aggregation_weight
+
+
 def check_factor(value: object, contributor: str) -> float:
     """A factor of a contributor's aggregation weights, from the settings, as a float.
 
@@ -195,8 +210,9 @@ def _advice(kind: object) -> str:
 def check_contributor(name: object) -> str:
     r"""A contributor's name, if it can be one: it is part of log lines, files and the order of sums.
 
-    It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, and neither begins nor ends with
-    a space. All names go through here, whoever gives them.
+    It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, neither begins nor ends with a
+    space, and is not that of a global model, `FINAL_MODEL` or `GLOBAL_BEST`. All names go through here, whoever gives
+    them.
 
     Raises:
         UnknownContributorError: It cannot.
@@ -220,6 +236,8 @@ def check_contributor(name: object) -> str:
         problem = "it holds a slash or backslash, and names become parts of paths"
     elif name != name.strip():
         problem = "it begins or ends with a space"
+    elif name in (FINAL_MODEL, GLOBAL_BEST):
+        problem = "it names a global model"
     else:
         return name
     raise UnknownContributorError(
@@ -262,8 +280,10 @@ def check_terms(
             expected=round,
         )
     if not isinstance(contribution.kind, Kind) or (kind is not None and contribution.kind is not kind):
+        given: object = contribution.kind
+        shown = brief(str(given) if isinstance(given, Kind) else given)
         raise KindError(
-            f"{who}: contribution is of kind {brief(_word(contribution.kind))}, expected {kind or ' or '.join(Kind)}"
+            f"{who}: contribution is of kind {shown}, expected {kind or ' or '.join(Kind)}"
             + _advice(contribution.kind),
             contributor=who,
             kind=contribution.kind,
@@ -271,11 +291,6 @@ def check_terms(
         )
     checked_n_iter(contribution.n_iter, who)
     return check_aggregation_weight(contribution.aggregation_weight, who)
-
-
-def _word(kind: object) -> object:
-    """A kind as a user writes it; what is none stays what it is."""
-    return str(kind) if type(kind) is Kind else kind
 
 
 def _shown(number: object) -> object:
@@ -366,10 +381,19 @@ GLOBAL_BEST = "global_best"
 
 @dataclass(frozen=True, eq=False)
 class ClientFailure:
-    """A contribution that was refused, or a client that left the job: who, and the error that says why."""
+    """A contribution that was refused, or a client that left the job: who, and the error that says why.
+
+    Where `contributor` is not a name, it becomes a short description, so that it can be shown.
+    """
 
     contributor: str
     error: Exception
+
+    def __post_init__(self) -> None:
+        try:
+            check_contributor(self.contributor)
+        except UnknownContributorError:
+            object.__setattr__(self, "contributor", brief(self.contributor))
 
     @property
     def cause(self) -> str:

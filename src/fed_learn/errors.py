@@ -6,9 +6,9 @@ about as attributes, so that nobody has to parse a message.
 """
 
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 from fed_learn.limits import LONGEST_MESSAGE
 
@@ -175,6 +175,12 @@ class ClientQuitError(FedLearnError, RuntimeError):
     """A client leaves the job of its own will."""
 
 
+class ContextError(FedLearnError, TypeError):
+    """A handler took a key of the library out of a job's context, or bound something else to it. Attribute: `key`."""
+
+    key: str = ""
+
+
 class AggregatorError(FedLearnError, RuntimeError):
     """An aggregator raised, or left no model of the job's schema. The cause is its `__cause__`."""
 
@@ -205,6 +211,10 @@ class LayoutError(FedLearnError, ValueError):
     source_layer: str | None = None
     target_layer: str | None = None
     reason: str = ""
+
+
+class FileInUseError(FedLearnError, RuntimeError):
+    """Another job is writing the file that this one is to write. Attribute: `path`."""
 
 
 class ConfigError(FedLearnError, ValueError):
@@ -238,10 +248,44 @@ def text_of(error: BaseException) -> str:
         ('disk full', "'w'")
     """
     try:
-        text = str(error)
+        text = str.__str__(str(error))  # of a class of one's own it would do as it likes
         return printable(text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + "…")
-    except (Exception, SystemExit, GeneratorExit) as second:  # noqa: BLE001 - code of others, which may do anything
+    except BaseException as second:  # noqa: BLE001 - code of others, which may do anything
+        as_failure(second)
         return f"its text cannot be read ({type(second).__name__})"
+
+
+def as_failure(error: BaseException) -> Exception:
+    """What code of others raised, as a failure of theirs; what interrupts the process is raised again.
+
+    Clients, and the objects that they send, may raise anything while they run or are looked at, `SystemExit` and
+    `GeneratorExit` among it. Only `KeyboardInterrupt` is meant for the process. Wherever the library runs their code,
+    it takes what comes out of it by `except BaseException` and this.
+
+    Returns:
+        The error itself; one that describes it where it is no `Exception`, which most code would not catch.
+
+    Example:
+        >>> as_failure(ValueError("no data")), as_failure(SystemExit("no GPU"))
+        (ValueError('no data'), FedLearnError('SystemExit: no GPU'))
+    """
+    if isinstance(error, KeyboardInterrupt):
+        raise error
+    if isinstance(error, Exception):
+        return error
+    failure = FedLearnError(described(error))
+    failure.__cause__ = error
+    return failure
+
+
+def is_error(value: object) -> TypeGuard[BaseException]:
+    """Whether what came from outside is an exception: by its type, for `isinstance` asks the object, which may raise.
+
+    Example:
+        >>> is_error(ValueError()), is_error(ValueError)
+        (True, False)
+    """
+    return issubclass(type(value), BaseException)
 
 
 def described(error: BaseException) -> str:
@@ -278,8 +322,9 @@ def brief(value: object) -> str:
             value = value[:LONGEST_BRIEF]  # type: ignore[index] # reprlib would first make text of all of it
         elif isinstance(value, CONTAINERS) and kind not in CONTAINERS:
             return a_type(kind)
-        return printable(_SHORT.repr(value))
-    except (Exception, SystemExit, GeneratorExit):  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
+        return printable(str.__str__(_SHORT.repr(value)))
+    except BaseException as error:  # noqa: BLE001 - a repr may raise anything; an int of too many digits does
+        as_failure(error)
         return a_type(type(value))
 
 
@@ -300,7 +345,11 @@ def a_type(kind: type, *, module: bool = False) -> str:
 
 
 def without_tracebacks(error: Exception) -> Exception:
-    """The error, stripped of all tracebacks: kept, their frames would keep a client's weights alive."""
+    """The error as it can be kept: without tracebacks, whose frames would keep all weights of a round alive.
+
+    Nor does it keep arrays that it holds as arguments or attributes: short descriptions take their places. So it is
+    with all errors behind it.
+    """
     seen: set[int] = set()
     left: list[BaseException] = [error]
     while left:
@@ -310,7 +359,30 @@ def without_tracebacks(error: Exception) -> Exception:
             one.__traceback__ = None
             left += [other for other in (one.__cause__, one.__context__) if other is not None]
             left += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+            if any(map(_is_large, one.args)):
+                one.args = tuple(brief(value) if _is_large(value) else value for value in one.args)
+            for name in [name for name, value in vars(one).items() if _is_large(value)]:
+                vars(one)[name] = brief(vars(one)[name])
     return error
+
+
+LARGEST_VALUE = 1000
+"""Bytes of an array that an error may keep as an argument or attribute."""
+
+
+def _is_large(value: object, depth: int = 3) -> bool:
+    """Whether a value of an error is, or holds, an array or a tensor of more bytes than are worth keeping."""
+    try:
+        if isinstance(value, Mapping):
+            value = tuple(value.values())
+        if isinstance(value, list | tuple):
+            return depth == 0 or any(_is_large(one, depth - 1) for one in value)
+        if hasattr(value, "weights"):  # a contribution, a model
+            return depth == 0 or _is_large(value.weights, depth - 1)
+        return bool(getattr(value, "nbytes", 0) > LARGEST_VALUE)
+    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        as_failure(error)
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -330,6 +402,13 @@ class HandlerFailure:
     exception: Exception
     rollback_exception: Exception | None = None
     round: int | None = None
+
+    def without_tracebacks(self) -> Self:
+        """The same as it can be kept: see `fed_learn.errors.without_tracebacks`. The log has the tracebacks."""
+        without_tracebacks(self.exception)
+        if self.rollback_exception is not None:
+            without_tracebacks(self.rollback_exception)
+        return self
 
     def __str__(self) -> str:
         where = self.event if self.round is None else f"{self.event} of round {self.round + 1}"

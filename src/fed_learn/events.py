@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from fed_learn.errors import HandlerError, HandlerFailure
+from fed_learn.errors import HandlerError, HandlerFailure, as_failure, brief, described
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,9 @@ class Transactional(Protocol):
     def restore(self, snapshot: Any) -> None:
         """Puts them back."""
 
+    def check(self, snapshot: Any) -> None:
+        """Raises if a handler has bound, since `snapshot`, what it may not: the handler has failed."""
+
 
 def check_handlers(handlers: Sequence[EventHandler]) -> tuple[EventHandler, ...]:
     """The handlers as a tuple.
@@ -72,19 +75,20 @@ def check_handlers(handlers: Sequence[EventHandler]) -> tuple[EventHandler, ...]
     if not isinstance(handlers, Iterable):
         name = handlers.__name__ if isinstance(handlers, type) else type(handlers).__name__
         listed = f": pass handlers=[{name}(...)]" if hasattr(handlers, "handle_event") else ""
-        raise TypeError(f"handlers must be a list of handlers, not {handlers!r}{listed}")
+        raise TypeError(f"handlers must be a list of handlers, not {brief(handlers)}{listed}")
     chain = tuple(handlers)  # once: a generator gives them no second time
     for handler in chain:
         for method in ("handle_event", "rollback"):
             if isinstance(handler, type) or not callable(getattr(handler, method, None)):
-                raise TypeError(f"{handler!r} is no handler: derive from fed_learn.Handler, and pass an instance")
+                raise TypeError(f"{brief(handler)} is no handler: derive from fed_learn.Handler, and pass an instance")
     return chain
 
 
 def fire_event(event: str, handlers: Sequence[EventHandler], ctx: Transactional) -> None:
     """Lets each handler act on an event, in list order (SHUTDOWN: in reverse).
 
-    A handler that raises an `Exception` is rolled back: its `rollback(ctx)` is called on the context as it is,
+    A handler that raises an `Exception`, or that garbles what the library has put into the context of a job (see
+    `fed_learn.model_meta.JobContext`), is rolled back: its `rollback(ctx)` is called on the context as it is,
     then every binding of the context, its model and its metadata are put back as they were before that
     handler ran. The others still run. `KeyboardInterrupt` and its like restore the context and are raised at
     once. At STARTUP the first failure ends it: the handlers that had started are shut down in reverse.
@@ -131,11 +135,19 @@ def fire_event(event: str, handlers: Sequence[EventHandler], ctx: Transactional)
         raise HandlerError(failures)
 
 
-def shut_down(handlers: Sequence[EventHandler], ctx: Transactional) -> tuple[HandlerFailure, ...]:
+def shut_down(
+    handlers: Sequence[EventHandler], ctx: Transactional, *, of_client: bool = False
+) -> tuple[HandlerFailure, ...]:
     """Fires SHUTDOWN so that every handler gets it, in reverse order, whatever happens in between.
 
+    Args:
+        handlers: In the order in which they started.
+        ctx: The context.
+        of_client: They are a client's, which may fail but not end the job of the others: `SystemExit` and the like are
+            among what is returned. Only `KeyboardInterrupt` is raised.
+
     Returns:
-        What failed; it has been logged.
+        What failed; it has been logged, and is as it can be kept, without tracebacks.
 
     Raises:
         BaseException: The last interrupt that struck, after all handlers had their SHUTDOWN.
@@ -146,9 +158,11 @@ def shut_down(handlers: Sequence[EventHandler], ctx: Transactional) -> tuple[Han
         try:
             failure = _run(EventType.SHUTDOWN, handler, ctx)
         except BaseException as error:  # noqa: BLE001 - raised below, once all are shut down
-            interrupt = error
-        else:
-            failures += [failure] if failure is not None else []
+            if not of_client or isinstance(error, KeyboardInterrupt):
+                interrupt = error
+                continue
+            failure = HandlerFailure(EventType.SHUTDOWN, _name_of(handler), as_failure(error))
+        failures += [failure.without_tracebacks()] if failure is not None else []
     if interrupt is not None:
         raise interrupt
     return tuple(failures)
@@ -159,6 +173,8 @@ def _run(event: str, handler: EventHandler, ctx: Transactional) -> HandlerFailur
     before = ctx.snapshot()
     try:
         handler.handle_event(event, ctx)
+        if event != EventType.SHUTDOWN:  # the job is over, and handlers may tidy up
+            ctx.check(before)
         return None
     except Exception as error:
         rollback_error = None
@@ -170,13 +186,18 @@ def _run(event: str, handler: EventHandler, ctx: Transactional) -> HandlerFailur
             ctx.restore(before)
             raise
         ctx.restore(before)
-        name = f"{type(handler).__module__}.{type(handler).__qualname__}"
-        failure = HandlerFailure(str(event), name, error, rollback_error, _round_of(event, ctx))
+        failure = HandlerFailure(str(event), _name_of(handler), error, rollback_error, _round_of(event, ctx))
         logger.error("handler failed: %s", failure, exc_info=rollback_error or error)
         return failure
-    except BaseException:
+    except BaseException as error:
         ctx.restore(before)
+        if not isinstance(error, KeyboardInterrupt):  # whoever sees it next will not know where it comes from
+            logger.error("%s leaves at %s by %s", _name_of(handler), event, described(error))
         raise
+
+
+def _name_of(handler: EventHandler) -> str:
+    return f"{type(handler).__module__}.{type(handler).__qualname__}"
 
 
 def _round_of(event: str, ctx: Transactional) -> int | None:

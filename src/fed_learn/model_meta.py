@@ -1,12 +1,16 @@
 """`FLContext`, the job context that handlers share, with its keys, and `ModelData`, which holds a weight dict."""
 
 import enum
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import compress, repeat
+from numbers import Real
+from operator import is_not
 from typing import Any, Self
 
-from fed_learn.contribution import BestModel
-from fed_learn.weights import FrozenDict, WeightDict, size_text
+from fed_learn.contribution import BestModel, Contribution, RoundReport
+from fed_learn.errors import ContextError, brief
+from fed_learn.weights import FrozenDict, FrozenWeights, WeightDict, size_text
 
 
 class ContextKey(enum.StrEnum):
@@ -158,6 +162,9 @@ class FLContext(dict[str, Any]):
 
     __copy__ = clone
 
+    def check(self, snapshot: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
+        """Raises if, since `snapshot`, a handler has bound what it may not. Here it may bind anything."""
+
     def snapshot(self) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """The bindings as they are: props, attributes (the model among them), metadata. For `restore`."""
         return dict(self), dict(self.__dict__), dict(self._metadata)
@@ -170,3 +177,103 @@ class FLContext(dict[str, Any]):
         self.__dict__.clear()
         self.__dict__.update(attributes)
         self._metadata = dict(metadata)
+
+
+def frozen_model(model: ModelData) -> ModelData:
+    """The model with weights that nobody can change.
+
+    Raises:
+        WeightsTypeError: They are no weight dict.
+    """
+    return model if type(model.weights) is FrozenWeights else ModelData(FrozenWeights(model.weights or {}))
+
+
+class JobContext(FLContext):
+    """The context of a job that the library runs: after each handler it checks what the handler did to it.
+
+    Handlers share the context, and rely on what the library puts there. A handler may choose among the contributions,
+    publish scores, name a best model, stop the job and replace the model; it may bind any key of its own. A handler
+    that takes away another key of the library or binds something else to it has failed, at that moment and by its name.
+
+    Attributes:
+        adopt: Checks a model that a handler has put into the context, and gives the one that is kept.
+
+    Example:
+        >>> ctx = JobContext({ContextKey.ROUND: 3})
+        >>> before = ctx.snapshot()
+        >>> ctx[ContextKey.ROUND] = "x"
+        >>> ctx.check(before)
+        Traceback (most recent call last):
+        ...
+        fed_learn.errors.ContextError: a handler cannot bind _round to 'x' in the context of a job
+    """
+
+    adopt: Callable[[ModelData], ModelData] = staticmethod(frozen_model)
+
+    def check(self, snapshot: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
+        """Refuses what a handler did to the keys of the library, and to the model, since `snapshot`.
+
+        Raises:
+            ContextError: It took one of them away, or bound what does not belong there.
+            ContributionError: It put a model into the context that is none of the job's.
+        """
+        before, attributes, _ = snapshot
+        bound, were_bound = map(self.get, _KEYS, repeat(_NOTHING)), map(before.get, _KEYS, repeat(_NOTHING))
+        for key in compress(_KEYS, map(is_not, bound, were_bound)):  # most handlers bind none of them
+            value, own = self.get(key, _NOTHING), before.get(key, _NOTHING)
+            if not _BOUND_BY_HANDLERS.get(key, _is_as_it_was)(value, own):
+                done = f"take {key} out of" if value is _NOTHING else f"bind {key} to {brief(value)} in"
+                raise ContextError(f"a handler cannot {done} the context of a job", key=key)
+        model = self._model
+        if model is not attributes["_model"]:
+            if model is None or not isinstance(getattr(model, "weights", None), Mapping):
+                raise ContextError(f"a handler cannot make {brief(model)} the model of a job", key="model")
+            self._model = self.adopt(model)
+
+
+_NOTHING: Any = object()
+"""In the place of what is bound to a key that is not bound."""
+
+
+def _is_as_it_was(value: object, own: object) -> bool:
+    """Whether the job has bound nothing, or the same: Python has but one object of a number only where it is small."""
+    return own is _NOTHING or (type(value) is type(own) is int and value == own)
+
+
+def _are_contributions(value: object, _: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(one, Contribution) for one in value)
+
+
+def _are_scores(value: object, _: object = None) -> bool:
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(score, Real) for name, score in value.items()
+    )
+
+
+def _is_report_with_scores(value: object, own: object) -> bool:
+    """Whether a report is that of the job but for scores that handlers have added."""
+    if not isinstance(value, RoundReport) or not isinstance(own, RoundReport):
+        return False
+    return _are_scores(value.metrics) and all(
+        getattr(value, field.name) is getattr(own, field.name) for field in fields(own) if field.name != "metrics"
+    )
+
+
+def _is_reason(value: object, _: object) -> bool:
+    return value is None or value is _NOTHING or isinstance(value, str)
+
+
+def _is_best(value: object, _: object) -> bool:
+    return value is None or value is _NOTHING or (isinstance(value, BestModel) and isinstance(value.weights, Mapping))
+
+
+_BOUND_BY_HANDLERS: dict[str, Callable[[object, object], bool]] = {
+    ContextKey.CONTRIBUTIONS: _are_contributions,
+    ContextKey.METRICS: _are_scores,
+    ContextKey.REPORT: _is_report_with_scores,
+    ContextKey.STOP: _is_reason,
+    ContextKey.BEST_RECEIVED: _is_best,
+    ContextKey.BEST_AGGREGATED: _is_best,
+}
+"""What a handler may bind to which key of the library, given what was there. The others are the job's own."""
+_KEYS = tuple(ContextKey)

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from fed_learn.errors import a_type, brief, described
+from fed_learn.errors import a_type, as_failure, brief, described
 from fed_learn.limits import DEEPEST, LEFT_OUT, LONGEST_INFO, LONGEST_NAME, MOST_INFO, MOST_METRICS
 from fed_learn.weights import FLOATS, FrozenDict, Schema, items_of
 
@@ -36,7 +37,8 @@ def number_of(value: object) -> float | None:
         if isinstance(value, bool | np.bool_) or not isinstance(value, Real | Decimal):
             return None
         return float(value)
-    except Exception:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        as_failure(error)
         return None
 
 
@@ -47,13 +49,17 @@ def whole_number_of(value: object) -> int | None:
         >>> whole_number_of(np.float32(3)), whole_number_of(2.5), whole_number_of(10**400), whole_number_of("3")
         (3, None, None, None)
     """
-    if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
-        number = int(value)
-    else:
-        found = number_of(value)
-        if found is None or not found.is_integer():
-            return None
-        number = int(found)
+    try:
+        if isinstance(value, Integral) and not isinstance(value, bool | np.bool_):
+            number = int(value)
+        else:
+            found = number_of(value)
+            if found is None or not found.is_integer():
+                return None
+            number = int(found)
+    except BaseException as error:  # noqa: BLE001 - as in `number_of`
+        as_failure(error)
+        return None
     return number if -(2**63) <= number < 2**63 else None
 
 
@@ -94,7 +100,8 @@ def entries_of(values: Mapping[Any, Any], most: int) -> tuple[dict[Any, Any], st
         values = dict(islice(values, most + 2))  # of pairs; else a TypeError, since nobody means that
     try:
         found = dict(islice(values.items(), most + 2))  # one more may be what is said of others
-    except Exception as error:  # noqa: BLE001 - from outside; it costs what it holds, and no weights
+    except BaseException as error:  # noqa: BLE001 - from outside; it costs what it holds, and no weights
+        as_failure(error)
         return {}, f"what cannot be read: {described(error)}"
     said = found.pop(LEFT_OUT, "")
     while len(found) > most:
@@ -156,7 +163,8 @@ class _Room:
 def _described_unless_plain(value: Any, room: _Room) -> Any:
     try:
         return _plain(value, DEEPEST, room)
-    except Exception:  # noqa: BLE001 - too much; and an object from outside may raise anything while it is looked at
+    except BaseException as error:  # noqa: BLE001 - too much; an object from outside may raise anything while it is looked at
+        as_failure(error)
         return brief(value)
 
 
@@ -190,7 +198,7 @@ def _plain(value: Any, depth: int, room: _Room) -> Any:
 
 
 def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
-    """The weighted mean of numbers, rounded once, whatever their order and however large they are.
+    """The weighted mean of numbers, within their range, whatever their order and however large they are.
 
     Infinities and NaN give what a plain sum gives.
 
@@ -202,6 +210,11 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
         >>> mean_of([1.0, 3.0], [3, 1]), mean_of([1.5e308, 1.5e308], [1e300, 1e300])
         (1.5, 1.5e+308)
     """
+    if all(map(math.isfinite, numbers)):  # those that count by 0 decide on nothing
+        numbers, weights = zip(*((number, a) for number, a in zip(numbers, weights, strict=True) if a), strict=True)
+    if 0 < min(weights) < 2.0**-800 * max(weights) and all(map(math.isfinite, numbers)):  # products could underflow
+        exact = [Fraction(weight) * Fraction(number) for weight, number in zip(weights, numbers, strict=True)]
+        return float(sum(exact) / sum(map(Fraction, weights)))
     _, exponent = math.frexp(max(weights))
     scaled = [math.ldexp(weight, -exponent) for weight in weights]  # exactly, and none of them above 1
     largest = max(map(abs, numbers))
@@ -209,7 +222,10 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
     terms = [weight * math.ldexp(number, -shift) for weight, number in zip(scaled, numbers, strict=True)]
     if not all(map(math.isfinite, terms)):
         return sum(terms) / math.fsum(scaled)
-    return math.ldexp(math.fsum(terms) / math.fsum(scaled), shift)
+    mean = math.fsum(terms) / math.fsum(scaled)
+    # Rounding may have taken it out of the range of the numbers, and even of all floats.
+    low, high = (math.ldexp(bound(numbers), -shift) for bound in (min, max))
+    return math.ldexp(min(max(mean, low), high), shift)
 
 
 def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
@@ -229,7 +245,8 @@ def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
         return weights
     try:
         items = items_of(weights)
-    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        as_failure(error)
         return weights
     if not any(type(value) in (bool, int, float) for value in items.values()):
         return weights

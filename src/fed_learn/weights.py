@@ -5,7 +5,8 @@ kernels or frameworks; who sent a weight dict is only passed through into the er
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from operator import attrgetter
 from os import PathLike
@@ -22,6 +23,7 @@ from fed_learn.errors import (
     ShapeError,
     WeightsTypeError,
     a_type,
+    as_failure,
     brief,
     described,
 )
@@ -73,7 +75,8 @@ def size_text(weights: object) -> str:
     try:
         weights = items_of(weights)  # type: ignore[arg-type] # what is no mapping has no items
         size = sum(int(getattr(value, "nbytes", 0)) for value in weights.values())
-    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        as_failure(error)
         return f"{a_type(type(weights))} in the place of weights"
     count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
     for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
@@ -170,9 +173,9 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
             check_names(weights, contributor)
             return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
+        instead = _safely(partial(_what_instead, weights), a_type(type(weights)))
         raise WeightsTypeError(
-            f"{about(contributor)}weights are {_what_instead(weights)}, not a dict of numpy arrays",
-            contributor=contributor,
+            f"{about(contributor)}weights are {instead}, not a dict of numpy arrays", contributor=contributor
         )
     items = items_of(weights, contributor)
     arrays: dict[str, Array] = {}
@@ -185,12 +188,21 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
             raise WeightsTypeError(
                 f"{about(contributor, name)}is {a_type(type(value), module=True)}, not a numpy array"
-                + _hint_of(name, value),
+                + _safely(partial(_hint_of, name, value), ""),
                 contributor=contributor,
                 name=name,
             )
-        arrays[name] = np.asarray(value)
+        arrays[str.__str__(name)] = np.asarray(value)  # a str of another class may do as it likes
     return arrays
+
+
+def _safely(look: Callable[[], str], otherwise: str) -> str:
+    """What looking at an object from outside tells; the other text where it cannot even be looked at."""
+    try:
+        return look()
+    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
+        as_failure(error)
+        return otherwise
 
 
 def items_of(weights: Mapping[Any, Any], contributor: str | None = None) -> dict[Any, Any]:
@@ -209,7 +221,8 @@ def items_of(weights: Mapping[Any, Any], contributor: str | None = None) -> dict
     try:
         items = list(islice(weights.items(), MOST_VARIABLES + 1))
         found = dict(items)
-    except Exception as error:
+    except BaseException as error:
+        as_failure(error)
         raise WeightsTypeError(
             f"{about(contributor)}weights cannot be read: {described(error)}", contributor=contributor
         ) from error

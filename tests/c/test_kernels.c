@@ -213,7 +213,10 @@ static void test_find_not_finite_and_read(const struct call *c)
 {
     uintptr_t *pointers = room(c->n_pieces, sizeof *pointers);
     size_t *sizes = room(c->n_pieces, sizeof *sizes);
-    uint8_t *not_finite = room(c->n_pieces, 1);
+    uint8_t *not_finite = room(c->n_pieces, 1), *in_copy = room(c->n_pieces, 1);
+    uintptr_t *copies = room(2 * c->n_pieces, sizeof *copies);
+    for (size_t p = 0; p < c->n_pieces; p++)
+        copies[2 * p] = (uintptr_t)room(c->counts[p], ITEMS[c->dtypes[p]]);
     for (size_t k = 0; k < c->n_inputs; k++) {
         uint64_t words = 0;
         for (size_t p = 0; p < c->n_pieces; p++) {
@@ -233,6 +236,14 @@ static void test_find_not_finite_and_read(const struct call *c)
                 finite &= isfinite(value(c->dtypes[p], element(c->dtypes[p], (const void *)pointers[p], i))) != 0;
             at(c, p);
             CHECK(not_finite[p] == !finite);
+        }
+        for (size_t p = 0; p < c->n_pieces; p++)
+            copies[2 * p + 1] = pointers[p];
+        CHECK(RUN(fl_copy, set, c->n_pieces, copies, c->counts, c->dtypes, in_copy) == FL_OK);
+        for (size_t p = 0; p < c->n_pieces; p++) {
+            at(c, p);
+            CHECK(in_copy[p] == not_finite[p]);
+            CHECK(memcmp((const void *)copies[2 * p], (const void *)pointers[p], sizes[p]) == 0);
         }
     }
 }
@@ -356,6 +367,7 @@ static void test_refusals(const struct call *c)
     CHECK(RUN(fl_accumulate, set, n, n_inputs, pointers, c->counts, dtypes, c->a, 1) == status);                       \
     CHECK(RUN(fl_divide, set, n, pointers, c->counts, dtypes, 1.0, flags) == status);                                  \
     CHECK(RUN(fl_find_not_finite, set, n, pointers, c->counts, dtypes, flags) == status);                              \
+    CHECK(RUN(fl_copy, set, n, pointers, c->counts, dtypes, flags) == status);                                         \
     REFUSED_EXACTLY(set, TOP, N_DIGITS, status)
     memcpy(dtypes, c->dtypes, n * sizeof *dtypes);
     for (size_t i = 0; i < LENGTH(bad_sets); i++) {

@@ -3,8 +3,9 @@
 Only addresses and bytes: whose they are is left to the adapters.
 """
 
+import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -76,6 +77,33 @@ def span_of(array: Array) -> Span:
         return start, start + array.nbytes
     start, stop = np.lib.array_utils.byte_bounds(array)
     return int(start), int(stop)
+
+
+def overlaps_itself(shape: Sequence[int], steps: Sequence[int], size: int = 1) -> bool:
+    """Whether elements of one array share memory with one another, so that it cannot hold values of its own.
+
+    Args:
+        shape: The array's.
+        steps: From one element to the next, by dimension.
+        size: Of an element, in what the steps are counted in.
+
+    Example:
+        >>> overlaps_itself((3,), (0,)), overlaps_itself((2, 3), (8, 8), 8), overlaps_itself((2, 3), (8, 16), 8)
+        (True, True, False)
+    """
+    longer = sorted((abs(step), n) for n, step in zip(shape, steps, strict=True) if n > 1)
+    if 0 in shape or not longer:
+        return False
+    reach, nested = size, True
+    for step, n in longer:
+        nested &= step >= reach
+        reach += step * (n - 1)
+    if nested or math.prod(shape) * size > reach:
+        return not nested
+    offsets = np.zeros(1, np.int64)
+    for step, n in longer:
+        offsets = np.add.outer(offsets, step * np.arange(n)).ravel()
+    return bool((np.diff(np.sort(offsets)) < size).any())
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fed_learn.adapters.base import DTYPES, Variable, checked, given, not_averageable
-from fed_learn.errors import ModelError, WeightsTypeError, a_type
+from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
 from fed_learn.weights import BFLOAT16, Array, native_dtype
 
 MEMORY_ALIGNMENT = 64
@@ -87,7 +87,7 @@ class TensorFlowTensors:
         # A variable that is gone, that has no handle, or whose replicas cannot be reduced.
         except (AttributeError, ValueError, tensorflow.errors.OpError) as error:
             raise WeightsTypeError(
-                f"{contributor}: {name!r} is {a_type(kind)} that cannot be read: {error}",
+                f"{contributor}: {name!r} is {a_type(kind)} that cannot be read: {text_of(error)}",
                 contributor=contributor,
                 name=name,
             ) from error

@@ -15,6 +15,7 @@ from fed_learn.adapters.base import Framework
 from fed_learn.adapters.jax import JaxTensors
 from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchTensors
+from fed_learn.errors import as_failure
 from fed_learn.limits import MOST_VARIABLES
 
 FRAMEWORKS: tuple[Framework, ...] = (TorchTensors(), TensorFlowTensors(), JaxTensors())
@@ -66,7 +67,7 @@ def hold_tensors(*weights: object) -> bool:
     for one in weights:
         try:
             kinds.update(map(type, islice(one.values(), MOST_VARIABLES)) if isinstance(one, Mapping) else ())
-        except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-            continue
+        except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+            as_failure(error)
     kinds.discard(np.ndarray)
     return any(framework_of(kind) is not None or _is_keras(kind) for kind in kinds)

@@ -13,8 +13,8 @@ from typing import Any, Self
 import numpy as np
 
 from fed_learn.adapters.base import Variable, checked, given, not_averageable
-from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
-from fed_learn.errors import ModelError, WeightsTypeError, a_type
+from fed_learn.adapters.overlaps import Blocks, Placed, Span, overlaps_itself, refuse_contradictions, span_of
+from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
 
 DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
@@ -88,7 +88,7 @@ class TorchTensors:
             array: Array = plain.numpy()
         except (RuntimeError, TypeError) as error:  # a subclass without memory of its own
             raise WeightsTypeError(
-                f"{contributor}: {name!r} is {a_type(type(tensor))} that cannot be read as an array: {error}",
+                f"{contributor}: {name!r} is {a_type(type(tensor))} that cannot be read as an array: {text_of(error)}",
                 contributor=contributor,
                 name=name,
             ) from error
@@ -103,7 +103,7 @@ class TorchTensors:
 
     def unwritable(self, tensor: Any) -> str | None:
         """See `Framework.unwritable`."""
-        return "is expanded: its elements share memory" if self.overlaps_itself(tensor) else None
+        return "overlaps itself: its elements share memory" if self.overlaps_itself(tensor) else None
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
         """See `Resident.empty`."""
@@ -120,10 +120,7 @@ class TorchTensors:
 
     def overlaps_itself(self, tensor: Any) -> bool:
         """Whether several elements share memory, so that it cannot be written to."""
-        if tensor.is_contiguous():
-            return False
-        steps = zip(tensor.shape, tensor.stride(), strict=True)
-        return bool(tensor.numel()) and any(step == 0 and size > 1 for size, step in steps)
+        return not tensor.is_contiguous() and overlaps_itself(tensor.shape, tensor.stride())
 
     def span(self, tensor: Any) -> tuple[int, int]:
         """See `Resident.span`."""

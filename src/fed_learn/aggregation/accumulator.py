@@ -10,7 +10,7 @@ import numpy as np
 
 from fed_learn import kernels
 from fed_learn.aggregation import tensors
-from fed_learn.aggregation.arrays import Outputs, finite_columns
+from fed_learn.aggregation.arrays import Outputs, finite_columns, is_frozen, new_arrays
 from fed_learn.aggregation.average import LIFT
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import fits, magnitude
@@ -36,13 +36,17 @@ from fed_learn.weights import Array, Schema, WeightDict, first_of, size_text
 MOST_BORROWED = 10
 """Borrowed contributions that wait to be added at most: the sums are read and written once for all of them, and the
 native kernel reads as many in one sweep."""
+MOST_COPIED = 2
+"""Copies of contributions that wait to be added at most. Two are added in the time that copying takes."""
 
 
 class Accumulator:
     """Averages contributions one at a time; keeps one float64 sum per element and none of the inputs.
 
-    Sums are read and written with every contribution. Where the caller can leave contributions alone for a while,
-    `add(..., borrow=True)` lets up to `MOST_BORROWED` of them wait and adds them in one pass.
+    What is checked is what is added: weights that somebody could change meanwhile are copied first, and up to
+    `MOST_COPIED` copies wait, so that the sums are read and written less often. That takes the memory of two models,
+    and no time. What nobody can change, as `FrozenWeights` and views of bytes, is not copied. Neither is what the
+    caller promises to leave alone for a while: `add(..., borrow=True)` lets up to `MOST_BORROWED` wait.
 
     The bits are those of `weighted_average` over the same contributions in the order in which they were added; with
     `exact=True` any order and any tree of merges give the same bits. Not to be shared between threads without a lock.
@@ -51,11 +55,18 @@ class Accumulator:
 
     Args:
         like: The global model: sets names, shapes, dtypes and order. None: the first contribution does.
+        kind: What contributions are; weights that are none of a `Contribution` are taken for it. None: the first
+            contribution decides.
+        round: The round to which they belong. None: the first contribution that states one decides.
         exact: Sum exactly (see `fed_learn.aggregation.exact` for the domain and the memory it takes).
         kernel: Name of the kernel; None: the current one, looked up now.
 
+    What the first one decides, a wrong first one decides too, and the right ones after it are refused: a server that
+    knows the model, the kind and the round says so.
+
     Raises:
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
+        ValueError: There is no such kind.
 
     Example:
         >>> mean = Accumulator()
@@ -65,7 +76,15 @@ class Accumulator:
         ({'w': array([1., 1.], dtype=float32)}, 400.0)
     """
 
-    def __init__(self, *, like: WeightDict | None = None, exact: bool = False, kernel: str | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        like: WeightDict | None = None,
+        kind: Kind | None = None,
+        round: int | None = None,
+        exact: bool = False,
+        kernel: str | None = None,
+    ) -> None:
         self._requested = kernels.requested(kernel)
         self._kernel = kernels.resolve(self._requested)
         self._exact = exact
@@ -78,9 +97,12 @@ class Accumulator:
         self._largest: dict[str, int] = {}
         self._broken = False
         self._borrowed: list[tuple[list[Array], float]] = []
+        self._copies: list[dict[str, Any]] = []
+        self._copied = 0
         self._contributors: dict[str, None] = {}
-        self._kind: Kind | None = None
-        self._round: int | None = None
+        self._kind = None if kind is None else Kind(kind)
+        self._bare = Kind.FULL if self._kind is None else self._kind
+        self._round = round
 
     @property
     def total_weight(self) -> float:
@@ -150,16 +172,19 @@ class Accumulator:
             scan=False,
         )
         who = contribution.contributor
+        copies = None
+        if a and not borrow and not all(map(is_frozen, arrays.values())):
+            copies = self._room_for(arrays, found.place if resident is not None else None)
         if resident is not None:
-            columns, largest = tensors.scanned(resident, found.tensors, who)
+            columns, largest = tensors.scanned(resident, found.tensors, who, copies)
         else:
-            columns, largest = _scanned(kernel, arrays, who)
+            columns, largest = _scanned(kernel, arrays, who, copies)
         if a == 0:
             self._schema = Schema.of(arrays) if self._schema is None else self._schema
             self._contributors.update({who: None} if named else {})
             return
         if self._exact:
-            check_domain(arrays, a, who)
+            check_domain(columns, a, who)
         elif not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
             raise AggregationWeightError(
                 f"{who}: aggregation weight {a} is outside of 2**-100 to 2**100, and sums as they stream in could "
@@ -167,14 +192,16 @@ class Accumulator:
                 contributor=who,
                 value=a,
             )
-        self._check_integers(largest, self._count + 1, who, arrays if resident is None else None)
+        self._check_integers(largest, self._count + 1, who, columns if resident is None else None)
         self._schema = Schema.of(arrays) if self._schema is None else self._schema
 
         self._broken = True
         if not self._count:
             self._place, self._kernel = found.place, kernel
         self._borrowed.append(([columns[name] for name in self._schema], a))
-        if not borrow or len(self._borrowed) == MOST_BORROWED:
+        self._copied += copies is not None
+        waits = len(self._borrowed) < MOST_BORROWED if borrow else copies is not None and self._copied < MOST_COPIED
+        if not waits:
             self._add_borrowed()
         self._note(1, a, contribution.kind, contribution.round, largest, {who: None} if named else {})
         self._broken = False
@@ -264,7 +291,8 @@ class Accumulator:
             for name, flag in zip(self._sums, flags, strict=True):
                 if flag:
                     raise SumOverflowError(
-                        f"{name!r}: the sum left the range of float64; weighted_average can take such values",
+                        f"{name!r}: the sum left the range of float64; weighted_average can take such values, unless "
+                        "weights that were borrowed have changed before they were added",
                         name=name,
                     )
         return outputs.finish()
@@ -274,10 +302,11 @@ class Accumulator:
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kernel", "_requested")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kernel", "_requested", "_copies")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._copies = []
         self._requested = kernels.requested()
         self._kernel = kernels.resolve(device="cpu" if self._exact else self._device)
         if self._kernel.name != "torch":
@@ -307,7 +336,7 @@ class Accumulator:
         numbers = []
         for i, output in enumerate(outputs.arrays.values()):
             if output.dtype.kind in "biu":
-                self._exact_sums.integer_mean(i, total, output)
+                self._exact_sums.integer_mean(self._kernel, i, total, output)
             else:
                 numbers.append(i)
         arrays = list(outputs.arrays.values())
@@ -325,6 +354,16 @@ class Accumulator:
         else:
             self._add(columns, [math.ldexp(a, LIFT) for a in aggregation_weights], start)
         self._borrowed.clear()
+        self._copied = 0
+
+    def _room_for(self, arrays: dict[str, Array], place: tensors.Place | None) -> dict[str, Any]:
+        """Memory for the copy of a contribution: of arrays, or of tensors in a place."""
+        if not self._count:
+            self._copies.clear()  # may be of what was refused
+        if self._copied == len(self._copies):
+            schema = Schema.of(arrays)
+            self._copies.append(new_arrays(schema) if place is None else tensors.new_tensors(schema, place))
+        return self._copies[self._copied]
 
     def _start(self, schema: Schema) -> bool:
         """Makes the sums if there are none; returns whether it did."""
@@ -365,7 +404,7 @@ class Accumulator:
         assert other._schema is not None
         if self._schema is not None:
             self._schema.check(_placeholders(other._schema), "other")
-        if self._count and self._kind is not other._kind:
+        if None not in (self._kind, other._kind) and self._kind is not other._kind:
             raise KindError(
                 f"other holds contributions of kind {other._kind}, expected {self._kind}",
                 kind=other._kind,
@@ -383,7 +422,7 @@ class Accumulator:
     ) -> Contribution:
         if not isinstance(weights, Contribution):
             name = f"contribution {self._count}" if contributor is None else contributor
-            return Contribution(name, weights, aggregation_weight)  # type: ignore[arg-type]
+            return Contribution(name, weights, aggregation_weight, kind=self._bare)  # type: ignore[arg-type]
         if aggregation_weight is not None or contributor is not None:
             raise TypeError("a Contribution brings its own aggregation weight and contributor")
         return weights
@@ -428,11 +467,12 @@ class Accumulator:
             )
 
 
-def _scanned(kernel: Kernel, arrays: dict[str, Array], who: str) -> tuple[dict[str, Array], dict[str, int]]:
+def _scanned(
+    kernel: Kernel, arrays: dict[str, Array], who: str, copies: Mapping[str, Array] | None
+) -> tuple[dict[str, Array], dict[str, int]]:
     """What a kernel takes, without NaN and infinity, and the largest integer of each variable of integers."""
-    return finite_columns(kernel, arrays, who), {
-        name: magnitude(array) for name, array in arrays.items() if array.dtype.kind in "iu"
-    }
+    columns = finite_columns(kernel, arrays, who, copies)
+    return columns, {name: magnitude(array) for name, array in columns.items() if array.dtype.kind in "iu"}
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:

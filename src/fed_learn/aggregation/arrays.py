@@ -1,12 +1,14 @@
 """From checked weight dicts to what a kernel takes: contiguous inputs, and outputs that share no memory with them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from types import NoneType
+from typing import Any
 
 import numpy as np
 
+from fed_learn.adapters.overlaps import overlaps_itself
 from fed_learn.errors import OutputError
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.memory import Addresses, addresses
@@ -28,15 +30,47 @@ def contiguous(array: Array) -> Array:
     return np.require(array, native_dtype(array.dtype), ["C", "A"])
 
 
-def finite_columns(kernel: Kernel, arrays: WeightDict, contributor: str) -> dict[str, Array]:
+def is_frozen(array: Array) -> bool:
+    """Whether nobody can change what an array holds: it is a view of bytes, or read-only like all that it is a view of.
+
+    Whoever made an array can make it writeable again; `FrozenWeights` and files that were read are not treated so.
+
+    Example:
+        >>> is_frozen(np.frombuffer(b"abcd", np.uint8)), is_frozen(np.zeros(1)[:])
+        (True, False)
+    """
+    held: Any = array
+    while isinstance(held, np.ndarray):
+        if held.flags.writeable:
+            return False
+        held = held.base
+    if isinstance(held, memoryview):
+        held = held.obj
+    return held is None or isinstance(held, bytes)
+
+
+def finite_columns(
+    kernel: Kernel, arrays: WeightDict, contributor: str, copies: Mapping[str, Array] | None = None
+) -> dict[str, Array]:
     """The arrays as a kernel takes them, contiguous, once it has found no NaN and no infinity in them.
+
+    Args:
+        kernel: Looks for them.
+        arrays: Weights that were checked.
+        contributor: Whose they are.
+        copies: Where to copy them, so that what was found stays true whoever else holds them; None: they stay as they
+            are, somebody has promised.
 
     Raises:
         NonFiniteError: Says which value of which variable is not finite.
     """
     columns = {name: contiguous(array) for name, array in arrays.items()}
-    flags = zip(columns, kernel.not_finite(list(columns.values())), strict=True)
-    check_finite({name: arrays[name] for name, flag in flags if flag}, contributor)
+    if copies is None:
+        flags = kernel.not_finite(list(columns.values()))
+    else:
+        flags = kernel.copy(list(columns.values()), [copies[name] for name in columns])
+        columns = {name: copies[name] for name in columns}
+    check_finite({name: columns[name] for name, flag in zip(columns, flags, strict=True) if flag}, contributor)
     return columns
 
 
@@ -89,7 +123,7 @@ class Outputs:
 
     Raises:
         ContributionError: `out` has other names, shapes or dtypes (one of its children).
-        OutputError: An array of `out` cannot be written to, or shares memory with an input or another.
+        OutputError: An array of `out` cannot be written to, or shares memory with an input, another or itself.
 
     Attributes:
         weights: The result, in the order of the schema; `out` itself where it was given.
@@ -115,6 +149,8 @@ class Outputs:
                 raise OutputError(f"out: {name!r} is a scalar, not an array", name=name)
             if not array.flags.writeable:
                 raise OutputError(f"out: {name!r} is read-only", name=name)
+            if overlaps_itself(array.shape, array.strides, array.itemsize):
+                raise OutputError(f"out: {name!r} overlaps itself: its elements share memory", name=name)
         # What a kernel cannot write to in place is filled by way of a copy.
         return {name: contiguous(self.weights[name]) for name in schema}
 

@@ -1,6 +1,7 @@
 """The weighted mean of a batch of contributions."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
@@ -12,7 +13,7 @@ from fed_learn import kernels
 from fed_learn.adapters.tensors import hold_tensors
 from fed_learn.aggregation.arrays import Columns, Outputs
 from fed_learn.aggregation.exact import ExactSums, check_domain
-from fed_learn.aggregation.integers import integer_mean, too_large
+from fed_learn.aggregation.integers import integer_mean, large_integer_mean, too_large
 from fed_learn.contribution import (
     LARGEST_WEIGHT,
     SMALLEST_WEIGHT,
@@ -22,11 +23,26 @@ from fed_learn.contribution import (
     check_contribution,
 )
 from fed_learn.environment import sum_in_order
-from fed_learn.errors import AggregationWeightError, EmptyAggregationError, WeightsTypeError
+from fed_learn.errors import (
+    AggregationWeightError,
+    EmptyAggregationError,
+    KindError,
+    RoundError,
+    WeightsTypeError,
+)
 from fed_learn.kernels.base import Kernel, Segment
-from fed_learn.kernels.digits import MOST_TERMS
+from fed_learn.kernels.digits import MOST_TERMS, DigitsError
 from fed_learn.kernels.memory import Addresses
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, check_weights
+from fed_learn.values import whole_number_of
+from fed_learn.weights import (
+    Array,
+    Schema,
+    WeightDict,
+    as_weight_dict,
+    check_finite,
+    check_weights,
+    finite_elements,
+)
 
 LIFT = 100
 """Aggregation weights are multiplied by 2**100 (see `usual_scale`)."""
@@ -55,10 +71,12 @@ def weighted_average(
     `fed_learn.aggregation.tensors`.
 
     Args:
-        contributions: Weight dicts, or `Contribution`s, all of one kind and round.
+        contributions: Weight dicts, or `Contribution`s, all of one kind and round: those that most of them state; of
+            equally common ones the newer round, and the kind of the first. One that states no round passes.
         aggregation_weights: One number ≥ 0 per weight dict; None: they count equally. `Contribution`s bring their own.
             What counts by 0 is checked, and adds nothing.
-        like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does.
+        like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does, so
+            give it where contributions are not to be trusted, or the wrong one may be refused.
         out: A weight dict of the same schema to write the result to; its content is undefined after an error.
         exact: Sum exactly, so that the bits do not depend on the list order of bare weight dicts either, and agree
             with those of `Accumulator(exact=True)`. Domain: see `fed_learn.aggregation.exact`.
@@ -94,6 +112,9 @@ def weighted_average(
     if exact:
         _exact_average(chosen, schema, checked, inputs.arrays, outputs.arrays)
         return outputs.finish()
+    if far_apart(scalars):
+        _average_far_apart(schema, checked, outputs.arrays, kernel)
+        return outputs.finish()
     table = np.empty((len(schema), len(checked) + 1), np.uintp)
     table[:, 0], table[:, 1:] = outputs.addresses, inputs.addresses
     flagged = _average(chosen, inputs.arrays, scalars, usual_scale(scalars), outputs.arrays, table)
@@ -102,10 +123,9 @@ def weighted_average(
         if schema[name][1].kind not in "biu":
             results[name] = outputs.arrays[name]
         elif too_large(inputs.arrays[name]):
-            integer_mean(inputs.arrays[name], scalars, outputs.arrays[name])
-    doubtful = _refuse_non_finite(results, checked)
-    if doubtful:
-        _average_again(chosen, inputs.arrays, scalars, results, doubtful)
+            large_integer_mean(chosen, inputs.arrays[name], scalars, outputs.arrays[name])
+    for name, doubtful in _refuse_non_finite(results, checked).items():
+        _average_again(chosen, checked, name, results[name], doubtful)
     return outputs.finish()
 
 
@@ -119,6 +139,35 @@ def usual_scale(aggregation_weights: Sequence[float]) -> int:
     if min(aggregation_weights) >= SMALLEST_WEIGHT and max(aggregation_weights) <= LARGEST_WEIGHT:
         return LIFT
     return 880 - math.frexp(max(aggregation_weights))[1]
+
+
+FARTHEST = 2.0**-800
+"""Of the largest aggregation weight, what others may be so that no product with any value loses bits to underflow."""
+
+
+def far_apart(aggregation_weights: Sequence[float]) -> bool:
+    """Whether aggregation weights are so far apart that products with the smallest of them could lose bits."""
+    return min(aggregation_weights) < FARTHEST * max(aggregation_weights)
+
+
+def _average_far_apart(schema: Schema, checked: Rows, results: WeightDict, kernel: str | None) -> None:
+    """The mean of those whose aggregation weights are near to the largest, and what the others add to it.
+
+    They add something only to float64 values that are 0, or nearly so, in the weights of all that count by far more.
+    """
+    for who, weights, _ in checked:
+        check_finite(weights, who)
+    least = FARTHEST * max(a for _, _, a in checked)
+    near, far = [row for row in checked if row[2] >= least], [row for row in checked if row[2] < least]
+    mean = weighted_average([weights for _, weights, _ in near], [a for _, _, a in near], kernel=kernel)
+    names = [name for name, (_, dtype) in schema.items() if dtype == np.float64]
+    added = weighted_average([{n: w[n] for n in names} for _, w, _ in far], [a for _, _, a in far], kernel=kernel)
+    total, of_far = (sum((Fraction(a) for _, _, a in rows), Fraction()) for rows in (checked, far))
+    share = of_far / total
+    exponent = share.numerator.bit_length() - share.denominator.bit_length() + 1
+    factor = float(share / Fraction(2) ** exponent)
+    for name, result in results.items():
+        result[...] = mean[name] + np.ldexp(added[name] * factor, exponent) if name in added else mean[name]
 
 
 def _average(
@@ -148,19 +197,26 @@ def _average(
     return [name for name, flag in zip(columns, flags, strict=True) if flag]
 
 
-def _average_again(
-    kernel: Kernel,
-    columns: Mapping[str, Sequence[Array]],
-    aggregation_weights: Sequence[float],
-    results: WeightDict,
-    doubtful: Mapping[str, npt.NDArray[np.bool_]],
-) -> None:
-    """Replaces elements whose sums overflowed, although the inputs are finite: by sums so small that they cannot."""
-    small = -math.frexp(max(aggregation_weights))[1] - len(aggregation_weights).bit_length() - 1
-    again: WeightDict = {name: np.empty_like(results[name]) for name in doubtful}
-    _average(kernel, {name: columns[name] for name in doubtful}, aggregation_weights, small, again)
-    for name, elements in doubtful.items():
-        results[name][elements] = again[name][elements]
+def _average_again(kernel: Kernel, checked: Rows, name: str, result: Array, doubtful: npt.NDArray[np.bool_]) -> None:
+    """Replaces elements whose sums are not finite, although the inputs are: by sums so small that they cannot overflow.
+
+    Of copies, since the inputs may have been something else when they were summed, and may be again.
+
+    Raises:
+        NonFiniteError: The inputs are not finite after all.
+    """
+    scalars = [a for _, _, a in checked]
+    small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
+    copies = []
+    for contributor, weights, _ in checked:
+        copies.append(weights[name][doubtful])
+        if not finite_elements(copies[-1]).all():
+            whole = np.zeros(result.shape, result.dtype)
+            whole[doubtful] = copies[-1]
+            check_finite({name: whole}, contributor)
+    again = np.empty_like(copies[0])
+    _average(kernel, {name: copies}, scalars, small, {name: again})
+    result[doubtful] = again
 
 
 def checked_batch(
@@ -206,11 +262,23 @@ def counting(checked: Rows, check: Callable[[str, dict[str, Array]], None]) -> R
 
 def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Rows]:
     """In the order of the contributors' names."""
-    newest = max((int(c.round) for c in batch if isinstance(c.round, int | np.integer)), default=None)
-    kind = batch[0].kind if isinstance(batch[0].kind, Kind) else None
+    rounds: Counter[Any] = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
+    kinds: Counter[Any] = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
+    # Of equally common ones: the newer round, since late contributions are common, and the first's kind.
+    number = max(rounds, key=lambda number: (rounds[number], number), default=None)
+    kind = max(kinds, key=kinds.__getitem__, default=None)
     seen: dict[str, tuple[dict[str, Array], float]] = {}
     for contribution in batch:
-        weights, a = check_contribution(contribution, schema, kind=kind, round=newest, contributors=seen, scan=False)
+        try:
+            weights, a = check_contribution(
+                contribution, schema, kind=kind, round=number, contributors=seen, scan=False
+            )
+        except (RoundError, KindError) as error:
+            of_round = isinstance(error, RoundError)
+            stated, counts = (whole_number_of(contribution.round), rounds) if of_round else (contribution.kind, kinds)
+            if isinstance(stated, int | Kind) and counts[stated] == max(counts.values(), default=1):
+                error.args = (f"{error} (as many contributions of this call state the one as the other)",)
+            raise
         schema = Schema.of(weights) if schema is None else schema
         seen[contribution.contributor] = weights, a
     assert schema is not None
@@ -264,11 +332,20 @@ def _exact_average(
         flags = kernel.not_finite([column[row] for column in columns.values()])
         check_finite({name: weights[name] for name, flag in zip(schema, flags, strict=True) if flag}, contributor)
         check_domain(weights, a, contributor)
-    aggregation_weights = [a for _, _, a in checked]
+    try:
+        _exact_means(kernel, columns, [a for _, _, a in checked], results)
+    except DigitsError:  # a value has changed since: what copies hold, nobody else can change
+        checked = [(who, {name: array.copy() for name, array in weights.items()}, a) for who, weights, a in checked]
+        _exact_average(kernel, schema, checked, Columns([weights for _, weights, _ in checked]).arrays, results)
+
+
+def _exact_means(
+    kernel: Kernel, columns: Mapping[str, Sequence[Array]], aggregation_weights: Sequence[float], results: WeightDict
+) -> None:
     numbers = []
-    for name, (_, dtype) in schema.items():
-        if dtype.kind in "biu":
-            integer_mean(columns[name], aggregation_weights, results[name])
+    for name, result in results.items():
+        if result.dtype.kind in "biu":
+            integer_mean(kernel, columns[name], aggregation_weights, result)
         else:
             numbers.append(name)
     outputs = [results[name] for name in numbers]

@@ -9,7 +9,7 @@ import numpy as np
 
 from fed_learn import kernels
 from fed_learn.adapters.base import Resident
-from fed_learn.aggregation.average import checked_batch, counting, usual_scale, weighted_average
+from fed_learn.aggregation.average import checked_batch, counting, far_apart, usual_scale, weighted_average
 from fed_learn.aggregation.integers import integer_mean, too_large
 from fed_learn.aggregation.tensor_outputs import Target, TensorOutputs, as_tensors
 from fed_learn.aggregation.tensors import Tensors, check_device, label_of, opened, placeholders, refuse_non_finite
@@ -56,9 +56,10 @@ def average_tensors(
         tensors = {label: one.tensors for label, one in zip(labels, found, strict=True)}
         checked = counting(checked, lambda who, _: refuse_non_finite(framework, tensors[who], who))
         rows = [(who, tensors[who], a) for who, _, a in checked]
-        outputs = TensorOutputs(schema, place, out, inputs)
-        _average(chosen, framework, rows, outputs.arrays)
-        return outputs.finish()
+        if not far_apart([a for _, _, a in rows]):
+            outputs = TensorOutputs(schema, place, out, inputs)
+            _average(chosen, framework, rows, outputs.arrays)
+            return outputs.finish()
     views = [_with_weights(item, one.on_host()) for item, one in zip(batch, found, strict=True)]
     target = None if out is None else Target(out, device, inputs)
     mean = weighted_average(
@@ -82,24 +83,26 @@ def _average(kernel: Kernel, framework: Resident, rows: list[tuple[str, Tensors,
     """What `weighted_average` does with arrays, on tensors where they are."""
     scalars = [a for _, _, a in rows]
     columns = {name: [held[name] for _, held, _ in rows] for name in results}
-    doubtful: Tensors = {}
+    small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
     for name in _mean(kernel, columns, scalars, usual_scale(scalars), results):
         if np.dtype(framework.check(results[name], "", name)).kind in "iu":
             host = list(map(framework.view, columns[name]))
             if too_large(host):
                 mean = np.empty_like(host[0])
-                integer_mean(host, scalars, mean)
+                integer_mean(kernels.resolve("numpy"), host, scalars, mean)
                 framework.write(results[name], mean)
             continue
         for who, held, _ in rows:
             refuse_non_finite(framework, {name: held[name]}, who)
-        doubtful[name] = framework.overflowed(results[name])
-    if doubtful:  # the inputs are finite, so these sums overflowed: once more, so small that they cannot
-        small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
-        again = {name: results[name].clone() for name in doubtful}
-        _mean(kernel, {name: columns[name] for name in doubtful}, scalars, small, again)
-        for name, elements in doubtful.items():
-            results[name][elements] = again[name][elements]
+        # The inputs are finite, so sums overflowed: once more, so small that they cannot, and of copies, since the
+        # inputs may have been something else when they were summed, and may be again.
+        doubtful = framework.overflowed(results[name])
+        copies = [tensor.clone() for tensor in columns[name]]
+        for (who, _, _), tensor in zip(rows, copies, strict=True):
+            refuse_non_finite(framework, {name: tensor}, who)
+        again = results[name].clone()
+        _mean(kernel, {name: copies}, scalars, small, {name: again})
+        results[name][doubtful] = again[doubtful]
 
 
 def _mean(

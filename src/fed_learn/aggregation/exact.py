@@ -14,13 +14,12 @@ from itertools import accumulate
 
 import numpy as np
 
-from fed_learn.aggregation.integers import rounded_quotient
+from fed_learn.aggregation.integers import TILE, round_quotients
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.environment import check_environment
 from fed_learn.errors import ExactDomainError
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import (
-    DIGIT_BITS,
     MOST_TERMS,
     VALUE_EXPONENT,
     Digits,
@@ -31,8 +30,6 @@ from fed_learn.kernels.digits import (
 from fed_learn.weights import Array, WeightDict, native_dtype
 
 VALUE_LIMIT = 2.0**VALUE_EXPONENT
-TILE = 1 << 16
-"""Elements at a time, so that what is in between stays small."""
 
 
 def check_domain(weights: WeightDict, aggregation_weight: float, contributor: str | None = None) -> None:
@@ -117,19 +114,14 @@ class ExactSums:
         """Writes the sums of some variables, divided by `total`, to outputs of floating-point dtypes."""
         kernel.exact_divide(self._digits(), [self._starts[i] for i in variables], float(total), outputs)
 
-    def integer_mean(self, variable: int, total: Fraction, output: Array) -> None:
+    def integer_mean(self, kernel: Kernel, variable: int, total: Fraction, output: Array) -> None:
         """The sums of a variable divided by `total`, rounded half to even, exactly: for integers and booleans."""
         digits = self._digits()
-        bottom = digits.top - len(digits.rows) + 1
-        ratio = Fraction(2) ** (DIGIT_BITS * bottom) / total
         flat = output.reshape(-1)
         for start in range(0, flat.size, TILE):
             tile = flat[start : start + TILE]
             here = slice(self._starts[variable] + start, self._starts[variable] + start + tile.size)
-            sums = np.zeros(tile.size, object)
-            for row in digits.rows:
-                sums = (sums << DIGIT_BITS) + row[here].astype(object)
-            tile[...] = rounded_quotient(sums * ratio.numerator, ratio.denominator).astype(output.dtype)
+            round_quotients(kernel, carried(Digits(digits.top, [row[here] for row in digits.rows])), total, tile)
 
     def _digits(self) -> Digits:
         """From the highest to the lowest that there is, with zeros for those between that there are not."""

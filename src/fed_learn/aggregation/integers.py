@@ -1,19 +1,30 @@
 """Integers so large that float64 sums would not hold them to the unit.
 
 The float64 mean of n integers is right to within a unit as long as |x|·(n + 2) ≤ 2**52, which every counter satisfies;
-and rounded half to even, with whole aggregation weights a, as long as Σ a·|x| < 2**53. Beyond the former a batch is
-averaged in Python's integers, slowly and exactly, and a stream is refused. With `exact=True` all integers and booleans
-are.
+and rounded half to even, with whole aggregation weights a, as long as Σ a·|x| < 2**53. Beyond the former elements of a
+batch are summed exactly, in digits (see `fed_learn.kernels.digits`), and a stream is refused. With `exact=True` all
+integers and booleans are.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
-from math import lcm
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
+from fed_learn.kernels.base import Kernel
+from fed_learn.kernels.digits import DIGIT_BITS, MOST_TERMS, Digits, Int64Array, as_float64, carried, digit_range
 from fed_learn.weights import Array
+
+TILE = 1 << 14
+"""Elements at a time, so that what is in between stays small."""
+BAND = 8
+"""Digits by which weights may differ that are added in one call: few enough that no product under- or overflows."""
+
+Scaled: TypeAlias = tuple[float, int]
+"""A number f·2**(44·j) as (f, j)."""
 
 
 def magnitude(array: Array) -> int:
@@ -41,35 +52,142 @@ def too_large(column: Sequence[Array]) -> bool:
     return not fits(max(map(magnitude, column)), count)
 
 
-def integer_mean(column: Sequence[Array], aggregation_weights: Sequence[float], output: Array) -> None:
-    """The weighted mean of integers, exact, rounded half to even.
+def large_integer_mean(
+    kernel: Kernel, column: Sequence[Array], aggregation_weights: Sequence[float], output: Array
+) -> None:
+    """Replaces those elements of a float64 mean of integers that could be off by a unit: see `integer_mean`.
+
+    So one large integer costs what one element costs, not what the variable does.
+    """
+    bound = 2**52 // (len(column) + 2)
+    large = np.zeros(output.shape, bool)
+    for x in column:
+        large |= (x > bound) | (x < -bound)
+    means = np.empty(np.count_nonzero(large), output.dtype)
+    integer_mean(kernel, [x[large] for x in column], aggregation_weights, means)
+    output[large] = means
+
+
+def integer_mean(kernel: Kernel, column: Sequence[Array], aggregation_weights: Sequence[float], output: Array) -> None:
+    """The weighted mean of integers or booleans, exact, rounded half to even.
 
     Args:
+        kernel: Adds.
         column: One array per contribution.
-        aggregation_weights: One per contribution.
+        aggregation_weights: One per contribution, however far apart.
         output: Where the mean goes, of the same dtype and shape.
 
     Example:
+        >>> from fed_learn.kernels import resolve
         >>> output = np.zeros(1, np.int64)
-        >>> integer_mean([np.array([2**62]), np.array([2**62 - 2])], [1.0, 3.0], output)
+        >>> integer_mean(resolve(), [np.array([2**62]), np.array([2**62 - 2])], [1.0, 3.0], output)
         >>> int(output[0]) == 2**62 - 2  # the exact mean is 2**62 - 1.5
         True
     """
-    fractions = [Fraction(a) for a in aggregation_weights]
-    scale = lcm(*(a.denominator for a in fractions))
-    whole = [int(a * scale) for a in fractions]
-    sums = sum((x.astype(object) * a for x, a in zip(column, whole, strict=True)), np.zeros(output.shape, object))
-    output[...] = rounded_quotient(sums, sum(whole)).astype(output.dtype)
+    total = sum(map(Fraction, aggregation_weights), Fraction())
+    scaled = list(map(_scaled, aggregation_weights))
+    inputs, means = [x.reshape(-1) for x in column], output.reshape(-1)
+    for start in range(0, means.size, TILE):
+        here = slice(start, start + TILE)
+        sums = Digits(0, [np.zeros(means[here].size, np.int64)])
+        for first in range(0, len(inputs), MOST_TERMS // 2):
+            some = slice(first, first + MOST_TERMS // 2)
+            sums = _added(kernel, sums, [x[here] for x in inputs[some]], scaled[some])
+        round_quotients(kernel, sums, total, means[here])
+    if means.base is not output.base and not np.shares_memory(means, output):
+        output[...] = means.reshape(output.shape)
 
 
-def rounded_quotient(numerators: npt.NDArray[np.object_], denominator: int) -> npt.NDArray[np.object_]:
-    """`numerators / denominator` of Python integers, rounded half to even.
+def round_quotients(kernel: Kernel, sums: Digits, total: Fraction, output: Array) -> None:
+    """Writes exact sums divided by `total`, rounded half to even, to an array of integers or booleans.
 
-    Example:
-        >>> rounded_quotient(np.array([1, 3, 5, -1, -3, 7], object), 2).tolist()
-        [0, 2, 2, 0, -2, 4]
+    A float64 quotient is off by as much as float64 cannot hold; what is left of the sum without it is exact again, and
+    gives the rest of the quotient. What is left then is compared with half of the total.
+
+    Args:
+        kernel: Adds.
+        sums: For each element of the output one, whose quotient its dtype can hold.
+        total: Positive, a whole multiple of a power of two.
+        output: One-dimensional.
     """
-    quotient = numerators // denominator
-    twice = (numerators - quotient * denominator) * 2
-    up = (twice > denominator) | ((twice == denominator) & (quotient % 2 == 1))
-    return np.asarray(quotient + up, object)  # operations on 0-d arrays of objects yield scalars
+    divisor = _parts(total)
+    highest = max(j for _, j in divisor)
+    # Fractions of the highest digit, so that nothing overflows.
+    approximate_total = sum(math.ldexp(part, DIGIT_BITS * (j - highest)) for part, j in divisor)
+
+    def approximate(digits: Digits) -> npt.NDArray[np.float64]:
+        quotients: npt.NDArray[np.float64] = as_float64(Digits(digits.top - highest, digits.rows)) / approximate_total
+        return quotients
+
+    def plus(digits: Digits, array: Array, sign: int) -> Digits:
+        """With so many totals added, or taken away."""
+        return _added(kernel, digits, [array] * len(divisor), [(sign * part, j) for part, j in divisor])
+
+    wide = np.dtype(np.uint64 if output.dtype == np.uint64 else np.int64)
+    bounds = np.iinfo(wide)
+    most = np.nextafter(np.float64(bounds.max), 0)  # the largest float64 that is no more than the largest integer
+    quotient = np.clip(np.rint(approximate(sums)), float(bounds.min), most).astype(wide)
+    rest = plus(sums, quotient, -1)
+    step = np.rint(approximate(rest)).astype(np.int64)
+    quotient = (quotient.view(np.int64) + step).view(wide)
+    rest = plus(rest, step, -1)
+    # At most half of the total is left, but for what float64 cannot tell.
+    near_half = np.flatnonzero(np.abs(approximate(rest)) > 0.499)
+    if near_half.size:
+        twice = carried(Digits(rest.top, [2 * row[near_half] for row in rest.rows]))
+        one = np.ones(near_half.size, np.int8)
+        above, below = _signs(plus(twice, one, -1)), _signs(plus(twice, one, 1))
+        odd = (quotient[near_half] & wide.type(1)).astype(bool)
+        up, down = (above > 0) | ((above == 0) & odd), (below < 0) | ((below == 0) & odd)
+        quotient[near_half] = (quotient[near_half].view(np.int64) + up - down).view(wide)
+    output[...] = quotient.astype(output.dtype)
+
+
+def _scaled(aggregation_weight: float) -> Scaled:
+    """The number by a power of two, the same for weights that are near to one another."""
+    j = BAND * (math.frexp(aggregation_weight)[1] // (BAND * DIGIT_BITS))
+    return math.ldexp(aggregation_weight, -DIGIT_BITS * j), j
+
+
+def _parts(number: Fraction) -> list[Scaled]:
+    """Numbers of 44 bits whose sum is `number`."""
+    lowest = -(-(number.denominator.bit_length() - 1) // DIGIT_BITS)
+    whole = int(number * Fraction(2) ** (DIGIT_BITS * lowest))
+    parts: list[Scaled] = []
+    for j in range(-lowest, -lowest + whole.bit_length() // DIGIT_BITS + 1):
+        whole, part = divmod(whole, 1 << DIGIT_BITS)
+        parts += [(float(part), j)] if part else []
+    return parts
+
+
+def _added(kernel: Kernel, digits: Digits, arrays: Sequence[Array], factors: Iterable[Scaled]) -> Digits:
+    """The digits with the products of arrays and factors added to them, carried."""
+    rows = {digits.top - b: row.copy() for b, row in enumerate(digits.rows)}
+    terms: dict[int, list[tuple[float, Array]]] = {}
+    for array, (factor, j) in zip(arrays, factors, strict=True):
+        group = terms.setdefault(j, [])
+        if array.dtype.itemsize == 8:  # more bits than float64 has
+            group += [(factor * 2.0**32, array >> 32), (factor, array & array.dtype.type(2**32 - 1))]
+        else:
+            group.append((factor, array))
+    for j, group in terms.items():
+        numbers = np.array([factor for factor, _ in group])
+        top, bottom = digit_range({group[0][1].dtype}, numbers)
+        for i in range(bottom, top + 1):
+            rows.setdefault(i + j, np.zeros(digits.rows[0].size, np.int64))
+        kernel.deposit(
+            Digits(top, [rows[i + j] for i in range(top, bottom - 1, -1)]), [0], [[x for _, x in group]], numbers
+        )
+    top, bottom = max(rows), min(rows)
+    zeros = np.zeros(digits.rows[0].size, np.int64)
+    sums = carried(Digits(top, [rows.get(i, zeros) for i in range(top, bottom - 1, -1)]))
+    empty = next((b for b, row in enumerate(sums.rows[:-1]) if row.any()), len(sums.rows) - 1)
+    return Digits(sums.top - empty, sums.rows[empty:])
+
+
+def _signs(digits: Digits) -> Int64Array:
+    """-1, 0 or 1 for each sum: the sign of its highest digit that is not 0."""
+    signs = np.zeros(digits.rows[0].size, np.int64)
+    for row in digits.rows:
+        signs = np.where(signs == 0, np.sign(row), signs)
+    return signs

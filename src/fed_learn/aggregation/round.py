@@ -15,7 +15,7 @@ from fed_learn.aggregation.average import weighted_average
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.tensors import schema_of, without_tensors
-from fed_learn.contribution import Contribution, Kind, check_terms
+from fed_learn.contribution import Contribution, Kind, check_countable, check_terms
 from fed_learn.errors import (
     ContributionError,
     DtypeError,
@@ -25,6 +25,7 @@ from fed_learn.errors import (
     NamesError,
     NonFiniteError,
     OutOfTurnError,
+    RoundError,
     ShapeError,
     SumOverflowError,
     printable,
@@ -108,7 +109,8 @@ class Round:
     """The contributions of one round.
 
     Args:
-        number: The round, from 0; None: the first contribution that states one decides.
+        number: The round, from 0; None: the one that most contributions state, the newer of equally common ones; in a
+            stream the first decides, since it is added up already.
         model: The global model, of arrays or tensors; None or empty: it is not known, and the contributions tell.
         kind: The kind of contributions that is expected.
         partial: One of `PARTIAL`.
@@ -159,8 +161,11 @@ class Round:
 
     @property
     def number(self) -> int | None:
-        """The round, if it is known."""
-        return self._terms.round
+        """The round, if it is known; else as most of the contributions so far state it."""
+        if self._terms.round is not None or not self._checked:
+            return self._terms.round
+        rounds = Counter(number for c in self.accepted.values() if (number := whole_number_of(c.round)) is not None)
+        return max(rounds, key=lambda number: (rounds[number], number), default=None)
 
     def receive(self, sent: Contribution, check: Callable[[Contribution], object] | None = None) -> Contribution:
         """Accepts a contribution, or refuses it and is as if it had never come.
@@ -192,7 +197,7 @@ class Round:
         if LEFT_OUT in checked.contribution.info:
             left_out = checked.contribution.info[LEFT_OUT]
             self._told.once((who, "left out"), f"{who}: of its metrics and info are left out: {left_out}")
-        if self._terms.round is None:
+        if self._terms.round is None and self._stream:
             self._terms = replace(self._terms, round=whole_number_of(sent.round))
         return checked.contribution
 
@@ -203,6 +208,8 @@ class Round:
             Those that are refused after all, and why.
         """
         refused: list[tuple[Contribution, ContributionError]] = []
+        if self._terms.round is None:
+            refused += self._drop_other_rounds()
         counts = Counter(checked.form for checked in self._checked.values())
         for name, checked in list(self._checked.items()):
             if checked.unless_alone is not None and counts[checked.form] == 1:
@@ -322,7 +329,9 @@ class Round:
             stream = Accumulator(like=like, exact=self._exact, kernel=self._kernel)
         else:
             stream = self._streams[key]
-        stream.add(checked.to_average(checked.averaged))
+        # Frozen, or left alone as was promised: neither needs a copy, nor to wait.
+        stream.add(checked.to_average(checked.averaged), borrow=True)
+        stream.flush()
         self._streams[key] = stream
 
     def _forget_streams(self) -> None:
@@ -362,7 +371,7 @@ class Round:
         if known is not None and known.contribution is given:
             return known
         if known is not None and known.contribution.weights is given.weights:
-            weight = check_terms(given, kind=self._terms.kind, round=self.number)
+            weight = check_countable(check_terms(given, kind=self._terms.kind, round=self.number), given.contributor)
             if not self._stream or weight == known.contribution.aggregation_weight:
                 return replace(known, contribution=replace(given, aggregation_weight=weight))
         if self._stream:
@@ -443,6 +452,17 @@ class Round:
     def _drop(self, name: str) -> Contribution:
         del self._checked[name]
         return self.accepted.pop(name)
+
+    def _drop_other_rounds(self) -> list[tuple[Contribution, ContributionError]]:
+        """Refuses those that state another round than most."""
+        refused: list[tuple[Contribution, ContributionError]] = []
+        number = self.number
+        for name in sorted(self._checked):
+            try:
+                check_terms(self.accepted[name], round=number)
+            except RoundError as error:
+                refused.append((self._drop(name), error))
+        return refused
 
     def _drop_other_forms(self) -> list[tuple[Contribution, ContributionError]]:
         """Refuses those that are not of the commonest form; of equally common ones the largest counts."""

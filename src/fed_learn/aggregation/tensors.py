@@ -11,9 +11,9 @@ Tensors on the CPU are viewed as arrays without a copy and go the way of arrays,
 stay tensors with the torch kernel. On another device
 
 - those of torch stay there: the torch kernel averages them (`kernel="native"` or `"numpy"` is an error), their float64
-  sums lie beside them, and what is checked of names, shapes and dtypes is checked on placeholders. Two things go by way
-  of copies in the memory of the host: `exact=True`, and 64-bit integers too large for float64 sums. All weights of a
-  batch or stream must lie on this one device.
+  sums lie beside them, and what is checked of names, shapes and dtypes is checked on placeholders. What goes by way of
+  copies in the memory of the host: `exact=True`, 64-bit integers too large for float64 sums, and aggregation weights
+  more than 2**800 apart. All weights of a batch or stream must lie on this one device.
 - those of TensorFlow and JAX are copied to the host, and the result is put where each variable of the first
   contribution was; where the others lie does not matter. A stream that was unpickled has forgotten the devices of JAX
   arrays, and puts its result on the default one.
@@ -43,7 +43,7 @@ import numpy as np
 from fed_learn.adapters.base import Framework, Resident, not_averageable
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.contribution import Contribution
-from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, brief
+from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, as_failure, brief
 from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict, items_of
 
 Tensors: TypeAlias = dict[str, Any]
@@ -127,7 +127,8 @@ def opened(weights: object, who: str) -> Opened:
         return Opened(weights, {}, {})
     try:
         arrays = items_of(weights)
-    except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        as_failure(error)
         return Opened(weights, {}, {})
     tensors: Tensors = {}
     owners: dict[str, Framework] = {}
@@ -167,7 +168,8 @@ def without_tensors(weights: Any, who: str) -> Any:
     if isinstance(weights, Mapping) and type(weights) not in (dict, FrozenWeights):
         try:
             weights = items_of(weights)  # read once: what is looked at is what is kept
-        except Exception:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+        except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
+            as_failure(error)
             return weights
     return opened(weights, who).on_host() if hold_tensors(weights) else weights
 
@@ -277,14 +279,33 @@ def refuse_non_finite(framework: Resident, tensors: Tensors, who: str) -> None:
             )
 
 
-def scanned(framework: Resident, tensors: Tensors, who: str) -> tuple[Tensors, dict[str, int]]:
+def scanned(
+    framework: Resident, tensors: Tensors, who: str, copies: Tensors | None = None
+) -> tuple[Tensors, dict[str, int]]:
     """Tensors without NaN and infinity, and the largest integer of each variable.
+
+    Args:
+        framework: Whose they are.
+        tensors: What is looked at.
+        who: Whose weights they are.
+        copies: Where to copy them first; None: they are looked at as they are.
 
     Raises:
         NonFiniteError: Says which value of which variable is not finite.
     """
+    if copies is not None:
+        for name, tensor in tensors.items():
+            framework.write(copies[name], tensor)
+        tensors = {name: copies[name] for name in tensors}
     refuse_non_finite(framework, tensors, who)
     return tensors, {name: framework.magnitude(tensor) for name, tensor in tensors.items()}
+
+
+def new_tensors(schema: Schema, place: Place) -> Tensors:
+    """Tensors of a resident framework, not yet set."""
+    framework = place.framework.resident
+    assert framework is not None
+    return {name: framework.empty(*item, place.device) for name, item in schema.items()}
 
 
 def new_sums(schema: Schema, place: Place) -> Tensors:

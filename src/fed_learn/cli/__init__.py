@@ -1,9 +1,10 @@
 """The command `fed-learn`. Each command is a module of its own; this one starts them and turns errors into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted. Errors are one line on stderr; `--debug` adds the
-traceback.
+Exit codes: 0 done, 1 failed, 2 wrong use, 130 interrupted by Ctrl-C (SIGINT), 143 by SIGTERM. Errors are one line on
+stderr; `--debug` adds the traceback.
 """
 
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -25,23 +26,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     from fed_learn.cli.app import app
-    from fed_learn.errors import ConfigError
+    from fed_learn.cli.interrupts import StoppedError, sigterm_like_ctrl_c
+    from fed_learn.errors import ConfigError, text_of
 
-    try:
-        code = app(arguments, prog_name="fed-learn", standalone_mode=False)
+    ctrl_c = 128 + signal.SIGINT
+    with sigterm_like_ctrl_c() as came:
+        try:
+            code = app(arguments, prog_name="fed-learn", standalone_mode=False)
+            # In the parser's hands an interrupt becomes an exit code of its own.
+            error: BaseException | None = KeyboardInterrupt() if code == ctrl_c else None
+        except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001 - the edge of the program
+            error = raised
+    if error is None:
         return code if isinstance(code, int) else 0
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
-    except Exception as error:  # noqa: BLE001 - the edge of the program
-        # Errors of the command line's parser bring their exit code; typer brings its own copy of their classes.
-        if type(error).__name__ == "Abort":
-            return _fail("interrupted", 130)
-        if hasattr(error, "exit_code") and hasattr(error, "format_message"):
-            message = error.format_message()
-            return _fail(message, error.exit_code) if message else int(error.exit_code)
-        if "--debug" in arguments:
-            traceback.print_exc()
-        return _fail(str(error) or type(error).__name__, 2 if isinstance(error, ConfigError) else 1)
+    # Errors of the command line's parser bring their exit code; typer brings its own copy of their classes.
+    if isinstance(error, KeyboardInterrupt | StoppedError) or type(error).__name__ == "Abort":
+        return _fail(str(error) or "interrupted", 128 + came[0] if came else ctrl_c)
+    if hasattr(error, "exit_code") and hasattr(error, "format_message"):
+        message = error.format_message()
+        return _fail(message, error.exit_code) if message else int(error.exit_code)
+    if "--debug" in arguments:
+        traceback.print_exception(error)
+    return _fail(text_of(error) or type(error).__name__, 2 if isinstance(error, ConfigError) else 1)
 
 
 def _fail(message: str, code: int) -> int:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fed_learn.disk import write_whole
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -155,6 +157,6 @@ def _as_json(
 
 def _hand_out(text: str, as_json: bool, out: Path | None) -> None:
     if out is not None:
-        out.write_text(text + "\n", encoding="utf-8")
+        write_whole(out, (text + "\n").encode())
     if as_json:
         print(text)

@@ -20,7 +20,7 @@ LEGEND = (
 
 def wide_console(*, stderr: bool = False) -> Console:
     """A console on which no table wraps."""
-    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True, markup=False)
     console.width = max(console.width if console.is_terminal else WIDTH, WIDTH)
     return console
 

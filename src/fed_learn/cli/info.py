@@ -56,7 +56,7 @@ def info(
         table.add_row(name, version or "not installed")
     for name, (meaning, value) in facts["environment"].items():
         table.add_row(name, Text(f"{value or 'not set'} ({meaning})"))
-    Console(soft_wrap=True, highlight=False).print(table)
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
 def collect() -> dict[str, Any]:

@@ -6,20 +6,45 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from fed_learn.cli.interrupts import StoppedError
 from fed_learn.contribution import GLOBAL_BEST, Kind
 from fed_learn.errors import ConfigError
+from fed_learn.handlers import Handler
+from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.simulation.datasets import Dataset
 from fed_learn.simulation.frameworks import Framework
 
+if TYPE_CHECKING:
+    from fed_learn.simulation.demo import Demo
+
 DEFAULT_ROUNDS = 20
 T = TypeVar("T")
-
-
 FILES = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.json", "metrics.png")
+
+
+class _Replacing(Handler):
+    """Removes the files of an earlier job once the new one has started."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+
+    def start_round(self, ctx: FLContext) -> None:
+        """Removes them, in the first round."""
+        while self.paths:
+            self.paths.pop().unlink(missing_ok=True)
+
+
+def _folder(value: str | Path) -> Path:
+    """A folder that is there or can be made; without a name it would be the one in which the command runs."""
+    if value == "":
+        raise typer.BadParameter("the folder has no name")
+    if os.path.exists(value) and not os.path.isdir(value):
+        raise typer.BadParameter(f"{value} is a file, not a folder")
+    return Path(value)
 
 
 def simulate(
@@ -51,9 +76,12 @@ def simulate(
     patience: Annotated[
         int | None, typer.Option(min=1, help="Stop after so many rounds without a better model.", show_default="never")
     ] = None,
-    out: Annotated[Path, typer.Option(file_okay=False, help="Folder for metrics, models, summary and plot.")] = Path(
-        "fed-learn-job"
-    ),
+    out: Annotated[
+        Path, typer.Option(parser=_folder, metavar="DIRECTORY", help="Folder for metrics, models, summary and plot.")
+    ] = Path("fed-learn-job"),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the files of an earlier job in that folder.")
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -72,6 +100,7 @@ def simulate(
 
     from fed_learn import kernels
     from fed_learn.components.config import read_config
+    from fed_learn.disk import Claim
     from fed_learn.handlers import (
         CheckpointHandler,
         EarlyStoppingHandler,
@@ -80,18 +109,18 @@ def simulate(
     )
     from fed_learn.server.config import ServerConfig
     from fed_learn.simulation.demo import build_demo
-    from fed_learn.simulation.plot import plot_job
-    from fed_learn.simulation.summary import summarize
     from fed_learn.simulation.update_norms import UpdateNormHandler
 
     _configure_logging(debug)
     _quiet_tensorflow()
+    _refuse_earlier_files(out, overwrite)
     settings = ServerConfig.of(read_config(config) if config is not None else {})
     aggregator = settings.build_aggregator(exact)
     kind = kind or (Kind.FULL if aggregator is None else Kind.DIFF)
     kernels.set_num_threads(threads)
     _as_wrong_use(kernels.get_num_threads)
     started = time.perf_counter()
+    replacing = _Replacing()
     demo = _as_wrong_use(
         lambda: build_demo(
             dataset.value,
@@ -105,6 +134,7 @@ def simulate(
             configured_handlers=settings.handler_entries(),
             client_filters=lambda number: settings.build_filters([seed, number]),
             reporters=[
+                replacing,
                 *([EarlyStoppingHandler(patience)] if patience is not None else []),
                 UpdateNormHandler(),
                 JsonLinesHandler(out / "metrics.jsonl"),
@@ -120,11 +150,7 @@ def simulate(
     )
     for doubt in settings.doubts(aggregator, demo.server.schema, [client.name for client in demo.clients]):
         logging.getLogger("fed_learn").warning("%s: %s", config, doubt)
-    for name in FILES:  # of an earlier job
-        (out / name).unlink(missing_ok=True)
-    result = demo.run()
-    summary = summarize(demo, result)
-    summary["settings"] = {
+    settings_used = {
         "dataset": dataset.value,
         "framework": framework.value,
         "clients": clients,
@@ -137,15 +163,68 @@ def simulate(
         "threads": kernels.get_num_threads(),
         "exact": exact,
     }
-    plot_job(out / "metrics.png", result, summary)
-    summary["seconds"] = round(time.perf_counter() - started, 3)
-    summary["files"] = {name: str(out / name) for name in FILES if name == "summary.json" or (out / name).exists()}
-    text = json.dumps(summary, indent=2)
-    (out / "summary.json").write_text(text + "\n", encoding="utf-8")
+    with Claim([out / name for name in ("summary.json", "metrics.png")]):
+        _refuse_earlier_files(out, overwrite)  # once more: another job may have come and gone
+        replacing.paths = [out / name for name in _files_in(out)]
+        try:
+            summary = _run(demo, out, settings_used, started)
+        except KeyboardInterrupt as interrupt:
+            raise StoppedError(_what_is_left(demo, [] if replacing.paths else _files_in(out), out)) from interrupt
     if as_json:
-        print(text)
+        print(json.dumps(summary, indent=2))
     else:
-        _print_summary(Console(soft_wrap=True, highlight=False), summary)
+        _print_summary(Console(soft_wrap=True, highlight=False, markup=False), summary)
+
+
+def _refuse_earlier_files(out: Path, overwrite: bool) -> None:
+    names = _files_in(out)
+    if names and not overwrite:
+        raise typer.BadParameter(
+            f"{out} holds files of an earlier job ({', '.join(names)}): name another folder, or replace them with "
+            "--overwrite",
+            param_hint="--out",
+        )
+
+
+def _run(demo: "Demo", out: Path, settings: dict[str, Any], started: float) -> dict[str, Any]:
+    """Runs the job and writes the summary, before the plot, which nobody misses as much, and again with it."""
+    from fed_learn.disk import write_whole
+    from fed_learn.simulation.summary import summarize
+
+    result = demo.run()
+    summary = {**summarize(demo, result), "settings": settings}
+
+    def write() -> None:
+        summary["seconds"] = round(time.perf_counter() - started, 3)
+        summary["files"] = {name: str(out / name) for name in FILES if name == "summary.json" or name in _files_in(out)}
+        write_whole(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+    write()
+    try:
+        from fed_learn.simulation.plot import plot_job
+
+        plot_job(out / "metrics.png", result, summary)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the job is done and its files are written
+        logging.getLogger("fed_learn").warning("there is no plot: %s: %s", type(error).__name__, error)
+    else:
+        write()
+    return summary
+
+
+def _files_in(out: Path) -> list[str]:
+    return [name for name in FILES if (out / name).exists()]
+
+
+def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
+    """What to tell of a job that was interrupted."""
+    report = demo.server.ctx.get_prop(ContextKey.REPORT)
+    where = "interrupted" if report is None else f"interrupted in round {report.round + 1} of {demo.server.num_rounds}"
+    if not files:
+        return f"{where}; nothing was written: run it again"
+    return (
+        f"{where}; kept in {out}: {', '.join(files)}. It cannot be resumed: run it again with another --out, or with "
+        "--overwrite"
+    )
 
 
 def _as_wrong_use(function: Callable[[], T]) -> T:
@@ -160,6 +239,7 @@ def _as_wrong_use(function: Callable[[], T]) -> T:
 
 def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from fed_learn.simulation.summary import site_labels
 
@@ -170,10 +250,8 @@ def _print_summary(console: Any, summary: dict[str, Any]) -> None:
     if best is not None:
         final_one = best["source"] == "received" and best["round"] == len(summary["rounds"])
         where = "the final one" if final_one else f"{best['source']} in round {best['round'] + 1}"
-        console.print(
-            f"Best model   {where}, {best['metric_name']} {best['metric']:.4f}, "
-            f"[bold]test accuracy {best['test_accuracy']:.4f}[/bold]"
-        )
+        what = f"Best model   {where}, {best['metric_name']} {best['metric']:.4f}, "
+        console.print(Text.assemble(what, (f"test accuracy {best['test_accuracy']:.4f}", "bold")))
     console.print(f"Final model  test accuracy {final['test_accuracy']:.4f}")
     matrix = summary["cross_site"]
     sites = list(dict.fromkeys(site for row in matrix.values() for site in row))

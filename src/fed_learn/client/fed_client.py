@@ -11,12 +11,19 @@ from fed_learn.client.filters import apply_filters, check_filters
 from fed_learn.components.data_processor import DataProcessor
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import check_learner, metric_and_mode, mode_followed, scores, training_result
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel, Contribution, Kind, ValidationResult
+from fed_learn.contribution import (
+    INITIAL_VALIDATION_METRIC,
+    BestModel,
+    Contribution,
+    Kind,
+    ValidationResult,
+    check_contributor,
+)
 from fed_learn.differences import add_difference, difference
-from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError
+from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError, text_of
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better
-from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.model_meta import ContextKey, JobContext, ModelData
 from fed_learn.values import numbers_as_arrays, split_metrics
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict
 
@@ -43,7 +50,8 @@ class FederatedClient:
         ctx: The client's context.
 
     Raises:
-        ValueError: `name` is empty, or the learner's `mode` is unknown.
+        UnknownContributorError: `name` cannot be one; see `fed_learn.contribution.check_contributor`.
+        ValueError: The learner's `mode` is unknown.
         TypeError: The learner lacks `train` or `validate`, a handler `handle_event` or `rollback`, or a filter
             `apply` or `process`.
     """
@@ -57,9 +65,7 @@ class FederatedClient:
         kind: Kind = Kind.FULL,
         filters: Sequence[PrivacyProtocol | DataProcessor] = (),
     ) -> None:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a client's name must be a non-empty str, not {name!r}")
-        self.name = name
+        self.name = name = check_contributor(name)
         self.learner = learner
         check_learner(learner, name)
         metric, mode = metric_and_mode(learner)
@@ -67,7 +73,7 @@ class FederatedClient:
         self.handlers = check_handlers(handlers)
         self.kind = Kind(kind)
         self.filters = check_filters(filters)
-        self.ctx = FLContext({ContextKey.CONTRIBUTOR: name, ContextKey.HANDLERS: self.handlers})
+        self.ctx = JobContext({ContextKey.CONTRIBUTOR: name, ContextKey.HANDLERS: self.handlers})
         self._best: BestModel | None = None
         self._n_iter: int | None = None
         self._running = False
@@ -80,7 +86,7 @@ class FederatedClient:
             HandlerError: A handler could not start; those before it have been shut down.
         """
         metric, mode = metric_and_mode(self.learner)
-        self.ctx = FLContext(
+        self.ctx = JobContext(
             {
                 ContextKey.CONTRIBUTOR: self.name,
                 ContextKey.NUM_ROUNDS: num_rounds,
@@ -188,7 +194,7 @@ class FederatedClient:
         if not self._running:
             return ()
         self._running = False
-        return shut_down(self.handlers, self.ctx)
+        return shut_down(self.handlers, self.ctx, of_client=True)
 
     def _check_quit(self) -> None:
         if self._quit_reason is not None:
@@ -220,16 +226,14 @@ class FederatedClient:
             yield
         except ContributionError as error:
             error.contributor = self.name
-            error.args = (f"{self.name}: {error}",)
+            error.args = (f"{self.name}: {text_of(error)}",)
             raise
 
     def _with_model(self, weights: FrozenWeights, event: str) -> FrozenWeights:
         """Binds the model, fires the event, and gives the weights as the handlers left them."""
         self.ctx.set_model(ModelData(weights))
         fire_event(event, self.handlers, self.ctx)
-        model = self.ctx.get_model()
-        if model is None or model.weights is None:
-            raise ValueError(f"{self.name}: a handler took the model away at {event}")
+        model: Any = self.ctx.get_model()
         return FrozenWeights(model.weights)
 
     def _validate(self, weights: FrozenWeights) -> tuple[dict[str, float], dict[str, Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fed_learn.client.fed_privacy import TrainContext
-from fed_learn.errors import ContributionError, FilterError, WeightsTypeError, a_type, described
+from fed_learn.errors import ContributionError, FilterError, WeightsTypeError, a_type, described, text_of
 from fed_learn.model_meta import FLContext
 from fed_learn.numproto import model_to_weights, to_dtypes, weights_to_model
 from fed_learn.weights import Array, Schema
@@ -49,8 +49,8 @@ def apply_filters(
             left = _applied(one, diff, train_ctx, client_ctx, schema, who)
         except ContributionError as error:
             error.contributor = client
-            if not str(error).startswith(who):  # one that the filter itself raised
-                error.args = (f"{who}: {error}",)
+            if not text_of(error).startswith(who):  # one that the filter itself raised
+                error.args = (f"{who}: {text_of(error)}",)
             raise
         except Exception as error:
             raise FilterError(f"{who}: {described(error)}", contributor=client) from error

@@ -131,7 +131,7 @@ def scores_of(
     if metric not in numbers:
         found = f"{metric!r} is {brief(info[metric])}, no number" if metric in info else f"no {metric!r} to select by"
         raise MetricError(
-            f"{who} returned {', '.join(map(repr, returned)) or 'nothing'}: {found}; {declared} names that score",
+            f"{who} returned {', '.join(map(brief, returned)) or 'nothing'}: {found}; {declared} names that score",
             contributor=client,
             metric=metric,
         )

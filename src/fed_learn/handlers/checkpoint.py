@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from fed_learn.contribution import BestModel
+from fed_learn.disk import Claim, set_aside, write_whole
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import FrozenWeights, WeightDict
@@ -18,10 +19,14 @@ class CheckpointHandler(ServerHandler):
     (from 0) and the metric stand in the files' metadata, as JSON under the key `fed_learn`. To read bfloat16 with numpy
     use `safetensors.safe_open(path, "np")`: `safetensors.numpy.load_file` cannot.
 
+    The models of an earlier job are left alone until the job has its first one to write, and are then kept under
+    numbered names (`best.safetensors.1`), which the log tells. While a job writes the files, no other process can.
+
     Args:
         directory: Where the files go; made when the job starts.
         global_name: File name of the global model.
         best_name: File name of the best model.
+        overwrite: Replace the models of an earlier job instead of keeping them.
 
     Raises:
         ImportError: safetensors is not installed (extra `files`).
@@ -32,6 +37,8 @@ class CheckpointHandler(ServerHandler):
         directory: str | os.PathLike[str],
         global_name: str = "global.safetensors",
         best_name: str = "best.safetensors",
+        *,
+        overwrite: bool = False,
     ) -> None:
         try:
             import safetensors  # noqa: F401 - asked for now, rather than after the first round
@@ -40,14 +47,23 @@ class CheckpointHandler(ServerHandler):
         self.directory = directory
         self.global_name = global_name
         self.best_name = best_name
+        self.overwrite = overwrite
+        self._claim: Claim | None = None
+        self._begun = False
         self._saved: BestModel | None = None
         self._round: int | None = None  # the one whose model is not yet written
         self._received: WeightDict | None = None
 
     def startup(self, ctx: FLContext) -> None:
-        """Makes the directory."""
+        """Makes the directory, and sees to it that no other job writes the files.
+
+        Raises:
+            FileInUseError: One does.
+            OSError: The directory cannot be written to.
+        """
         super().startup(ctx)
-        Path(self.directory).mkdir(parents=True, exist_ok=True)
+        self._begun = False
+        self._take()
         self._saved = self._round = self._received = None
 
     def start_round(self, ctx: FLContext) -> None:
@@ -67,31 +83,58 @@ class CheckpointHandler(ServerHandler):
             if self._round is not None and ctx.model is not None and ctx.model.weights is not self._received:
                 self._save_global(ctx, self._round)
         finally:
-            self._save_best(ctx)
+            try:
+                self._save_best(ctx)
+            finally:
+                if self._claim is not None:
+                    self._claim.release()
+                    self._claim = None
+
+    def _take(self) -> None:
+        if self._claim is None:
+            self._claim = Claim(self._paths())
+        self._claim.take()
+
+    def _paths(self) -> list[Path]:
+        return [Path(self.directory) / name for name in (self.global_name, self.best_name)]
 
     def _save_global(self, ctx: FLContext, number: int) -> None:
         if ctx.model is not None and ctx.model.weights is not None:
-            save(Path(self.directory) / self.global_name, ctx.model.weights, {"round": number})
+            self._save(self.global_name, ctx.model.weights, {"round": number})
 
     def _save_best(self, ctx: FLContext) -> None:
         best = ctx.best_model
         if best is not None and best is not self._saved:
             about = {"round": best.round, "metric": best.metric, "metric_name": best.metric_name}
-            save(Path(self.directory) / self.best_name, best.weights, about)
+            self._save(self.best_name, best.weights, about)
             self._saved = best
 
+    def _save(self, name: str, weights: WeightDict, about: dict[str, object]) -> None:
+        data, path = serialized(weights, about), Path(self.directory) / name
+        # Both of an earlier job's go: a best model of one job beside a global model of another misleads.
+        earlier = [] if self._begun else self._paths()
+        if earlier:
+            self._take()
+        if not self.overwrite:
+            for one in earlier:
+                set_aside(one)
+        write_whole(path, data)
+        if self.overwrite:
+            for one in earlier:
+                if one != path:
+                    one.unlink(missing_ok=True)
+        self._begun = True
 
-def save(path: Path, weights: WeightDict, about: dict[str, object]) -> None:
-    """Writes a weight dict as safetensors, atomically: the file is there whole or not at all.
+
+def serialized(weights: WeightDict, about: dict[str, object]) -> bytes:
+    """A weight dict in the format of safetensors.
 
     Args:
-        path: Where to.
         weights: A weight dict.
         about: What to tell about it: JSON in the file's metadata, under `fed_learn`.
 
     Raises:
         ValueError: A variable has the name that the format reserves.
-        OSError: The file cannot be written; one that was there before is still there.
     """
     from safetensors.numpy import save as serialize
 
@@ -99,14 +142,5 @@ def save(path: Path, weights: WeightDict, about: dict[str, object]) -> None:
     if "__metadata__" in weights:
         raise ValueError("a variable named '__metadata__' cannot be stored: safetensors keeps that name for itself")
     # It writes the buffer as it lies: frozen weights are contiguous and in native byte order.
-    data = serialize(dict(FrozenWeights(weights)), {"fed_learn": json.dumps(about, sort_keys=True)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    data: bytes = serialize(dict(FrozenWeights(weights)), {"fed_learn": json.dumps(about, sort_keys=True)})
+    return data

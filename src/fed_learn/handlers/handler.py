@@ -21,9 +21,11 @@ class Handler:
     """Acts on events: override the methods of the events that matter to you; the others do nothing.
 
     A handler is a transaction on the context: if it raises, `rollback` is called and the context is put back as it
-    was, so a half-done handler leaves no trace (see `fire_event`). The library hands out read-only arrays and
-    tuples; to change something, bind a new value. Keep constructor arguments as attributes of the same names: stacks
-    export handlers as path + args.
+    was, so a half-done handler leaves no trace (see `fire_event`). So it is if it takes a key of the library out of a
+    job's context, or binds to it what does not belong there (see `fed_learn.model_meta.JobContext`). The library hands
+    out read-only arrays and tuples; to change something, bind a new value.
+
+    Keep constructor arguments as attributes of the same names: stacks export handlers as path + args.
 
     Example:
         >>> from fed_learn import EventType

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fed_learn.contribution import RoundReport, ValidationResult
+from fed_learn.disk import Claim, append_line, flush, is_stream, set_aside
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 
@@ -17,21 +18,59 @@ from fed_learn.model_meta import ContextKey, FLContext
 class JsonLinesHandler(ServerHandler):
     """Appends a line per round and per validation result: `{"type": "round" | "validation", …}`.
 
-    Each line is complete on disk when the event is over, so a job can be followed while it runs. NaN and infinities
-    become null, which JSON has. Rounds are numbered from 0, as everywhere but on screen.
+    Each line is in the file when the event is over, so a job can be followed while it runs; whole, or not at all where
+    the disk is full. NaN and infinities become null, which JSON has. Rounds are numbered from 0, as everywhere but on
+    screen.
+
+    A job begins a file of its own. One that is there already is left alone until the job has its first line to write,
+    and is then kept under a numbered name (`job.jsonl.1`), which the log tells. While a job writes the file, no other
+    process can.
 
     Args:
-        path: The file. It is begun anew when a job starts.
+        path: The file.
+        overwrite: Replace the file of an earlier job instead of keeping it.
+
+    Example:
+        >>> import tempfile, fed_learn as fl
+        >>> folder = tempfile.TemporaryDirectory()
+        >>> log = Path(folder.name, "job.jsonl")
+        >>> server = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=1, handlers=[JsonLinesHandler(log)])
+        >>> with server.begin() as job:
+        ...     job.start_round(0)
+        ...     accepted = job.receive("site-1", fl.Contribution("site-1", {"w": np.ones(1)}, 1, round=0))
+        ...     averaged, report = job.aggregate(), job.end_round()
+        >>> json.loads(log.read_text())["accepted"]
+        ['site-1']
+        >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         self.path = path
+        self.overwrite = overwrite
+        self._claim: Claim | None = None
+        self._begun = False
 
     def startup(self, ctx: FLContext) -> None:
-        """Makes the file, empty, and its folder."""
+        """Makes the folder, and sees to it that no other job writes the file.
+
+        Raises:
+            FileInUseError: One does.
+            OSError: The file cannot be written.
+        """
         super().startup(ctx)
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        Path(self.path).write_text("", encoding="utf-8")
+        self._begun = False
+        if os.path.exists(self.path):
+            with open(self.path, "ab"):  # better to hear now that it cannot be written
+                pass
+        self._take()
+
+    def shutdown(self, ctx: FLContext) -> None:
+        """Brings the file to the disk, and gives it up."""
+        if self._begun and not is_stream(Path(self.path)):
+            flush(Path(self.path))
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def end_round(self, ctx: FLContext) -> None:
         """Writes the round's report, with the metrics of each contribution."""
@@ -57,12 +96,23 @@ class JsonLinesHandler(ServerHandler):
                 "model": result.model,
                 "contributor": result.contributor,
                 "metrics": dict(result.metrics),
-            }
+            },
+            flushed=False,  # one per model and client: those of a large job would take minutes
         )
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(jsonable(entry)) + "\n")
+    def _take(self) -> None:
+        if self._claim is None:
+            self._claim = Claim([Path(self.path)])
+        self._claim.take()
+
+    def _write(self, entry: dict[str, Any], *, flushed: bool = True) -> None:
+        path, line = Path(self.path), json.dumps(jsonable(entry))
+        if not self._begun:
+            self._take()
+            if not is_stream(path) and path.exists() and path.stat().st_size:
+                path.unlink() if self.overwrite else set_aside(path)
+            self._begun = True
+        append_line(path, line, flushed=flushed)
 
 
 def jsonable(value: Any) -> Any:

@@ -3,6 +3,7 @@
 import logging
 
 from fed_learn.contribution import RoundReport
+from fed_learn.errors import text_of
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 
@@ -33,6 +34,6 @@ class RoundLogHandler(ServerHandler):
             report.seconds,
         )
         for failure in report.rejected:
-            logger.warning("round %d: rejected, %s: %s", number, failure.cause, failure.error)
+            logger.warning("round %d: rejected, %s: %s", number, failure.cause, text_of(failure.error))
         if report.error is not None:
-            logger.error("round %d failed: %s", number, report.error)
+            logger.error("round %d failed: %s", number, text_of(report.error))

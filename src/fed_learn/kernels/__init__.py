@@ -48,12 +48,13 @@ def _load_native() -> Kernel:
     try:
         from fed_learn.kernels.native import NativeKernel
     except ImportError as error:
-        raise KernelUnavailableError(
-            f"kernel 'native' is not available: {error}. The C extension was not built when fed-learn was "
-            "installed, most likely for want of a C compiler; install again with FED_LEARN_REQUIRE_NATIVE=1 to "
-            "see why",
-            reason=f"the C extension was not built ({error})",
-        ) from error
+        # Without --no-cache-dir pip takes the wheel that it built before, and asks for no compiler.
+        reason = (
+            f"the C extension was not built when fed-learn was installed ({error}), most likely for want of a C "
+            "compiler. With one, install again from where it came from; in a checkout: FED_LEARN_REQUIRE_NATIVE=1 "
+            "pip install --no-cache-dir --force-reinstall --no-deps . (builds the extension, or says why it cannot)"
+        )
+        raise KernelUnavailableError(f"kernel 'native' is not available: {reason}", reason=reason) from error
     return NativeKernel()
 
 

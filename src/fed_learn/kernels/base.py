@@ -107,6 +107,9 @@ class Kernel(Protocol):
 
         Returns:
             Which rows were changed.
+
+        Raises:
+            DigitsError: A value is not finite, or outside of the domain.
         """
 
     def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
@@ -120,11 +123,25 @@ class Kernel(Protocol):
         """
 
     def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
-        """The same as `deposit` on no digits and `exact_divide`, for a batch of at most `MOST_TERMS` contributions."""
+        """The same as `deposit` on no digits and `exact_divide`, for a batch of at most `MOST_TERMS` contributions.
+
+        Raises:
+            DigitsError: A value is not finite, or outside of the domain.
+        """
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """Which arrays hold a NaN or an infinity.
 
         Args:
             arrays: Arrays of any supported dtype.
+        """
+
+    def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
+        """`copies[i] = arrays[i]`, and which of the copies hold a NaN or an infinity.
+
+        The arrays may change meanwhile; what is said is said of the copies.
+
+        Args:
+            arrays: Arrays of any supported dtype.
+            copies: One of the same dtype for each of them.
         """

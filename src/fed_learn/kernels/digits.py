@@ -50,6 +50,13 @@ class Digits(NamedTuple):
         return [math.ldexp(1.0, DIGIT_BITS * (self.top - b)) for b in range(len(self.rows))]
 
 
+class DigitsError(ArithmeticError):
+    """Digits do not reach as far as a product. What they hold now is part of a sum.
+
+    Callers have looked at all values first, so this means that one has changed since.
+    """
+
+
 def digit_range(dtypes: Iterable[np.dtype[Any]], aggregation_weights: Float64Array) -> tuple[int, int]:
     """The highest and the lowest digit that products of such values and weights can touch.
 
@@ -67,9 +74,10 @@ def digit_range(dtypes: Iterable[np.dtype[Any]], aggregation_weights: Float64Arr
 def halves(x: npt.ArrayLike) -> tuple[Float64Array, Float64Array]:
     """Veltkamp's splitting: x = high + low, each of at most 26 bits, so that products of halves are exact."""
     whole = np.asarray(x, np.float64)
-    scaled = whole * 134217729.0  # 2**27 + 1
-    high = scaled - (scaled - whole)
-    return high, whole - high
+    with np.errstate(all="ignore"):  # of numbers that are not finite, whose halves are not either
+        scaled = whole * 134217729.0  # 2**27 + 1
+        high = scaled - (scaled - whole)
+        return high, whole - high
 
 
 def carried(digits: Digits) -> Digits:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from fed_learn.errors import KernelNameError
 from fed_learn.kernels import threads
 from fed_learn.kernels.base import Segment
-from fed_learn.kernels.digits import Digits, Float64Array, digit_range, halves
+from fed_learn.kernels.digits import Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import EXTENSION, PROBLEM, Addresses, addresses
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
 
@@ -243,6 +243,15 @@ class NativeKernel:
 
         return _run(call, [(array,) for array in arrays])
 
+    def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
+        """See `Kernel.copy`."""
+        chosen = SETS[current_set()]
+
+        def call(share: _Share) -> None:
+            _check(lib.fl_copy(chosen, len(share), *share.arguments(), _address(share.flags, "uint8_t *")))
+
+        return _run(call, list(zip(copies, arrays, strict=True)))
+
 
 def read(arrays: Sequence[Array]) -> int:
     """Reads every byte once, on the kernels' threads, and does nothing with it: the limit of any kernel.
@@ -264,6 +273,8 @@ def read(arrays: Sequence[Array]) -> int:
 
 
 def _check(status: int) -> None:
+    if status == lib.FL_BAD_RANGE:
+        raise DigitsError("the digits do not reach far enough")
     if status != lib.FL_OK:
         raise RuntimeError(f"the native kernel refused its arguments (status {status}); please report this")
 

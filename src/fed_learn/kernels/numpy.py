@@ -6,7 +6,7 @@ import numpy as np
 
 from fed_learn.environment import check_environment
 from fed_learn.kernels.base import Segment
-from fed_learn.kernels.digits import Digits, Float64Array, as_float64, digit_range, halves
+from fed_learn.kernels.digits import Digits, DigitsError, Float64Array, as_float64, digit_range, halves
 from fed_learn.kernels.memory import Addresses
 from fed_learn.weights import Array
 
@@ -127,6 +127,12 @@ class NumpyKernel:
         with np.errstate(invalid="ignore"):  # a signalling NaN
             return [array.dtype.kind not in "biu" and not bool(np.isfinite(array).all()) for array in arrays]
 
+    def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
+        """See `Kernel.copy`."""
+        for array, copied in zip(arrays, copies, strict=True):
+            copied[...] = array
+        return self.not_finite(copies)
+
 
 def _finish(acc: Float64Array, total: float, output: Array) -> bool:
     """Writes means and says whether the sums are finite."""
@@ -144,12 +150,16 @@ def _finish(acc: Float64Array, total: float, output: Array) -> bool:
 
 def _exact_products(x: Array, aggregation_weight: float) -> Iterable[Float64Array]:
     """Arrays that sum to `aggregation_weight · x` exactly: products of halves."""
-    wide = x.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        wide = x.astype(np.float64)
     # 24 bits times 26 fit; longer values need to be halved as well.
     long = x.dtype.itemsize == 8 or (x.dtype.kind in "iu" and x.dtype.itemsize == 4)
     for half in map(float, halves(aggregation_weight)):
         if half:
-            yield from (half * part for part in (halves(wide) if long else (wide,)))
+            for part in halves(wide) if long else (wide,):
+                with np.errstate(all="ignore"):
+                    products = half * part
+                yield products
 
 
 def _deposit(products: Float64Array, digits: Digits, here: slice, touched: list[bool]) -> None:
@@ -159,10 +169,12 @@ def _deposit(products: Float64Array, digits: Digits, here: slice, touched: list[
             return
         shift = np.float64(1.5 * 2.0**52 * unit)
         # Adding and taking away 1.5·2**52 units rounds to a multiple of the unit; what is left is exact.
-        rounded = rest + shift
-        counts = rounded.view(np.int64) - shift.view(np.int64)
-        rest = rest - (rounded - shift)
+        with np.errstate(all="ignore"):  # of numbers that are not finite, which are left over in the end
+            rounded = rest + shift
+            counts = rounded.view(np.int64) - shift.view(np.int64)
+            rest = rest - (rounded - shift)
         if counts.any():
             row[here] += counts
             touched[b] = True
-    assert not rest.any(), "the digits do not reach far enough"
+    if rest.any():
+        raise DigitsError("the digits do not reach far enough")

@@ -14,7 +14,7 @@ import torch
 from fed_learn.environment import check_environment
 from fed_learn.errors import FloatingPointEnvironmentError
 from fed_learn.kernels.base import Segment
-from fed_learn.kernels.digits import DIGIT_BITS, Digits, Float64Array, digit_range, halves
+from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import Addresses
 from fed_learn.weights import BFLOAT16, Array
 
@@ -140,6 +140,12 @@ class TorchKernel:
         tensors = list(map(_tensor, arrays))
         return [x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in tensors]
 
+    def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
+        """See `Kernel.copy`."""
+        for array, copied in zip(arrays, copies, strict=True):
+            _tensor(copied).copy_(_tensor(array))
+        return self.not_finite(copies)
+
 
 def _check_environment() -> None:
     """Asks this thread, and those on which torch spreads work on the CPU: they keep the mode they were made in."""
@@ -228,7 +234,8 @@ def _deposit(products: Tensor, rows: Rows, units: Sequence[float], touched: list
         if bool(counts.any()):
             row.add_(counts)
             touched[b] = True
-    assert not bool(rest.any()), "the digits do not reach far enough"
+    if bool(rest.any()):
+        raise DigitsError("the digits do not reach far enough")
 
 
 def _as_float64(rows: Rows, units: Sequence[float]) -> Tensor:

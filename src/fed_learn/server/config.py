@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from fed_learn.client.fed_privacy import LaplacianProtocol, PercentileProtocol, SVTProtocol
-from fed_learn.client.filters import check_filters
 from fed_learn.components.config import build_component
 from fed_learn.errors import ConfigError
-from fed_learn.server.model_aggregator import ModelAggregator, check_aggregator
+from fed_learn.server.model_aggregator import ModelAggregator
 
 AGGREGATORS: dict[str, type] = {"ModelAggregator": ModelAggregator}
 FILTERS: dict[str, type] = {cls.__name__: cls for cls in (LaplacianProtocol, PercentileProtocol, SVTProtocol)}
@@ -124,11 +123,7 @@ class ServerConfig:
             return None
         entry = self.aggregator if self.aggregator is not None else {"name": ModelAggregator.__name__}
         supplies = {"exact": exact} | ({} if self.exclude_vars is None else {"exclude_vars": self.exclude_vars})
-        built = build_component(entry, AGGREGATORS, supplies)
-        try:
-            return check_aggregator(built)
-        except TypeError as error:
-            raise ConfigError(str(error)) from error
+        return build_component(entry, AGGREGATORS, supplies, role="aggregator")
 
     def build_filters(self, seed: Sequence[int] | None = None) -> tuple[Any, ...]:
         """One client's own filters.
@@ -139,14 +134,10 @@ class ServerConfig:
         Raises:
             ConfigError: One cannot be built, or is none.
         """
-        built = [
-            build_component(entry, FILTERS, {} if seed is None else {"seed": [*seed, place]})
+        return tuple(
+            build_component(entry, FILTERS, {} if seed is None else {"seed": [*seed, place]}, role="filter")
             for place, entry in enumerate(self.filters)
-        ]
-        try:
-            return check_filters(built)
-        except TypeError as error:
-            raise ConfigError(str(error)) from error
+        )
 
     def doubts(self, aggregator: Any, variables: Iterable[str], clients: Iterable[str]) -> list[str]:
         """What in the file has no effect on this job, one sentence each.

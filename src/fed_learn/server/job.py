@@ -14,6 +14,7 @@ from fed_learn.contribution import (
     Contribution,
     RoundReport,
     ValidationResult,
+    check_contributor,
 )
 from fed_learn.errors import (
     ContributionError,
@@ -23,8 +24,11 @@ from fed_learn.errors import (
     MetricError,
     OutOfTurnError,
     TooFewContributionsError,
+    as_failure,
     described,
+    is_error,
     printable,
+    text_of,
     without_tracebacks,
 )
 from fed_learn.events import EventType, fire_event, shut_down
@@ -132,9 +136,10 @@ class Job(JobEvents):
         """CLIENT_REGISTER: a client takes part from now on.
 
         Raises:
+            UnknownContributorError: That cannot be the name of a client.
             HandlerError: With `on_handler_error="raise"`, here and in all that follow.
         """
-        self.clients[name] = None
+        self.clients[check_contributor(name)] = None
         self.fire(EventType.CLIENT_REGISTER, name)
 
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
@@ -145,7 +150,8 @@ class Job(JobEvents):
             weights: Replaces the global model, before a handler sees it. Copied, unless they are frozen.
 
         Raises:
-            ContributionError: These, or what a handler set, is no model of the job's schema.
+            ContributionError: These are no model of the job's schema.
+            HandlerError: A handler raised, or set what is none, with `on_handler_error="raise"`.
             OutOfTurnError: The round before is not over, and contributions to it would be lost.
         """
         self._check_answered("start_round")
@@ -193,8 +199,8 @@ class Job(JobEvents):
         """
         self._check_in_round("receive")
         self._check_not_aggregated("receive")
-        if isinstance(sent, Exception) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
-            self.quit(name, sent)
+        if is_error(sent) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
+            self.quit(name, as_failure(sent))
             return None
         contribution, refusal = self._receiver.receive(name, sent)
         self._unanswered += refusal is None
@@ -229,8 +235,8 @@ class Job(JobEvents):
 
         Raises:
             ContributionError: A part of the model is refused, with `on_bad_contribution="raise"`; or a handler put a
-                bad contribution or a bad model into the context.
-            HandlerError: A handler raised, with `on_handler_error="raise"`.
+                bad contribution into the context.
+            HandlerError: A handler raised, or put a bad model into the context, with `on_handler_error="raise"`.
             ValueError: A handler changed which contributions are averaged, and the server streams.
             OutOfTurnError: No round has begun, or it is aggregated already.
         """
@@ -292,7 +298,7 @@ class Job(JobEvents):
         """
         self._check_in_round("fail_round")
         self._check_not_aggregated("fail_round")
-        self.update_report(error=error)
+        self.update_report(error=without_tracebacks(error))
         self._unanswered = 0
 
     def break_off_round(self) -> None:
@@ -340,16 +346,17 @@ class Job(JobEvents):
         Raises:
             OutOfTurnError: No model is being validated.
         """
-        if isinstance(result, Exception):
-            self.quit(name, result)
+        if is_error(result):
+            self.quit(name, as_failure(result))
             return None
         if self._validated is None:
             raise OutOfTurnError("receive_validation_result: begin_validation comes first")
         results: tuple[ValidationResult, ...] = self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ())
         try:
             checked = checked_result(name, self._validated, result, results)
-        except Exception as error:  # noqa: BLE001 - whatever a client sent must not end the job
-            reason = error if isinstance(error, MetricError) else f"{name}: {described(error)}"
+        except BaseException as error:  # noqa: BLE001 - whatever a client sent must not end the job
+            named = isinstance(as_failure(error), MetricError)
+            reason = text_of(error) if named else f"{printable(name)}: {described(error)}"
             logger.error("a validation result is left out: %s", reason)
             return None
         self.validation_results.append(checked)
@@ -410,7 +417,11 @@ class Job(JobEvents):
         self._over = True
         self.ctx.pop(ContextKey.CONTRIBUTOR, None)
         self.ctx.set_model(self._model)  # while others' models are validated, it is one of theirs
-        failures = shut_down(self.server.handlers, self.ctx)
+        at_the_end = self.ctx.snapshot()
+        try:
+            failures = shut_down(self.server.handlers, self.ctx)
+        finally:
+            self.ctx.restore(at_the_end)  # handlers may have tidied up, and the result is still to be read from it
         self.record_late(failures)
         return failures
 
@@ -420,19 +431,35 @@ class Job(JobEvents):
     def __exit__(
         self, _: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.shut_down()
+        try:
+            self.shut_down()
+        except BaseException as leaving:
+            self._leave_result(leaving)
+            raise
         if error is None:
             self._check_answered("the end of the job")
             self._refuse_untrained()
         if error is not None:
             for failure in self._late:
                 error.add_note(f"during shutdown: {failure}")
-            if isinstance(error, FedLearnError):
-                error.result = self._result_of_broken_job()
+            self._leave_result(error)
         elif self._late and self.server.on_handler_error == "raise":
             late = HandlerError(tuple(self._late))
             late.result = self.result()
             raise late
+
+    def _leave_result(self, error: BaseException) -> None:
+        """Puts what there is so far into the error that ends the job, `SystemExit` of a handler of its own included."""
+        if not isinstance(error, FedLearnError) and isinstance(error, Exception):
+            return  # of the caller's own loop
+        ended: Any = error
+        ended.result = self._result_of_broken_job()
+        if isinstance(error, SystemExit):
+            logger.error(
+                "the job ends by %s after %d rounds; what it has so far is the result of this exception",
+                described(error),
+                len(self.reports),
+            )
 
     def _result_of_broken_job(self) -> JobResult:
         """What there is so far, with the report of a round that did not come to its end."""

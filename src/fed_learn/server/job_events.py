@@ -10,7 +10,7 @@ from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, Con
 from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError, text_of
 from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.handlers.scoring import check_choice
-from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.model_meta import ContextKey, JobContext, ModelData, frozen_model
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
 
 
@@ -30,7 +30,7 @@ class JobEvents:
     def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str = "raise") -> None:
         self.handlers = tuple(handlers)
         self.on_handler_error = on_handler_error
-        self.ctx = FLContext({ContextKey.HANDLERS: self.handlers})
+        self.ctx = JobContext({ContextKey.HANDLERS: self.handlers})
         self.reports: list[RoundReport] = []
         self.handler_failures: list[HandlerFailure] = []
 
@@ -65,7 +65,13 @@ class JobEvents:
         self.ctx.set_prop(ContextKey.CONTRIBUTIONS, tuple(c.without_weights() for c in listed))
 
     def record(self, failures: Sequence[HandlerFailure]) -> None:
-        """Keeps failures of handlers for the report and the result."""
+        """Keeps failures of handlers for the report and the result, each without what its traceback would keep alive.
+
+        With `on_handler_error="raise"` whoever is raised the error still finds where it happened.
+        """
+        if self.on_handler_error != "raise":
+            for failure in failures:
+                failure.without_tracebacks()
         self.handler_failures += failures
         if ContextKey.REPORT in self.ctx:
             self.update_report(handler_failures=(*self.report.handler_failures, *failures))
@@ -124,17 +130,16 @@ class JobEvents:
             What it was replaced by, checked and in the order of the schema; None if it was not.
 
         Raises:
-            ContributionError: It is not a model of the schema.
-            HandlerError: As in `fire`.
+            HandlerError: As in `fire`; so it is where what a handler put there is not a model of the schema.
         """
-        before = self.ctx.get_model()
-        self._fire(event, None)
-        after = self.ctx.get_model()
-        if after is before:
-            return None
-        given = None if after is None else after.weights
-        replaced = checked_model(given, schema, f"model set by a handler at {event}", constants=constants)
-        self.ctx.set_model(ModelData(replaced))
+        before, who = self.ctx.get_model(), f"model set by a handler at {event}"
+        self.ctx.adopt = lambda given: ModelData(checked_model(given.weights, schema, who, constants=constants))
+        try:
+            self._fire(event, None)
+        finally:
+            self.ctx.adopt = frozen_model
+        after: Any = self.ctx.get_model()
+        replaced: FrozenWeights | None = None if after is before else after.weights
         return replaced
 
     def _fire(self, event: str, contributor: str | None) -> None:

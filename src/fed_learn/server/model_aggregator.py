@@ -12,7 +12,7 @@ import numpy as np
 from fed_learn.aggregation import weighted_average
 from fed_learn.contribution import BestModel, Contribution, Kind, check_aggregation_weight, check_factor
 from fed_learn.differences import add_difference
-from fed_learn.errors import AggregatorError, EmptyAggregationError, FedLearnError, MetricError, described
+from fed_learn.errors import AggregatorError, EmptyAggregationError, FedLearnError, MetricError, described, text_of
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.numproto import model_arrays, model_to_weights, to_dtypes, weights_to_model
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
@@ -195,11 +195,13 @@ def run_aggregator(
     """
     who = f"aggregator {type(aggregator).__name__}"
     accumulator = [_item(contribution, ctx) for contribution in contributions]
-    before = ctx.snapshot()
+    before, model = ctx.snapshot(), ctx.get_model()
     ctx.set_model(_message(weights))
     try:
         is_best = bool(aggregator.process(accumulator, ctx))
         new = _frozen(ctx.get_model(), weights, who)
+        ctx.set_model(model)
+        ctx.check(before)
     except Exception as error:
         ctx.restore(before)
         logger.debug("%s failed", who, exc_info=error)
@@ -213,7 +215,7 @@ def run_aggregator(
 
 
 def _cause(error: Exception) -> str:
-    return str(error) if isinstance(error, FedLearnError) else described(error)
+    return text_of(error) if isinstance(error, FedLearnError) else described(error)
 
 
 def _item(contribution: Contribution, ctx: FLContext) -> FLContext:

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING
 
 from fed_learn import kernels
 from fed_learn.aggregation.round import UNUSABLE, Combined, Round, Told
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, ValidationResult, checked_n_iter
+from fed_learn.contribution import (
+    INITIAL_VALIDATION_METRIC,
+    Contribution,
+    Kind,
+    ValidationResult,
+    check_contributor,
+    checked_n_iter,
+)
 from fed_learn.differences import add_difference
 from fed_learn.errors import (
     AggregatorError,
@@ -18,6 +25,7 @@ from fed_learn.errors import (
     UnknownContributorError,
     WeightsTypeError,
     a_type,
+    as_failure,
     brief,
     described,
     text_of,
@@ -81,9 +89,9 @@ class Receiver:
             raise  # not the client's doing
         except (ContributionError, ExactDomainError) as error:
             return contribution, without_tracebacks(error)
-        except Exception as error:
+        except BaseException as error:
             unreadable = WeightsTypeError(f"{name}: sent something unreadable: {described(error)}", contributor=name)
-            unreadable.__cause__ = error
+            unreadable.__cause__ = as_failure(error)
             logger.error("%s", unreadable, exc_info=error)
             return contribution, without_tracebacks(unreadable)
 
@@ -157,9 +165,11 @@ def checked_result(name: str, model: str, result: object, others: Sequence[Valid
     """The result of a validation with plain numbers.
 
     Raises:
+        UnknownContributorError: That cannot be the name of a client.
         MetricError: It is none of this client on this model, or lacks the metric to select by; or one of the client is
             among the others already.
     """
+    check_contributor(name)
     if not isinstance(result, ValidationResult) or (result.contributor, result.model) != (name, model):
         raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
     if any(other.contributor == name for other in others):

@@ -1,6 +1,7 @@
 """The clients of a running job, and the pool in which they work side by side."""
 
 import contextvars
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -9,11 +10,14 @@ from typing import TypeVar
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import metric_and_mode, mode_followed
-from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import ClientQuitError, HandlerFailure, described
+from fed_learn.contribution import check_contributor
+from fed_learn.errors import ClientQuitError, HandlerFailure, as_failure, described
+from fed_learn.events import EventType
 from fed_learn.kernels.threads import usable_processors
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class Roster:
@@ -24,7 +28,7 @@ class Roster:
         max_workers: How many work at the same time; None: as many as there are processors.
 
     Raises:
-        ValueError: No clients, a name that is used twice or reserved, or a bad `max_workers`.
+        ValueError: No clients, a name that is used twice, or a bad `max_workers`.
         TypeError: The clients are no sequence.
     """
 
@@ -35,9 +39,7 @@ class Roster:
         for client in clients:
             if client.name in self._clients:
                 raise ValueError(f"two clients are named {client.name!r}")
-            if client.name in (FINAL_MODEL, GLOBAL_BEST):
-                raise ValueError(f"{client.name!r} is no name for a client: it names a global model")
-            self._clients[client.name] = client
+            self._clients[check_contributor(client.name)] = client
         if not self._clients:
             raise ValueError("a job needs at least one client")
         workers = max_workers if max_workers is not None else min(len(self._clients), usable_processors())
@@ -67,18 +69,23 @@ class Roster:
             error = future.exception()
             if error is None:
                 yield name, future.result()
-            elif isinstance(error, KeyboardInterrupt):
-                raise error
-            elif isinstance(error, Exception):
-                yield name, error
-            else:  # a learner that calls sys.exit ends its client, not the server
-                failure = ClientQuitError(f"{name}: {described(error)}", contributor=name)
-                failure.__cause__ = error
-                yield name, failure
+                continue
+            answer = as_failure(error)
+            if answer is not error:  # a learner that calls sys.exit ends its client, not the server
+                answer = ClientQuitError(f"{name}: {described(error)}", contributor=name)
+                answer.__cause__ = error
+            yield name, answer
 
-    def remove(self, name: str) -> FederatedClient:
-        """Takes a client off the roster."""
-        return self._clients.pop(name)
+    def dismiss(self, name: str) -> tuple[HandlerFailure, ...]:
+        """Takes a client off the roster and stops it; returns what failed, which has been logged."""
+        client = self._clients.pop(name)
+        try:
+            return client.stop()
+        except BaseException as error:
+            kind = f"{type(client).__module__}.{type(client).__qualname__}"
+            failure = HandlerFailure(EventType.SHUTDOWN, kind, as_failure(error))
+            logger.error("%s could not be stopped: %s", name, failure, exc_info=error)
+            return (failure.without_tracebacks(),)
 
     def stop(self, record: Callable[[Sequence[HandlerFailure]], None]) -> None:
         """Ends the pool and stops the clients that are left, whatever fails in between.
@@ -88,7 +95,7 @@ class Roster:
         """
         with ExitStack() as last_first:  # goes on whatever is raised, an interrupt included
             for name in reversed(tuple(self)):
-                last_first.callback(lambda client: record(client.stop()), self.remove(name))
+                last_first.callback(lambda name: record(self.dismiss(name)), name)
             last_first.callback(self.close)
 
     def close(self) -> None:

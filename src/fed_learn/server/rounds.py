@@ -1,10 +1,11 @@
 """A whole job with clients in this process: rounds, the final model, the cross-site validation."""
 
 import logging
+from typing import Any
 
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import ContributionError
+from fed_learn.errors import as_failure, is_error, text_of
 from fed_learn.server.job import Job
 from fed_learn.server.roster import Roster
 from fed_learn.weights import FrozenWeights, as_weight_dict, check_finite
@@ -32,14 +33,14 @@ def run_job(job: Job, roster: Roster) -> None:
     finally:
         for name in roster:
             job.quit(name)
-            job.record(roster.remove(name).stop())
+            job.record(roster.dismiss(name))
 
 
 def _register(job: Job, roster: Roster) -> None:
     for name, answer in roster.ask(lambda client: client.start(job.server.num_rounds)):
-        if isinstance(answer, Exception):
-            job.note_failure(name, answer, "could not start")
-            job.record(roster.remove(name).stop())
+        if is_error(answer):
+            job.note_failure(name, as_failure(answer), "could not start")
+            job.record(roster.dismiss(name))
         else:
             job.register(name)
     job.check_enough_clients()
@@ -52,7 +53,8 @@ def _run_round(job: Job, roster: Roster, number: int) -> None:
         job.send_model(name)
     for name, answer in roster.ask(lambda client: client.train_round(number, lambda: weights)):
         # Clients send one contribution; what a faulty one sends on top is received and refused.
-        sent = list(answer) if isinstance(answer, list | tuple) else [answer] if answer is not None else []
+        given: Any = answer
+        sent = list(given) if type(given) in (list, tuple) else [given] if given is not None else []
         if not sent:
             job.absent(name)
         for contribution in sent:
@@ -65,7 +67,7 @@ def _run_round(job: Job, roster: Roster, number: int) -> None:
 
 def _stop_if_it_left(job: Job, roster: Roster, name: str) -> None:
     if name not in job.clients:
-        job.record(roster.remove(name).stop())
+        job.record(roster.dismiss(name))
 
 
 def _score_final_model(job: Job, roster: Roster) -> None:
@@ -87,8 +89,8 @@ def _score_final_model(job: Job, roster: Roster) -> None:
 def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
     bests: dict[str, FrozenWeights] = {}
     for name, answer in roster.ask(lambda client: client.submit_best_model()):
-        if isinstance(answer, Exception):
-            job.quit(name, answer)
+        if is_error(answer):
+            job.quit(name, as_failure(answer))
             _stop_if_it_left(job, roster, name)
         elif answer is not None:
             try:
@@ -96,8 +98,9 @@ def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
                 fit, _ = job.schema.fit(weights, name)
                 frozen = FrozenWeights({**job.weights, **fit})  # what is checked below is what is kept
                 check_finite(frozen, name, constants=job.weights)
-            except ContributionError as error:
-                logger.error("the best model of %s is left out of the cross-site validation: %s", name, error)
+            except BaseException as error:  # noqa: BLE001 - whatever a client offers must not end the job
+                reason = text_of(as_failure(error))
+                logger.error("the best model of %s is left out of the cross-site validation: %s", name, reason)
             else:
                 bests[name] = frozen
     return bests

@@ -10,7 +10,6 @@ from fed_learn.client import FederatedClient
 from fed_learn.components import ModelEvaluator
 from fed_learn.components.config import build_component
 from fed_learn.contribution import Kind
-from fed_learn.errors import ConfigError
 from fed_learn.events import EventHandler
 from fed_learn.handlers import ModelSelectionHandler, ServerValidationHandler
 from fed_learn.server import FederatedServer, JobResult
@@ -135,9 +134,7 @@ def _configured(entry: Any, evaluator: ModelEvaluator) -> EventHandler:
         for name in builtin_handlers.__all__
         if name.endswith("Handler") and name != "Handler"
     }
-    handler: EventHandler = build_component(entry, known, {"evaluator": evaluator})
-    if not callable(getattr(handler, "handle_event", None)):
-        raise ConfigError(f"{type(handler).__name__} is no handler")
+    handler: EventHandler = build_component(entry, known, {"evaluator": evaluator}, role="handler")
     return handler
 
 

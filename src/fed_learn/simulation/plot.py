@@ -1,12 +1,14 @@
 """The picture of a job: its metrics over rounds, and the cross-site matrix."""
 
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fed_learn.contribution import GLOBAL_BEST
+from fed_learn.disk import write_whole
 from fed_learn.handlers.model_selection import SELECTION_METRIC
 from fed_learn.handlers.server_validation import SERVER_VALIDATION_METRIC
 from fed_learn.pictures import AMBER, BLUE, GREEN, GRID, INK, MUTED, new_figure, without_frame
@@ -48,7 +50,9 @@ def plot_job(path: str | os.PathLike[str], result: JobResult, summary: dict[str,
         fontsize=14,
         fontweight="bold",
     )
-    figure.savefig(Path(path))
+    picture = BytesIO()
+    figure.savefig(picture, format="png")
+    write_whole(Path(path), picture.getvalue())
 
 
 def _draw_scores(axes: Any, result: JobResult, summary: dict[str, Any]) -> None:

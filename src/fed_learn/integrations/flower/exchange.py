@@ -9,6 +9,7 @@ from typing import Any
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fed_learn.errors import printable
 from fed_learn.integrations.flower.records import record_bytes
 from fed_learn.integrations.flower.replies import array_records, node_of
 
@@ -70,12 +71,13 @@ def replies_to(
     return replies if stream else list(replies)
 
 
-def log_replies(results: int, failed: Sequence[Message]) -> None:
-    """What Flower's strategies log of the replies of a training round, where none of them does."""
+def log_replies(results: int, failed: Sequence[Message], what: str = "aggregate_train") -> None:
+    """What Flower's strategies log of the replies of a round, each error in a line of its own, whatever it says."""
     if results or failed:
-        logger.info("aggregate_train: Received %s results and %s failures", results, len(failed))
+        logger.info("%s: Received %s results and %s failures", what, results, len(failed))
     for message in failed:
-        logger.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, message.error.reason)
+        reason = printable(str(message.error.reason))
+        logger.info("\t> Received error in reply from node %d: %s", message.metadata.src_node_id, reason)
 
 
 def noted(replies: Iterable[Message], arrived: dict[Hashable, None]) -> Iterator[Message]:

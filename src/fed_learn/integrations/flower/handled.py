@@ -23,7 +23,7 @@ from fed_learn.errors import FedLearnError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.model_selection import by_likeness
 from fed_learn.integrations.flower.exchange import gathers, log_replies, noted, replies_to
-from fed_learn.integrations.flower.names import in_one_line
+from fed_learn.integrations.flower.names import NodeNames, in_one_line
 from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import to_weights
 from fed_learn.integrations.flower.replies import (
@@ -77,6 +77,7 @@ class Handled(OneJob, Strategy):
     _job_settings: tuple[str, ...] = (
         "kind",
         "min_contributions",
+        "node_names",
         "on_bad_contribution",
         "on_handler_error",
         "partial",
@@ -98,6 +99,7 @@ class Handled(OneJob, Strategy):
         validation_mode: str | None,
         n_iter_key: str,
         poll_interval: float,
+        node_names: NodeNames | None,
     ) -> None:
         """Takes the arguments that `FedAvg` describes.
 
@@ -117,6 +119,7 @@ class Handled(OneJob, Strategy):
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
         self.poll_interval = poll_interval
+        self.node_names = node_names
         self.job = None
         self._job_session = None
         # Refuses now what a job would refuse later.
@@ -159,6 +162,9 @@ class Handled(OneJob, Strategy):
         self.close()
         result, arrays = HandledResult(), initial_arrays
         session = self._job_start(to_weights(initial_arrays), initial_arrays, num_rounds)
+        session.connect(
+            getattr(grid, "get_node_ids", None)
+        )  # before a subclass puts those in its place whom it samples
         try:
             with session.job:
                 if evaluate_fn:
@@ -216,6 +222,7 @@ class Handled(OneJob, Strategy):
         session = self._job_session
         if session is None or session.num_rounds is None or session.number != server_round - 1:
             session = self.__open(server_round, arrays)
+            session.connect(getattr(grid, "get_node_ids", None))
             arrays = session.record
         # What comes next in the order of bases is a strategy of Flower's.
         messages = self.__sent(session, super().configure_train(server_round, arrays, config, grid), server_round)  # type: ignore[safe-super]
@@ -280,7 +287,7 @@ class Handled(OneJob, Strategy):
             raise
         report = session.report
         assert report is not None
-        counted = [accepted[name].content for name in report.accepted if name in accepted]
+        counted = [(name, accepted[name].content) for name in report.accepted if name in accepted]
         metrics = self._job_metrics(counted if report.error is None else [])
         return (session.record if changed else None), metrics
 
@@ -308,8 +315,12 @@ class Handled(OneJob, Strategy):
         """Replies with content, and those that carry an error; what streams is not looked into."""
         raise NotImplementedError
 
-    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
-        """The metrics of a round, of the replies that counted."""
+    def _job_called(self, node: Hashable) -> str:
+        """What a node is called, as far as is known."""
+        return node_name(node) if self._job_session is None else self._job_session.called(node)
+
+    def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
+        """The metrics of a round, of the replies that counted, by the names of their clients."""
         raise NotImplementedError
 
     def _job_aggregate(self) -> Aggregate | None:

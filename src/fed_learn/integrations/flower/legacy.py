@@ -1,8 +1,10 @@
 """`LegacyFedAvg` in the place of `flwr.server.strategy.FedAvg`, for apps that have not moved to the Message API."""
 
 import logging
+import math
 import operator
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -13,9 +15,11 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import ClientQuitError, ContributionError, described
+from fed_learn.aggregation.round import Told
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, check_aggregation_weight
+from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, brief, described
 from fed_learn.events import EventHandler, check_handlers
+from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import NPY, to_weights
 from fed_learn.integrations.flower.replies import (
@@ -27,7 +31,7 @@ from fed_learn.integrations.flower.replies import (
 )
 from fed_learn.integrations.flower.session import Session
 from fed_learn.server import JobResult
-from fed_learn.values import number_of, whole_number_of
+from fed_learn.values import mean_of, number_of, whole_number_of
 from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
@@ -61,6 +65,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         validation_metric: See there.
         validation_mode: See there.
         n_iter_key: See there.
+        node_names: See there; by Flower's client ids.
         **flower: Arguments of Flower's `FedAvg`.
 
     Attributes:
@@ -86,6 +91,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         validation_metric: str = INITIAL_VALIDATION_METRIC,
         validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
+        node_names: NodeNames | None = None,
         **flower: Any,
     ) -> None:
         super().__init__(**flower)
@@ -101,6 +107,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         self.validation_metric = validation_metric
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
+        self.node_names = node_names
         self.job = None
         self._job_session = None
         self._job_begin(
@@ -122,6 +129,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         session = self._job_open(
             server_round, lambda session: _holds(session, parameters), lambda schema: _weights(parameters, schema)
         )
+        session.connect(client_manager.all)
         instructions = super().configure_fit(server_round, _parameters(session), client_manager)
         for client, _ in instructions:
             session.ask(_node(client, 0))
@@ -182,7 +190,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
     def aggregate_evaluate(
         self, server_round: int, results: list[tuple[ClientProxy, EvaluateRes]], failures: Failures
     ) -> tuple[float | None, Metrics]:
-        """Flower's mean loss, over the clients that have examples.
+        """The mean loss over the clients that have examples and a loss that is finite; the others are told of.
 
         The scores serve the selection of models, those of the last round for the final one.
         """
@@ -195,9 +203,32 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
                 node = _node(client, place)
                 if score is not None:
                     session.note_score(node, partial(_claim, node, result.metrics), score)
-        counted = [(client, result) for client, result in results if result.num_examples > 0]
-        aggregated: tuple[float | None, Metrics] = super().aggregate_evaluate(server_round, counted, failures)
-        return aggregated
+        told = Told(logger) if session is None else session.told
+        counted: list[tuple[ClientProxy, EvaluateRes]] = []
+        losses: list[tuple[float, float]] = []
+        for place, (client, result) in enumerate(results, 1):
+            node = _node(client, place)
+            who = node_name(node) if session is None else session.called(node)
+            try:
+                weight = check_aggregation_weight(result.num_examples, who)
+            except AggregationWeightError as error:
+                told.once(("evaluation", who), f"its evaluation is left out: {error}")
+                continue
+            if not weight:
+                continue
+            counted.append((client, result))
+            loss = number_of(result.loss)
+            if loss is not None and math.isfinite(loss):
+                losses.append((loss, weight))
+            else:
+                told.once(
+                    ("metric", who, "loss"), f"{who}: its loss is {brief(result.loss)}, left out of the mean loss"
+                )
+        # Flower's own mean loss would be NaN where one is; it decides whether there is one.
+        safe = [(client, replace(result, loss=0.0)) for client, result in counted]
+        aggregated, metrics = super().aggregate_evaluate(server_round, safe, failures)
+        mean = mean_of(*zip(*losses, strict=True)) if aggregated is not None and losses else None
+        return mean, metrics
 
     def close(self, results: list[tuple[ClientProxy, EvaluateRes]] | None = None) -> JobResult | None:
         """CLIENT_QUIT and SHUTDOWN; nothing if no job runs.
@@ -242,6 +273,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
             validation_mode=self.validation_mode,
             exact=self.exact,
             kernel=self.kernel,
+            node_names=self.node_names,
         )
 
     def __receive(self, session: Session, node: Hashable, result: FitRes) -> Contribution | None:

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fed_learn.errors import described
+from fed_learn.errors import as_failure, described
 from fed_learn.integrations.flower.replies import PARTITION_ID
 
 App = Callable[[Message, Context], Message | None]
@@ -108,6 +108,6 @@ class LocalGrid(Grid):
         received = Message(copy.deepcopy(sent.content), metadata=sent.metadata)  # type: ignore[call-overload]
         try:
             return self._app(received, context)
-        except Exception as error:  # noqa: BLE001 - as Flower does
-            reason = f"{described(error)}"
-            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=sent)
+        except BaseException as error:  # noqa: BLE001 - a node that fails, or leaves, is one that fails
+            as_failure(error)
+            return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, described(error)), reply_to=sent)

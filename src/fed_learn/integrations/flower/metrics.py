@@ -2,11 +2,14 @@
 
 import logging
 import math
+from collections import Counter
+from collections.abc import Iterable
 
 from flwr.app import MetricRecord, RecordDict
 
+from fed_learn.aggregation.round import Told
 from fed_learn.contribution import check_aggregation_weight
-from fed_learn.errors import AggregationWeightError
+from fed_learn.errors import AggregationWeightError, brief
 from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of, records_of
 from fed_learn.limits import LONGEST_NAME, MOST_METRICS
 from fed_learn.values import mean_of
@@ -18,42 +21,69 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
     """The mean of each metric over the clients that report it, weighted by their number under `weighted_by_key`.
 
     Takes the place of Flower's `aggregate_metricrecords`, which refuses a round in which clients report different
-    metrics. A reply by a weight of 0 adds nothing; one without a weight, or by a negative one, is left out, and so are
-    lists of different lengths, and more metrics than `fed_learn.limits` takes of one reply; all logged.
+    metrics, and gives NaN where one of them does. A reply by a weight of 0 adds nothing. Left out, and logged, are a
+    reply without a weight, or by one that is negative or not finite; a metric that is not finite; a list that is not
+    as long as most are (of equally common lengths the shorter counts; a number is a list of one); and more metrics than
+    `fed_learn.limits` takes of one reply.
 
     Example:
         >>> contents = [RecordDict({"m": MetricRecord({"n": n, "loss": x})}) for n, x in [(1, 2.0), (3, 6.0)]]
         >>> mean_metrics(contents, "n")["loss"]
         5.0
     """
-    values: dict[str, list[tuple[float, list[float]]]] = {}
-    scalars: set[str] = set()
-    for content in contents:
+    return mean_by_name(
+        ((f"reply {k}", content) for k, content in enumerate(contents, 1)), weighted_by_key, Told(logger)
+    )
+
+
+def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: str, told: Told) -> MetricRecord:
+    """See `mean_metrics`.
+
+    Args:
+        contents: Clients' names, and what they sent.
+        weighted_by_key: The metric that weighs the others.
+        told: Says once for each client and metric that it is left out.
+    """
+    terms: dict[str, list[tuple[str, float, list[float]]]] = {}
+    numbers: set[str] = set()
+    for who, content in contents:
         try:
             weight = check_aggregation_weight(metrics_of(content).get(weighted_by_key))
         except AggregationWeightError as error:
-            logger.warning("the metrics of a reply are left out: %r: %s", weighted_by_key, error)
+            told.once(("metrics", who), f"{who}: its metrics are left out of the means: {weighted_by_key!r}: {error}")
             continue
         if not weight:
             continue
         entries = [entry for record in records_of(content, MetricRecord).values() for entry in record.items()]
         taken = [(key, value) for key, value in entries[:MOST_METRICS] if len(key) <= LONGEST_NAME]
         if len(taken) < len(entries):
-            logger.warning("%d of a reply's %d metrics are too many: left out", len(entries) - len(taken), len(entries))
+            text = f"{len(entries) - len(taken)} of its {len(entries)} metrics are too many: left out"
+            told.once(("metrics left out", who), f"{who}: {text}")
         for key, value in taken:
-            if key not in (weighted_by_key, PARTITION_ID):
-                listed = [_as_float(v) for v in value] if isinstance(value, list) else [_as_float(value)]
-                scalars |= set() if isinstance(value, list) else {key}
-                values.setdefault(key, []).append((weight, listed))
+            if key in (weighted_by_key, PARTITION_ID):
+                continue
+            listed = [_as_float(v) for v in value] if isinstance(value, list) else [_as_float(value)]
+            if all(map(math.isfinite, listed)):
+                numbers |= set() if isinstance(value, list) else {key}
+                terms.setdefault(key, []).append((who, weight, listed))
+            else:
+                _tell(told, who, key, f"is {brief(value)}")
     means = MetricRecord()
-    for key, terms in values.items():
-        if len({len(listed) for _, listed in terms}) > 1:
-            logger.warning("metric %r is left out: clients report lists of different lengths", key)
-            continue
-        weights = [weight for weight, _ in terms]
-        mean = [mean_of(column, weights) for column in zip(*(listed for _, listed in terms), strict=True)]
-        means[key] = mean[0] if key in scalars else mean
+    for key, found in terms.items():
+        lengths = Counter(len(listed) for _, _, listed in found)
+        usual = min(lengths, key=lambda length: (-lengths[length], length))
+        for who, _, listed in found:
+            if len(listed) != usual:
+                _tell(told, who, key, f"has {len(listed)} numbers, and {usual} from {lengths[usual]} others")
+        counted = [(weight, listed) for _, weight, listed in found if len(listed) == usual]
+        weights = [weight for weight, _ in counted]
+        mean = [mean_of(column, weights) for column in zip(*(listed for _, listed in counted), strict=True)]
+        means[key] = mean[0] if usual == 1 and key in numbers else mean
     return means
+
+
+def _tell(told: Told, who: str, key: str, why: str) -> None:
+    told.once(("metric", who, key), f"{who}: metric {brief(key)} {why}: it is left out of the mean metrics")
 
 
 def _as_float(value: float) -> float:

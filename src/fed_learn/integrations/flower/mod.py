@@ -25,7 +25,7 @@ from fed_learn.integrations.flower.replies import (
     records_of,
     states,
 )
-from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.model_meta import ContextKey, FLContext, JobContext, ModelData
 from fed_learn.weights import FrozenWeights
 
 logger = logging.getLogger("flwr")
@@ -107,7 +107,7 @@ class ClientMod:
             run, call_next = self._evaluate, self.evaluate
         if run is None or self.arrayrecord_key not in records_of(message.content, ArrayRecord):
             return call_next(message, context)
-        ctx = FLContext({FLOWER_CONTEXT: context})
+        ctx = JobContext({FLOWER_CONTEXT: context, ContextKey.HANDLERS: self.handlers})
         name, number = self._name(context), _round_of(message)
         ctx.set_props(
             {
@@ -120,7 +120,7 @@ class ClientMod:
         try:
             return run(message, context, call_next, ctx)
         finally:
-            shut_down(self.handlers, ctx)
+            shut_down(self.handlers, ctx, of_client=True)
 
     def evaluate(self, message: Message, context: Context) -> Message:
         """An evaluation for apps that have none, from `validate` alone: `app.evaluate()(mod.evaluate)`.
@@ -188,12 +188,9 @@ class ClientMod:
         """The weights as the handlers leave them, in the message too."""
         ctx.set_model(ModelData(weights))
         fire_event(event, self.handlers, ctx)
-        model = ctx.get_model()
-        if model is None or model.weights is None:
-            raise ValueError(f"a handler took the model away at {event}")
-        if model.weights is weights:
-            return weights
-        message.content[self.arrayrecord_key] = to_record(model.weights)
+        model: Any = ctx.get_model()
+        if model.weights is not weights:
+            message.content[self.arrayrecord_key] = to_record(model.weights)
         return FrozenWeights(model.weights)
 
     def _scores(self, weights: FrozenWeights, context: Context) -> dict[str, float]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord
 
-from fed_learn.errors import DtypeError, WeightsTypeError, brief, text_of
+from fed_learn.errors import DtypeError, WeightsTypeError, as_failure, brief, text_of
 from fed_learn.npy import viewed
 from fed_learn.weights import (
     BFLOAT16,
@@ -67,7 +67,8 @@ def to_weights(
                 view = _view(array)
             if view.dtype == VOID and (array.dtype == "bfloat16" or (expected is not None and expected[1] == BFLOAT16)):
                 view = view.view(BFLOAT16.newbyteorder(">") if array.dtype.startswith(">") else BFLOAT16)
-        except Exception as error:  # what stands in for an `Array` may be anything
+        except BaseException as error:  # what stands in for an `Array` may be anything
+            as_failure(error)
             kind = DtypeError if isinstance(error, DtypeError) else WeightsTypeError
             raise kind(
                 f"{about(contributor, name)}cannot be read: {text_of(error)}",

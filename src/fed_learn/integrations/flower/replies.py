@@ -4,11 +4,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
-from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST, Contribution, Kind
+from fed_learn.contribution import Contribution, Kind, check_contributor
 from fed_learn.errors import (
     AggregationWeightError,
     ClientQuitError,
@@ -35,8 +36,6 @@ PARTITION_ID = "partition-id"
 """The entry of a node's configuration that names it, and of a `MetricRecord` that passes it on."""
 N_ITER = "num-iterations"
 """The entry of a `MetricRecord` that counts the local iterations."""
-LONGEST_NAME = 200
-"""Characters of a contributor's name."""
 LONGEST_CAUSE = 500
 """Characters of what is shown of a client's error."""
 
@@ -84,10 +83,13 @@ def node_name(node: object) -> str:
     """The name of a node that tells none: not the same in another run.
 
     Example:
-        >>> node_name(17), node_name(Place(2))
-        ('node-17', 'reply-2')
+        >>> node_name(17), node_name(Place(2)), node_name("10.0.0.1:80/a")
+        ('node-17', 'reply-2', 'node-10.0.0.1:80%2Fa')
     """
-    return f"reply-{node.number}" if isinstance(node, Place) else f"node-{node}"
+    if isinstance(node, Place):
+        return f"reply-{node.number}"
+    # A client id of Flower's older interface may hold anything, and two of them must not become one name.
+    return f"node-{quote(node, safe=':<>') if isinstance(node, str) else node}"
 
 
 def node_of(message: Message, place: int) -> int | Place:
@@ -169,12 +171,14 @@ def checked_name(claim: object, node: object) -> str:
         UnknownContributorError: It is nothing that could be a name, or is another node's.
     """
     own = node_name(node)
-    bad = not isinstance(claim, str) or not claim.strip() or len(claim) > LONGEST_NAME
-    _, at, node_of_claim = str(claim).rpartition(f"@{node_name('')}")
-    anothers = (str(claim).startswith(node_name("")) and claim != own) or (at and node_name(node_of_claim) != own)
-    if bad or anothers or claim in (FINAL_MODEL, GLOBAL_BEST):
-        raise UnknownContributorError(f"{own}: {brief(claim)} is no name for a contributor", contributor=own)
-    return str(claim)
+    try:
+        name = check_contributor(claim)
+    except UnknownContributorError as error:
+        raise UnknownContributorError(f"{own}: {error}", contributor=own) from None
+    _, at, node_of_claim = name.rpartition(f"@{node_name('')}")
+    if (name.startswith((node_name(""), "reply-")) and name != own) or (at and node_name(node_of_claim) != own):
+        raise UnknownContributorError(f"{own}: claims to be {brief(name)}, the name of another node", contributor=own)
+    return name
 
 
 def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kind: Kind) -> Contribution:

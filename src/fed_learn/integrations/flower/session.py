@@ -25,9 +25,11 @@ from fed_learn.errors import (
     NothingAggregatedError,
     ShapeError,
     UnknownContributorError,
+    as_failure,
+    text_of,
     without_tracebacks,
 )
-from fed_learn.integrations.flower.names import Names, in_one_line
+from fed_learn.integrations.flower.names import Names, NodeNames, in_one_line
 from fed_learn.integrations.flower.receiver import FlowerReceiver
 from fed_learn.integrations.flower.records import copy_of, same_bytes, to_record, to_weights
 from fed_learn.integrations.flower.selection import Selection
@@ -71,6 +73,7 @@ class Session:
             beyond a round: it goes on only as long as `takes` says.
         validation_metric: By which models are selected.
         validation_mode: What is better of it.
+        node_names: Which node is which contributor, as far as the user says.
         settings: Further arguments of `FederatedServer`.
 
     Raises:
@@ -106,6 +109,7 @@ class Session:
         guessed: bool = False,
         validation_metric: str | None = None,
         validation_mode: str | None = None,
+        node_names: NodeNames | None = None,
         **settings: Any,
     ) -> None:
         server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
@@ -138,7 +142,7 @@ class Session:
         self._begun: tuple[FrozenWeights, dict[str, float], tuple[str, ...] | None] = (self.job.weights, {}, None)
         self.scorers: dict[Hashable, str] = {}
         self.told = Told(logger)
-        self._names = Names(self.told)
+        self._names = Names(self.told, lambda node: node in self._asked or node in self.heard, node_names)
         self.widths = Widths(self.told)
         self._advise_empty = bool(record)
         self.selection = Selection(self.job, self.told, validation_metric, validation_mode)
@@ -346,16 +350,16 @@ class Session:
         """
         sent: Contribution | Exception
         try:
-            name = self._register(node, claim())
+            name = self._register(node, self._names.name(node, claim()))
             sent = self.widths.widened(read(name))
             if INITIAL_VALIDATION_METRIC not in sent.metrics and name in self._scores:
                 sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
         except HandlerError:
             raise  # of CLIENT_REGISTER: no failure of the client
-        except Exception as error:  # noqa: BLE001 - the job says what becomes of it
+        except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
             # That a client failed is not this code's failure: where it was noticed would tell nothing.
-            sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else error
-            name = self._register(node, None)
+            sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else as_failure(error)
+            name = self._register(node, self.called(node))
         contribution = self.job.receive(name, sent)
         if contribution is not None:
             self._n_iter[name] = contribution.n_iter
@@ -426,7 +430,7 @@ class Session:
             aggregated = error is None and expected and self.job.aggregate()
         finally:
             for failure in self.job.report.rejected:
-                logger.warning("\t> Refused: %s: %s", failure.cause, failure.error)
+                logger.warning("\t> Refused: %s: %s", failure.cause, text_of(failure.error))
         if any(INITIAL_VALIDATION_METRIC in one.metrics for one in self.job.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())):
             self.selection.fix()
         self.end_round()
@@ -467,7 +471,7 @@ class Session:
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         try:
-            self._scores[self._register(node, claim())] = metric
+            self._scores[self._register(node, self._names.name(node, claim()))] = metric
         except UnknownContributorError as error:
             logger.warning("\t> a score is left out: %s", error)
 
@@ -492,12 +496,12 @@ class Session:
         name = self.called(node)
         result: ValidationResult | Exception
         try:
-            name = self._register(node, claim())
+            name = self._register(node, self._names.name(node, claim()))
             result = ValidationResult(name, FINAL_MODEL, read(), self._n_iter.get(name))
         except HandlerError:
             raise  # of CLIENT_REGISTER: no failure of the client
-        except Exception as error:  # noqa: BLE001 - the job says what becomes of it
-            result = error
+        except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
+            result = as_failure(error)
         self.job.receive_validation_result(name, result)
 
     def finish(self) -> None:
@@ -519,17 +523,16 @@ class Session:
             for name in tuple(self.job.clients):
                 self.job.quit(name)
 
+    def connect(self, connected: Callable[[], Iterable[Hashable]] | None) -> None:
+        """Is told how to ask the stack which nodes are connected to it; None: there is no way."""
+        self._names.connected = connected
+
     def expect(self, claims: Iterable[tuple[Hashable, str | None]]) -> None:
         """See `Names.expect`."""
         self._names.expect(claims)
 
-    def _register(self, node: Hashable, claim: str | None) -> str:
-        """The name of a node; CLIENT_REGISTER if it is new.
-
-        Raises:
-            UnknownContributorError: It claims another name than before, or that of another node that takes part.
-        """
-        name = self._names.name(node, claim, lambda other: other in self._asked or other in self.heard)
+    def _register(self, node: Hashable, name: str) -> str:
+        """Notes that a node answered; CLIENT_REGISTER if its name is new. Returns the name."""
         self.heard[node] = None
         if name not in self.job.clients:
             self.job.register(name)

@@ -1,26 +1,26 @@
 """`FedAvg` in the place of Flower's, and `WithHandlers` around any other strategy of its Message API."""
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from traceback import walk_tb
 from typing import Any
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError, InconsistentMessageReplies
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
 
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError, IntegerRangeError, described
+from fed_learn.errors import FedLearnError, IntegerRangeError, described, printable
 from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
-from fed_learn.integrations.flower.metrics import mean_metrics
+from fed_learn.integrations.flower.metrics import mean_by_name, mean_metrics
+from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
-from fed_learn.integrations.flower.replies import N_ITER
+from fed_learn.integrations.flower.replies import N_ITER, node_of
 from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server.receiving import Refusal
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, check_finite
@@ -70,6 +70,9 @@ class FedAvg(Handled, FlowerFedAvg):
         validation_mode: What is better of it, `"max"` or `"min"`, which handlers follow; None: its name says so.
         n_iter_key: Where a reply's metrics hold the number of local iterations.
         poll_interval: Seconds from the first look for replies to the second. From look to look they grow by half, to 4.
+        node_names: Which node is which contributor: a mapping of nodes' numbers to names, or a function of a number
+            that gives a name, or None where it knows none. A node that claims to be another is refused. Of nodes that
+            are not named so, a name belongs to the first that contributes under it, as long as that is connected.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -111,6 +114,7 @@ class FedAvg(Handled, FlowerFedAvg):
         validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
         poll_interval: float = 0.25,
+        node_names: NodeNames | None = None,
     ) -> None:
         super().__init__(
             fraction_train=fraction_train,
@@ -138,6 +142,7 @@ class FedAvg(Handled, FlowerFedAvg):
             validation_mode=validation_mode,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
+            node_names=node_names,
         )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -149,22 +154,35 @@ class FedAvg(Handled, FlowerFedAvg):
             return None
         if self.evaluate_metrics_aggr_fn is mean_metrics:
             good = self._job_weighed(good)
-        return self.evaluate_metrics_aggr_fn([m.content for m in good], self.weighted_by_key)
+        named = [(self._job_called(node_of(m, place)), m.content) for place, m in enumerate(good, 1)]
+        return self.__mean(self.evaluate_metrics_aggr_fn, named)
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
         """See `Handled._job_replies`."""
         return self.__looked_through(replies, is_train=True) if isinstance(replies, list) else (replies, [])
 
-    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
+    def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
         """See `Handled._job_metrics`."""
-        return self.train_metrics_aggr_fn(counted, self.weighted_by_key) if counted else None
+        return self.__mean(self.train_metrics_aggr_fn, counted) if counted else None
+
+    def __mean(self, function: MetricsFunction, contents: list[tuple[str, RecordDict]]) -> MetricRecord:
+        session = self._job_session
+        if function is mean_metrics and session is not None:
+            return mean_by_name(contents, self.weighted_by_key, session.told)
+        return function([content for _, content in contents], self.weighted_by_key)
+
+    def _check_and_log_replies(
+        self, replies: Iterable[Message], is_train: bool, validate: bool = True
+    ) -> tuple[list[Message], list[Message]]:
+        """Replies with content and with errors, which are logged. Contents are checked later, one by one."""
+        del validate
+        listed = list(replies)
+        good, failed = [m for m in listed if not m.has_error()], [m for m in listed if m.has_error()]
+        log_replies(len(good), failed, "aggregate_train" if is_train else "aggregate_evaluate")
+        return good, failed
 
     def __looked_through(self, replies: list[Message], *, is_train: bool) -> tuple[list[Message], list[Message]]:
-        """Replies with content and with errors, as Flower's method logs and separates them, or a subclass's."""
-        look = self._check_and_log_replies
-        # That replies are like one another is checked later, one by one. A subclass may not know of the choice.
-        choice = {"validate": False} if "validate" in inspect.signature(look).parameters else {}
-        good, failed = look(replies, is_train=is_train, **choice)
+        good, failed = self._check_and_log_replies(replies, is_train=is_train)  # a subclass may have its own
         return list(good), list(failed)
 
 
@@ -224,6 +242,7 @@ class WithHandlers(Handled, _Delegate):
         validation_mode: See `FedAvg`.
         n_iter_key: See `FedAvg`.
         poll_interval: See `FedAvg`.
+        node_names: See `FedAvg`.
 
     Raises:
         ValueError: Also for `Kind.DIFF` and a strategy of Flower's own, which would take the mean difference for the
@@ -250,6 +269,7 @@ class WithHandlers(Handled, _Delegate):
         validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
         poll_interval: float = 0.25,
+        node_names: NodeNames | None = None,
     ) -> None:
         if Kind(kind) is Kind.DIFF and type(strategy).__module__.startswith("flwr."):
             raise ValueError(f"{type(strategy).__name__} makes a model of full weights: kind must be Kind.FULL")
@@ -269,6 +289,7 @@ class WithHandlers(Handled, _Delegate):
             validation_mode=validation_mode,
             n_iter_key=n_iter_key,
             poll_interval=poll_interval,
+            node_names=node_names,
         )
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -291,7 +312,7 @@ class WithHandlers(Handled, _Delegate):
         self.__metrics, self.__unsaid = None, (len(good), failed)
         return good, failed
 
-    def _job_metrics(self, counted: list[RecordDict]) -> MetricRecord | None:
+    def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
         """See `Handled._job_metrics`."""
         unsaid, self.__unsaid = self.__unsaid, None
         if unsaid is not None:
@@ -320,6 +341,9 @@ class WithHandlers(Handled, _Delegate):
                     "they came: it can only be left out"
                 )
             accepted.append(own.message)
+        for message in session.failed:  # whose reasons the strategy logs as they are
+            if message.has_error():
+                message.error = Error(message.error.code, printable(str(message.error.reason)))
         try:
             record, self.__metrics = _Delegate.aggregate_train(self, number, [*accepted, *session.failed])
         except Exception as error:

@@ -33,8 +33,10 @@ from fed_learn.errors import (
     FedLearnError,
     FloatingPointEnvironmentError,
     WeightsTypeError,
+    as_failure,
     brief,
     described,
+    text_of,
 )
 from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
@@ -118,7 +120,7 @@ class _Averaging:
         elif event_type == EventType.END_WORKFLOW:
             error = nothing_aggregated(self._reports)
             if error is not None and not fl_ctx.get_prop(FLContextKey.FATAL_SYSTEM_ERROR):
-                self.system_panic(str(error), fl_ctx)  # type: ignore[attr-defined] # of NVFlare's class
+                self.system_panic(text_of(error), fl_ctx)  # type: ignore[attr-defined] # of NVFlare's class
         elif event_type == AppEventType.ROUND_STARTED:
             self._learn_round(fl_ctx)
             self._global = props.global_weights(fl_ctx)
@@ -198,8 +200,8 @@ class _Averaging:
                 sent = intake.receive(sent)
             except (BrokenAccumulatorError, FloatingPointEnvironmentError):
                 raise  # not the client's doing
-            except Exception as error:  # noqa: BLE001 - raised below, with the name of who sent it
-                reason = _reason(who, error)
+            except BaseException as error:  # noqa: BLE001 - raised below, with the name of who sent it
+                reason = _reason(who, as_failure(error))
                 refusal = intake.refuse(who, reason)
                 raise reason from (None if reason is error else error)
             finally:
@@ -241,16 +243,16 @@ class _Averaging:
         )
 
     def _tell_of_metrics(self, who: Any, numbers: Mapping[str, float], others: Mapping[str, Any]) -> None:
-        """Says once for each metric that some of what clients sent for it is not in its mean."""
+        """Says once for each metric of a client that it is not in the mean."""
         for name, value in others.items():
             self._told.once(
-                ("metric", name),
-                f"{who}: metric {name!r} is {brief(value)}, no single number: it is left out of the mean metrics",
+                ("metric", who, name),
+                f"{who}: metric {brief(name)} is {brief(value)}, no single number: it is left out of the mean metrics",
             )
         for name, value in numbers.items():
             if not math.isfinite(value):
                 self._told.once(
-                    ("not finite", name), f"{who}: metric {name!r} is {value}: it is left out of the mean metrics"
+                    ("metric", who, name), f"{who}: metric {brief(name)} is {value}: it is left out of the mean metrics"
                 )
 
     def _steps(self, who: Any, steps: Any) -> float:
@@ -390,7 +392,7 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
     """
 
     def accept_model(self, model: FLModel) -> None:
-        """Accepts a model from a client, `meta["client_name"]`.
+        """Accepts a model from a client, `meta["client_name"]`, where NVFlare's workflows put its authenticated name.
 
         Raises:
             ContributionError, ExactDomainError: It is refused.
@@ -475,7 +477,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         """Accepts what a client sent, or refuses it: logs why, and returns False."""
         self.fl_ctx = fl_ctx
         self._learn_round(fl_ctx)
-        who = shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None)
+        who = props.sender(shareable, shareable.get_peer_prop(ReservedKey.IDENTITY_NAME, None))
         code = shareable.get_return_code()
         if code and code != ReturnCode.OK:
             failure = ClientQuitError(f"{who}: sent no contribution: {code}", contributor=who)
@@ -494,7 +496,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         try:
             self._receive(who, read)
         except (ContributionError, ExactDomainError) as error:
-            self.log_error(fl_ctx, f"refused: {error}", fire_event=False)
+            self.log_error(fl_ctx, f"refused: {text_of(error)}", fire_event=False)
             return False
         return True
 

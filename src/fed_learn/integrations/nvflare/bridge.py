@@ -32,7 +32,10 @@ from fed_learn.errors import (
     FedLearnError,
     NothingAggregatedError,
     WeightsTypeError,
+    as_failure,
     described,
+    printable,
+    text_of,
 )
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.scoring import check_choice
@@ -144,13 +147,14 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
                     announce = self._best_changed(event_type)
         except NothingAggregatedError as error:
             self._failed = True
-            self.system_panic(str(error), fl_ctx)
+            self.system_panic(text_of(error), fl_ctx)
             return
-        except Exception as error:  # noqa: BLE001 - ends the job, below
+        except BaseException as error:  # noqa: BLE001 - ends the job, below; NVFlare's threads would end without a word
+            as_failure(error)
             self._failed = True
             self.log_exception(fl_ctx, f"at {event_type}: {described(error)}")
             # Outside of the lock: whoever acts on this may wait for something that waits for us.
-            self.system_panic(f"HandlerBridge at {event_type}: {error}", fl_ctx)
+            self.system_panic(f"HandlerBridge at {event_type}: {text_of(error) or type(error).__name__}", fl_ctx)
             return
         if announce and self._announced is not None:
             props.put(fl_ctx, AppConstants.VALIDATION_RESULT, self._announced.metric)
@@ -200,9 +204,10 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
     def _receive(self, mirror: Mirror, fl_ctx: FLContext) -> None:
         if not mirror.in_round:
             return
-        name, accepted = _peer(fl_ctx), bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
+        accepted = bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
         outcome: props.Outcome | None = props.taken(fl_ctx, props.OUTCOME)
         result = fl_ctx.get_prop(AppConstants.TRAINING_RESULT)
+        name = props.sender(result, _peer(fl_ctx))
         if outcome is not None:
             contribution, refusal, self._settle = outcome.contribution, outcome.refusal, outcome.settle
         else:
@@ -249,7 +254,8 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         try:
             metrics = props.scores_in(result)
         except FedLearnError as error:
-            self.log_warning(fl_ctx, f"{name}: no validation result on {model!r}: {error}", fire_event=False)
+            text = printable(f"{name}: no validation result on {model!r}: {text_of(error)}")
+            self.log_warning(fl_ctx, text, fire_event=False)
             return
         mirror.receive_result(name, self._named(metrics), model)
 
@@ -295,7 +301,8 @@ def _read(name: str, result: Any, number: int | None) -> Contribution | None:
     """What can be told of a contribution that another aggregator took; None of what cannot be read."""
     try:
         model: FLModel = FLModelUtils.from_shareable(result)
-    except Exception:  # noqa: BLE001 - from outside; the aggregator judges it, and not this
+    except BaseException as error:  # noqa: BLE001 - from outside; the aggregator judges it, and not this
+        as_failure(error)
         return None
     steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)
     try:
@@ -311,7 +318,8 @@ def _why_not(name: str, result: Any) -> ContributionError:
     """Why NVFlare did not accept a result, as far as can be told from outside."""
     try:
         empty = not FLModelUtils.from_shareable(result).params
-    except Exception:  # noqa: BLE001 - from outside, or not there at all: its client failed
+    except BaseException as error:  # noqa: BLE001 - from outside, or not there at all: its client failed
+        as_failure(error)
         empty = False
     if empty:
         return WeightsTypeError(f"{name}: sent no weights", contributor=name)

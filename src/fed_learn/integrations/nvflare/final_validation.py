@@ -14,7 +14,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.contribution import FINAL_MODEL
-from fed_learn.errors import FedLearnError
+from fed_learn.errors import FedLearnError, printable, text_of
 from fed_learn.integrations.nvflare import props
 
 
@@ -81,13 +81,15 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
             reasons = sorted(set(self._unscored.values()))
             names = [", ".join(sorted(n for n, why in self._unscored.items() if why == reason)) for reason in reasons]
             told = "; ".join(f"{who}: {reason}" for who, reason in zip(names, reasons, strict=True))
-            self.log_warning(fl_ctx, f"the final model is not scored by {told}")
+            self.log_warning(fl_ctx, printable(f"the final model is not scored by {told}"))
 
     def process_result_of_unknown_task(
         self, client: Client, task_name: str, client_task_id: str, result: Shareable, fl_ctx: FLContext
     ) -> None:
         """A result that came too late is left out."""
-        self.log_warning(fl_ctx, f"{client.name}: a result of task {task_name!r} came too late and is left out")
+        self.log_warning(
+            fl_ctx, printable(f"{client.name}: a result of task {task_name!r} came too late and is left out")
+        )
 
     def _before_sending(self, client_task: ClientTask, fl_ctx: FLContext) -> None:
         self._tell(AppEventType.SEND_MODEL_FOR_VALIDATION, client_task, fl_ctx, AppConstants.MODEL_TO_VALIDATE, None)
@@ -98,7 +100,7 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
             props.scores_in(result)
         except FedLearnError as error:
             # NVFlare's own components would log an error each for an event about an answer without metrics.
-            self._unscored[client_task.client.name] = str(error)
+            self._unscored[client_task.client.name] = text_of(error)
             return
         self._unscored.pop(client_task.client.name, None)
         event = AppEventType.VALIDATION_RESULT_RECEIVED

@@ -11,11 +11,7 @@ from fed_learn import kernels
 from fed_learn.aggregation.round import UNUSABLE, Round, Told
 from fed_learn.aggregation.tensors import label_of
 from fed_learn.contribution import ClientFailure, Contribution, Kind, RoundReport
-from fed_learn.errors import (
-    TooFewContributionsError,
-    brief,
-    without_tracebacks,
-)
+from fed_learn.errors import TooFewContributionsError, without_tracebacks
 from fed_learn.values import mean_of
 from fed_learn.weights import WeightDict, items_of
 
@@ -24,7 +20,7 @@ class Intake:
     """Checks contributions as they come and averages them; begin a new one for each round.
 
     Args:
-        number: The round; None: unknown, the first contribution that states one decides.
+        number: The round; None: unknown; see `fed_learn.aggregation.round.Round`.
         like: The global model: names, shapes and dtypes; None: the first contribution decides.
         kind: The kind of contributions that is expected.
         min_contributions: Fewer, and the round fails.
@@ -102,8 +98,7 @@ class Intake:
             loaded = {name: _loaded(value) for name, value in items.items()}
             contribution = replace(contribution, weights=loaded)
         accepted = self._round.receive(contribution)
-        number = self._round.number
-        self._note(accepted=tuple(sorted(self.accepted)), round=-1 if number is None else number)
+        self._note_accepted()
         return accepted.without_weights()
 
     def refuse(self, who: object, error: Exception) -> Exception:
@@ -113,7 +108,7 @@ class Intake:
             The error as it is kept: a copy, for the traceback of the one that is raised keeps the weights alive.
         """
         kept = without_tracebacks(copy.copy(error))
-        self.rejected.append(ClientFailure(who if isinstance(who, str) else brief(who), kept))
+        self.rejected.append(ClientFailure(who, kept))  # type: ignore[arg-type] # whatever it is
         self._note(rejected=tuple(self.rejected))
         return kept
 
@@ -121,7 +116,7 @@ class Intake:
         """Refuses what cannot be averaged with the others, now that all are in: who and why. See `Round.settle`."""
         found = [(contribution.contributor, error) for contribution, error in self._round.settle()]
         refused = [(who, self.refuse(who, error)) for who, error in found]
-        self._note(accepted=tuple(sorted(self.accepted)))
+        self._note_accepted()
         return refused
 
     def average(self, only: Collection[str] | None = None) -> dict[str, Any] | None:
@@ -182,6 +177,10 @@ class Intake:
             required=self.min_contributions,
             round=self._round.number,
         )
+
+    def _note_accepted(self) -> None:
+        number = self._round.number
+        self._note(accepted=tuple(sorted(self.accepted)), round=-1 if number is None else number)
 
     def _note(self, **changes: Any) -> None:
         self.report = replace(self.report, **changes)

@@ -9,14 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nvflare.apis.fl_constant import ReturnCode
+from nvflare.apis.client import Client
+from nvflare.apis.fl_constant import ReturnCode, ServerCommandKey
 from nvflare.apis.shareable import Shareable
 from nvflare.app_common.abstract.model import ModelLearnableKey
 from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.contribution import Contribution
-from fed_learn.errors import FedLearnError, described
+from fed_learn.errors import FedLearnError, as_failure, described, printable
 from fed_learn.values import split_metrics
 
 OUTCOME = "fed_learn.outcome"
@@ -41,6 +42,16 @@ class Outcome:
     contribution: Contribution | None
     refusal: Exception | None = None
     settle: Callable[[], Sequence[tuple[str, Exception]]] = tuple
+
+
+def sender(result: object, stated: Any) -> Any:
+    """The name of the client that sent a result.
+
+    NVFlare's server notes it in the header of what it has received, from the token by which it knows the client. The
+    identity in the peer's context is what the client itself says, and counts where no server stands between the two.
+    """
+    client = result.get_header(ServerCommandKey.FL_CLIENT) if isinstance(result, Shareable) else None
+    return client.name if isinstance(client, Client) else stated
 
 
 def put(fl_ctx: Any, key: str, value: object) -> None:
@@ -79,10 +90,11 @@ def scores_in(answer: Shareable) -> dict[str, float]:
     """
     code = answer.get_return_code()
     if code and code != ReturnCode.OK:
-        raise FedLearnError(f"failed with {code}")
+        raise FedLearnError(f"failed with {printable(str(code))}")
     try:
         model = FLModelUtils.from_shareable(answer)
-    except Exception as error:
+    except BaseException as error:
+        as_failure(error)
         raise FedLearnError(f"sent something unreadable: {described(error)}") from error
     if model.params is not None:
         raise FedLearnError("sent weights, and scores nothing unless its script asks flare.is_evaluate()")

@@ -1,0 +1,33 @@
+"""Interrupts of a command: Ctrl-C, and SIGTERM, by which service managers and containers end a process."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StoppedError(Exception):
+    """A command was interrupted; the message says what it leaves behind and how to go on."""
+
+
+@contextmanager
+def sigterm_like_ctrl_c() -> Iterator[list[int]]:
+    """Makes SIGTERM raise `KeyboardInterrupt` in the main thread, unless the process was told what else to do.
+
+    Yields:
+        The signals that have come so far, Ctrl-C's not among them.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield came
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield came
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
