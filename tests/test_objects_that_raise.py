@@ -2,12 +2,14 @@
 
 import asyncio
 import logging
+import signal
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
-from federation import AddingLearner, At, WeightDict, clients_of, initial_weights, server_of, values
+from federation import AddingLearner, At, Recorder, WeightDict, clients_of, initial_weights, server_of, values
 
 import fed_learn as fl
 from fed_learn.errors import as_failure, brief, described, text_of
@@ -114,6 +116,77 @@ def test_what_code_of_others_raises_is_a_failure_of_theirs_unless_it_is_an_inter
     assert as_failure(OwnExit("b")).__cause__.args == ("b",)  # type: ignore[union-attr]
     with pytest.raises(KeyboardInterrupt):
         as_failure(KeyboardInterrupt())
+
+
+class Leave:
+    """Signal handlers of a server's own script, which ends in order."""
+
+    def method(self, number: int, frame: object) -> None:
+        raise SystemExit(number)
+
+    __call__ = method
+
+
+def leave(error: type[BaseException], number: int, frame: object) -> None:
+    raise error(number)
+
+
+class Struck(Mapping[str, Any]):
+    """Weights during whose reading the process is told to end."""
+
+    def __getitem__(self, name: str) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter("w")
+
+    def __len__(self) -> int:
+        return 1
+
+
+@pytest.mark.parametrize(
+    ("handler", "leaving"),
+    [
+        (lambda number, frame: leave(SystemExit, number, frame), SystemExit),
+        (partial(leave, SystemExit), SystemExit),
+        (partial(leave, OwnExit), OwnExit),
+        (Leave().method, SystemExit),
+        (Leave(), SystemExit),
+    ],
+    ids=["function", "partial", "own exception", "method", "object"],
+)
+def test_what_a_signal_handler_raises_ends_the_process_and_is_no_failure_of_the_client_at_hand(
+    handler: Any, leaving: type[BaseException]
+) -> None:
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with server_of(1, on_bad_contribution="reject").begin(2) as job:
+            job.start_round(0)
+            with pytest.raises(leaving) as caught:
+                job.receive("s", fl.Contribution("s", Struck(), 1, round=0))
+            assert caught.value.args == (signal.SIGTERM,)
+            with pytest.raises(leaving):
+                fl.Contribution("s", {}, 1, metrics=Struck())
+            assert job.report.rejected == job.report.quits == ()
+            job.break_off_round()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_what_a_signal_handler_raises_while_a_client_stops_comes_out_after_all_its_handlers_had_their_shutdown() -> (
+    None
+):
+    recorder = Recorder()
+    strikes = At(Event.SHUTDOWN, lambda ctx: signal.raise_signal(signal.SIGTERM))
+    client = fl.FederatedClient("s", AddingLearner(1), handlers=[recorder, strikes])
+    client.start(1)
+    before = signal.signal(signal.SIGTERM, Leave())
+    try:
+        with pytest.raises(SystemExit):
+            client.stop()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(recorder.at(Event.SHUTDOWN)) == 1
 
 
 @pytest.mark.parametrize("leaving", LEAVING)

@@ -6,8 +6,10 @@ about as attributes, so that nobody has to parse a message.
 """
 
 import reprlib
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from traceback import walk_tb
 from typing import Any, Self, TypeGuard
 
 from fed_learn.limits import LONGEST_MESSAGE
@@ -259,8 +261,9 @@ def as_failure(error: BaseException) -> Exception:
     """What code of others raised, as a failure of theirs; what interrupts the process is raised again.
 
     Clients, and the objects that they send, may raise anything while they run or are looked at, `SystemExit` and
-    `GeneratorExit` among it. Only `KeyboardInterrupt` is meant for the process. Wherever the library runs their code,
-    it takes what comes out of it by `except BaseException` and this.
+    `GeneratorExit` among it. Meant for the process are only `KeyboardInterrupt` and what a signal handler raises, such
+    as the `sys.exit` of one for SIGTERM. Wherever the library runs their code, it takes what comes out of it by
+    `except BaseException` and this.
 
     Returns:
         The error itself; one that describes it where it is no `Exception`, which most code would not catch.
@@ -269,13 +272,27 @@ def as_failure(error: BaseException) -> Exception:
         >>> as_failure(ValueError("no data")), as_failure(SystemExit("no GPU"))
         (ValueError('no data'), FedLearnError('SystemExit: no GPU'))
     """
-    if isinstance(error, KeyboardInterrupt):
+    if is_interrupt(error):
         raise error
     if isinstance(error, Exception):
         return error
     failure = FedLearnError(described(error))
     failure.__cause__ = error
     return failure
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether an exception is meant for the process: `KeyboardInterrupt`, or no `Exception` and of a signal handler.
+
+    A signal handler strikes wherever the main thread is at that moment: in the code of a client, say.
+    """
+    if isinstance(error, Exception | KeyboardInterrupt):
+        return isinstance(error, KeyboardInterrupt)
+    handlers = [getattr(each, "func", each) for each in map(signal.getsignal, signal.valid_signals()) if callable(each)]
+    own = {
+        getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None) for handler in handlers
+    }
+    return any(frame.f_code in own for frame, _ in walk_tb(error.__traceback__))
 
 
 def is_error(value: object) -> TypeGuard[BaseException]:
