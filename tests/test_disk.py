@@ -351,3 +351,57 @@ def test_a_name_that_is_taken_is_not_taken_again(tmp_path: Path) -> None:
     set_aside(tmp_path / "log")
     set_aside(tmp_path / "log")
     assert contents(tmp_path) == {"log.1": b"log.1", "log.2": b"log", "log.3": b"log.3"}
+
+
+# Links and streams
+
+
+def test_a_link_stays_where_it_is_and_all_that_is_written_goes_where_it_leads(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    for name in ("job.jsonl", "global.safetensors"):
+        (tmp_path / name).symlink_to(Path("large", name))
+    for adds in (1, 3):
+        handlers = [JsonLinesHandler(tmp_path / "job.jsonl"), CheckpointHandler(tmp_path)]
+        server = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=1, handlers=handlers)
+        server.run(clients_of({"a": AddingLearner(adds)}))
+        assert (tmp_path / "job.jsonl").is_symlink()
+        assert (tmp_path / "global.safetensors").is_symlink()
+    assert sorted(os.listdir(tmp_path)) == ["global.safetensors", "job.jsonl", "large"]
+    large = tmp_path / "large"
+    assert sorted(os.listdir(large)) == ["global.safetensors", "global.safetensors.1", "job.jsonl", "job.jsonl.1"]
+    assert load_file(large / "global.safetensors.1")["w"].tolist() == [1.0]
+    assert load_file(large / "global.safetensors")["w"].tolist() == [3.0]
+
+
+@pytest.mark.parametrize("handler", [JsonLinesHandler, CheckpointHandler])
+def test_what_is_replaced_is_the_file_to_which_a_link_leads(handler: Any, tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    name = "job.jsonl" if handler is JsonLinesHandler else "best.safetensors"
+    (tmp_path / "large" / name).write_text("old")
+    (tmp_path / name).symlink_to(Path("large", name))
+    one = handler(tmp_path / name if handler is JsonLinesHandler else tmp_path, overwrite=True)
+    server = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=1, handlers=[one])
+    server.run(clients_of({"a": AddingLearner(1)}))
+    assert (tmp_path / name).is_symlink()
+    kept = contents(tmp_path / "large")
+    assert kept == {} if handler is CheckpointHandler else kept[name] != b"old"
+
+
+def test_two_links_to_one_file_are_one_file_to_a_claim(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).symlink_to("file")
+    with Claim([tmp_path / "a"]), Claim([tmp_path / "b"]):
+        assert sorted(os.listdir(tmp_path)) == [".file.fed-learn.lock", "a", "b"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'b'} is also written by an earlier job of this process, which was not shut down"
+    ]
+
+
+def test_a_pipe_gets_a_whole_file_and_stays_one(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE) as reader:
+        write_whole(path, b"data")
+        assert reader.communicate()[0] == b"data"
+    assert path.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]

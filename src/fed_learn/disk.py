@@ -29,11 +29,16 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes a file that is there whole, as it was or as it is to be, whatever happens in between.
 
     It is written beside its place, flushed to the disk, and moved there. What a process that was killed leaves beside
-    it is removed by the next `Claim` of the file.
+    it is removed by the next `Claim` of the file. A link stays one, and leads to the new file; to a device or a pipe
+    the data is only written.
 
     Raises:
         OSError: It cannot be written; one that was there before is still there, and nothing is beside it.
     """
+    if is_stream(path):
+        path.write_bytes(data)
+        return
+    path = _followed(path)
     temporary = path.with_name(f".{path.name}.fed-learn-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -88,14 +93,30 @@ def is_stream(path: Path) -> bool:
 def set_aside(path: Path) -> None:
     """Gives the file of an earlier job, if there is one, another name: `best.safetensors.1`, `….2`; says so.
 
+    A link stays where it is, and the file is renamed to which it leads.
+
     Raises:
         OSError: It cannot be renamed.
     """
+    path = _followed(path)
     if os.path.lexists(path):
         numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
         aside = next(one for one in numbered if not os.path.lexists(one))
         path.rename(aside)
         logger.warning("%s of an earlier job is kept as %s", path, aside.name)
+
+
+def remove(path: Path) -> None:
+    """Removes the file of an earlier job, if there is one; of a link that to which it leads.
+
+    Raises:
+        OSError: It cannot be removed.
+    """
+    _followed(path).unlink(missing_ok=True)
+
+
+def _followed(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def flush(path: Path) -> None:
@@ -165,10 +186,11 @@ class Claim:
     def _take(self, path: Path) -> None:
         if is_stream(path):
             return
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            flush(path.parent.parent)
-        lock = path.parent.resolve() / f".{path.name}.fed-learn.lock"
+        file = _followed(path)  # two links may lead to one
+        if not file.parent.is_dir():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            flush(file.parent.parent)
+        lock = file.parent.resolve() / f".{file.name}.fed-learn.lock"
         key = os.getpid(), lock
         other = self._held.get(key)
         if other is self:
@@ -180,7 +202,7 @@ class Claim:
             return
         self._locks[key], locked = _lock(path, lock)
         self._held[key] = self
-        leftover = re.compile(rf"\.{re.escape(path.name)}\.fed-learn-\d+\.tmp")
+        leftover = re.compile(rf"\.{re.escape(file.name)}\.fed-learn-\d+\.tmp")
         for name in os.listdir(lock.parent) if locked else ():
             if leftover.fullmatch(name):
                 lock.with_name(name).unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import typer
 
 from fed_learn.cli.interrupts import StoppedError
 from fed_learn.contribution import GLOBAL_BEST, Kind
+from fed_learn.disk import remove
 from fed_learn.errors import ConfigError
 from fed_learn.handlers import Handler
 from fed_learn.model_meta import ContextKey, FLContext
@@ -35,7 +36,7 @@ class _Replacing(Handler):
     def start_round(self, ctx: FLContext) -> None:
         """Removes them, in the first round."""
         while self.paths:
-            self.paths.pop().unlink(missing_ok=True)
+            remove(self.paths.pop())
 
 
 def _folder(value: str | Path) -> Path:

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from fed_learn.contribution import BestModel
-from fed_learn.disk import Claim, set_aside, write_whole
+from fed_learn.disk import Claim, remove, set_aside, write_whole
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import FrozenWeights, WeightDict
@@ -122,7 +122,7 @@ class CheckpointHandler(ServerHandler):
         if self.overwrite:
             for one in earlier:
                 if one != path:
-                    one.unlink(missing_ok=True)
+                    remove(one)
         self._begun = True
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fed_learn.contribution import RoundReport, ValidationResult
-from fed_learn.disk import Claim, append_line, flush, is_stream, set_aside
+from fed_learn.disk import Claim, append_line, flush, is_stream, remove, set_aside
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 
@@ -110,7 +110,7 @@ class JsonLinesHandler(ServerHandler):
         if not self._begun:
             self._take()
             if not is_stream(path) and path.exists() and path.stat().st_size:
-                path.unlink() if self.overwrite else set_aside(path)
+                remove(path) if self.overwrite else set_aside(path)
             self._begun = True
         append_line(path, line, flushed=flushed)
 
