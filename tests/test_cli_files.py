@@ -5,12 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors import safe_open
 
+from fed_learn.cli import main
 from fed_learn.cli.interrupts import sigterm_like_ctrl_c
 
 COMMAND = [str(Path(sys.executable).parent / "fed-learn"), "simulate", "--clients", "2", "--local-epochs", "1"]
@@ -227,3 +229,12 @@ def test_a_file_in_the_place_of_the_folder_is_wrong_use(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"{tmp_path / 'out'} is a file, not a folder" in done.stderr
     assert contents(tmp_path) == {"out": b"mine"}
+
+
+def test_a_command_runs_in_a_thread_too_where_no_signal_can_be_told_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit) as left:
+        pool.submit(main, ["info", "--json"]).result()
+    assert left.value.code == 0
+    assert "kernels" in json.loads(capsys.readouterr().out)

@@ -1,6 +1,7 @@
 """Interrupts of a command: Ctrl-C, and SIGTERM, by which service managers and containers end a process."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,8 @@ class StoppedError(Exception):
 def sigterm_like_ctrl_c() -> Iterator[list[int]]:
     """Makes SIGTERM raise `KeyboardInterrupt` in the main thread, unless the process was told what else to do.
 
+    In another thread it does nothing.
+
     Yields:
         The signals that have come so far, Ctrl-C's not among them.
     """
@@ -23,7 +26,8 @@ def sigterm_like_ctrl_c() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    elsewhere = threading.current_thread() is not threading.main_thread()  # where no handler can be set
+    if elsewhere or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield came
         return
     signal.signal(signal.SIGTERM, interrupt)
