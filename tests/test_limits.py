@@ -12,6 +12,7 @@ import pytest
 import fed_learn as fl
 from fed_learn import limits
 from fed_learn.aggregation.round import Round, Told
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC
 from fed_learn.errors import brief
 from fed_learn.limits import (
     DEEPEST,
@@ -68,6 +69,16 @@ def test_of_names_that_a_client_made_up_an_error_keeps_a_hundred() -> None:
         Round(model=MODEL).receive(fl.Contribution("site-1", {"w": np.ones(2), **made_up}, 1))
     assert caught.value.extra == tuple(made_up)[:MOST_NAMED]
     assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("place", [0, MOST_METRICS - 1, MOST_METRICS, MOST_METRICS + 499])
+def test_the_score_to_select_by_is_taken_wherever_it_stands_among_too_many_metrics(place: int) -> None:
+    names = [f"m{i}" for i in range(MOST_METRICS + 499)]
+    names.insert(place, INITIAL_VALIDATION_METRIC)
+    taken = received(metrics=dict(zip(names, range(MOST_METRICS + 500), strict=True)))
+    assert taken.metrics[INITIAL_VALIDATION_METRIC] == place
+    assert len(taken.metrics) == MOST_METRICS
+    assert taken.info == {LEFT_OUT: "all entries but the first 1000"}
 
 
 def test_the_text_of_an_error_is_bounded() -> None:

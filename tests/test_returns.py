@@ -337,6 +337,18 @@ def test_a_repr_never_raises_whatever_the_weights_are(weights: Any) -> None:
     assert repr(fl.Contribution("a", weights, None)).startswith("Contribution('a', ")  # type: ignore[arg-type]
 
 
+def test_a_learner_with_more_scores_than_are_taken_is_selected_by_its_own_one_that_stands_last() -> None:
+    class Many(AddingLearner):
+        def validate(self, weights: Any, ctx: fl.FLContext) -> Any:
+            return {**{f"class-{i}": 0.5 for i in range(1500)}, "accuracy": weights["w"].sum()}
+
+    selection = fl.ModelSelectionHandler()
+    server = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=2, handlers=[selection])
+    result = server.run(clients_of({"a": Many(1), "b": Many(3)}))
+    assert result.best is not None
+    assert (result.best.round, result.best.metric) == (2, 4.0)
+
+
 def test_a_learner_that_derives_from_nothing_takes_part() -> None:
     learners: Mapping[str, Any] = {"a": Returning(lambda w: ({"w": w["w"] + 1}, 1)), "b": Returning(None)}
     server = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=2, min_contributions=1)

@@ -79,7 +79,7 @@ class Contribution:
     info: Mapping[str, Any] = field(default_factory=FrozenDict, kw_only=True)
 
     def __post_init__(self) -> None:
-        numbers, others = split_metrics(self.metrics or {})
+        numbers, others = split_metrics(self.metrics or {}, INITIAL_VALIDATION_METRIC)
         info: Mapping[Any, Any] = self.info or {}
         if others and info:
             entries, said = entries_of(info, MOST_INFO)
@@ -370,7 +370,7 @@ class ValidationResult:
     n_iter: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", FrozenDict(split_metrics(dict(self.metrics))[0]))
+        object.__setattr__(self, "metrics", FrozenDict(split_metrics(self.metrics, INITIAL_VALIDATION_METRIC)[0]))
 
 
 FINAL_MODEL = "final"

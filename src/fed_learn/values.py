@@ -63,11 +63,15 @@ def whole_number_of(value: object) -> int | None:
     return number if -(2**63) <= number < 2**63 else None
 
 
-def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], "PlainValues"]:
+def split_metrics(metrics: Mapping[Any, Any], first: str | None = None) -> tuple[dict[str, float], "PlainValues"]:
     """The entries of a client's metrics that are numbers, as floats, and the others as plain values.
 
     NaN and infinities are numbers; handlers deal with them. Of too many metrics the first `MOST_METRICS` are read, and
     one with too long a name is left out; the other values then say so under `LEFT_OUT`.
+
+    Args:
+        metrics: From outside.
+        first: The one that is read first, wherever it stands: the score to select by is not lost among too many.
 
     Example:
         >>> split_metrics({"accuracy": np.float32(0.5), "converged": True, "confusion": [[3, 1], [0, 4]]})
@@ -75,7 +79,7 @@ def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], "PlainV
     """
     numbers: dict[str, float] = {}
     others: dict[Any, Any] = {}
-    found, said = entries_of(metrics, MOST_METRICS)
+    found, said = entries_of(metrics, MOST_METRICS, first)
     for name, value in found.items():
         number = number_of(value) if isinstance(name, str) else None
         if isinstance(name, str) and len(name) > LONGEST_NAME:
@@ -89,8 +93,13 @@ def split_metrics(metrics: Mapping[Any, Any]) -> tuple[dict[str, float], "PlainV
     return numbers, plain_values(others)
 
 
-def entries_of(values: Mapping[Any, Any], most: int) -> tuple[dict[Any, Any], str]:
+def entries_of(values: Mapping[Any, Any], most: int, first: str | None = None) -> tuple[dict[Any, Any], str]:
     """The first entries of a mapping from outside, which may never end, and what is left out of it.
+
+    Args:
+        values: The mapping, or pairs.
+        most: How many are taken.
+        first: The entry that is taken first, wherever it stands.
 
     Example:
         >>> entries_of({"a": 1, "b": 2}, 1)
@@ -99,7 +108,8 @@ def entries_of(values: Mapping[Any, Any], most: int) -> tuple[dict[Any, Any], st
     if not isinstance(values, Mapping):
         values = dict(islice(values, most + 2))  # of pairs; else a TypeError, since nobody means that
     try:
-        found = dict(islice(values.items(), most + 2))  # one more may be what is said of others
+        found = {first: values[first]} if first in values else {}
+        found |= islice(values.items(), most + 2)  # one more may be what is said of others
     except BaseException as error:  # noqa: BLE001 - from outside; it costs what it holds, and no weights
         as_failure(error)
         return {}, f"what cannot be read: {described(error)}"

@@ -127,7 +127,7 @@ def scores_of(
         raise TypeError(
             f"{who} returned {_what(returned)}; it must return a dict such as {{{metric!r}: 0.9}}, or that number"
         )
-    numbers, info = split_metrics(returned)
+    numbers, info = split_metrics(returned, metric)
     if metric not in numbers:
         found = f"{metric!r} is {brief(info[metric])}, no number" if metric in info else f"no {metric!r} to select by"
         raise MetricError(

@@ -174,7 +174,7 @@ def checked_result(name: str, model: str, result: object, others: Sequence[Valid
         raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
     if any(other.contributor == name for other in others):
         raise MetricError(f"{name}: sent a result on {model!r} already", contributor=name, metric=None)
-    (metrics, _), n_iter = split_metrics(result.metrics), checked_n_iter(result.n_iter, name)
+    (metrics, _), n_iter = split_metrics(result.metrics, INITIAL_VALIDATION_METRIC), checked_n_iter(result.n_iter, name)
     if INITIAL_VALIDATION_METRIC not in metrics:
         raise MetricError(
             f"{name}: no {INITIAL_VALIDATION_METRIC!r}", contributor=name, metric=INITIAL_VALIDATION_METRIC
