@@ -671,6 +671,8 @@ def test_variable_with_a_line_break_does_not_break_the_message_in_two() -> None:
         ("../a", "holds a slash"),
         ("a\\b", "holds a slash or backslash"),
         (" a", "begins or ends with a space"),
+        ("a\u00a0", "begins or ends with a space"),
+        ("a\u200bb", "'\\\\u200b' is not printable"),
         ("a" * 201, "has 201 characters, at most 200"),
     ],
 )
@@ -680,7 +682,20 @@ def test_what_could_forge_a_log_line_a_path_or_another_name_is_no_name(name: str
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("name", ["site-1", "Klinikum Süd 3", "病院", "site-1@node-7", "a" * 200])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "site-1",
+        "Klinikum Süd 3",
+        "病院",
+        "東京\u3000病院",
+        "Hôpital\u00a0Nord",
+        "بیمارستان\u200cها",
+        "👩\u200d🔬 lab",
+        "site-1@node-7",
+        "a" * 200,
+    ],
+)
 def test_names_that_people_give_are_names(name: str) -> None:
     assert weighted_average([replace(good(), contributor=name)]).keys() == good().weights.keys()  # type: ignore[union-attr]
 

@@ -207,12 +207,17 @@ def _advice(kind: object) -> str:
     )
 
 
+SPACES_AND_JOINERS = "\u00a0\u202f\u3000\u200c\u200d"
+"""What Python does not count as printable although names in French, Japanese and Persian, and emoji, are written with it.
+Errors show it as its escape."""
+
+
 def check_contributor(name: object) -> str:
     r"""A contributor's name, if it can be one: it is part of log lines, files and the order of sums.
 
-    It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, neither begins nor ends with a
-    space, and is not that of a global model, `FINAL_MODEL` or `GLOBAL_BEST`. All names go through here, whoever gives
-    them.
+    It has at most `LONGEST_CONTRIBUTOR` characters, printable ones or `SPACES_AND_JOINERS`, no slash or backslash,
+    neither begins nor ends with a space, and is not that of a global model, `FINAL_MODEL` or `GLOBAL_BEST`. All names
+    go through here, whoever gives them.
 
     Raises:
         UnknownContributorError: It cannot.
@@ -230,8 +235,8 @@ def check_contributor(name: object) -> str:
     name = str.__str__(name)  # of a subclass of str nothing is called
     if len(name) > LONGEST_CONTRIBUTOR:
         problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
-    elif not name.isprintable():
-        problem = f"{next(c for c in name if not c.isprintable())!r} is not printable"
+    elif unprintable := [c for c in name if not c.isprintable() and c not in SPACES_AND_JOINERS]:
+        problem = f"{unprintable[0]!r} is not printable"
     elif "/" in name or "\\" in name:
         problem = "it holds a slash or backslash, and names become parts of paths"
     elif name != name.strip():
