@@ -104,6 +104,13 @@ def test_the_error_names_the_key() -> None:
     assert str(error) == "a handler cannot bind _round to 1 in the context of a job"
 
 
+def test_the_error_says_what_can_be_bound_to_a_key_that_handlers_may_bind() -> None:
+    with pytest.raises(
+        fl.HandlerError, match=r"cannot bind _stop to True in the context of a job; it can bind a reason"
+    ):
+        server_of(1, handlers=[At(Event.END_ROUND, ABUSES["a reason that is none"])]).run(two_clients())
+
+
 def test_a_key_to_which_the_job_has_bound_none_cannot_be_taken_either() -> None:
     takes = At(Event.RECEIVE_CONTRIBUTION, lambda ctx: ctx.pop(Key.REJECTION))
     recorder = Recorder()
@@ -134,6 +141,13 @@ CHOICES: dict[str, Change] = {
     "all keys bound anew": lambda ctx: ctx.update(ctx.clone()),
     "the same round": lambda ctx: ctx.set_prop(Key.ROUND, int(str(ctx[Key.ROUND]))),
     "contributions in a list": lambda ctx: ctx.set_prop(Key.CONTRIBUTIONS, list(ctx[Key.CONTRIBUTIONS])),
+    "contributions of a dict": lambda ctx: ctx.set_prop(
+        Key.CONTRIBUTIONS, {c.contributor: c for c in ctx[Key.CONTRIBUTIONS]}.values()
+    ),
+    "a set of contributions": lambda ctx: ctx.set_prop(Key.CONTRIBUTIONS, set(ctx[Key.CONTRIBUTIONS])),
+    "contributions in an array": lambda ctx: ctx.set_prop(
+        Key.CONTRIBUTIONS, np.array(ctx[Key.CONTRIBUTIONS], dtype=object)
+    ),
     "a score": lambda ctx: ctx.publish_metric("size", np.float32(2)),
     "scores of its own": lambda ctx: ctx.set_prop(Key.METRICS, {"size": 2}),
     "a best model": lambda ctx: ctx.set_prop(

@@ -1,7 +1,7 @@
 """`FLContext`, the job context that handlers share, with its keys, and `ModelData`, which holds a weight dict."""
 
 import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from itertools import compress, repeat
 from numbers import Real
@@ -223,7 +223,8 @@ class JobContext(FLContext):
             value, own = self.get(key, _NOTHING), before.get(key, _NOTHING)
             if not _BOUND_BY_HANDLERS.get(key, _is_as_it_was)(value, own):
                 done = f"take {key} out of" if value is _NOTHING else f"bind {key} to {brief(value)} in"
-                raise ContextError(f"a handler cannot {done} the context of a job", key=key)
+                wanted = f"; it can bind {_WANTED[key]}" if key in _WANTED else ""
+                raise ContextError(f"a handler cannot {done} the context of a job{wanted}", key=key)
         model = self._model
         if model is not attributes["_model"]:
             if model is None or not isinstance(getattr(model, "weights", None), Mapping):
@@ -241,7 +242,7 @@ def _is_as_it_was(value: object, own: object) -> bool:
 
 
 def _are_contributions(value: object, _: object) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(one, Contribution) for one in value)
+    return isinstance(value, Collection) and all(isinstance(one, Contribution) for one in value)
 
 
 def _are_scores(value: object, _: object = None) -> bool:
@@ -276,4 +277,12 @@ _BOUND_BY_HANDLERS: dict[str, Callable[[object, object], bool]] = {
     ContextKey.BEST_AGGREGATED: _is_best,
 }
 """What a handler may bind to which key of the library, given what was there. The others are the job's own."""
+_WANTED: dict[str, str] = {
+    ContextKey.CONTRIBUTIONS: "some of the contributions, in a list",
+    ContextKey.METRICS: "a dict of names to numbers",
+    ContextKey.REPORT: "the report of the job with other metrics",
+    ContextKey.STOP: "a reason, as text",
+    ContextKey.BEST_RECEIVED: "a BestModel",
+    ContextKey.BEST_AGGREGATED: "a BestModel",
+}
 _KEYS = tuple(ContextKey)
