@@ -170,6 +170,20 @@ def test_a_file_that_another_process_writes_is_refused_until_that_is_killed(tmp_
     assert os.listdir(path.parent) == []
 
 
+def test_a_forked_worker_that_outlives_a_killed_job_keeps_none_of_its_files(tmp_path: Path) -> None:
+    forking = HOLDER.replace("print(", "import os; os.fork() or (sys.stdin.read(), os._exit(0)); print(")
+    command = [sys.executable, "-c", forking, str(tmp_path / "file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "taken\n"
+        with pytest.raises(fl.FileInUseError):
+            Claim([tmp_path / "file"]).take()
+        process.kill()
+        process.wait()
+        with Claim([tmp_path / "file"]):  # the worker waits for its input to end
+            assert os.listdir(tmp_path) == [".file.fed-learn.lock"]
+
+
 def test_only_what_is_certainly_left_over_is_removed(tmp_path: Path) -> None:
     others = [
         ".file.tmp",
@@ -230,7 +244,7 @@ def test_where_a_file_system_has_no_locks_the_job_goes_on_and_says_so(
     def refuse(*arguments: Any) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr("fcntl.lockf", refuse)
     (tmp_path / ".file.fed-learn-1.tmp").touch()
     with Claim([tmp_path / "file"]):
         # It may be that of a job that is alive: nothing tells.

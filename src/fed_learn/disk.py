@@ -246,7 +246,8 @@ def _try_lock(path: Path, descriptor: int) -> bool:
             finally:
                 os.lseek(descriptor, 0, os.SEEK_SET)
         else:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of the process alone: of `flock` a forked worker that outlives a killed server would keep its copy.
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if not isinstance(error, BlockingIOError | PermissionError):
             logger.warning("%s: no second job can be kept from writing it, for it cannot be locked: %s", path, error)
