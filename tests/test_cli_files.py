@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from fed_learn.cli import main
 from fed_learn.cli.interrupts import sigterm_like_ctrl_c
+from fed_learn.simulation import plot
 
 COMMAND = [str(Path(sys.executable).parent / "fed-learn"), "simulate", "--clients", "2", "--local-epochs", "1"]
 PARTS = """
@@ -185,6 +186,19 @@ def test_an_interrupt_before_the_first_round_leaves_the_files_of_an_earlier_job(
     done = run(out, "--overwrite", "--config", config)
     assert (done.returncode, done.stderr) == (143, "fed-learn: interrupted; nothing was written: run it again\n")
     assert contents(out) == before
+
+
+def test_a_job_that_is_done_is_not_said_to_be_lost_where_only_its_plot_is_interrupted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plot, "plot_job", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        main(["simulate", "--clients", "2", "--local-epochs", "1", "--rounds", "1", "--json", "--out", str(tmp_path)])
+    assert left.value.code == 143
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"fed-learn: interrupted when the job was done; only the plot may be missing in {tmp_path}: metrics.jsonl, "
+        "global.safetensors, best.safetensors, summary.json"
+    )
 
 
 def test_a_process_that_is_to_ignore_sigterm_goes_on_ignoring_it() -> None:

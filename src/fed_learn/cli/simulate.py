@@ -222,6 +222,8 @@ def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
     where = "interrupted" if report is None else f"interrupted in round {report.round + 1} of {demo.server.num_rounds}"
     if not files:
         return f"{where}; nothing was written: run it again"
+    if "summary.json" in files:
+        return f"interrupted when the job was done; only the plot may be missing in {out}: {', '.join(files)}"
     return (
         f"{where}; kept in {out}: {', '.join(files)}. It cannot be resumed: run it again with another --out, or with "
         "--overwrite"
