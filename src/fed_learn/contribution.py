@@ -208,7 +208,7 @@ def _advice(kind: object) -> str:
 
 
 SPACES_AND_JOINERS = "\u00a0\u202f\u3000\u200c\u200d"
-"""What Python does not count as printable although names in French, Japanese and Persian, and emoji, are written with it.
+"""What Python does not count as printable, although French, Japanese and Persian names are written with it, and emoji.
 Errors show it as its escape."""
 
 
