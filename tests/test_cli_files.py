@@ -52,7 +52,14 @@ class Failing(fl.Handler):
 def run(out: Path | str, *arguments: str, cwd: Path | None = None, **environment: str) -> Any:
     command = [*COMMAND, "--out", str(out), *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        # A shell has what runs in its background ignore Ctrl-C, and so would all that is started from there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 

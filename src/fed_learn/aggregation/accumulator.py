@@ -97,7 +97,7 @@ class Accumulator:
         self._largest: dict[str, int] = {}
         self._broken = False
         self._borrowed: list[tuple[list[Array], float]] = []
-        self._copies: list[dict[str, Any]] = []
+        self._copies: list[tuple[bool, dict[str, Any]]] = []
         self._copied = 0
         self._contributors: dict[str, None] = {}
         self._kind = None if kind is None else Kind(kind)
@@ -360,10 +360,12 @@ class Accumulator:
         """Memory for the copy of a contribution: of arrays, or of tensors in a place."""
         if not self._count:
             self._copies.clear()  # may be of what was refused
-        if self._copied == len(self._copies):
+        of_tensors = place is not None
+        if self._copied == len(self._copies) or self._copies[self._copied][0] is not of_tensors:
             schema = Schema.of(arrays)
-            self._copies.append(new_arrays(schema) if place is None else tensors.new_tensors(schema, place))
-        return self._copies[self._copied]
+            room = new_arrays(schema) if place is None else tensors.new_tensors(schema, place)
+            self._copies[self._copied :] = [(of_tensors, room)]
+        return self._copies[self._copied][1]
 
     def _start(self, schema: Schema) -> bool:
         """Makes the sums if there are none; returns whether it did."""
