@@ -22,6 +22,7 @@ from fed_learn.errors import (
     BrokenAccumulatorError,
     DuplicateContributionError,
     EmptyAggregationError,
+    ExactDomainError,
     IntegerRangeError,
     KindError,
     MergeError,
@@ -30,7 +31,7 @@ from fed_learn.errors import (
     brief,
 )
 from fed_learn.kernels.base import Kernel
-from fed_learn.kernels.digits import Float64Array
+from fed_learn.kernels.digits import DigitsError, Float64Array
 from fed_learn.weights import Array, Schema, WeightDict, first_of, size_text
 
 MOST_BORROWED = 10
@@ -291,8 +292,8 @@ class Accumulator:
             for name, flag in zip(self._sums, flags, strict=True):
                 if flag:
                     raise SumOverflowError(
-                        f"{name!r}: the sum left the range of float64; weighted_average can take such values, unless "
-                        "weights that were borrowed have changed before they were added",
+                        f"{name!r}: the sum left the range of float64, which weighted_average can take; or "
+                        "borrowed weights have changed before they were added",
                         name=name,
                     )
         return outputs.finish()
@@ -350,7 +351,12 @@ class Accumulator:
         columns = [list(column) for column in zip(*(arrays for arrays, _ in self._borrowed), strict=True)]
         aggregation_weights = [a for _, a in self._borrowed]
         if self._exact_sums is not None:
-            self._exact_sums.add(self._kernel, columns, aggregation_weights)
+            try:
+                self._exact_sums.add(self._kernel, columns, aggregation_weights)
+            except DigitsError as error:
+                raise ExactDomainError(
+                    "borrowed weights have changed before they were added, to values that exact sums do not take"
+                ) from error
         else:
             self._add(columns, [math.ldexp(a, LIFT) for a in aggregation_weights], start)
         self._borrowed.clear()
