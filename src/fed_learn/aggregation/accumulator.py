@@ -147,7 +147,8 @@ class Accumulator:
                 adds nothing.
             contributor: Who sent it; the same name twice is refused. None: anonymous.
             borrow: The accumulator may keep the arrays, and the caller promises to leave them as they are, until it is
-                asked for `flush()`, `result()`, a merge or a copy. At most `MOST_BORROWED` wait. The bits are the same.
+                asked for `flush()`, `result()`, a merge or a copy, or adds what is not borrowed. At most
+                `MOST_BORROWED` wait. The bits are the same.
 
         Raises:
             ContributionError: It is refused; the class says why, the attributes who and where.
@@ -201,7 +202,10 @@ class Accumulator:
             self._place, self._kernel = found.place, kernel
         self._borrowed.append(([columns[name] for name in self._schema], a))
         self._copied += copies is not None
-        waits = len(self._borrowed) < MOST_BORROWED if borrow else copies is not None and self._copied < MOST_COPIED
+        if borrow:
+            waits = len(self._borrowed) < MOST_BORROWED
+        else:  # a copy waits beside copies alone: whoever ceases to borrow may change what was borrowed
+            waits = copies is not None and len(self._borrowed) == self._copied < MOST_COPIED
         if not waits:
             self._add_borrowed()
         self._note(1, a, contribution.kind, contribution.round, largest, {who: None} if named else {})
