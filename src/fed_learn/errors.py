@@ -121,7 +121,7 @@ class TiedVariablesError(ContributionError, ValueError):
 
 
 class UnknownContributorError(ContributionError, ValueError):
-    """The contributor's name is none, or not that of the client that sent the contribution."""
+    """The contributor's name is missing or invalid, or is another's than the client's that sent the contribution."""
 
 
 class EmptyAggregationError(FedLearnError, ValueError):

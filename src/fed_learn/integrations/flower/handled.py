@@ -162,9 +162,8 @@ class Handled(OneJob, Strategy):
         self.close()
         result, arrays = HandledResult(), initial_arrays
         session = self._job_start(to_weights(initial_arrays), initial_arrays, num_rounds)
-        session.connect(
-            getattr(grid, "get_node_ids", None)
-        )  # before a subclass puts those in its place whom it samples
+        # Asked now, before a subclass wraps the grid in one that knows only the nodes that it samples.
+        session.connect(getattr(grid, "get_node_ids", None))
         try:
             with session.job:
                 if evaluate_fn:
