@@ -207,7 +207,7 @@ def _advice(kind: object) -> str:
     )
 
 
-def check_contributor(name: object) -> str:
+def check_contributor(given: Any) -> str:
     r"""A contributor's name, if it can be one: it is part of log lines, files and the order of sums.
 
     It has at most `LONGEST_CONTRIBUTOR` printable characters, no slash or backslash, neither begins nor ends with a
@@ -225,9 +225,10 @@ def check_contributor(name: object) -> str:
         ...
         fed_learn.errors.UnknownContributorError: contributor 'site-1\nERROR' is not a name: '\n' is not printable
     """
-    if not isinstance(name, str) or not str.__len__(name):
-        raise UnknownContributorError(f"contributor {brief(name)} is not a name", contributor=None)
-    name = str.__str__(name)  # of a subclass of str nothing is called
+    # By its type and by the methods of str: nothing that the sender's own class computes is called.
+    name = str.__str__(given) if issubclass(type(given), str) else ""
+    if not name:
+        raise UnknownContributorError(f"contributor {brief(given)} is not a name", contributor=None)
     if len(name) > LONGEST_CONTRIBUTOR:
         problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
     elif not name.isprintable():

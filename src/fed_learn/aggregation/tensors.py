@@ -245,9 +245,9 @@ def check_device(found: Opened, device: str | None, who: str) -> None:
         _refuse_devices(f"{who}: weights are", who, name, found.device, device)
 
 
-def label_of(contributor: object) -> str:
+def label_of(contributor: Any) -> str:
     """What to call a contributor whose name may not even be one."""
-    return str.__str__(contributor) if isinstance(contributor, str) else brief(contributor)
+    return str.__str__(contributor) if issubclass(type(contributor), str) else brief(contributor)
 
 
 def _refuse_devices(what: str, who: str, name: str | None, device: str, expected: str) -> None:

@@ -32,6 +32,7 @@ from fed_learn.errors import (
     ExactDomainError,
     FedLearnError,
     FloatingPointEnvironmentError,
+    NamesError,
     WeightsTypeError,
     as_failure,
     brief,
@@ -202,6 +203,9 @@ class _Averaging:
                 raise  # not the client's doing
             except BaseException as error:  # noqa: BLE001 - raised below, with the name of who sent it
                 reason = _reason(who, as_failure(error))
+                if self._excluded is not None and isinstance(reason, NamesError) and reason.extra:
+                    advice = "exclude_vars is for variables that the global model has, and clients must not send others"
+                    reason.args = (f"{reason}; {advice}",)
                 refusal = intake.refuse(who, reason)
                 raise reason from (None if reason is error else error)
             finally:
