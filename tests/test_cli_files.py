@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,19 @@ def test_a_process_that_is_to_ignore_sigterm_goes_on_ignoring_it() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     assert came == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_command_in_another_thread_than_the_main_one_leaves_signals_as_they_are() -> None:
+    handlers: list[object] = []
+
+    def command() -> None:
+        with sigterm_like_ctrl_c():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.SIG_DFL]
 
 
 def test_a_plot_that_cannot_be_drawn_is_a_warning_and_the_rest_is_there(tmp_path: Path) -> None:

@@ -130,6 +130,17 @@ def test_a_file_that_does_not_fit_on_the_disk_leaves_the_old_one_and_nothing_bes
     assert (tmp_path / "file").read_bytes() == b"old"
 
 
+def test_a_pipe_is_written_to_and_not_replaced_by_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    reading = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(path, b"data")
+    assert os.read(reading, 100) == b"data"
+    os.close(reading)
+    assert path.is_fifo()
+    assert os.listdir(tmp_path) == ["pipe"]
+
+
 # Claims
 
 HOLDER = """

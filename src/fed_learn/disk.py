@@ -29,11 +29,14 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes a file that is there whole, as it was or as it is to be, whatever happens in between.
 
     It is written beside its place, flushed to the disk, and moved there. What a process that was killed leaves beside
-    it is removed by the next `Claim` of the file.
+    it is removed by the next `Claim` of the file. A device or a pipe is written to as it is: it must not be replaced.
 
     Raises:
         OSError: It cannot be written; one that was there before is still there, and nothing is beside it.
     """
+    if is_stream(path):
+        _write_to_stream(path, data)
+        return
     temporary = path.with_name(f".{path.name}.fed-learn-{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -60,9 +63,7 @@ def append_line(path: Path, line: str, *, flushed: bool = True) -> None:
     """
     data = memoryview((line + "\n").encode())
     if is_stream(path):
-        with open(path, "ab", buffering=0) as file:
-            while data:
-                data = data[file.write(data) :]
+        _write_to_stream(path, data)
         return
     with open(path, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -78,6 +79,11 @@ def append_line(path: Path, line: str, *, flushed: bool = True) -> None:
             raise
     if not end and flushed:
         flush(path.parent)
+
+
+def _write_to_stream(path: Path, data: bytes | memoryview) -> None:
+    with open(path, "ab") as file:  # behind what is there, for standard output may lead to a file
+        file.write(data)
 
 
 def is_stream(path: Path) -> bool:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from fed_learn.errors import HandlerError, HandlerFailure, as_failure, brief, described
+from fed_learn.errors import HandlerError, HandlerFailure, as_failure, brief, described, is_interrupt
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def shut_down(
         handlers: In the order in which they started.
         ctx: The context.
         of_client: They are a client's, which may fail but not end the job of the others: `SystemExit` and the like are
-            among what is returned. Only `KeyboardInterrupt` is raised.
+            among what is returned. Only interrupts of the process are raised; see `fed_learn.errors.is_interrupt`.
 
     Returns:
         What failed; it has been logged, and is as it can be kept, without tracebacks.
@@ -158,7 +158,7 @@ def shut_down(
         try:
             failure = _run(EventType.SHUTDOWN, handler, ctx)
         except BaseException as error:  # noqa: BLE001 - raised below, once all are shut down
-            if not of_client or isinstance(error, KeyboardInterrupt):
+            if not of_client or is_interrupt(error):
                 interrupt = error
                 continue
             failure = HandlerFailure(EventType.SHUTDOWN, _name_of(handler), as_failure(error))
@@ -191,7 +191,7 @@ def _run(event: str, handler: EventHandler, ctx: Transactional) -> HandlerFailur
         return failure
     except BaseException as error:
         ctx.restore(before)
-        if not isinstance(error, KeyboardInterrupt):  # whoever sees it next will not know where it comes from
+        if not is_interrupt(error):  # whoever sees it next will not know where it comes from
             logger.error("%s leaves at %s by %s", _name_of(handler), event, described(error))
         raise
 

@@ -1,6 +1,7 @@
 """Interrupts of a command: Ctrl-C, and SIGTERM, by which service managers and containers end a process."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,7 +24,8 @@ def sigterm_like_ctrl_c() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    in_main_thread = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or not in_main_thread:
         yield came
         return
     signal.signal(signal.SIGTERM, interrupt)
