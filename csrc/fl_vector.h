@@ -143,15 +143,15 @@ FL_INLINE void fl_stream(void *p, const void *v, size_t size)
 #endif
 
 /* Makes a value in a register one that the compiler knows nothing of, so that it does not read it from memory once more,
- * where it may have changed. */
-#if FL_SCALAR || !defined(__GNUC__)
+ * where it may have changed. Without vectors elements are volatile instead. */
+#if FL_SCALAR
 #define FL_READ_ONCE(v) ((void)0)
 #elif defined(__x86_64__)
 #define FL_READ_ONCE(v) __asm__("" : "+x"(v))
 #elif defined(__aarch64__)
 #define FL_READ_ONCE(v) __asm__("" : "+w"(v))
-#else
-#define FL_READ_ONCE(v) ((void)0)
+#else /* whatever registers there are, by way of the stack */
+#define FL_READ_ONCE(v) __asm__("" : "+m"(v))
 #endif
 
 /* The conversions that change the width of a lane. GCC 12 makes several instructions of what the machine has one for.

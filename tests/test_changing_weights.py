@@ -172,7 +172,19 @@ def test_borrowed_weights_that_have_changed_are_told_apart_from_an_overflow() ->
     accumulator, buffer = Accumulator(), np.zeros(1)
     accumulator.add({"w": buffer}, 1, "site-1", borrow=True)
     buffer[0] = np.nan
-    with pytest.raises(fl.SumOverflowError, match=r"'w': .* borrowed have changed"):
+    with pytest.raises(fl.SumOverflowError, match=r"'w': .* borrowed weights have changed"):
+        accumulator.result()
+
+
+@every_kernel
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_borrowed_weights_that_leave_the_domain_of_exact_sums_are_told(kernel: str, value: float) -> None:
+    accumulator, buffer = Accumulator(exact=True, kernel=kernel), np.ones(3)
+    accumulator.add({"w": buffer}, 1, "site-1", borrow=True)
+    buffer[1] = value
+    with pytest.raises(fl.ExactDomainError, match="borrowed weights have changed"):
+        accumulator.result()
+    with pytest.raises(fl.BrokenAccumulatorError):
         accumulator.result()
 
 

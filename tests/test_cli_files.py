@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,14 @@ class Failing(fl.Handler):
 def run(out: Path | str, *arguments: str, cwd: Path | None = None, **environment: str) -> Any:
     command = [*COMMAND, "--out", str(out), *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment}
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        # A shell has what runs in its background ignore Ctrl-C, and so would all that is started from there.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -216,6 +223,19 @@ def test_a_process_that_is_to_ignore_sigterm_goes_on_ignoring_it() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_command_in_another_thread_than_the_main_one_leaves_signals_as_they_are() -> None:
+    handlers: list[object] = []
+
+    def command() -> None:
+        with sigterm_like_ctrl_c():
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=command)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.SIG_DFL]
+
+
 def test_a_plot_that_cannot_be_drawn_is_a_warning_and_the_rest_is_there(tmp_path: Path) -> None:
     (tmp_path / "matplotlib.py").write_text("raise ImportError('it is not here')")
     out = tmp_path / "out"
@@ -243,12 +263,3 @@ def test_a_file_in_the_place_of_the_folder_is_wrong_use(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert f"{tmp_path / 'out'} is a file, not a folder" in done.stderr
     assert contents(tmp_path) == {"out": b"mine"}
-
-
-def test_a_command_runs_in_a_thread_too_where_no_signal_can_be_told_what_to_do(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    with ThreadPoolExecutor(1) as pool, pytest.raises(SystemExit) as left:
-        pool.submit(main, ["info", "--json"]).result()
-    assert left.value.code == 0
-    assert "kernels" in json.loads(capsys.readouterr().out)

@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
 import fed_learn as fl
 from fed_learn.integrations.flower import ClientMod, FedAvg, LocalGrid, WithHandlers
+from fed_learn.integrations.flower.replies import checked_name, node_name
 
 
 def train(message: Message, context: Context) -> Message:
@@ -298,6 +299,13 @@ def test_a_claim_that_is_no_name_is_refused_by_its_node_in_one_printable_line(
     assert len(refused) == 2
     assert all(line.startswith("\t> Refused: UnknownContributorError: node-2: ") for line in refused)
     assert all(line[1:].isprintable() and len(line) < 300 for line in refused)
+
+
+def test_a_node_may_claim_the_name_that_it_shares_whatever_its_client_id_holds() -> None:
+    shared = f"hospital@{node_name('10.0.0.1:80/a')}"
+    assert checked_name(shared, "10.0.0.1:80/a") == shared
+    with pytest.raises(fl.UnknownContributorError, match="the name of another node"):
+        checked_name(shared, "10.0.0.1:80/b")
 
 
 def test_what_a_client_says_of_its_error_is_one_printable_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:

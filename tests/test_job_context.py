@@ -181,6 +181,15 @@ def test_a_handler_may_tidy_up_when_the_job_is_over() -> None:
     assert server.ctx[Key.NUM_ROUNDS] == 2
 
 
+def test_what_handlers_bind_when_the_job_is_over_is_there_to_be_read() -> None:
+    binds: Change = lambda ctx: ctx.update({"mine": 1, Key.STOP: "tired", Key.NUM_ROUNDS: "none"})  # noqa: E731
+    server = server_of(handlers=[At(Event.SHUTDOWN, binds), At(Event.SHUTDOWN, lambda ctx: ctx.set_model(None))])
+    result = server.run(two_clients())
+    assert (server.ctx["mine"], server.ctx[Key.STOP], server.ctx[Key.NUM_ROUNDS]) == (1, "tired", 2)
+    assert server.ctx.model is not None
+    assert server.ctx.model.weights is result.weights
+
+
 @pytest.mark.parametrize("abuse", ["clears it", "takes the handlers", "no model", "a model of lists"])
 def test_a_clients_handler_that_garbles_its_context_costs_that_client_alone(abuse: str) -> None:
     clients = [

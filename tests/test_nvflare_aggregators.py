@@ -257,6 +257,14 @@ def test_excluded_variables_stay_those_of_the_global_model() -> None:
     assert params["w"].tolist() == [1, 1]
 
 
+def test_who_sent_names_that_are_too_long_is_named_where_variables_are_excluded_too() -> None:
+    aggregator = WeightedAverageAggregator(exclude_vars="^head", on_bad_contribution="raise")
+    start_round(aggregator, 0, {"head": np.zeros(2), "w": np.zeros(2)})
+    with pytest.raises(fl.NamesError, match=r"^site-1: a variable's name has 2000 characters") as caught:
+        aggregator.accept_model(model("site-1", {"w" * 2000: np.ones(2)}))
+    assert caught.value.contributor == "site-1"
+
+
 def test_variables_are_not_excluded_from_a_global_model_that_is_not_known() -> None:
     """NVFlare takes a mean of full weights for the whole model: it would lose them."""
     aggregator = WeightedAverageAggregator(exclude_vars="^head")

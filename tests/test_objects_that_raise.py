@@ -2,7 +2,9 @@
 
 import asyncio
 import logging
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -244,7 +246,7 @@ def test_metrics_that_raise_cost_the_client_these_metrics(leaving: type[BaseExce
     assert sent.metrics == {"a": 1.0}
     assert sorted(sent.info) == ["b", "c", "d"]
     assert all(isinstance(text, str) for text in (sent.info["b"], *sent.info["d"]))
-    assert sent.info["c"] == {"x": 1}, "of a class of its own nothing is called"
+    assert sent.info["c"] == {"x": 1}  # nothing of its class is called
 
 
 @pytest.mark.parametrize("leaving", LEAVING)
@@ -340,3 +342,38 @@ def test_a_validation_result_or_a_best_model_that_raises_is_left_out(
     assert {result.contributor for result in result.validation_results} == {"a"}
     assert any("the best model of b is left out" in message for message in caplog.messages)
     assert any("a validation result is left out: b" in message for message in caplog.messages)
+
+
+@pytest.mark.parametrize("handler", [lambda number, frame: sys.exit(143), lambda *_: sys.exit(143)])
+@pytest.mark.parametrize("of_metrics", [False, True])
+def test_what_a_signal_handler_raises_ends_the_job_and_is_no_failure_of_the_client_that_is_looked_at(
+    handler: Callable[..., Any], of_metrics: bool
+) -> None:
+    class Interrupted(Mapping[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            raise KeyError(name)
+
+        def __iter__(self) -> Iterator[str]:
+            if next(once, False):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return iter(())
+
+        def __len__(self) -> int:
+            return 1
+
+    def run() -> None:
+        with server_of(handlers=[At(Event.SHUTDOWN, shut_down.append)]).begin() as job:
+            job.start_round(0)
+            if of_metrics:
+                fl.Contribution("a", initial_weights(), 1, metrics=Interrupted())
+            job.receive("a", fl.Contribution("a", Interrupted(), 1, round=0))
+
+    once, shut_down = iter([True]), list[fl.FLContext]()
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            run()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert caught.value.code == 143
+    assert len(shut_down) == 1

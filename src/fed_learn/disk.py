@@ -29,14 +29,14 @@ def write_whole(path: Path, data: bytes) -> None:
     """Writes a file that is there whole, as it was or as it is to be, whatever happens in between.
 
     It is written beside its place, flushed to the disk, and moved there. What a process that was killed leaves beside
-    it is removed by the next `Claim` of the file. A link stays one, and leads to the new file; to a device or a pipe
-    the data is only written.
+    it is removed by the next `Claim` of the file. A link stays one, and leads to the new file. A device or a pipe is
+    written to as it is: it must not be replaced.
 
     Raises:
         OSError: It cannot be written; one that was there before is still there, and nothing is beside it.
     """
     if is_stream(path):
-        path.write_bytes(data)
+        _write_to_stream(path, data)
         return
     path = _followed(path)
     temporary = path.with_name(f".{path.name}.fed-learn-{os.getpid()}.tmp")
@@ -65,9 +65,7 @@ def append_line(path: Path, line: str, *, flushed: bool = True) -> None:
     """
     data = memoryview((line + "\n").encode())
     if is_stream(path):
-        with open(path, "ab", buffering=0) as file:
-            while data:
-                data = data[file.write(data) :]
+        _write_to_stream(path, data)
         return
     with open(path, "a+b", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -83,6 +81,11 @@ def append_line(path: Path, line: str, *, flushed: bool = True) -> None:
             raise
     if not end and flushed:
         flush(path.parent)
+
+
+def _write_to_stream(path: Path, data: bytes | memoryview) -> None:
+    with open(path, "ab") as file:  # behind what is there, for standard output may lead to a file
+        file.write(data)
 
 
 def is_stream(path: Path) -> bool:

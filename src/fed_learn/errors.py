@@ -6,9 +6,9 @@ about as attributes, so that nobody has to parse a message.
 """
 
 import reprlib
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from traceback import walk_tb
 from typing import Any, Self, TypeGuard
 
@@ -121,7 +121,7 @@ class TiedVariablesError(ContributionError, ValueError):
 
 
 class UnknownContributorError(ContributionError, ValueError):
-    """The contributor's name is none, or not that of the client that sent the contribution."""
+    """The contributor's name is missing or invalid, or is another's than the client's that sent the contribution."""
 
 
 class EmptyAggregationError(FedLearnError, ValueError):
@@ -261,9 +261,11 @@ def as_failure(error: BaseException) -> Exception:
     """What code of others raised, as a failure of theirs; what interrupts the process is raised again.
 
     Clients, and the objects that they send, may raise anything while they run or are looked at, `SystemExit` and
-    `GeneratorExit` among it. Meant for the process are only `KeyboardInterrupt` and what a signal handler raises, such
-    as the `sys.exit` of one for SIGTERM. Wherever the library runs their code, it takes what comes out of it by
+    `GeneratorExit` among it. Wherever the library runs their code, it takes what comes out of it by
     `except BaseException` and this.
+
+    Raises:
+        BaseException: The error itself, if it is meant for the process: see `is_interrupt`.
 
     Returns:
         The error itself; one that describes it where it is no `Exception`, which most code would not catch.
@@ -272,27 +274,33 @@ def as_failure(error: BaseException) -> Exception:
         >>> as_failure(ValueError("no data")), as_failure(SystemExit("no GPU"))
         (ValueError('no data'), FedLearnError('SystemExit: no GPU'))
     """
-    if is_interrupt(error):
-        raise error
     if isinstance(error, Exception):
         return error
+    if is_interrupt(error):
+        raise error
     failure = FedLearnError(described(error))
     failure.__cause__ = error
     return failure
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Whether an exception is meant for the process: `KeyboardInterrupt`, or no `Exception` and of a signal handler.
+    """Whether an exception is meant for the process: `KeyboardInterrupt`, and what the handler of a signal raises.
 
-    A signal handler strikes wherever the main thread is at that moment: in the code of a client, say.
+    Servers end in order on SIGTERM by a handler that raises `SystemExit`; Flower's do on Ctrl-C too. Python calls it
+    wherever the main thread is just then, so it may be in the middle of an object from outside. The handler is known by
+    its arguments: one of them is the frame that it interrupts, which comes before its own in the traceback.
+
+    Example:
+        >>> is_interrupt(KeyboardInterrupt()), is_interrupt(SystemExit("no GPU"))
+        (True, False)
     """
     if isinstance(error, Exception | KeyboardInterrupt):
         return isinstance(error, KeyboardInterrupt)
-    handlers = [getattr(each, "func", each) for each in map(signal.getsignal, signal.valid_signals()) if callable(each)]
-    own = {
-        getattr(handler, "__code__", None) or getattr(type(handler).__call__, "__code__", None) for handler in handlers
-    }
-    return any(frame.f_code in own for frame, _ in walk_tb(error.__traceback__))
+    for (before, _), (frame, _) in pairwise(walk_tb(error.__traceback__)):
+        for value in frame.f_locals.values():
+            if value is before or (type(value) is tuple and any(one is before for one in value)):
+                return True
+    return False
 
 
 def is_error(value: object) -> TypeGuard[BaseException]:

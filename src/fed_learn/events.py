@@ -144,7 +144,7 @@ def shut_down(
         handlers: In the order in which they started.
         ctx: The context.
         of_client: They are a client's, which may fail but not end the job of the others: `SystemExit` and the like are
-            among what is returned. Only what is meant for the process is raised, see `fed_learn.errors.is_interrupt`.
+            among what is returned. Only interrupts of the process are raised; see `fed_learn.errors.is_interrupt`.
 
     Returns:
         What failed; it has been logged, and is as it can be kept, without tracebacks.
@@ -191,7 +191,7 @@ def _run(event: str, handler: EventHandler, ctx: Transactional) -> HandlerFailur
         return failure
     except BaseException as error:
         ctx.restore(before)
-        if not isinstance(error, KeyboardInterrupt):  # whoever sees it next will not know where it comes from
+        if not is_interrupt(error):  # whoever sees it next will not know where it comes from
             logger.error("%s leaves at %s by %s", _name_of(handler), event, described(error))
         raise
 

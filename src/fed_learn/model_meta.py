@@ -218,18 +218,33 @@ class JobContext(FLContext):
             ContributionError: It put a model into the context that is none of the job's.
         """
         before, attributes, _ = snapshot
-        bound, were_bound = map(self.get, _KEYS, repeat(_NOTHING)), map(before.get, _KEYS, repeat(_NOTHING))
-        for key in compress(_KEYS, map(is_not, bound, were_bound)):  # most handlers bind none of them
-            value, own = self.get(key, _NOTHING), before.get(key, _NOTHING)
-            if not _BOUND_BY_HANDLERS.get(key, _is_as_it_was)(value, own):
-                done = f"take {key} out of" if value is _NOTHING else f"bind {key} to {brief(value)} in"
-                wanted = f"; it can bind {_WANTED[key]}" if key in _WANTED else ""
-                raise ContextError(f"a handler cannot {done} the context of a job{wanted}", key=key)
+        for key in self._garbled(before):
+            value = self.get(key, _NOTHING)
+            done = f"take {key} out of" if value is _NOTHING else f"bind {key} to {brief(value)} in"
+            wanted = f"; it can bind {_WANTED[key]}" if key in _WANTED else ""
+            raise ContextError(f"a handler cannot {done} the context of a job{wanted}", key=key)
         model = self._model
         if model is not attributes["_model"]:
             if model is None or not isinstance(getattr(model, "weights", None), Mapping):
                 raise ContextError(f"a handler cannot make {brief(model)} the model of a job", key="model")
             self._model = self.adopt(model)
+
+    def mend(self, snapshot: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:
+        """Puts the model back, and the keys of the library that handlers took away or garbled since `snapshot`."""
+        before, attributes, _ = snapshot
+        for key in {*self._garbled(before), *(before.keys() & set(_KEYS)) - self.keys()}:
+            self[key] = before[key]
+        self._model = attributes["_model"]
+
+    def _garbled(self, before: Mapping[str, Any]) -> list[str]:
+        """Keys of the library to which is bound what does not belong there, or nothing any more."""
+        bound, were_bound = map(self.get, _KEYS, repeat(_NOTHING)), map(before.get, _KEYS, repeat(_NOTHING))
+        changed = compress(_KEYS, map(is_not, bound, were_bound))  # most handlers bind none of them
+        return [
+            key
+            for key in changed
+            if not _BOUND_BY_HANDLERS.get(key, _is_as_it_was)(self.get(key, _NOTHING), before.get(key, _NOTHING))
+        ]
 
 
 _NOTHING: Any = object()

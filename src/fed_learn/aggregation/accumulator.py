@@ -22,6 +22,7 @@ from fed_learn.errors import (
     BrokenAccumulatorError,
     DuplicateContributionError,
     EmptyAggregationError,
+    ExactDomainError,
     IntegerRangeError,
     KindError,
     MergeError,
@@ -30,7 +31,7 @@ from fed_learn.errors import (
     brief,
 )
 from fed_learn.kernels.base import Kernel
-from fed_learn.kernels.digits import Float64Array
+from fed_learn.kernels.digits import DigitsError, Float64Array
 from fed_learn.weights import Array, Schema, WeightDict, first_of, size_text
 
 MOST_BORROWED = 10
@@ -97,7 +98,7 @@ class Accumulator:
         self._largest: dict[str, int] = {}
         self._broken = False
         self._borrowed: list[tuple[list[Array], float]] = []
-        self._copies: list[dict[str, Any]] = []
+        self._copies: list[tuple[bool, dict[str, Any]]] = []
         self._copied = 0
         self._contributors: dict[str, None] = {}
         self._kind = None if kind is None else Kind(kind)
@@ -146,7 +147,8 @@ class Accumulator:
                 adds nothing.
             contributor: Who sent it; the same name twice is refused. None: anonymous.
             borrow: The accumulator may keep the arrays, and the caller promises to leave them as they are, until it is
-                asked for `flush()`, `result()`, a merge or a copy. At most `MOST_BORROWED` wait. The bits are the same.
+                asked for `flush()`, `result()`, a merge or a copy, or adds what is not borrowed. At most
+                `MOST_BORROWED` wait. The bits are the same.
 
         Raises:
             ContributionError: It is refused; the class says why, the attributes who and where.
@@ -200,7 +202,10 @@ class Accumulator:
             self._place, self._kernel = found.place, kernel
         self._borrowed.append(([columns[name] for name in self._schema], a))
         self._copied += copies is not None
-        waits = len(self._borrowed) < MOST_BORROWED if borrow else copies is not None and self._copied < MOST_COPIED
+        if borrow:
+            waits = len(self._borrowed) < MOST_BORROWED
+        else:  # a copy waits beside copies alone: whoever ceases to borrow may change what was borrowed
+            waits = copies is not None and len(self._borrowed) == self._copied < MOST_COPIED
         if not waits:
             self._add_borrowed()
         self._note(1, a, contribution.kind, contribution.round, largest, {who: None} if named else {})
@@ -291,8 +296,8 @@ class Accumulator:
             for name, flag in zip(self._sums, flags, strict=True):
                 if flag:
                     raise SumOverflowError(
-                        f"{name!r}: the sum left the range of float64; weighted_average can take such values, unless "
-                        "weights that were borrowed have changed before they were added",
+                        f"{name!r}: the sum left the range of float64, which weighted_average can take; or "
+                        "borrowed weights have changed before they were added",
                         name=name,
                     )
         return outputs.finish()
@@ -350,7 +355,12 @@ class Accumulator:
         columns = [list(column) for column in zip(*(arrays for arrays, _ in self._borrowed), strict=True)]
         aggregation_weights = [a for _, a in self._borrowed]
         if self._exact_sums is not None:
-            self._exact_sums.add(self._kernel, columns, aggregation_weights)
+            try:
+                self._exact_sums.add(self._kernel, columns, aggregation_weights)
+            except DigitsError as error:
+                raise ExactDomainError(
+                    "borrowed weights have changed before they were added, to values that exact sums do not take"
+                ) from error
         else:
             self._add(columns, [math.ldexp(a, LIFT) for a in aggregation_weights], start)
         self._borrowed.clear()
@@ -360,10 +370,12 @@ class Accumulator:
         """Memory for the copy of a contribution: of arrays, or of tensors in a place."""
         if not self._count:
             self._copies.clear()  # may be of what was refused
-        if self._copied == len(self._copies):
+        of_tensors = place is not None
+        if self._copied == len(self._copies) or self._copies[self._copied][0] is not of_tensors:
             schema = Schema.of(arrays)
-            self._copies.append(new_arrays(schema) if place is None else tensors.new_tensors(schema, place))
-        return self._copies[self._copied]
+            room = new_arrays(schema) if place is None else tensors.new_tensors(schema, place)
+            self._copies[self._copied :] = [(of_tensors, room)]
+        return self._copies[self._copied][1]
 
     def _start(self, schema: Schema) -> bool:
         """Makes the sums if there are none; returns whether it did."""

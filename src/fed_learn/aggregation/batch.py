@@ -15,10 +15,10 @@ import numpy as np
 
 from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.tensor_outputs import as_tensors
-from fed_learn.aggregation.tensors import Opened, opened_contribution, without_tensors
+from fed_learn.aggregation.tensors import Opened, label_of, opened_contribution, without_tensors
 from fed_learn.contribution import Contribution, Kind, check_contributor, check_countable, check_terms, checked_n_iter
 from fed_learn.differences import check_differences
-from fed_learn.errors import FedLearnError, NonFiniteError, WeightsTypeError, as_failure, brief, described
+from fed_learn.errors import FedLearnError, NonFiniteError, WeightsTypeError, as_failure, described
 from fed_learn.kernels.base import Kernel
 from fed_learn.values import numbers_as_arrays
 from fed_learn.weights import (
@@ -117,7 +117,7 @@ class Terms:
             raise
         except BaseException as error:  # an object that raises wherever one looks
             as_failure(error)
-            who = sent.contributor if type(sent.contributor) is str else brief(sent.contributor)
+            who = label_of(sent.contributor)
             raise WeightsTypeError(f"{who}: sent what cannot be read: {described(error)}", contributor=who) from error
 
     def _checked(self, sent: Contribution, tell: Tell, contributors: Container[str]) -> Checked:

@@ -15,8 +15,6 @@ class StoppedError(Exception):
 def sigterm_like_ctrl_c() -> Iterator[list[int]]:
     """Makes SIGTERM raise `KeyboardInterrupt` in the main thread, unless the process was told what else to do.
 
-    In another thread it does nothing.
-
     Yields:
         The signals that have come so far, Ctrl-C's not among them.
     """
@@ -26,8 +24,8 @@ def sigterm_like_ctrl_c() -> Iterator[list[int]]:
         came.append(number)
         raise KeyboardInterrupt
 
-    elsewhere = threading.current_thread() is not threading.main_thread()  # where no handler can be set
-    if elsewhere or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    in_main_thread = threading.current_thread() is threading.main_thread()  # Python lets no other handle signals
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL or not in_main_thread:
         yield came
         return
     signal.signal(signal.SIGTERM, interrupt)

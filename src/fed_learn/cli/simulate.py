@@ -13,7 +13,7 @@ import typer
 from fed_learn.cli.interrupts import StoppedError
 from fed_learn.contribution import GLOBAL_BEST, Kind
 from fed_learn.disk import remove
-from fed_learn.errors import ConfigError
+from fed_learn.errors import ConfigError, described
 from fed_learn.handlers import Handler
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.simulation.datasets import Dataset
@@ -206,7 +206,7 @@ def _run(demo: "Demo", out: Path, settings: dict[str, Any], started: float) -> d
 
         plot_job(out / "metrics.png", result, summary)
     except Exception as error:  # noqa: BLE001 - whatever it is, the job is done and its files are written
-        logging.getLogger("fed_learn").warning("there is no plot: %s: %s", type(error).__name__, error)
+        logging.getLogger("fed_learn").warning("there is no plot: %s", described(error))
     else:
         write()
     return summary

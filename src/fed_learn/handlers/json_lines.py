@@ -110,7 +110,10 @@ class JsonLinesHandler(ServerHandler):
         if not self._begun:
             self._take()
             if not is_stream(path) and path.exists() and path.stat().st_size:
-                remove(path) if self.overwrite else set_aside(path)
+                if self.overwrite:
+                    remove(path)
+                else:
+                    set_aside(path)
             self._begun = True
         append_line(path, line, flushed=flushed)
 

@@ -56,6 +56,9 @@ class DigitsError(ArithmeticError):
     Callers have looked at all values first, so this means that one has changed since.
     """
 
+    def __init__(self) -> None:
+        super().__init__("the digits do not reach far enough")
+
 
 def digit_range(dtypes: Iterable[np.dtype[Any]], aggregation_weights: Float64Array) -> tuple[int, int]:
     """The highest and the lowest digit that products of such values and weights can touch.

@@ -274,7 +274,7 @@ def read(arrays: Sequence[Array]) -> int:
 
 def _check(status: int) -> None:
     if status == lib.FL_BAD_RANGE:
-        raise DigitsError("the digits do not reach far enough")
+        raise DigitsError
     if status != lib.FL_OK:
         raise RuntimeError(f"the native kernel refused its arguments (status {status}); please report this")
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fed_learn.environment import check_environment
 from fed_learn.kernels.base import Segment
-from fed_learn.kernels.digits import Digits, DigitsError, Float64Array, as_float64, digit_range, halves
+from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, as_float64, digit_range, halves
 from fed_learn.kernels.memory import Addresses
 from fed_learn.weights import Array
 
@@ -174,7 +174,9 @@ def _deposit(products: Float64Array, digits: Digits, here: slice, touched: list[
             counts = rounded.view(np.int64) - shift.view(np.int64)
             rest = rest - (rounded - shift)
         if counts.any():
+            if b == 0 and max(int(counts.max()), -int(counts.min())) > 1 << DIGIT_BITS:  # beyond the highest digit
+                raise DigitsError
             row[here] += counts
             touched[b] = True
     if rest.any():
-        raise DigitsError("the digits do not reach far enough")
+        raise DigitsError

@@ -232,10 +232,12 @@ def _deposit(products: Tensor, rows: Rows, units: Sequence[float], touched: list
         counts = rounded.view(torch.int64) - shift.view(torch.int64)
         rest = rest - (rounded - shift)
         if bool(counts.any()):
+            if b == 0 and max(int(counts.max()), -int(counts.min())) > 1 << DIGIT_BITS:
+                raise DigitsError
             row.add_(counts)
             touched[b] = True
     if bool(rest.any()):
-        raise DigitsError("the digits do not reach far enough")
+        raise DigitsError
 
 
 def _as_float64(rows: Rows, units: Sequence[float]) -> Tensor:

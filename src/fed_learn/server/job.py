@@ -421,7 +421,7 @@ class Job(JobEvents):
         try:
             failures = shut_down(self.server.handlers, self.ctx)
         finally:
-            self.ctx.restore(at_the_end)  # handlers may have tidied up, and the result is still to be read from it
+            self.ctx.mend(at_the_end)  # handlers may have tidied up, and the result is still to be read from it
         self.record_late(failures)
         return failures
 

@@ -162,9 +162,8 @@ class Handled(OneJob, Strategy):
         self.close()
         result, arrays = HandledResult(), initial_arrays
         session = self._job_start(to_weights(initial_arrays), initial_arrays, num_rounds)
-        session.connect(
-            getattr(grid, "get_node_ids", None)
-        )  # before a subclass puts those in its place whom it samples
+        # Now, before a subclass puts the nodes that it samples in the place of the grid's.
+        session.connect(getattr(grid, "get_node_ids", None))
         try:
             with session.job:
                 if evaluate_fn:

@@ -210,9 +210,9 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
             node = _node(client, place)
             who = node_name(node) if session is None else session.called(node)
             try:
-                weight = check_aggregation_weight(result.num_examples, who)
+                weight = check_aggregation_weight(result.num_examples)
             except AggregationWeightError as error:
-                told.once(("evaluation", who), f"its evaluation is left out: {error}")
+                told.once(("evaluation", who), f"{who}: its evaluation is left out: {error}")
                 continue
             if not weight:
                 continue

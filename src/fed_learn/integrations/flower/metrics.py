@@ -74,7 +74,7 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
         usual = min(lengths, key=lambda length: (-lengths[length], length))
         for who, _, listed in found:
             if len(listed) != usual:
-                _tell(told, who, key, f"has {len(listed)} numbers, and {usual} from {lengths[usual]} others")
+                _tell(told, who, key, f"has {len(listed)} numbers, where {lengths[usual]} others have {usual}")
         counted = [(weight, listed) for _, weight, listed in found if len(listed) == usual]
         weights = [weight for weight, _ in counted]
         mean = [mean_of(column, weights) for column in zip(*(listed for _, listed in counted), strict=True)]

@@ -176,7 +176,7 @@ def checked_name(claim: object, node: object) -> str:
     except UnknownContributorError as error:
         raise UnknownContributorError(f"{own}: {error}", contributor=own) from None
     _, at, node_of_claim = name.rpartition(f"@{node_name('')}")
-    if (name.startswith((node_name(""), "reply-")) and name != own) or (at and node_name(node_of_claim) != own):
+    if (name.startswith((node_name(""), "reply-")) and name != own) or (at and node_name("") + node_of_claim != own):
         raise UnknownContributorError(f"{own}: claims to be {brief(name)}, the name of another node", contributor=own)
     return name
 

@@ -156,7 +156,7 @@ class _Averaging:
                 raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
             self._intake = Intake(
                 number=self._round,
-                like=None if self._global is None else self._averaged_part(self._global),
+                like=None if self._global is None else self._averaged_part(self._global, "the global model"),
                 kind=KINDS[self.expected_data_kind],
                 min_contributions=self.min_contributions,
                 partial=self.partial,
@@ -176,11 +176,11 @@ class _Averaging:
             return frozenset()
         return frozenset(name for name in names if isinstance(name, str) and self._excluded.search(name))
 
-    def _averaged_part(self, weights: Any) -> Any:
+    def _averaged_part(self, weights: Any, who: Any) -> Any:
         """Without the excluded variables of the global model; what is no dict is left for the checks to refuse."""
         if not self._skipped or not isinstance(weights, Mapping):
             return weights
-        return {name: value for name, value in items_of(weights).items() if name not in self._skipped}
+        return {name: value for name, value in items_of(weights, label_of(who)).items() if name not in self._skipped}
 
     def _receive(self, who: Any, read: Callable[[], Contribution]) -> None:
         """Accepts what a client sent, or refuses it.
@@ -237,7 +237,7 @@ class _Averaging:
         )
         return Contribution(
             who,
-            self._averaged_part(weights),
+            self._averaged_part(weights, who),
             weight,
             n_iter=whole_number_of(steps),
             round=number,
