@@ -16,7 +16,9 @@ from fed_learn.cli import main
 from fed_learn.cli.interrupts import sigterm_like_ctrl_c
 from fed_learn.simulation import plot
 
-COMMAND = [str(Path(sys.executable).parent / "fed-learn"), "simulate", "--clients", "2", "--local-epochs", "1"]
+# A shell has what runs in its background ignore Ctrl-C, and so would all that is started from there.
+START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import fed_learn.cli as c; c.main()"
+COMMAND = [sys.executable, "-c", START, "simulate", "--clients", "2", "--local-epochs", "1"]
 PARTS = """
 import os, sys
 import fed_learn as fl
@@ -55,14 +57,7 @@ class Failing(fl.Handler):
 def run(out: Path | str, *arguments: str, cwd: Path | None = None, **environment: str) -> Any:
     command = [*COMMAND, "--out", str(out), *arguments]
     return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env={**os.environ, **environment},
-        # A shell has what runs in its background ignore Ctrl-C, and so would all that is started from there.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **environment}
     )
 
 

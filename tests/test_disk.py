@@ -420,3 +420,20 @@ def test_two_links_to_one_file_are_one_file_to_a_claim(tmp_path: Path, caplog: p
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path / 'b'} is also written by an earlier job of this process, which was not shut down"
     ]
+
+
+def test_a_file_that_may_be_written_in_a_folder_that_may_not_is_written_without_a_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object) -> None:  # as by the folder; who runs as root may write anywhere
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("fed_learn.disk._lock", refused)
+    path = tmp_path / "log.jsonl"
+    with pytest.raises(PermissionError), Claim([path]):
+        pass
+    path.write_text("")
+    with Claim([path]):
+        append_line(path, "{}")
+    assert path.read_text() == "{}\n"
+    assert "no second job can be kept from writing it" in caplog.text

@@ -203,7 +203,14 @@ class Claim:
             self._locks[key] = other._locks.pop(key)
             self._held[key] = self
             return
-        self._locks[key], locked = _lock(path, lock)
+        try:
+            self._locks[key], locked = _lock(path, lock)
+        except PermissionError as error:
+            if not os.access(file, os.W_OK):
+                raise
+            # A file that may be written, in a folder that may not, such as one of a log.
+            logger.warning("%s: no second job can be kept from writing it, for it cannot be locked: %s", path, error)
+            return
         self._held[key] = self
         leftover = re.compile(rf"\.{re.escape(file.name)}\.fed-learn-\d+\.tmp")
         for name in os.listdir(lock.parent) if locked else ():

@@ -9,7 +9,7 @@ from flwr.clientapp.typing import ClientAppCallable
 
 from fed_learn.components.direction import MODES
 from fed_learn.components.returned import scores_of
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult, check_contributor
 from fed_learn.differences import difference
 from fed_learn.errors import brief
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
@@ -58,7 +58,8 @@ class ClientMod:
         validation_metric: The score to select by, where `validate` gives several.
         validation_mode: What is better of it, `"max"` or `"min"`; None: its name says so.
         name: Gives the contributor's name, which must be the same in every run; None: `partition-<id>` of the node's
-            configuration, where it says so.
+            configuration, where it says so. One that cannot be a name (`fed_learn.contribution.check_contributor`) is
+            an error before the node trains.
         kind: `Kind.DIFF` sends the difference to what was received, in the place of the trained weights.
         arrayrecord_key: Where the message holds the model.
 
@@ -177,7 +178,7 @@ class ClientMod:
 
     def _name(self, context: Context) -> str | None:
         if self.name is not None:
-            return self.name(context)
+            return check_contributor(self.name(context))  # before it trains for what the server would refuse
         partition = context.node_config.get(PARTITION_ID)
         return None if partition is None else partition_name(partition)
 
