@@ -170,7 +170,8 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
     if isinstance(weights, dict) and type(weights) in PLAIN:
         names, values = set(map(type, weights)), set(map(type, weights.values()))
         if names <= {str} and values <= {np.ndarray}:
-            check_names(weights, contributor)
+            if len(weights) > MOST_VARIABLES or max(map(len, weights), default=0) > LONGEST_NAME:
+                check_names(weights, contributor)
             return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
         instead = _safely(partial(_what_instead, weights), a_type(type(weights)))
