@@ -169,6 +169,6 @@ def test_the_command_refuses_a_program_in_one_line_and_makes_no_folder(tmp_path:
     (tmp_path / "config.json").write_text(json.dumps({"handlers": [entry]}))
     command = [str(Path(sys.executable).parent / "fed-learn"), "simulate", "--config", str(tmp_path / "config.json")]
     done = subprocess.run([*command, "--out", str(tmp_path / "out")], capture_output=True, text=True, check=False)
-    said = "fed-learn: subprocess.Popen is no handler: it has not handle_event and rollback\n"
+    said = "fed-learn: subprocess.Popen is no handler: it lacks handle_event and rollback\n"
     assert (done.returncode, done.stderr, done.stdout) == (2, said, "")
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

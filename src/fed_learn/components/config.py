@@ -131,7 +131,7 @@ def _check_class(cls: type, role: str | None) -> None:
     name = f"{cls.__module__}.{cls.__qualname__}"
     if role is not None and not any(all(callable(getattr(cls, m, None)) for m in way) for way in ROLES[role]):
         needed = ", or ".join(" and ".join(way) for way in ROLES[role])
-        raise ConfigError(f"{name} is no {role}: it has not {needed}")
+        raise ConfigError(f"{name} is no {role}: it lacks {needed}")
     of_library = any(base.__module__.partition(".")[0] == "fed_learn" for base in cls.__mro__)
     of_python = cls.__module__.partition(".")[0] in sys.stdlib_module_names
     if not of_library and (of_python or (role is None and _is_installed(cls))):
