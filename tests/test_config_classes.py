@@ -98,7 +98,7 @@ def test_the_arguments_of_what_has_not_its_role_are_not_built(build: Build, monk
 
     monkeypatch.setattr(sys.modules[__name__], "Noting", Noting, raising=False)
     noting = {"path": f"{__name__}.Noting"}
-    with pytest.raises(fl.ConfigError, match=r"Plain is no (handler|aggregator|filter): it has not "):
+    with pytest.raises(fl.ConfigError, match=r"Plain is no (handler|aggregator|filter): it lacks "):
         build({"path": f"{__name__}.Plain", "args": {"inner": noting}})
     assert built == []
     assert isinstance(build_component({"path": f"{__name__}.Plain", "args": {"inner": noting}}, {}).inner, Noting)
@@ -107,7 +107,7 @@ def test_the_arguments_of_what_has_not_its_role_are_not_built(build: Build, monk
 
 def test_what_a_role_needs_is_said() -> None:
     for build, needed in zip(ROLES, ("handle_event and rollback", "process", "apply, or process"), strict=True):
-        with pytest.raises(fl.ConfigError, match=rf"\.Plain is no \w+: it has not {needed}$"):
+        with pytest.raises(fl.ConfigError, match=rf"\.Plain is no \w+: it lacks {needed}$"):
             build({"path": f"{__name__}.Plain"})
 
 
