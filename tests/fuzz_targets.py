@@ -476,7 +476,9 @@ def run_config(written: str) -> Any:
 
 
 def _built(path: Path) -> Any:
-    config = ServerConfig.of(read_config(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what Python says of the user's own pattern
+        config = ServerConfig.of(read_config(path))
     handlers = [build_component(entry, KNOWN) for entry in config.handler_entries() or ()]
     return config, handlers, config.build_aggregator(), config.build_filters()
 
