@@ -725,7 +725,9 @@ def test_the_one_of_another_round_is_refused_and_not_the_others_wherever_it_stan
 def test_of_equally_common_rounds_the_newer_counts_and_the_refusal_says_that_they_are() -> None:
     batch = [good("site-1"), replace(good("site-2"), round=ROUND + 1)]
     for listed in (batch, batch[::-1]):
-        with pytest.raises(RoundError, match="as many contributions of this call state the one as the other") as caught:
+        with pytest.raises(
+            RoundError, match="as many contributions of this call state it as state the expected one"
+        ) as caught:
             weighted_average(listed)
         assert caught.value.contributor == "site-1"
 

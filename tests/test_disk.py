@@ -295,7 +295,7 @@ def test_what_an_earlier_job_wrote_is_kept_and_told(
         f"{name}.1": data for name, data in first.items()
     }
     assert sorted(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING) == [
-        f"{tmp_path / name} of an earlier job is kept as {name}.1" for name in sorted(first)
+        f"{tmp_path / name} of an earlier job is kept as {name}.1; overwrite=True replaces it" for name in sorted(first)
     ]
     run(writer(tmp_path, False))
     assert sorted(contents(tmp_path)) == sorted(name + end for name in first for end in ("", ".1", ".2"))

@@ -280,6 +280,14 @@ def test_weights_however_far_apart_lose_no_bits(kernel: str, apart: int, dtype: 
 
 
 @every_kernel
+def test_a_tiny_weight_decides_on_a_tie_of_large_integers(kernel: str) -> None:
+    arrays = [np.array([2**60 + k, -(2**60) - k]) for k in (0, 1)] + [np.array([2**62, -(2**62)])]
+    weights = [1.0, 1.0, 2.0**-930]
+    assert mean(arrays[:2], weights[:2], kernel).tolist() == [2**60, -(2**60)]
+    assert mean(arrays, weights, kernel).tolist() == rounded_mean(arrays, weights) == [2**60 + 1, -(2**60) - 1]
+
+
+@every_kernel
 def test_the_mean_of_a_tiny_float64_does_not_depend_on_its_neighbours(kernel: str) -> None:
     rng = np.random.default_rng(29)
     weights = (0.3, 0.7, 2.5)

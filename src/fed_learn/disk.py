@@ -106,7 +106,7 @@ def set_aside(path: Path) -> None:
         numbered = (path.with_name(f"{path.name}.{number}") for number in count(1))
         aside = next(one for one in numbered if not os.path.lexists(one))
         path.rename(aside)
-        logger.warning("%s of an earlier job is kept as %s", path, aside.name)
+        logger.warning("%s of an earlier job is kept as %s; overwrite=True replaces it", path, aside.name)
 
 
 def remove(path: Path) -> None:

@@ -6,7 +6,7 @@ words, `info` says so under `LEFT_OUT`, and the log once for each client.
 
 | what | limit | beyond it |
 | --- | --- | --- |
-| a contributor's name | `LONGEST_CONTRIBUTOR` characters, printable | refused |
+| a contributor's name | `LONGEST_CONTRIBUTOR` characters, printable, no slash | refused |
 | variables of a contribution | `MOST_VARIABLES` | refused |
 | a variable's name | `LONGEST_NAME` characters | refused |
 | the header of an `.npy` file | `LONGEST_HEADER` bytes | refused |

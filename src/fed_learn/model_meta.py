@@ -226,7 +226,9 @@ class JobContext(FLContext):
         model = self._model
         if model is not attributes["_model"]:
             if model is None or not isinstance(getattr(model, "weights", None), Mapping):
-                raise ContextError(f"a handler cannot make {brief(model)} the model of a job", key="model")
+                raise ContextError(
+                    f"a handler cannot make {brief(model)} the model of a job; it can set a ModelData", key="model"
+                )
             self._model = self.adopt(model)
 
     def mend(self, snapshot: tuple[dict[str, Any], dict[str, Any], dict[str, Any]]) -> None:

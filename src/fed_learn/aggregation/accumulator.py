@@ -38,7 +38,7 @@ MOST_BORROWED = 10
 """Borrowed contributions that wait to be added at most: the sums are read and written once for all of them, and the
 native kernel reads as many in one sweep."""
 MOST_COPIED = 2
-"""Copies of contributions that wait to be added at most. Two are added in the time that copying takes."""
+"""Copies of contributions that wait to be added at most: two in one pass save the time that making them takes."""
 
 
 class Accumulator:
@@ -296,7 +296,7 @@ class Accumulator:
             for name, flag in zip(self._sums, flags, strict=True):
                 if flag:
                     raise SumOverflowError(
-                        f"{name!r}: the sum left the range of float64, which weighted_average can take; or "
+                        f"{name!r}: the sum left the range of float64 (weighted_average can take such values), or "
                         "borrowed weights have changed before they were added",
                         name=name,
                     )

@@ -113,7 +113,7 @@ def weighted_average(
         _exact_average(chosen, schema, checked, inputs.arrays, outputs.arrays)
         return outputs.finish()
     if far_apart(scalars):
-        _average_far_apart(schema, checked, outputs.arrays, kernel)
+        _average_far_apart(chosen, checked, inputs.arrays, outputs.arrays)
         return outputs.finish()
     table = np.empty((len(schema), len(checked) + 1), np.uintp)
     table[:, 0], table[:, 1:] = outputs.addresses, inputs.addresses
@@ -150,24 +150,32 @@ def far_apart(aggregation_weights: Sequence[float]) -> bool:
     return min(aggregation_weights) < FARTHEST * max(aggregation_weights)
 
 
-def _average_far_apart(schema: Schema, checked: Rows, results: WeightDict, kernel: str | None) -> None:
+def _average_far_apart(
+    kernel: Kernel, checked: Rows, columns: Mapping[str, Sequence[Array]], results: WeightDict
+) -> None:
     """The mean of those whose aggregation weights are near to the largest, and what the others add to it.
 
-    They add something only to float64 values that are 0, or nearly so, in the weights of all that count by far more.
+    They add something only to float64 values that are 0, or nearly so, in the weights of all that count by far more,
+    and may decide on a tie of large integers, which are summed exactly.
     """
     for who, weights, _ in checked:
         check_finite(weights, who)
     least = FARTHEST * max(a for _, _, a in checked)
     near, far = [row for row in checked if row[2] >= least], [row for row in checked if row[2] < least]
-    mean = weighted_average([weights for _, weights, _ in near], [a for _, _, a in near], kernel=kernel)
-    names = [name for name, (_, dtype) in schema.items() if dtype == np.float64]
-    added = weighted_average([{n: w[n] for n in names} for _, w, _ in far], [a for _, _, a in far], kernel=kernel)
+    mean = weighted_average([weights for _, weights, _ in near], [a for _, _, a in near], kernel=kernel.name)
+    names = [name for name, result in results.items() if result.dtype == np.float64]
+    added = weighted_average([{n: w[n] for n in names} for _, w, _ in far], [a for _, _, a in far], kernel=kernel.name)
     total, of_far = (sum((Fraction(a) for _, _, a in rows), Fraction()) for rows in (checked, far))
     share = of_far / total
     exponent = share.numerator.bit_length() - share.denominator.bit_length() + 1
     factor = float(share / Fraction(2) ** exponent)
     for name, result in results.items():
-        result[...] = mean[name] + np.ldexp(added[name] * factor, exponent) if name in added else mean[name]
+        result[...] = mean[name]
+        if name in added:
+            with np.errstate(all="ignore"):
+                result += np.ldexp(added[name] * factor, exponent)
+        elif too_large(columns[name]):
+            large_integer_mean(kernel, columns[name], [a for _, _, a in checked], result)
 
 
 def _average(
@@ -277,7 +285,7 @@ def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> 
             of_round = isinstance(error, RoundError)
             stated, counts = (whole_number_of(contribution.round), rounds) if of_round else (contribution.kind, kinds)
             if isinstance(stated, int | Kind) and counts[stated] == max(counts.values(), default=1):
-                error.args = (f"{error} (as many contributions of this call state the one as the other)",)
+                error.args = (f"{error} (as many contributions of this call state it as state the expected one)",)
             raise
         schema = Schema.of(weights) if schema is None else schema
         seen[contribution.contributor] = weights, a

@@ -10,7 +10,7 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.adapters.base import Resident
 from fed_learn.aggregation.average import checked_batch, counting, far_apart, usual_scale, weighted_average
-from fed_learn.aggregation.integers import integer_mean, too_large
+from fed_learn.aggregation.integers import large_integer_mean, too_large
 from fed_learn.aggregation.tensor_outputs import Target, TensorOutputs, as_tensors
 from fed_learn.aggregation.tensors import Tensors, check_device, label_of, opened, placeholders, refuse_non_finite
 from fed_learn.contribution import Contribution
@@ -88,8 +88,8 @@ def _average(kernel: Kernel, framework: Resident, rows: list[tuple[str, Tensors,
         if np.dtype(framework.check(results[name], "", name)).kind in "iu":
             host = list(map(framework.view, columns[name]))
             if too_large(host):
-                mean = np.empty_like(host[0])
-                integer_mean(kernels.resolve("numpy"), host, scalars, mean)
+                mean = np.array(framework.view(results[name]), order="C")
+                large_integer_mean(kernels.resolve(device="cpu"), host, scalars, mean)
                 framework.write(results[name], mean)
             continue
         for who, held, _ in rows:

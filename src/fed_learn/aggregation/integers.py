@@ -21,7 +21,7 @@ from fed_learn.weights import Array
 TILE = 1 << 14
 """Elements at a time, so that what is in between stays small."""
 BAND = 8
-"""Digits by which weights may differ that are added in one call: few enough that no product under- or overflows."""
+"""Aggregation weights are added in one call that are less than 2**(44·8) apart: so no product under- or overflows."""
 
 Scaled: TypeAlias = tuple[float, int]
 """A number f·2**(44·j) as (f, j)."""
@@ -75,7 +75,7 @@ def integer_mean(kernel: Kernel, column: Sequence[Array], aggregation_weights: S
         kernel: Adds.
         column: One array per contribution.
         aggregation_weights: One per contribution, however far apart.
-        output: Where the mean goes, of the same dtype and shape.
+        output: Where the mean goes, of the same dtype and shape; C-contiguous.
 
     Example:
         >>> from fed_learn.kernels import resolve
@@ -94,8 +94,6 @@ def integer_mean(kernel: Kernel, column: Sequence[Array], aggregation_weights: S
             some = slice(first, first + MOST_TERMS // 2)
             sums = _added(kernel, sums, [x[here] for x in inputs[some]], scaled[some])
         round_quotients(kernel, sums, total, means[here])
-    if means.base is not output.base and not np.shares_memory(means, output):
-        output[...] = means.reshape(output.shape)
 
 
 def round_quotients(kernel: Kernel, sums: Digits, total: Fraction, output: Array) -> None:
@@ -116,11 +114,12 @@ def round_quotients(kernel: Kernel, sums: Digits, total: Fraction, output: Array
     approximate_total = sum(math.ldexp(part, DIGIT_BITS * (j - highest)) for part, j in divisor)
 
     def approximate(digits: Digits) -> npt.NDArray[np.float64]:
+        """What they are in float64, divided by the total."""
         quotients: npt.NDArray[np.float64] = as_float64(Digits(digits.top - highest, digits.rows)) / approximate_total
         return quotients
 
     def plus(digits: Digits, array: Array, sign: int) -> Digits:
-        """With so many totals added, or taken away."""
+        """The digits with `array` times the total added to them (`sign` 1) or taken away (`sign` -1)."""
         return _added(kernel, digits, [array] * len(divisor), [(sign * part, j) for part, j in divisor])
 
     wide = np.dtype(np.uint64 if output.dtype == np.uint64 else np.int64)
