@@ -190,8 +190,9 @@ def test_too_many_metrics_and_too_long_names_of_a_reply_are_left_out_of_the_mean
     assert means["loss"] == 2.0
     assert "huge" not in means
     assert len(means) == 1 + 998
+    limits = "1000 are taken, with names of at most 1000 characters"
     assert [record.getMessage() for record in caplog.records] == [
-        "reply 1: 1 of its 4 metrics are too many: left out",
+        f"reply 1: 1 of its 4 metrics are left out: {limits}",
         "reply 1: metric 'huge' is 100000000000000000...0000000000000000000: it is left out of the mean metrics",
-        "reply 2: 2002 of its 3002 metrics are too many: left out",
+        f"reply 2: 2002 of its 3002 metrics are left out: {limits}",
     ]

@@ -57,8 +57,9 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
         entries = [entry for record in records_of(content, MetricRecord).values() for entry in record.items()]
         taken = [(key, value) for key, value in entries[:MOST_METRICS] if len(key) <= LONGEST_NAME]
         if len(taken) < len(entries):
-            text = f"{len(entries) - len(taken)} of its {len(entries)} metrics are too many: left out"
-            told.once(("metrics left out", who), f"{who}: {text}")
+            left_out = f"{len(entries) - len(taken)} of its {len(entries)} metrics are left out"
+            limits = f"{MOST_METRICS} are taken, with names of at most {LONGEST_NAME} characters"
+            told.once(("metrics left out", who), f"{who}: {left_out}: {limits}")
         for key, value in taken:
             if key in (weighted_by_key, PARTITION_ID):
                 continue
