@@ -27,6 +27,8 @@ SERVER_EVENTS = (
     fl.EventType.CLIENT_QUIT,
     fl.EventType.SHUTDOWN,
 )
+ROUND_EVENTS = SERVER_EVENTS[2:8]
+"""Those that belong to a round."""
 CLIENT_EVENTS = (
     fl.EventType.STARTUP,
     fl.EventType.GET_MODEL,

@@ -6,7 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from federation import AddingLearner, At, Recorder, clients_of, initial_weights, server_of, two_clients, values
+from federation import (
+    ROUND_EVENTS,
+    AddingLearner,
+    At,
+    Recorder,
+    clients_of,
+    initial_weights,
+    server_of,
+    two_clients,
+    values,
+)
 
 import fed_learn as fl
 from fed_learn.model_meta import JobContext
@@ -57,14 +67,6 @@ ABUSES: dict[str, Change] = {
     "no model": lambda ctx: ctx.set_model(None),
     "a model of lists": lambda ctx: ctx.set_model(fl.ModelData({"w": [1, 2]})),  # type: ignore[dict-item]
 }
-ROUND_EVENTS = (
-    Event.START_ROUND,
-    Event.SEND_MODEL,
-    Event.RECEIVE_CONTRIBUTION,
-    Event.BEFORE_AGGREGATION,
-    Event.END_AGGREGATION,
-    Event.END_ROUND,
-)
 
 
 @pytest.mark.parametrize("event", ROUND_EVENTS)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 from federation import (
     CLIENT_EVENTS,
+    ROUND_EVENTS,
     SERVER_EVENTS,
     AddingLearner,
     At,
@@ -122,17 +123,7 @@ def test_a_server_told_to_log_goes_on_and_records_every_failure(event: str, capl
     assert len([record for record in caplog.records if record.levelno == logging.ERROR]) == count_of(event)
 
 
-@pytest.mark.parametrize(
-    "event",
-    [
-        Event.START_ROUND,
-        Event.SEND_MODEL,
-        Event.RECEIVE_CONTRIBUTION,
-        Event.BEFORE_AGGREGATION,
-        Event.END_AGGREGATION,
-        Event.END_ROUND,
-    ],
-)
+@pytest.mark.parametrize("event", ROUND_EVENTS)
 def test_a_failure_in_a_round_is_in_its_report(event: str) -> None:
     def in_second_round(ctx: fl.FLContext) -> None:
         if ctx[Key.ROUND] == 1:
