@@ -1,8 +1,8 @@
 """How much of each kind a client may send. What a message costs grows with its bytes, and no faster.
 
 Limits are checked first. Each is far beyond what trainings use, and is named in the error or the log line that enforces
-it. What is too much of a metric or of `info` costs the client that metric, never its weights: it is left out, or described
-in a few words, `info` says so under `LEFT_OUT`, and the log once for each client.
+it. What is too much of a metric or of `info` costs the client that metric, never its weights: it is left out, or
+described in a few words, `info` says so under `LEFT_OUT`, and the log once for each client.
 
 | what | limit | beyond it |
 | --- | --- | --- |
