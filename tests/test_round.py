@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import fed_learn as fl
 from fed_learn import kernels
 from fed_learn.aggregation.round import MOST_FORMS, Combined, Round
+from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.differences import add_difference, difference
 from fed_learn.weights import Array, FrozenWeights, WeightDict
@@ -43,10 +44,16 @@ def sent(who: str, weights: Any, weight: Any = 1, **fields: Any) -> Contribution
     return Contribution(who, weights, weight, **fields)
 
 
+def begun(**options: Any) -> Round:
+    """A round, of its own arguments and those of its settings."""
+    own = {name: options.pop(name) for name in ("number", "model", "own", "told") if name in options}
+    return Round(AggregationSettings(**options), **own)
+
+
 def combined(this: Round, *contributions: Contribution) -> Combined:
     for contribution in contributions:
         this.receive(contribution)
-    assert this.settle() == []
+    assert this.close() == []
     return this.combine()
 
 
@@ -64,7 +71,7 @@ def firsts(weights: WeightDict) -> dict[str, float]:
 def test_another_width_of_floats_is_rounded_to_that_of_the_model(given: Any, expected: Any, stream: bool) -> None:
     rng = np.random.default_rng(1)
     values = [rng.normal(size=33).astype(given) for _ in range(3)]
-    this = Round(model={"w": np.zeros(33, expected)}, stream=stream)
+    this = begun(model={"w": np.zeros(33, expected)}, stream=stream)
     mean = combined(this, *(sent(f"{k}", {"w": array}, k + 1) for k, array in enumerate(values))).mean["w"]
     rounded = [
         np.float32(a).astype(expected) if np.dtype(expected).itemsize == 2 else a.astype(expected) for a in values
@@ -76,13 +83,13 @@ def test_another_width_of_floats_is_rounded_to_that_of_the_model(given: Any, exp
 def test_float64_to_bfloat16_goes_by_way_of_float32_in_every_place() -> None:
     # Exactly between two bfloat16 numbers once it is a float32, and above that as a float64.
     value = np.array([1 + 2.0**-8 + 2.0**-30])
-    this = Round(model={"w": np.zeros(1, ml_dtypes.bfloat16)})
+    this = begun(model={"w": np.zeros(1, ml_dtypes.bfloat16)})
     assert combined(this, sent("a", {"w": value})).mean["w"].astype(float).tolist() == [1.0]
 
 
 @STREAMS
 def test_integers_take_other_widths_that_fit_and_floats_half_to_even(stream: bool) -> None:
-    this = Round(model={"n": np.array([0, 0, 0], np.int64), "count": np.array(0), "w": np.zeros(1)}, stream=stream)
+    this = begun(model={"n": np.array([0, 0, 0], np.int64), "count": np.array(0), "w": np.zeros(1)}, stream=stream)
     mean = combined(
         this,
         sent("a", {"n": np.array([1, 2, 3], np.int32), "count": 12.5, "w": np.ones(1)}),
@@ -104,7 +111,7 @@ def test_integers_take_other_widths_that_fit_and_floats_half_to_even(stream: boo
     ids=["weights begun as integers", "among others", "a single one"],
 )
 def test_fractions_are_not_cut_off_weights_that_were_begun_as_integers(known: dict[str, Array]) -> None:
-    this = Round(model=known)
+    this = begun(model=known)
     fractions = {name: array + 0.25 for name, array in known.items()}
     with pytest.raises(fl.DtypeError, match="a: 'w' has dtype float64 with fractions, and the global model has int64"):
         this.receive(sent("a", fractions))
@@ -127,7 +134,7 @@ def test_fractions_are_not_cut_off_weights_that_were_begun_as_integers(known: di
     ids=str,
 )
 def test_values_that_do_not_fit_are_refused_by_name(expected: Any, array: Array) -> None:
-    this = Round(model={"w": np.zeros(1, expected)})
+    this = begun(model={"w": np.zeros(1, expected)})
     with pytest.raises(fl.DtypeError, match=r"site-1: 'w' has dtype \w+ with values that do not fit into") as caught:
         this.receive(sent("site-1", {"w": array}))
     assert (caught.value.contributor, caught.value.name, caught.value.expected) == ("site-1", "w", np.dtype(expected))
@@ -152,14 +159,14 @@ def test_values_that_do_not_fit_are_refused_by_name(expected: Any, array: Array)
 )
 def test_another_sort_of_dtype_is_refused(expected: Any, array: Array) -> None:
     with pytest.raises(fl.DtypeError):
-        Round(model={"w": np.zeros(array.shape, expected)}).receive(sent("site-1", {"w": array}))
+        begun(model={"w": np.zeros(array.shape, expected)}).receive(sent("site-1", {"w": array}))
 
 
 @STREAMS
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float32, ml_dtypes.bfloat16])
 def test_a_mask_of_truth_values_may_come_as_zeros_and_ones(dtype: Any, stream: bool) -> None:
     mask = np.array([True, False, True])
-    this = Round(model={"mask": np.zeros(3, bool), "w": np.zeros(1)}, stream=stream)
+    this = begun(model={"mask": np.zeros(3, bool), "w": np.zeros(1)}, stream=stream)
     mean = combined(
         this,
         sent("a", {"mask": mask.astype(dtype), "w": np.ones(1)}),
@@ -170,7 +177,7 @@ def test_a_mask_of_truth_values_may_come_as_zeros_and_ones(dtype: Any, stream: b
 
 @STREAMS
 def test_a_single_number_of_floats_may_come_as_an_integer(stream: bool) -> None:
-    this = Round(model={"step": np.zeros((), np.float32), "w": np.zeros(2, np.float32)}, stream=stream)
+    this = begun(model={"step": np.zeros((), np.float32), "w": np.zeros(2, np.float32)}, stream=stream)
     mean = combined(
         this,
         sent("a", {"step": np.array(7), "w": f32([1, 2])}),
@@ -181,12 +188,12 @@ def test_a_single_number_of_floats_may_come_as_an_integer(stream: bool) -> None:
 
 def test_nan_in_another_dtype_is_nan() -> None:
     with pytest.raises(fl.NonFiniteError, match=r"site-1: 'w' at index \(1,\): nan is not finite"):
-        Round(model={"w": np.zeros(2, np.float32)}).receive(sent("site-1", {"w": np.array([1.0, np.nan])}))
+        begun(model={"w": np.zeros(2, np.float32)}).receive(sent("site-1", {"w": np.array([1.0, np.nan])}))
 
 
 def test_rounding_is_told_once_per_client(caplog: pytest.LogCaptureFixture) -> None:
-    this = Round(model={"w": np.zeros(2, np.float32)})
-    again = Round(model={"w": np.zeros(2, np.float32)}, told=this._told)
+    this = begun(model={"w": np.zeros(2, np.float32)})
+    again = begun(model={"w": np.zeros(2, np.float32)}, told=this._told)
     for one in (this, again):
         for who in "ab":
             one.receive(sent(who, {"w": np.ones(2)}))
@@ -204,7 +211,7 @@ def test_a_number_in_any_form_is_a_variable_without_dimensions(value: Any, strea
     kind = np.asarray(value).dtype.kind
     expected = np.zeros((), np.int32 if kind == "i" else np.float32)
     found = combined(
-        Round(model={"w": expected}, stream=stream), sent("a", {"w": value}), sent("b", {"w": expected})
+        begun(model={"w": expected}, stream=stream), sent("a", {"w": value}), sent("b", {"w": expected})
     ).mean
     assert found["w"].dtype == expected.dtype
     assert found["w"] == (2 if kind == "i" else 1.5)
@@ -212,7 +219,7 @@ def test_a_number_in_any_form_is_a_variable_without_dimensions(value: Any, strea
 
 def test_a_number_is_not_broadcast() -> None:
     with pytest.raises(fl.ShapeError, match="a: 'w' has shape \\(\\), expected \\(2,\\)"):
-        Round(model={"w": np.zeros(2)}).receive(sent("a", {"w": 1.0}))
+        begun(model={"w": np.zeros(2)}).receive(sent("a", {"w": 1.0}))
 
 
 # Parts
@@ -224,7 +231,7 @@ def test_a_part_that_is_the_same_from_all_is_averaged(
     kind: Kind, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     part = ("fc.bias", "fc.weight")
-    this = Round(model=MODEL, kind=kind, stream=stream)
+    this = begun(model=MODEL, kind=kind, stream=stream)
     found = combined(this, sent("a", model(1, *part), 1, kind=kind), sent("b", model(5, *part), 3, kind=kind))
     assert firsts(found.mean) == {"fc.weight": 4.0, "fc.bias": 4.0}
     assert found.sent == ("fc.weight", "fc.bias")  # in the order of the global model
@@ -241,10 +248,10 @@ def test_of_different_parts_the_commonest_counts_whoever_came_first(order: Seque
         sent("b", model(3, "fc.weight", "fc.bias")),
         sent("c", model(5, "fc.weight", "fc.bias")),
     ]
-    this = Round(model=MODEL, stream=stream)
+    this = begun(model=MODEL, stream=stream)
     for k in order:
         this.receive(contributions[k])
-    ((refused, error),) = this.settle()
+    ((refused, error),) = this.close()
     assert (refused.contributor, type(error), error.contributor) == ("a", fl.NamesError, "a")
     assert str(error).startswith("a: misses 'fc.bias', compared with what 2 of the round's contributions hold")
     assert error.missing == ("fc.bias",)
@@ -253,29 +260,29 @@ def test_of_different_parts_the_commonest_counts_whoever_came_first(order: Seque
 
 
 def test_the_whole_model_wins_against_as_many_parts() -> None:
-    this = Round(model=MODEL)
+    this = begun(model=MODEL)
     this.receive(sent("a", model(1, "fc.weight")))
     this.receive(sent("b", model(3)))
-    assert [refused.contributor for refused, _ in this.settle()] == ["a"]
+    assert [refused.contributor for refused, _ in this.close()] == ["a"]
     assert firsts(this.combine().mean) == dict.fromkeys(MODEL, 3.0)
 
 
 @STREAMS
 def test_of_parts_as_common_and_as_large_the_choice_does_not_depend_on_arrival(stream: bool) -> None:
     for order in ((0, 1), (1, 0)):
-        this = Round(model=MODEL, stream=stream)
+        this = begun(model=MODEL, stream=stream)
         contributions = [sent("a", model(1, "fc.weight")), sent("b", model(3, "fc.bias"))]
         for k in order:
             this.receive(contributions[k])
-        assert [refused.contributor for refused, _ in this.settle()] == ["b"]
+        assert [refused.contributor for refused, _ in this.close()] == ["b"]
 
 
 def test_parts_average_each_variable_over_those_who_sent_it() -> None:
-    this = Round(model=MODEL, partial="average")
+    this = begun(model=MODEL, partial="average")
     this.receive(sent("a", model(1, "fc.weight"), 1))
     this.receive(sent("b", model(3, "fc.weight", "fc.bias"), 3))
     this.receive(sent("c", model(9, "bn.count"), 5))
-    assert this.settle() == []
+    assert this.close() == []
     assert firsts(this.combine().mean) == {"fc.weight": 2.5, "fc.bias": 3.0, "bn.count": 9.0}
 
 
@@ -291,10 +298,10 @@ def test_parts_average_as_exact_rationals_do(data: st.DataObject) -> None:
             max_size=6,
         )
     )
-    this = Round(model=known, partial="average")
+    this = begun(model=known, partial="average")
     for k, (values, weight) in enumerate(clients):
         this.receive(sent(f"{k}", {n: np.full(2, v, np.float32) for n, v in values.items()}, weight))
-    assert this.settle() == []
+    assert this.close() == []
     expected: dict[str, float] = {}
     for name in names:
         terms = [(Fraction(values[name]), weight) for values, weight in clients if name in values and weight]
@@ -309,38 +316,38 @@ def test_parts_average_as_exact_rationals_do(data: st.DataObject) -> None:
 
 def test_a_part_can_be_refused() -> None:
     with pytest.raises(fl.NamesError, match=r"a: has other variables than expected: misses 'fc.bias'"):
-        Round(model=MODEL, partial="refuse").receive(sent("a", model(1, "fc.weight")))
+        begun(model=MODEL, partial="refuse").receive(sent("a", model(1, "fc.weight")))
 
 
 @pytest.mark.parametrize("partial", ["same", "average"])
 @pytest.mark.parametrize("weights", [{"new": np.zeros(1)}, {**model(1), "new": np.zeros(1)}, {}], ids=str)
 def test_names_that_the_model_has_not_and_none_at_all_are_refused(weights: Any, partial: str) -> None:
     with pytest.raises(fl.NamesError):
-        Round(model=MODEL, partial=partial).receive(sent("a", weights))
+        begun(model=MODEL, partial=partial).receive(sent("a", weights))
 
 
 def test_a_stream_keeps_a_few_parts_apart_and_refuses_more() -> None:
     known = {f"{k}": np.zeros(1) for k in range(MOST_FORMS + 1)}
-    this = Round(model=known, stream=True)
+    this = begun(model=known, stream=True)
     for k in range(MOST_FORMS):
         this.receive(sent(f"site-{k}", {f"{k}": np.ones(1)}))
     with pytest.raises(fl.NamesError, match="last: holds '4', and 4 other parts of the model are added up already"):
         this.receive(sent("last", {f"{MOST_FORMS}": np.ones(1)}))
     this.receive(sent("site-x", {"2": np.array([3.0])}))
-    assert len(this.settle()) == MOST_FORMS - 1
+    assert len(this.close()) == MOST_FORMS - 1
     assert firsts(this.combine().mean) == {"2": 2.0}
 
 
 def test_odd_parts_do_not_lock_whole_models_out_of_a_stream() -> None:
     known = {f"{k}": np.zeros(1) for k in range(MOST_FORMS + 2)}
-    this = Round(model=known, stream=True)
+    this = begun(model=known, stream=True)
     for k in range(MOST_FORMS):
         this.receive(sent(f"odd-{k}", {f"{k}": np.ones(1)}))
     for k in range(3):
         this.receive(sent(f"whole-{k}", {name: np.full(1, float(k)) for name in known}))
     with pytest.raises(fl.NamesError):  # a part that was given up does not come back
         this.receive(sent("late", {"0": np.ones(1)}))
-    assert [refused.contributor for refused, _ in this.settle()] == [f"odd-{k}" for k in range(MOST_FORMS)]
+    assert [refused.contributor for refused, _ in this.close()] == [f"odd-{k}" for k in range(MOST_FORMS)]
     assert firsts(this.combine().mean) == dict.fromkeys(known, 1.0)
 
 
@@ -349,11 +356,11 @@ def test_odd_parts_do_not_lock_whole_models_out_of_a_stream() -> None:
 
 @STREAMS
 def test_without_a_model_the_commonest_form_counts(stream: bool) -> None:
-    this = Round(stream=stream)
+    this = begun(stream=stream)
     this.receive(sent("a", {"w": np.ones(3), "new": np.ones(1)}))
     this.receive(sent("b", {"w": np.ones(2)}))
     this.receive(sent("c", {"w": np.full(2, 3.0)}))
-    ((refused, error),) = this.settle()
+    ((refused, error),) = this.close()
     assert refused.contributor == "a"
     assert isinstance(error, fl.NamesError)
     found = this.combine()
@@ -381,7 +388,7 @@ def scores(value: float, **changed: Any) -> dict[str, Array]:
 def test_constants_that_are_not_finite_and_equal_everywhere_are_kept(
     own: bool, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    this = Round(model=SCORES, stream=stream, own=own)
+    this = begun(model=SCORES, stream=stream, own=own)
     found = combined(this, sent("a", scores(1)), sent("b", scores(3)))
     assert found.mean["w"].tolist() == [2.0, 2.0]
     assert sorted(found.mean) == ["w"]
@@ -391,7 +398,7 @@ def test_constants_that_are_not_finite_and_equal_everywhere_are_kept(
 
 @STREAMS
 def test_differences_of_constants_are_nan_or_zero_and_leave_them_as_they_are(stream: bool) -> None:
-    this = Round(model=SCORES, kind=Kind.DIFF, stream=stream)
+    this = begun(model=SCORES, kind=Kind.DIFF, stream=stream)
     with np.errstate(invalid="ignore"):
         naive = {name: array - SCORES[name] for name, array in scores(1).items()}
     ours = difference(scores(3), SCORES)
@@ -399,7 +406,7 @@ def test_differences_of_constants_are_nan_or_zero_and_leave_them_as_they_are(str
     naive["low"] = np.asarray(naive["low"])
     this.receive(sent("a", naive, kind=Kind.DIFF))
     this.receive(sent("b", naive, kind=Kind.DIFF))
-    assert this.settle() == []
+    assert this.close() == []
     mean = this.combine().mean
     assert mean["w"].tolist() == [1.0, 1.0]
     moved = add_difference(SCORES, ours)
@@ -421,7 +428,7 @@ def test_differences_of_constants_are_nan_or_zero_and_leave_them_as_they_are(str
 )
 def test_values_that_are_not_finite_elsewhere_are_refused(changed: Mapping[str, Array], stream: bool) -> None:
     (name,) = changed
-    this = Round(model=SCORES, stream=stream)
+    this = begun(model=SCORES, stream=stream)
     with pytest.raises(fl.NonFiniteError) as caught:
         this.receive(sent("a", {**scores(1), **changed}))
     assert (caught.value.contributor, caught.value.name) == ("a", name)
@@ -437,7 +444,7 @@ def test_where_only_some_places_are_constants_the_others_are_averaged(kind: Kind
     if kind is Kind.DIFF:
         with np.errstate(invalid="ignore"):
             rows = [row - bias for row in rows]
-    this = Round(model=known, kind=kind, stream=stream)
+    this = begun(model=known, kind=kind, stream=stream)
     found = combined(this, *(sent(f"{k}", {"bias": row, "w": np.ones(1)}, kind=kind) for k, row in enumerate(rows)))
     assert found.mean["bias"].tolist() == ([3, -INF, 6] if kind is Kind.FULL else [2, 0, 3])
 
@@ -446,13 +453,13 @@ def test_where_only_some_places_are_constants_the_others_are_averaged(kind: Kind
 def test_what_was_not_finite_may_become_a_number_if_it_does_everywhere(stream: bool) -> None:
     """As the range of a quantization observer does, which begins at infinity."""
     known = {"w": np.zeros(1), "low": np.array(INF)}
-    this = Round(model=known, stream=stream)
+    this = begun(model=known, stream=stream)
     found = combined(this, *(sent(who, {"w": np.ones(1), "low": np.array(x)}) for who, x in (("a", 1.0), ("b", 3.0))))
     assert found.mean["low"] == 2.0
-    mixed = Round(model=known, stream=stream)
+    mixed = begun(model=known, stream=stream)
     for who, low in (("a", 1.0), ("b", 3.0), ("c", INF)):
         mixed.receive(sent(who, {"w": np.ones(1), "low": np.array(low)}))
-    assert [refused.contributor for refused, _ in mixed.settle()] == ["c"]
+    assert [refused.contributor for refused, _ in mixed.close()] == ["c"]
     assert mixed.combine().mean["low"] == 2.0
 
 
@@ -462,27 +469,27 @@ def test_it_does_not_matter_who_trains_what_is_finite_beside_constants(kind: Kin
     known = {"bias": f32([1, -INF]), "w": np.zeros(1)}
     rows = {"a": f32([2, -INF]), "b": f32([4, -INF]), "c": f32([1, -INF])}
     weights = {"a": 1, "b": 1, "c": 2, "idle": 0}
-    this = Round(model=known, kind=kind, stream=stream)
+    this = begun(model=known, kind=kind, stream=stream)
     for who, weight in weights.items():
         row = rows.get(who, known["bias"])
         if kind is Kind.DIFF:
             # by fed_learn itself, or by plain subtraction
             row = difference({"x": row}, {"x": known["bias"]})["x"] if who == "a" else f32([row[0] - 1, np.nan])
         this.receive(sent(who, {"bias": row, "w": np.ones(1)}, weight, kind=kind))
-    assert this.settle() == []
+    assert this.close() == []
     assert this.combine().mean["bias"].tolist() == ([2, -INF] if kind is Kind.FULL else [1, 0])
 
 
 def test_a_part_without_the_constants_is_averaged_with_those_that_have_them() -> None:
-    this = Round(model={"w": np.zeros(1), "mask": MASK}, partial="average")
+    this = begun(model={"w": np.zeros(1), "mask": MASK}, partial="average")
     this.receive(sent("a", {"w": np.array([1.0])}))
     this.receive(sent("b", {"w": np.array([3.0]), "mask": MASK}))
-    assert this.settle() == []
+    assert this.close() == []
     assert firsts(this.combine().mean) == {"w": 2.0}
 
 
 def test_a_handler_sees_constants_as_they_were_sent() -> None:
-    taken = Round(model=SCORES).receive(sent("a", scores(1)))
+    taken = begun(model=SCORES).receive(sent("a", scores(1)))
     assert taken.weights is not None
     assert {name: array.tobytes() for name, array in taken.weights.items()} == {
         name: array.tobytes() for name, array in scores(1).items()
@@ -491,10 +498,10 @@ def test_a_handler_sees_constants_as_they_were_sent() -> None:
 
 def test_torch_models_stay_torch_models_where_they_hold_constants() -> None:
     known = {"bias": torch.tensor([1.0, -INF]), "mask": torch.full((2,), -INF), "w": torch.zeros(1)}
-    this = Round(model=known, own=False)  # type: ignore[arg-type]
+    this = begun(model=known, own=False)  # type: ignore[arg-type]
     for who, value in (("a", 2.0), ("b", 4.0)):
         this.receive(sent(who, {**known, "bias": torch.tensor([value, -INF]), "w": torch.full((1,), value)}))
-    assert this.settle() == []
+    assert this.close() == []
     mean = this.combine().mean
     assert {name: isinstance(value, torch.Tensor) for name, value in mean.items()} == {"bias": True, "w": True}
     assert mean["bias"].tolist() == [3.0, -INF]
@@ -502,48 +509,48 @@ def test_torch_models_stay_torch_models_where_they_hold_constants() -> None:
 
 @STREAMS
 def test_an_overflow_does_not_outvote_a_model_without_one_where_none_is_known(stream: bool) -> None:
-    this = Round(stream=stream)
+    this = begun(stream=stream)
     for who, b in (("a", INF), ("b", INF), ("c", 1.0)):
         this.receive(sent(who, {"w": np.ones(1), "b": np.array([b])}))
-    assert [refused.contributor for refused, _ in this.settle()] == ["a", "b"]
+    assert [refused.contributor for refused, _ in this.close()] == ["a", "b"]
     assert this.combine().mean["b"].tolist() == [1.0]
 
 
 def test_what_is_kept_of_constants_is_a_copy() -> None:
     mine = [{"w": np.ones(1), "mask": MASK.copy()} for _ in range(2)]
     for stream in (False, True):
-        this = Round(stream=stream, own=False)
+        this = begun(stream=stream, own=False)
         for who, weights in zip("ab", mine, strict=True):
             this.receive(sent(who, weights))
-        assert this.settle() == []
+        assert this.close() == []
         kept = this.combine().constants["mask"]
         assert not any(np.shares_memory(kept, weights["mask"]) for weights in mine)
 
 
 @STREAMS
 def test_without_a_model_infinities_are_constants_if_another_sends_the_same(stream: bool) -> None:
-    this = Round(stream=stream)
+    this = begun(stream=stream)
     for who, value in (("a", 1.0), ("b", 3.0)):
         this.receive(sent(who, {"w": np.full(2, value), "mask": MASK}))
-    assert this.settle() == []
+    assert this.close() == []
     found = this.combine()
     assert found.mean["w"].tolist() == [2.0, 2.0]
     assert found.constants["mask"].tobytes() == MASK.tobytes()
-    alone = Round(stream=stream)
+    alone = begun(stream=stream)
     alone.receive(sent("a", {"w": np.full(2, 1.0), "mask": MASK}))
-    ((_, error),) = alone.settle()
+    ((_, error),) = alone.close()
     assert isinstance(error, fl.NonFiniteError)
     assert error.name == "mask"
     with pytest.raises(fl.NonFiniteError):
-        Round(stream=stream).receive(sent("a", {"w": np.array([1.0, np.nan])}))
+        begun(stream=stream).receive(sent("a", {"w": np.array([1.0, np.nan])}))
 
 
 def test_a_model_of_constants_alone_is_nothing_to_average() -> None:
-    this = Round(model={"mask": MASK})
+    this = begun(model={"mask": MASK})
     this.receive(sent("a", {"mask": MASK}))
-    with pytest.raises(fl.OutOfTurnError, match="settle comes first"):
+    with pytest.raises(fl.OutOfTurnError, match="close comes first"):
         this.combine()
-    assert this.settle() == []
+    assert this.close() == []
     with pytest.raises(fl.EmptyAggregationError, match="no variable can be averaged"):
         this.combine()
 
@@ -553,7 +560,7 @@ def test_a_model_of_constants_alone_is_nothing_to_average() -> None:
 
 @STREAMS
 def test_a_client_without_examples_is_present_and_adds_nothing(stream: bool) -> None:
-    this = Round(model=MODEL, stream=stream)
+    this = begun(model=MODEL, stream=stream)
     found = combined(this, sent("a", model(1), 0), sent("b", model(3), 2), sent("c", model(5), 2))
     assert sorted(this.accepted) == ["a", "b", "c"]
     assert firsts(found.mean) == dict.fromkeys(MODEL, 4.0)
@@ -561,18 +568,18 @@ def test_a_client_without_examples_is_present_and_adds_nothing(stream: bool) -> 
 
 @STREAMS
 def test_clients_without_examples_have_no_say_in_which_part_counts(stream: bool) -> None:
-    this = Round(model=MODEL, stream=stream)
+    this = begun(model=MODEL, stream=stream)
     this.receive(sent("a", model(1), 0))
     this.receive(sent("b", model(2), 0))
     this.receive(sent("c", model(3, "fc.bias"), 5))
-    assert [refused.contributor for refused, _ in this.settle()] == ["a", "b"]
+    assert [refused.contributor for refused, _ in this.close()] == ["a", "b"]
     assert firsts(this.combine().mean) == {"fc.bias": 3.0}
 
 
 def test_what_a_handler_makes_is_checked_and_must_be_of_the_same_part() -> None:
-    this = Round(model=MODEL)
+    this = begun(model=MODEL)
     kept = [this.receive(sent(who, model(value, "fc.bias"))) for who, value in (("a", 1), ("b", 3))]
-    assert this.settle() == []
+    assert this.close() == []
     halved = [Contribution(c.contributor, {"fc.bias": (c.weights or {})["fc.bias"] / 2}, 1) for c in kept]
     assert firsts(this.combine(halved).mean) == {"fc.bias": 1.0}
     with pytest.raises(fl.NamesError, match=r"b: has other variables than expected: adds 'fc\.weight'"):
@@ -583,9 +590,9 @@ def test_what_a_handler_makes_is_checked_and_must_be_of_the_same_part() -> None:
 
 @STREAMS
 def test_no_examples_anywhere_is_nothing_to_average(stream: bool) -> None:
-    this = Round(model=MODEL, stream=stream)
+    this = begun(model=MODEL, stream=stream)
     this.receive(sent("a", model(1), 0))
-    assert this.settle() == []
+    assert this.close() == []
     with pytest.raises(fl.EmptyAggregationError, match="counts by more than 0"):
         this.combine()
 
@@ -602,7 +609,7 @@ def test_a_part_has_the_bits_that_its_variables_have_in_the_whole(kernel: str) -
     ]
     part = ("fc.weight", "bn.count")
     expected = fl.weighted_average(whole, [1, 2, 3, 4, 5], kernel=kernel)
-    this = Round(model=MODEL, kernel=kernel)
+    this = begun(model=MODEL, kernel=kernel)
     contributions = [sent(f"{k}", {name: w[name] for name in part}, k + 1) for k, w in enumerate(whole)]
     found = combined(this, *contributions).mean
     assert {name: array.tobytes() for name, array in found.items()} == {name: expected[name].tobytes() for name in part}
@@ -752,17 +759,17 @@ def test_clients_that_all_sit_out_every_round_leave_a_job_without_a_model(caplog
 
 def test_weights_that_are_frozen_in_another_order_come_in_that_of_the_model() -> None:
     turned = FrozenWeights(dict(reversed(model(1).items())))
-    taken = Round(model=MODEL).receive(sent("a", turned))
+    taken = begun(model=MODEL).receive(sent("a", turned))
     assert taken.weights is not None
     assert list(taken.weights) == list(MODEL)
 
 
 @STREAMS
 def test_the_way_out_is_named_where_there_is_one(stream: bool) -> None:
-    this = Round(model=MODEL, stream=stream)
+    this = begun(model=MODEL, stream=stream)
     for who, names in (("a", ("fc.weight",)), ("b", ("fc.weight",)), ("c", ("fc.bias",))):
         this.receive(sent(who, model(1, *names)))
-    ((_, error),) = this.settle()
+    ((_, error),) = this.close()
     way_out = "; partial='average' averages each variable over those who sent it"
     text = "c: misses 'fc.weight' and adds 'fc.bias', compared with what 2 of the round's contributions hold"
     assert str(error) == (text if stream else text + way_out)
@@ -770,26 +777,26 @@ def test_the_way_out_is_named_where_there_is_one(stream: bool) -> None:
 
 @pytest.mark.parametrize("place", range(4))
 def test_a_round_that_nobody_told_is_the_one_that_most_contributions_state(place: int) -> None:
-    this = Round(model=MODEL)
+    this = begun(model=MODEL)
     stated = [3, None, 3]
     stated.insert(place, 99)
     for k, number in enumerate(stated):
         this.receive(sent("liar" if number == 99 else f"site-{k}", model(9 if number == 99 else 1), round=number))
-    ((refused, error),) = this.settle()
+    ((refused, error),) = this.close()
     assert (refused.contributor, type(error), this.number) == ("liar", fl.RoundError, 3)
     assert firsts(this.combine().mean)["fc.weight"] == 1.0
 
 
 @STREAMS
 def test_a_number_of_examples_that_nobody_has_is_refused_by_name(stream: bool) -> None:
-    this = Round(model=MODEL, stream=stream)
+    this = begun(model=MODEL, stream=stream)
     for weight in (2.0**101, 1e300, 1.7e308):
         with pytest.raises(fl.AggregationWeightError) as caught:
             this.receive(sent("liar", model(9), weight))
         assert caught.value.contributor == "liar"
     for k, weight in enumerate((2.0**100, 2.0**100, 2.0**100)):
         this.receive(sent(f"site-{k}", model(k), weight))
-    assert this.settle() == []
+    assert this.close() == []
     assert firsts(this.combine().mean)["fc.weight"] == 1.0
 
 

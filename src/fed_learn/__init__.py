@@ -13,7 +13,7 @@ Example:
 from fed_learn import kernels
 from fed_learn.adapters import get_weights, set_weights
 from fed_learn.adapters.layout import LayoutMap, align
-from fed_learn.aggregation import Accumulator, weighted_average
+from fed_learn.aggregation import Accumulator, aggregate, rules, weighted_average
 from fed_learn.client import FederatedClient
 from fed_learn.components import Learner, ModelEvaluator, TrainingResult
 from fed_learn.contribution import BestModel, Contribution, Kind, RoundReport, ValidationResult
@@ -119,10 +119,12 @@ __all__ = [
     "UnknownContributorError",
     "ValidationResult",
     "WeightsTypeError",
+    "aggregate",
     "align",
     "fire_event",
     "get_weights",
     "kernels",
+    "rules",
     "set_weights",
     "weighted_average",
 ]

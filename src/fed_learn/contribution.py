@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.differences import check_differences
 from fed_learn.errors import (
     AggregationWeightError,
     DuplicateContributionError,
@@ -23,13 +22,10 @@ from fed_learn.errors import (
 from fed_learn.limits import LEFT_OUT, LONGEST_CONTRIBUTOR, MOST_INFO
 from fed_learn.values import entries_of, number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
-    Array,
     FrozenDict,
     FrozenWeights,
-    Schema,
     WeightDict,
     as_weight_dict,
-    check_weights,
     size_text,
 )
 
@@ -47,8 +43,8 @@ class Kind(enum.StrEnum):
 class Contribution:
     """One client's weight dict with what is needed to aggregate it.
 
-    Nothing is checked here: contributions come from outside, and `check_contribution` (which every
-    aggregation calls) refuses a bad one with its contributor's name.
+    Nothing is checked here: contributions come from outside, and whatever aggregates them refuses a bad one with its
+    contributor's name.
 
     Attributes:
         contributor: The name of the client; stable from round to round.
@@ -99,9 +95,24 @@ class Contribution:
             return replace(self)
         return replace(self, weights=FrozenWeights(as_weight_dict(self.weights, self.contributor)))
 
+    def settled(self, **fields: Any) -> "Contribution":
+        """The same with some fields as they were checked; itself, if they are so already.
+
+        Args:
+            **fields: Plain values. Metrics and info are kept: they are plain from the beginning.
+        """
+        now = vars(self)
+        if type(self) is not Contribution or not type(self.metrics) is type(self.info) is FrozenDict:
+            return Contribution(**{name: now[name] for name in now if name not in fields}, **fields)
+        if all(_is_same(now[name], value) for name, value in fields.items()):
+            return self
+        other = object.__new__(Contribution)
+        vars(other).update(now, **fields)
+        return other
+
     def without_weights(self) -> "Contribution":
         """The same with `weights=None`."""
-        return replace(self, weights=None)
+        return self.settled(weights=None)
 
     def __repr__(self) -> str:
         parts = [brief(self.contributor), size_text(self.weights)]
@@ -109,6 +120,11 @@ class Contribution:
         parts += [f"round={brief(self.round + 1)}"] if type(self.round) is int else []
         parts += [f"kind={brief(self.kind)}"] if self.kind is not Kind.FULL else []
         return f"Contribution({', '.join(parts)})"
+
+
+def _is_same(one: object, other: object) -> bool:
+    """Whether two values are one object, or equal numbers or texts of one type."""
+    return one is other or (type(one) is type(other) and type(one) in (int, float, str) and one == other)
 
 
 def check_aggregation_weight(value: object, contributor: str | None = None) -> float:
@@ -302,39 +318,6 @@ def check_terms(
 def _shown(number: object) -> object:
     """A round as a person counts it, from 1."""
     return number + 1 if isinstance(number, int | np.integer) and not isinstance(number, bool) else number
-
-
-def check_contribution(
-    contribution: Contribution,
-    schema: Schema | None = None,
-    *,
-    kind: Kind | None = None,
-    round: int | None = None,
-    contributors: Container[str] = (),
-    scan: bool = True,
-) -> tuple[dict[str, Array], float]:
-    """Checks a contribution whole, before any of it is used.
-
-    Args:
-        contribution: What a client sent. Untrusted.
-        schema: The names, shapes and dtypes it must have; None lets it set its own.
-        kind: See `check_terms`.
-        round: See `check_terms`.
-        contributors: See `check_terms`.
-        scan: Look for NaN and infinity. Without, the caller sees to it that none gets through.
-
-    Returns:
-        The weights as plain arrays (shared, not copied) and the aggregation weight as a float.
-
-    Raises:
-        ContributionError: One of its children, naming the contributor, the variable and the cause.
-    """
-    aggregation_weight = check_terms(contribution, kind=kind, round=round, contributors=contributors)
-    who = contribution.contributor
-    weights = check_weights(contribution.weights, schema, who, scan=scan)
-    if contribution.kind is Kind.DIFF:
-        check_differences(Schema.of(weights, who), who)
-    return weights, aggregation_weight
 
 
 @dataclass(frozen=True, eq=False)

@@ -437,35 +437,6 @@ def shape_error(name: str, array: Array, expected: tuple[int, ...], contributor:
     )
 
 
-def check_weights(
-    weights: object, schema: Schema | None = None, contributor: str | None = None, *, scan: bool = True
-) -> dict[str, Array]:
-    """Checks weights that came from outside whole.
-
-    Args:
-        weights: Should be a weight dict.
-        schema: What it must have; None: any names and shapes, and dtypes that can be averaged.
-        contributor: Who sent it, for the error.
-        scan: Look for NaN and infinity.
-
-    Returns:
-        A plain dict of the arrays, in the order of the schema; those in foreign byte order as native copies.
-
-    Raises:
-        WeightsTypeError, NamesError, ShapeError, DtypeError, NonFiniteError: What is wrong with it.
-    """
-    if schema is not None and isinstance(weights, dict) and type(weights) in PLAIN and schema.describes(weights):
-        arrays = dict(weights)
-    else:
-        arrays = as_weight_dict(weights, contributor)
-        schema = Schema.of(arrays, contributor) if schema is None else schema
-        schema.check(arrays, contributor)
-        arrays = {name: np.asarray(arrays[name], dtype) for name, (_, dtype) in schema.items()}
-    if scan:
-        check_finite(arrays, contributor)
-    return arrays
-
-
 def check_finite(weights: WeightDict, contributor: str | None = None, *, constants: WeightDict | None = None) -> None:
     """Refuses NaN and infinity.
 
@@ -485,14 +456,18 @@ def check_finite(weights: WeightDict, contributor: str | None = None, *, constan
         if finite.all():
             continue
         if constants is None or not same_values(array[~finite], constants[name][~finite]):
-            index, value = first_of(~finite, array)
-            raise NonFiniteError(
-                f"{about(contributor, name)}at index {index}: {value} is not finite",
-                contributor=contributor,
-                name=name,
-                index=index,
-                value=value,
-            )
+            raise not_finite_error(contributor, name, *first_of(~finite, array))
+
+
+def not_finite_error(contributor: str | None, name: str, index: tuple[int, ...], value: float) -> NonFiniteError:
+    """Says which value of which variable is not finite."""
+    return NonFiniteError(
+        f"{about(contributor, name)}at index {index}: {value} is not finite",
+        contributor=contributor,
+        name=name,
+        index=index,
+        value=value,
+    )
 
 
 def finite_elements(array: Array) -> npt.NDArray[np.bool_]:

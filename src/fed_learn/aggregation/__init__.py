@@ -1,6 +1,6 @@
-"""How contributions become one weight dict: the weighted mean, of a batch or as they stream in."""
+"""How contributions become one weight dict: by the weighted mean or another rule, in a batch or as they stream in."""
 
 from fed_learn.aggregation.accumulator import Accumulator
-from fed_learn.aggregation.average import weighted_average
+from fed_learn.aggregation.average import aggregate, weighted_average
 
-__all__ = ["Accumulator", "weighted_average"]
+__all__ = ["Accumulator", "aggregate", "weighted_average"]

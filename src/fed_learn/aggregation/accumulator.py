@@ -9,13 +9,15 @@ from typing import Any, overload
 import numpy as np
 
 from fed_learn import kernels
+from fed_learn.adapters.base import Resident
 from fed_learn.aggregation import tensors
-from fed_learn.aggregation.arrays import Outputs, finite_columns, is_frozen, new_arrays
-from fed_learn.aggregation.average import LIFT
+from fed_learn.aggregation.arrays import ARRAYS, Outputs, contiguous, is_frozen, new_arrays
+from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums, check_domain
-from fed_learn.aggregation.integers import fits, magnitude
+from fed_learn.aggregation.integers import fits
+from fed_learn.aggregation.mean import LIFT, refuse_not_finite
 from fed_learn.aggregation.tensor_outputs import TensorOutputs, outputs_for
-from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind, check_contribution
+from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import (
     AggregationWeightError,
@@ -157,49 +159,55 @@ class Accumulator:
             ExactDomainError: With `exact`, a value or weight outside of the domain.
             BrokenAccumulatorError: An earlier call was interrupted while it was adding.
         """
+        self._check_usable()
         contribution = self._as_contribution(weights, aggregation_weight, contributor)
         named = isinstance(weights, Contribution) or contributor is not None
-        self._check_usable()
-        contribution, found = tensors.opened_contribution(
-            contribution, self._device if self._count else None, on_host=self._exact
-        )
-        kernel = self._kernel_for(found.device)
-        resident = None if self._exact else found.resident(kernel.name)
-        arrays, a = check_contribution(
-            contribution,
-            self._schema,
-            kind=self._kind,
-            round=self._round,
-            contributors=self._contributors if named else (),
-            scan=False,
-        )
-        who = contribution.contributor
+        terms = Terms(self._schema, self._kind, self._round)
+        self.take(terms.check(contribution, self._contributors if named else ()), borrow=borrow, named=named)
+
+    def take(self, row: Checked, *, borrow: bool = False, named: bool = True) -> None:
+        """Adds a checked contribution, of which only the values are looked at, unless that is done as well.
+
+        Args:
+            row: The contribution: of the schema, the kind, the round.
+            borrow: See `add`.
+            named: Whether its name counts as that of a contributor.
+
+        Raises:
+            ContributionError, ExactDomainError: As `add` does, for values and weights that cannot be added.
+        """
+        who, a, held = row.contributor, row.aggregation_weight, row.held
+        if self._count and held.device != self._device:
+            first = next(iter(held.tensors), None)
+            tensors.refuse_devices(f"{who}: weights are", who, first, held.device, self._device)
+        kernel, place = self._kernel_for(held.device), held.place
+        framework = None if self._exact else held.resident(kernel.name)
+        row = row.on_host() if self._exact else row
         copies = None
-        if a and not borrow and not all(map(is_frozen, arrays.values())):
-            copies = self._room_for(arrays, found.place if resident is not None else None)
-        if resident is not None:
-            columns, largest = tensors.scanned(resident, found.tensors, who, copies)
-        else:
-            columns, largest = _scanned(kernel, arrays, who, copies)
+        if a and not borrow and not all(map(is_frozen, row.arrays.values())):
+            copies = self._room_for(row.arrays, None if framework is None else place)
+        columns = _columns(kernel, framework, row, copies)
+        look: Any = ARRAYS if framework is None else framework
+        largest = {name: look.magnitude(x) for name, x in columns.items() if row.arrays[name].dtype.kind in "iu"}
         if a == 0:
-            self._schema = Schema.of(arrays) if self._schema is None else self._schema
+            self._schema = Schema.of(row.arrays) if self._schema is None else self._schema
             self._contributors.update({who: None} if named else {})
             return
-        if self._exact:
-            check_domain(columns, a, who)
-        elif not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
+        if not self._exact and not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
             raise AggregationWeightError(
                 f"{who}: aggregation weight {a} is outside of 2**-100 to 2**100, and sums as they stream in could "
                 "under- or overflow; weighted_average can take it",
                 contributor=who,
                 value=a,
             )
-        self._check_integers(largest, self._count + 1, who, columns if resident is None else None)
-        self._schema = Schema.of(arrays) if self._schema is None else self._schema
+        if self._exact and not row.scanned:
+            check_domain(columns, a, who)
+        self._check_integers(largest, self._count + 1, who, columns if framework is None else None)
+        self._schema = Schema.of(row.arrays) if self._schema is None else self._schema
 
         self._broken = True
         if not self._count:
-            self._place, self._kernel = found.place, kernel
+            self._place, self._kernel = place, kernel
         self._borrowed.append(([columns[name] for name in self._schema], a))
         self._copied += copies is not None
         if borrow:
@@ -208,7 +216,8 @@ class Accumulator:
             waits = copies is not None and len(self._borrowed) == self._copied < MOST_COPIED
         if not waits:
             self._add_borrowed()
-        self._note(1, a, contribution.kind, contribution.round, largest, {who: None} if named else {})
+        sent = row.sent
+        self._note(1, a, sent.kind, sent.round, largest, {who: None} if named else {})
         self._broken = False
 
     def flush(self) -> None:
@@ -479,12 +488,33 @@ class Accumulator:
             )
 
 
-def _scanned(
-    kernel: Kernel, arrays: dict[str, Array], who: str, copies: Mapping[str, Array] | None
-) -> tuple[dict[str, Array], dict[str, int]]:
-    """What a kernel takes, without NaN and infinity, and the largest integer of each variable of integers."""
-    columns = finite_columns(kernel, arrays, who, copies)
-    return columns, {name: magnitude(array) for name, array in columns.items() if array.dtype.kind in "iu"}
+def _columns(kernel: Kernel, framework: Resident | None, row: Checked, copies: dict[str, Any] | None) -> dict[str, Any]:
+    """What a kernel adds of a contribution, once it has found no NaN and no infinity in it.
+
+    Args:
+        kernel: Looks for them.
+        framework: Whose tensors it adds; None: arrays.
+        row: The contribution.
+        copies: Where to copy the values, so that what was found stays true whoever else holds them; None: they stay as
+            they are, somebody has promised.
+
+    Raises:
+        NonFiniteError: Says which value of which variable is not finite.
+    """
+    if framework is None:
+        columns: dict[str, Any] = {name: contiguous(array) for name, array in row.arrays.items()}
+    else:
+        columns = {name: row.held.tensors[name] for name in row.arrays}
+    if copies is not None:
+        flags = kernel.copy(list(columns.values()), [copies[name] for name in columns])
+        columns = {name: copies[name] for name in columns}
+    elif row.scanned:
+        return columns
+    else:
+        flags = kernel.not_finite(list(columns.values()))
+    flagged = {name: columns[name] for name, flag in zip(columns, flags, strict=True) if flag}
+    refuse_not_finite(ARRAYS if framework is None else framework, flagged, row.contributor)
+    return columns
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:

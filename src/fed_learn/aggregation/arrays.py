@@ -1,18 +1,19 @@
 """From checked weight dicts to what a kernel takes: contiguous inputs, and outputs that share no memory with them."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from types import NoneType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fed_learn.adapters.overlaps import overlaps_itself
+from fed_learn.aggregation.integers import magnitude
 from fed_learn.errors import OutputError
-from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.memory import Addresses, addresses
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, check_finite, native_dtype
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, finite_elements, first_of, native_dtype
 
 ALIGNMENT = 64
 """Bytes of a cache line, at which the arrays of a slab begin."""
@@ -49,29 +50,34 @@ def is_frozen(array: Array) -> bool:
     return held is None or isinstance(held, bytes)
 
 
-def finite_columns(
-    kernel: Kernel, arrays: WeightDict, contributor: str, copies: Mapping[str, Array] | None = None
-) -> dict[str, Array]:
-    """The arrays as a kernel takes them, contiguous, once it has found no NaN and no infinity in them.
+class _Arrays:
+    """What `fed_learn.adapters.base.Resident` tells of tensors, of arrays."""
 
-    Args:
-        kernel: Looks for them.
-        arrays: Weights that were checked.
-        contributor: Whose they are.
-        copies: Where to copy them, so that what was found stays true whoever else holds them; None: they stay as they
-            are, somebody has promised.
+    def first_not_finite(self, array: Array) -> tuple[tuple[int, ...], float] | None:
+        """Index and value of the first NaN or infinity, if there is one."""
+        if array.dtype.kind in "biu":
+            return None
+        finite = finite_elements(array)
+        return None if finite.all() else first_of(~finite, array)
 
-    Raises:
-        NonFiniteError: Says which value of which variable is not finite.
-    """
-    columns = {name: contiguous(array) for name, array in arrays.items()}
-    if copies is None:
-        flags = kernel.not_finite(list(columns.values()))
-    else:
-        flags = kernel.copy(list(columns.values()), [copies[name] for name in columns])
-        columns = {name: copies[name] for name in columns}
-    check_finite({name: columns[name] for name, flag in zip(columns, flags, strict=True) if flag}, contributor)
-    return columns
+    def magnitude(self, array: Array) -> int:
+        """The largest absolute value of integers; 0 for an empty array and for anything else."""
+        return magnitude(array)
+
+    def overflowed(self, array: Array) -> npt.NDArray[np.bool_]:
+        """Which elements look like the mean of a sum that overflowed: not finite, or the largest float64.
+
+        Kernels hold a mean within the range of float64, so there the largest value may hide an infinity.
+        """
+        found = ~np.isfinite(array)
+        return found | (np.abs(array) == np.finfo(np.float64).max) if array.dtype == np.float64 else found
+
+    def view(self, array: Array) -> Array:
+        """The array."""
+        return array
+
+
+ARRAYS = _Arrays()
 
 
 class Columns:

@@ -1,54 +1,13 @@
-"""The weighted mean of a batch of contributions."""
+"""`weighted_average` and `aggregate`: what a batch of contributions makes together, by the mean or by any rule."""
 
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fractions import Fraction
-from typing import Any, TypeAlias
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Iterable, Sequence
 
 from fed_learn import kernels
-from fed_learn.adapters.tensors import hold_tensors
-from fed_learn.aggregation.arrays import Columns, Outputs
-from fed_learn.aggregation.exact import ExactSums, check_domain
-from fed_learn.aggregation.integers import integer_mean, large_integer_mean, too_large
-from fed_learn.contribution import (
-    LARGEST_WEIGHT,
-    SMALLEST_WEIGHT,
-    Contribution,
-    Kind,
-    check_aggregation_weight,
-    check_contribution,
-)
-from fed_learn.environment import sum_in_order
-from fed_learn.errors import (
-    AggregationWeightError,
-    EmptyAggregationError,
-    KindError,
-    RoundError,
-    WeightsTypeError,
-)
-from fed_learn.kernels.base import Kernel, Segment
-from fed_learn.kernels.digits import MOST_TERMS, DigitsError
-from fed_learn.kernels.memory import Addresses
-from fed_learn.values import whole_number_of
-from fed_learn.weights import (
-    Array,
-    Schema,
-    WeightDict,
-    as_weight_dict,
-    check_finite,
-    check_weights,
-    finite_elements,
-)
-
-LIFT = 100
-"""Aggregation weights are multiplied by 2**100 (see `usual_scale`)."""
-
-Rows: TypeAlias = list[tuple[str, dict[str, Array], float]]
-"""Contributor, weights and aggregation weight of what passed the checks, in the order of the sums."""
+from fed_learn.aggregation.batch import checked_batch
+from fed_learn.aggregation.mean import counting, mean
+from fed_learn.aggregation.rules import Given, Rule, find
+from fed_learn.contribution import Contribution
+from fed_learn.weights import WeightDict
 
 
 def weighted_average(
@@ -98,272 +57,47 @@ def weighted_average(
         >>> weighted_average([hospital_a, hospital_b], [300, 100])
         {'w': array([1., 1.], dtype=float32)}
     """
-    chosen = kernels.resolve(kernel)
-    batch = list(contributions)
-    if hold_tensors(like, out, *(item.weights if isinstance(item, Contribution) else item for item in batch)):
-        from fed_learn.aggregation.average_tensors import average_tensors  # which builds upon this module
-
-        return average_tensors(batch, aggregation_weights, like=like, out=out, exact=exact, kernel=kernel)
-    schema, checked = checked_batch(batch, aggregation_weights, like)
-    checked = counting(checked, lambda who, weights: check_finite(weights, who))
-    inputs = Columns([weights for _, weights, _ in checked])
-    outputs = Outputs(schema, out, inputs)
-    scalars = [a for _, _, a in checked]
-    if exact:
-        _exact_average(chosen, schema, checked, inputs.arrays, outputs.arrays)
-        return outputs.finish()
-    if far_apart(scalars):
-        _average_far_apart(chosen, checked, inputs.arrays, outputs.arrays)
-        return outputs.finish()
-    table = np.empty((len(schema), len(checked) + 1), np.uintp)
-    table[:, 0], table[:, 1:] = outputs.addresses, inputs.addresses
-    flagged = _average(chosen, inputs.arrays, scalars, usual_scale(scalars), outputs.arrays, table)
-    results = {}
-    for name in flagged:
-        if schema[name][1].kind not in "biu":
-            results[name] = outputs.arrays[name]
-        elif too_large(inputs.arrays[name]):
-            large_integer_mean(chosen, inputs.arrays[name], scalars, outputs.arrays[name])
-    for name, doubtful in _refuse_non_finite(results, checked).items():
-        _average_again(chosen, checked, name, results[name], doubtful)
-    return outputs.finish()
+    kernels.requested(kernel)
+    schema, rows = checked_batch(list(contributions), aggregation_weights, like)
+    return mean(rows, schema, out=out, exact=exact, kernel=kernel)
 
 
-def usual_scale(aggregation_weights: Sequence[float]) -> int:
-    """The power of two by which aggregation weights are multiplied, exactly, before products are taken.
-
-    It lifts weights of the usual range so far above 1 that no product loses bits to underflow, not even with subnormal
-    values, and cancels in the division. Unusual weights are lifted as far as float32 values can bear, so that the
-    smallest of them count as well.
-    """
-    if min(aggregation_weights) >= SMALLEST_WEIGHT and max(aggregation_weights) <= LARGEST_WEIGHT:
-        return LIFT
-    return 880 - math.frexp(max(aggregation_weights))[1]
-
-
-FARTHEST = 2.0**-800
-"""Of the largest aggregation weight, what others may be so that no product with any value loses bits to underflow."""
-
-
-def far_apart(aggregation_weights: Sequence[float]) -> bool:
-    """Whether aggregation weights are so far apart that products with the smallest of them could lose bits."""
-    return min(aggregation_weights) < FARTHEST * max(aggregation_weights)
-
-
-def _average_far_apart(
-    kernel: Kernel, checked: Rows, columns: Mapping[str, Sequence[Array]], results: WeightDict
-) -> None:
-    """The mean of those whose aggregation weights are near to the largest, and what the others add to it.
-
-    They add something only to float64 values that are 0, or nearly so, in the weights of all that count by far more,
-    and may decide on a tie of large integers, which are summed exactly.
-    """
-    for who, weights, _ in checked:
-        check_finite(weights, who)
-    least = FARTHEST * max(a for _, _, a in checked)
-    near, far = [row for row in checked if row[2] >= least], [row for row in checked if row[2] < least]
-    mean = weighted_average([weights for _, weights, _ in near], [a for _, _, a in near], kernel=kernel.name)
-    names = [name for name, result in results.items() if result.dtype == np.float64]
-    added = weighted_average([{n: w[n] for n in names} for _, w, _ in far], [a for _, _, a in far], kernel=kernel.name)
-    total, of_far = (sum((Fraction(a) for _, _, a in rows), Fraction()) for rows in (checked, far))
-    share = of_far / total
-    exponent = share.numerator.bit_length() - share.denominator.bit_length() + 1
-    factor = float(share / Fraction(2) ** exponent)
-    for name, result in results.items():
-        result[...] = mean[name]
-        if name in added:
-            with np.errstate(all="ignore"):
-                result += np.ldexp(added[name] * factor, exponent)
-        elif too_large(columns[name]):
-            large_integer_mean(kernel, columns[name], [a for _, _, a in checked], result)
-
-
-def _average(
-    kernel: Kernel,
-    columns: Mapping[str, Sequence[Array]],
-    aggregation_weights: Sequence[float],
-    scale: int,
-    results: WeightDict,
-    addresses: Addresses | None = None,
-) -> list[str]:
-    """The mean of some variables with all aggregation weights multiplied by 2**scale.
+def aggregate(
+    contributions: Iterable[WeightDict] | Iterable[Contribution],
+    aggregation_weights: Sequence[float] | None = None,
+    *,
+    rule: str | Rule = "mean",
+    like: WeightDict | None = None,
+    out: WeightDict | None = None,
+    exact: bool = False,
+    kernel: str | None = None,
+) -> WeightDict:
+    """What a rule makes of contributions.
 
     Args:
-        kernel: What computes it.
-        columns: An array per contribution of each variable.
-        aggregation_weights: One per contribution.
-        scale: See above.
-        results: Where it goes.
-        addresses: See `Kernel.weighted_mean`.
+        contributions: As of `weighted_average`, like all but `rule`.
+        aggregation_weights: See there.
+        rule: The name of a rule, one of `fed_learn.rules.available()`, or a `fed_learn.rules.Rule`.
+        like: See there.
+        out: See there.
+        exact: See there.
+        kernel: See there.
 
     Returns:
-        The variables that the kernel reports.
-    """
-    scaled = [math.ldexp(a, scale) for a in aggregation_weights]
-    segments = [Segment(column, results[name]) for name, column in columns.items()]
-    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled), addresses)
-    return [name for name, flag in zip(columns, flags, strict=True) if flag]
-
-
-def _average_again(kernel: Kernel, checked: Rows, name: str, result: Array, doubtful: npt.NDArray[np.bool_]) -> None:
-    """Replaces elements whose sums are not finite, although the inputs are: by sums so small that they cannot overflow.
-
-    Of copies, since the inputs may have been something else when they were summed, and may be again.
+        A new dict in the order of `like`, or `out`.
 
     Raises:
-        NonFiniteError: The inputs are not finite after all.
+        ContributionError: Something is wrong with one of them; the class says what, the attributes who and where.
+        EmptyAggregationError: There are no contributions, or none counts by more than 0.
+        ValueError: There is no such rule, or it makes a model by the state of a job.
+
+    Example:
+        >>> aggregate([{"w": np.float32([0, 1])}, {"w": np.float32([4, 1])}], [300, 100], rule="mean")
+        {'w': array([1., 1.], dtype=float32)}
     """
-    scalars = [a for _, _, a in checked]
-    small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
-    copies = []
-    for contributor, weights, _ in checked:
-        copies.append(weights[name][doubtful])
-        if not finite_elements(copies[-1]).all():
-            whole = np.zeros(result.shape, result.dtype)
-            whole[doubtful] = copies[-1]
-            check_finite({name: whole}, contributor)
-    again = np.empty_like(copies[0])
-    _average(kernel, {name: copies}, scalars, small, {name: again})
-    result[doubtful] = again
-
-
-def checked_batch(
-    batch: list[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
-) -> tuple[Schema, Rows]:
-    """Checks all but whether values are finite.
-
-    Returns:
-        The schema, and the contributions in the order of the sums.
-    """
-    if not batch:
-        raise EmptyAggregationError("no contributions to average")
-    schema = None if like is None else Schema.of(as_weight_dict(like, "like"), "like")
-    if not all(isinstance(item, Contribution) for item in batch):
-        return _checked_weight_dicts(batch, aggregation_weights, schema)
-    if aggregation_weights is not None:
-        raise AggregationWeightError(
-            "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
-        )
-    return _checked_contributions(batch, schema)
-
-
-def counting(checked: Rows, check: Callable[[str, dict[str, Array]], None]) -> Rows:
-    """Those that count by more than 0; the sums will not show what is wrong with the others.
-
-    Args:
-        checked: All of them.
-        check: Looks for NaN and infinity in weights, of which it is told whose they are.
-
-    Raises:
-        NonFiniteError: One that counts by 0 holds them.
-        EmptyAggregationError: All count by 0.
-    """
-    idle = [(who, weights) for who, weights, a in checked if not a]
-    if not idle:
-        return checked
-    for who, weights in idle:
-        check(who, weights)
-    if len(idle) == len(checked):
-        raise EmptyAggregationError("no contribution counts by more than 0: all aggregation weights are 0")
-    return [row for row in checked if row[2]]
-
-
-def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> tuple[Schema, Rows]:
-    """In the order of the contributors' names."""
-    rounds: Counter[Any] = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
-    kinds: Counter[Any] = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
-    # Of equally common ones: the newer round, since late contributions are common, and the first's kind.
-    number = max(rounds, key=lambda number: (rounds[number], number), default=None)
-    kind = max(kinds, key=kinds.__getitem__, default=None)
-    seen: dict[str, tuple[dict[str, Array], float]] = {}
-    for contribution in batch:
-        try:
-            weights, a = check_contribution(
-                contribution, schema, kind=kind, round=number, contributors=seen, scan=False
-            )
-        except (RoundError, KindError) as error:
-            of_round = isinstance(error, RoundError)
-            stated, counts = (whole_number_of(contribution.round), rounds) if of_round else (contribution.kind, kinds)
-            if isinstance(stated, int | Kind) and counts[stated] == max(counts.values(), default=1):
-                error.args = (f"{error} (as many contributions of this call state it as state the expected one)",)
-            raise
-        schema = Schema.of(weights) if schema is None else schema
-        seen[contribution.contributor] = weights, a
-    assert schema is not None
-    return schema, [(contributor, *seen[contributor]) for contributor in sorted(seen)]
-
-
-def _checked_weight_dicts(
-    batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
-) -> tuple[Schema, Rows]:
-    """In the order of the list."""
-    if aggregation_weights is None:
-        aggregation_weights = [1.0] * len(batch)
-    elif len(aggregation_weights) != len(batch):
-        raise AggregationWeightError(
-            f"{len(aggregation_weights)} aggregation weights for {len(batch)} weight dicts", value=aggregation_weights
-        )
-    labels = [f"contributions[{i}]" for i in range(len(batch))]
-    for label, item in zip(labels, batch, strict=True):
-        if isinstance(item, Contribution):
-            raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
-    schema = Schema.of(as_weight_dict(batch[0], labels[0]), labels[0]) if schema is None else schema
-    scalars = [check_aggregation_weight(a, label) for a, label in zip(aggregation_weights, labels, strict=True)]
-    if [*map(type, batch)].count(dict) == len(batch) and schema.describes(*batch):  # the usual case, soon told
-        rows = [item.copy() for item in batch]
-    else:
-        rows = [check_weights(item, schema, label, scan=False) for item, label in zip(batch, labels, strict=True)]
-    return schema, list(zip(labels, rows, scalars, strict=True))
-
-
-def _refuse_non_finite(results: WeightDict, checked: Rows) -> dict[str, npt.NDArray[np.bool_]]:
-    """Refuses NaN and infinity in the inputs of variables with a sum that is not finite.
-
-    Returns:
-        If the inputs are finite, and so a sum overflowed: which elements of which variables look like it.
-    """
-    doubtful = {}
-    for name, result in results.items():
-        for contributor, weights, _ in checked:
-            check_finite({name: weights[name]}, contributor)
-        # Kernels hold a mean within the range of float64, so there the largest value may hide an infinity.
-        doubtful[name] = ~np.isfinite(result)
-        if result.dtype == np.float64:
-            doubtful[name] |= np.abs(result) == np.finfo(np.float64).max
-    return doubtful
-
-
-def _exact_average(
-    kernel: Kernel, schema: Schema, checked: Rows, columns: Mapping[str, Sequence[Array]], results: WeightDict
-) -> None:
-    for row, (contributor, weights, a) in enumerate(checked):
-        flags = kernel.not_finite([column[row] for column in columns.values()])
-        check_finite({name: weights[name] for name, flag in zip(schema, flags, strict=True) if flag}, contributor)
-        check_domain(weights, a, contributor)
-    try:
-        _exact_means(kernel, columns, [a for _, _, a in checked], results)
-    except DigitsError:  # a value has changed since: what copies hold, nobody else can change
-        checked = [(who, {name: array.copy() for name, array in weights.items()}, a) for who, weights, a in checked]
-        _exact_average(kernel, schema, checked, Columns([weights for _, weights, _ in checked]).arrays, results)
-
-
-def _exact_means(
-    kernel: Kernel, columns: Mapping[str, Sequence[Array]], aggregation_weights: Sequence[float], results: WeightDict
-) -> None:
-    numbers = []
-    for name, result in results.items():
-        if result.dtype.kind in "biu":
-            integer_mean(kernel, columns[name], aggregation_weights, result)
-        else:
-            numbers.append(name)
-    outputs = [results[name] for name in numbers]
-    total = sum(map(Fraction, aggregation_weights), Fraction())
-    if len(aggregation_weights) < MOST_TERMS:
-        segments = [Segment(columns[name], results[name]) for name in numbers]
-        kernel.exact_mean(segments, np.array(aggregation_weights), float(total))
-        return
-    sums = ExactSums([output.size for output in outputs])
-    for start in range(0, len(aggregation_weights), MOST_TERMS // 2):
-        some = slice(start, start + MOST_TERMS // 2)
-        sums.add(kernel, [columns[name][some] for name in numbers], aggregation_weights[some])
-    sums.divide(kernel, range(len(outputs)), total, outputs)
+    how = find(rule)
+    if how.makes_model:
+        raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
+    kernels.requested(kernel)
+    schema, rows = checked_batch(list(contributions), aggregation_weights, like)
+    return how.combine(Given(counting(rows), schema, exact=exact, kernel=kernel, out=out))

@@ -1,26 +1,45 @@
-"""Opens what a client sent and checks it, once and whole, against what its round expects.
+"""Opens what a client sent and checks it, once and whole: `Checked` is what means, rules and rounds take.
 
-A job accepts what has one clear meaning even where it is not as the global model has it: numbers in any form, another
-width of floating-point numbers, a part of the model, constants that are not finite. Everything else is refused by an
-error that names who and what. Which of several parts counts is left to `fed_learn.aggregation.round`.
+`Terms` say what is expected. Strict ones, of `weighted_average` and `Accumulator`, want names, shapes and dtypes as
+they are. Those of a job accept what has one clear meaning even where it is not as the global model has it: numbers in
+any form, another width of floating-point numbers, a part of the model, constants that are not finite. Everything else
+is refused by an error that names who and what. Which of several parts counts is left to `agreement`.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from fed_learn.aggregation.arrays import contiguous
-from fed_learn.aggregation.tensor_outputs import as_tensors
-from fed_learn.aggregation.tensors import Opened, label_of, opened_contribution, without_tensors
-from fed_learn.contribution import Contribution, Kind, check_contributor, check_countable, check_terms, checked_n_iter
+from fed_learn.aggregation.arrays import contiguous, new_arrays
+from fed_learn.aggregation.exact import check_domain
+from fed_learn.aggregation.tensors import Opened, label_of, opened, schema_of, without_tensors
+from fed_learn.contribution import (
+    Contribution,
+    Kind,
+    check_aggregation_weight,
+    check_countable,
+    check_terms,
+    checked_n_iter,
+)
 from fed_learn.differences import check_differences
-from fed_learn.errors import FedLearnError, NonFiniteError, WeightsTypeError, as_failure, described
+from fed_learn.errors import (
+    AggregationWeightError,
+    EmptyAggregationError,
+    FedLearnError,
+    KindError,
+    NonFiniteError,
+    RoundError,
+    WeightsTypeError,
+    as_failure,
+    described,
+)
 from fed_learn.kernels.base import Kernel
-from fed_learn.values import numbers_as_arrays
+from fed_learn.values import numbers_as_arrays, whole_number_of
 from fed_learn.weights import (
     PLAIN,
     Array,
@@ -30,7 +49,6 @@ from fed_learn.weights import (
     as_weight_dict,
     check_finite,
     finite_elements,
-    items_of,
     listed,
     same_values,
 )
@@ -44,118 +62,234 @@ class Checked:
     """A contribution that has been opened and has passed every check.
 
     Attributes:
-        contribution: It, with plain numbers, and its weights in the order and the dtypes of the global model.
-        arrays: The same weights as arrays.
-        averaged: Names of the variables that are averaged: all that were sent but `constants`.
+        contributor: Whose it is.
+        aggregation_weight: By which it counts.
+        held: Its weights, in the order and the dtypes that are expected: arrays, and the tensors that they stand for.
+        contribution: The contribution itself, with plain numbers; None for bare weights.
+        scanned: Whether its values have been looked at: they are finite, but for `filled` and `constants`, and with
+            exact sums in their domain.
+        constants: Variables that are not averaged: not finite, and the global model is not known.
         filled: Variables that are not finite where the global model is not: what is averaged in their place, 0 there.
         unchanged: Names of those that are as a whole what they are in the global model.
         form: Equal for contributions of the same variables; None: all of the global model.
         unless_alone: Why it is refused if nobody else sent one of this form.
     """
 
-    contribution: Contribution
-    arrays: WeightDict
-    averaged: tuple[str, ...]
+    contributor: str
+    aggregation_weight: float
+    held: Opened
+    contribution: Contribution | None = None
+    scanned: bool = False
+    constants: Mapping[str, Array] = field(default_factory=dict)
     filled: WeightDict = field(default_factory=dict)
     unchanged: frozenset[str] = frozenset()
     form: Hashable = None
     unless_alone: NonFiniteError | None = None
 
-    def to_average(self, names: Sequence[str]) -> Contribution:
-        """The contribution with some of its variables, as they are averaged."""
-        weights = self.contribution.weights
-        assert weights is not None
-        if not self.filled and len(names) == len(weights):
-            return self.contribution
-        return replace(self.contribution, weights={name: self.filled.get(name, weights[name]) for name in names})
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The weights as arrays; placeholders of tensors that are averaged on their device."""
+        arrays: dict[str, Array] = self.held.weights
+        return arrays
 
     @cached_property
-    def averages(self) -> frozenset[str]:
-        """The names in `averaged`, for looking up one of a hundred thousand."""
-        return frozenset(self.averaged)
+    def averaged(self) -> dict[str, None]:
+        """Names of the variables that are averaged, in order."""
+        return {name: None for name in self.arrays if name not in self.constants}
 
     @property
-    def constants(self) -> dict[str, Array]:
-        """Variables that are not averaged: not finite, and the global model is not known."""
-        return {name: array for name, array in self.arrays.items() if name not in self.averages}
+    def sent(self) -> Contribution:
+        """The contribution, where it is one."""
+        assert self.contribution is not None
+        return self.contribution
+
+    def only(self, names: Sequence[str]) -> Self:
+        """Some of its variables, as they are averaged."""
+        if not self.filled and len(names) == len(self.arrays):
+            return self
+        held = self.held.only(names)
+        filled = {name: self.filled[name] for name in names if name in self.filled}
+        return replace(self, held=held.replaced({**held.weights, **filled}) if filled else held)
+
+    def completed(self, model: WeightDict) -> Contribution:
+        """A difference of all variables of the global model, with zeros for those of which nothing was sent."""
+        if self.form is None and not self.filled:
+            return self.sent
+        zeros = {name: np.zeros_like(array) for name, array in model.items() if name not in self.arrays}
+        whole = {**zeros, **self.arrays, **self.filled}
+        return self.sent.settled(weights=FrozenWeights.adopt({name: whole[name] for name in model}))
+
+    def on_host(self) -> Self:
+        """The same with arrays in the memory of the host alone."""
+        return self if not self.held.owners else replace(self, held=Opened(self.held.on_host(), {}, {}))
+
+    def owned(self) -> Self:
+        """The same with copies of arrays, which nobody else can change."""
+        held = Opened({name: array.copy() for name, array in self.arrays.items()}, {}, {})
+        return replace(self, held=held, scanned=False)
 
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """What the contributions of a round have to agree with.
+    """What contributions have to agree with.
 
     Attributes:
-        schema: Names, shapes and dtypes of the global model; empty: nobody knows them yet.
+        schema: Names, shapes and dtypes; None: nobody knows them yet, and what is checked sets its own.
+        kind: The kind that is expected, if any.
+        round: The round that is expected, if any.
+        of_job: Whether they are those of a job, which are lenient where a meaning is clear, and refuse weights that no
+            number of examples is; what follows is for these alone.
         model: The global model, for constants in it that are not finite; None: it is not at hand.
-        kind: The kind that is expected.
-        round: The round; None: unknown.
         parts: Whether a part of the variables may be sent.
         own: Whether the weights are copied, so that nobody else can change them.
+        kernel: Looks for values that are not finite; None: that is left to whoever sums.
+        exact: Whether values have to lie in the domain of exact sums.
     """
 
-    schema: Schema
-    model: WeightDict | None = None
+    schema: Schema | None = None
     kind: Kind | None = None
     round: int | None = None
+    of_job: bool = False
+    model: WeightDict | None = None
     parts: bool = True
     own: bool = True
+    kernel: Kernel | None = None
+    exact: bool = False
 
-    def check(self, sent: Contribution, tell: Tell, contributors: Container[str] = ()) -> Checked:
-        """Checks all but whether values are finite.
+    def check(self, sent: Contribution, contributors: Container[str] = (), tell: Tell | None = None) -> Checked:
+        """Checks a contribution.
 
         Args:
             sent: What a client sent. Untrusted.
-            tell: Is told of what is accepted although it is not as the global model has it.
             contributors: Names that have contributed already.
+            tell: Is told of what is accepted although it is not as the global model has it.
 
         Raises:
             ContributionError: One of its children, naming the contributor, the variable and the cause.
+            ExactDomainError: With `exact`, a value or weight outside of the domain.
         """
         try:
-            return self._checked(sent, tell, contributors)
+            aggregation_weight = check_terms(sent, kind=self.kind, round=self.round, contributors=contributors)
+            who = sent.contributor
+            if self.of_job:
+                who = str.__str__(who)
+                check_countable(aggregation_weight, who)
+                return self._checked_for_job(sent, who, aggregation_weight, tell or (lambda text: None))
+            held = self._strictly(sent.weights, who)
         except FedLearnError:
             raise
         except BaseException as error:  # an object that raises wherever one looks
             as_failure(error)
             who = label_of(sent.contributor)
             raise WeightsTypeError(f"{who}: sent what cannot be read: {described(error)}", contributor=who) from error
-
-    def _checked(self, sent: Contribution, tell: Tell, contributors: Container[str]) -> Checked:
-        aggregation_weight = check_terms(sent, kind=self.kind, round=self.round, contributors=contributors)
-        who = check_contributor(sent.contributor)
-        check_countable(aggregation_weight, who)
-        if isinstance(sent.weights, Mapping) and type(sent.weights) not in PLAIN:
-            sent = replace(sent, weights=items_of(sent.weights, who))
-        opened, found = opened_contribution(sent, None, on_host=True)
-        arrays = self._arrays(opened.weights, who, tell)
         if sent.kind is Kind.DIFF:
-            check_differences(Schema.of(arrays, who), who)
-        weights = _owned(arrays, sent.weights) if self.own else _as_sent(arrays, opened.weights, sent.weights, found)
-        contribution = Contribution(
-            who,
-            weights,
-            aggregation_weight,
+            check_differences(self.schema or Schema.of(held.weights, who), who)
+        return Checked(who, aggregation_weight, held, sent)
+
+    def check_weights(self, weights: object, aggregation_weight: float, who: str) -> Checked:
+        """The same for bare weights, strictly.
+
+        Args:
+            weights: Should be a weight dict.
+            aggregation_weight: By which they count.
+            who: What to call whoever sent them.
+
+        Raises:
+            ContributionError: One of its children.
+        """
+        return Checked(who, aggregation_weight, self._strictly(weights, who))
+
+    def _strictly(self, weights: Any, who: str) -> Opened:
+        schema, held = self.schema, opened(weights, who)
+        found = held.weights
+        if schema is not None and type(found) in PLAIN and schema.describes(found):
+            return held.only(schema)
+        arrays = as_weight_dict(found, who)
+        schema = Schema.of(arrays, who) if schema is None else schema
+        schema.check(arrays, who)
+        return held.replaced({name: np.asarray(arrays[name], dtype) for name, (_, dtype) in schema.items()})
+
+    def _checked_for_job(self, sent: Contribution, who: str, aggregation_weight: float, tell: Tell) -> Checked:
+        held = self._fitted(opened(sent.weights, who), who, tell)
+        if sent.kind is Kind.DIFF:
+            check_differences(self.schema or Schema.of(held.weights, who), who)
+        flagged: list[str] | None = None
+        if self.own:
+            held, weights, flagged = self._owned(Opened(held.on_host(), {}, {}), sent.weights)
+        else:
+            weights = held.as_sent(sent.weights)
+        contribution = sent.settled(
+            contributor=who,
+            weights=weights,
+            aggregation_weight=aggregation_weight,
             n_iter=checked_n_iter(sent.n_iter, who),
             round=sent.round if self.round is None else self.round,
-            kind=sent.kind,
-            metrics=sent.metrics,
-            info=sent.info,
         )
-        arrays = dict(weights) if self.own else arrays
-        return Checked(contribution, arrays, tuple(arrays), form=self._form(arrays))
+        checked = Checked(who, aggregation_weight, held, contribution, form=self._form(held.weights))
+        return checked if self.kernel is None else self._scanned(checked, self.kernel, flagged)
 
-    def scanned(self, checked: Checked, kernel: Kernel) -> Checked:
-        """The same, once a kernel has found no NaN and no infinity but the constants of the global model.
+    def _fitted(self, held: Opened, who: str, tell: Tell) -> Opened:
+        """The weights in native byte order, in the dtypes and the order of the global model."""
+        schema = self.schema
+        if schema and type(held.weights) in PLAIN and schema.describes(held.weights):
+            return held  # the usual case
+        host = held.on_host()
+        arrays = as_weight_dict(numbers_as_arrays(host, schema or Schema()), who)
+        if not schema:
+            fit = {name: np.asarray(arrays[name], dtype) for name, (_, dtype) in Schema.of(arrays, who).items()}
+            return held.replaced(fit, host)
+        if not self.parts and len(arrays) < len(schema):
+            raise schema.names_error(arrays, who)
+        fit, rounded = schema.fit(arrays, who)
+        for (came, expected), names in rounded.items():
+            if came.kind in "iu":  # no bit of them is lost
+                continue
+            tell(f"{who}: {listed(names)} came as {came} and is rounded to {expected}, as the global model has it")
+        return held.replaced(fit, host)
+
+    def _owned(self, held: Opened, sent: Any) -> tuple[Opened, FrozenWeights, list[str] | None]:
+        """A copy, unless what was sent is frozen already; and which variables are not finite, if that was looked for.
+
+        Shapes are right, so it is no larger than a model.
+        """
+        arrays: dict[str, Array] = held.weights
+        if type(sent) is FrozenWeights and all(sent[name] is array for name, array in arrays.items()):
+            frozen = sent if list(sent) == list(arrays) else FrozenWeights.adopt(arrays)
+            return held if frozen is sent else Opened(dict(frozen), {}, {}), frozen, None
+        copies, flagged = new_arrays(Schema.of(arrays)), None
+        if self.kernel is None:
+            for name, copied in copies.items():
+                copied[...] = arrays[name]
+        else:  # in one sweep, so that what is said is said of the copy
+            flags = self.kernel.copy([contiguous(array) for array in arrays.values()], list(copies.values()))
+            flagged = [name for name, flag in zip(arrays, flags, strict=True) if flag]
+        frozen = FrozenWeights.adopt(copies)
+        return Opened(dict(frozen), {}, {}), frozen, flagged
+
+    def _scanned(self, checked: Checked, kernel: Kernel, flagged: list[str] | None) -> Checked:
+        """The same, once there is no NaN and no infinity in it but for constants, and all lies in the domain.
+
+        Args:
+            checked: What may hold them.
+            kernel: Looks for them.
+            flagged: Where they are, if that is known.
 
         Raises:
             NonFiniteError: Says which value of which variable is not finite.
+            ExactDomainError: With `exact`, a value or weight is outside of the domain.
         """
-        arrays = checked.arrays
-        columns = [contiguous(array) for array in arrays.values()]
-        flagged = [name for name, flag in zip(arrays, kernel.not_finite(columns), strict=True) if flag]
-        return self.with_constants(checked, flagged) if flagged else checked
+        held, who = checked.held, checked.contributor
+        if flagged is None:
+            flagged = held.not_finite(kernel)
+        checked = replace(checked, scanned=True)
+        if flagged:
+            checked = self._with_constants(checked, flagged)
+        if self.exact:
+            averaged = checked.only(list(checked.averaged)).on_host().arrays
+            check_domain(averaged, checked.aggregation_weight or 1.0, who)
+        return checked
 
-    def with_constants(self, checked: Checked, flagged: Sequence[str]) -> Checked:
+    def _with_constants(self, checked: Checked, flagged: Sequence[str]) -> Checked:
         """The same, where the values of some variables that are not finite are constants.
 
         They are if the global model has the same ones in the same places; if it is not known, if another contributor
@@ -164,11 +298,11 @@ class Terms:
         Raises:
             NonFiniteError: They are not.
         """
-        contribution, arrays = checked.contribution, checked.arrays
-        who, kind = contribution.contributor, contribution.kind
+        kind, who = checked.sent.kind, checked.contributor
+        arrays = checked.held.only([name for name in checked.arrays if name in set(flagged)]).on_host()
         if not self.schema:
-            return self._with_constants_of_its_own(checked, flagged)
-        filled: dict[str, Any] = {}
+            return _with_constants_of_its_own(checked, arrays)
+        filled: dict[str, Array] = {}
         unchanged = set()
         for name in flagged:
             base, array = self._base(name), arrays[name]
@@ -177,41 +311,7 @@ class Terms:
             filled[name] = np.where(finite_elements(array), array, np.zeros((), array.dtype))
             if not filled[name].any() if kind is Kind.DIFF else same_values(array, base):
                 unchanged.add(name)
-        _, found = opened_contribution(contribution, None)
-        if found.place is not None:  # tensors stay tensors
-            filled = as_tensors(filled, found.place)
         return replace(checked, filled=filled, unchanged=frozenset(unchanged))
-
-    def _with_constants_of_its_own(self, checked: Checked, flagged: Sequence[str]) -> Checked:
-        """Where the global model is not known: infinities are kept aside until another sends the same; NaN is NaN."""
-        arrays = dict(checked.arrays)
-        first = _not_finite(flagged[0], arrays[flagged[0]], checked.contribution.contributor)
-        for name in flagged:
-            if np.isnan(arrays[name]).any():
-                raise _not_finite(name, arrays[name], checked.contribution.contributor)
-            arrays[name] = arrays[name].copy()
-        digests = tuple(hashlib.sha256(np.ascontiguousarray(arrays[name]).tobytes()).digest() for name in flagged)
-        infinite = frozenset(flagged)
-        averaged = tuple(name for name in arrays if name not in infinite)
-        form = (checked.form, averaged, digests)
-        return replace(checked, arrays=arrays, averaged=averaged, form=form, unless_alone=first)
-
-    def _arrays(self, weights: Any, who: str, tell: Tell) -> dict[str, Array]:
-        """The weights as arrays in native byte order, in the dtypes and the order of the global model."""
-        schema = self.schema
-        if schema and isinstance(weights, dict) and type(weights) in PLAIN and schema.describes(weights):
-            return dict(weights)  # the usual case
-        arrays = as_weight_dict(numbers_as_arrays(weights, schema), who)
-        if not schema:
-            return {name: np.asarray(arrays[name], dtype) for name, (_, dtype) in Schema.of(arrays, who).items()}
-        if not self.parts and len(arrays) < len(schema):
-            raise schema.names_error(arrays, who)
-        fit, rounded = schema.fit(arrays, who)
-        for (given, expected), names in rounded.items():
-            if given.kind in "iu":  # no bit of them is lost
-                continue
-            tell(f"{who}: {listed(names)} came as {given} and is rounded to {expected}, as the global model has it")
-        return fit
 
     def _form(self, arrays: WeightDict) -> Hashable:
         if self.schema:
@@ -225,21 +325,95 @@ class Terms:
         return np.asarray(without_tensors({name: self.model[name]}, "global model")[name])
 
 
-def _owned(arrays: dict[str, Array], sent: Any) -> WeightDict:
-    """A copy, unless what was sent is frozen already. Shapes are right, so it is no larger than a model."""
-    if type(sent) is not FrozenWeights or any(sent[name] is not array for name, array in arrays.items()):
-        return FrozenWeights(arrays)
-    return sent if list(sent) == list(arrays) else FrozenWeights.adopt(arrays)
+def checked_batch(
+    batch: Sequence[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
+) -> tuple[Schema, list[Checked]]:
+    """Checks what is averaged at once, strictly; not whether values are finite, which the sums show.
+
+    Args:
+        batch: Weight dicts, or `Contribution`s of one kind and round.
+        aggregation_weights: One number ≥ 0 per weight dict; None: they count equally.
+        like: Sets names, shapes and dtypes; None: the first one does.
+
+    Returns:
+        The schema, and the contributions in the order of the sums: of their names, or the list's for weight dicts.
+
+    Raises:
+        ContributionError: Something is wrong with one of them.
+        EmptyAggregationError: There are none.
+    """
+    if not batch:
+        raise EmptyAggregationError("no contributions to average")
+    schema = None if like is None else schema_of(like, "like")
+    if not all(isinstance(item, Contribution) for item in batch):
+        return _checked_weight_dicts(batch, aggregation_weights, schema)
+    if aggregation_weights is not None:
+        raise AggregationWeightError(
+            "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
+        )
+    return _checked_contributions(batch, schema)
 
 
-def _as_sent(arrays: dict[str, Array], opened: Any, sent: Any, found: Opened) -> WeightDict:
-    """What was sent itself, be it arrays or tensors, but where it had to be rounded."""
-    if not found.owners:
-        return arrays
-    changed = {name: array for name, array in arrays.items() if array is not opened[name]}
-    place = found.place
-    assert place is not None
-    return {**{name: sent[name] for name in arrays}, **as_tensors(changed, place)}
+def _checked_contributions(batch: Sequence[Contribution], schema: Schema | None) -> tuple[Schema, list[Checked]]:
+    """In the order of the contributors' names."""
+    rounds: Counter[Any] = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
+    kinds: Counter[Any] = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
+    # Of equally common ones: the newer round, since late contributions are common, and the first's kind.
+    number = max(rounds, key=lambda number: (rounds[number], number), default=None)
+    kind = max(kinds, key=kinds.__getitem__, default=None)
+    terms = Terms(schema, kind, number)
+    rows: dict[str, Checked] = {}
+    for contribution in batch:
+        try:
+            row = terms.check(contribution, rows)
+        except (RoundError, KindError) as error:
+            of_round = isinstance(error, RoundError)
+            stated, counts = (whole_number_of(contribution.round), rounds) if of_round else (contribution.kind, kinds)
+            if isinstance(stated, int | Kind) and counts[stated] == max(counts.values(), default=1):
+                error.args = (f"{error} (as many contributions of this call state it as state the expected one)",)
+            raise
+        if terms.schema is None:
+            terms = replace(terms, schema=Schema.of(row.arrays))
+        rows[row.contributor] = row
+    assert terms.schema is not None
+    return terms.schema, [rows[contributor] for contributor in sorted(rows)]
+
+
+def _checked_weight_dicts(
+    batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
+) -> tuple[Schema, list[Checked]]:
+    """In the order of the list."""
+    if aggregation_weights is None:
+        aggregation_weights = [1.0] * len(batch)
+    elif len(aggregation_weights) != len(batch):
+        raise AggregationWeightError(
+            f"{len(aggregation_weights)} aggregation weights for {len(batch)} weight dicts", value=aggregation_weights
+        )
+    labels = [f"contributions[{i}]" for i in range(len(batch))]
+    for label, item in zip(labels, batch, strict=True):
+        if isinstance(item, Contribution):
+            raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
+    schema = schema_of(batch[0], labels[0]) if schema is None else schema
+    scalars = [check_aggregation_weight(a, label) for a, label in zip(aggregation_weights, labels, strict=True)]
+    if [*map(type, batch)].count(dict) == len(batch) and schema.describes(*batch):  # the usual case, soon told
+        held = [Opened(item.copy(), {}, {}) for item in batch]
+        return schema, [Checked(*row) for row in zip(labels, scalars, held, strict=True)]
+    terms = Terms(schema)
+    return schema, [terms.check_weights(*row) for row in zip(batch, scalars, labels, strict=True)]
+
+
+def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:
+    """Where the global model is not known: infinities are kept aside until another sends the same; NaN is NaN."""
+    who = checked.contributor
+    for name, array in arrays.items():
+        if np.isnan(array).any():
+            raise _not_finite(name, array, who)
+    name, array = next(iter(arrays.items()))
+    constants = {name: array.copy() for name, array in arrays.items()}
+    digests = tuple(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest() for array in constants.values())
+    averaged = tuple(name for name in checked.arrays if name not in constants)
+    form = (checked.form, averaged, digests)
+    return replace(checked, constants=constants, form=form, unless_alone=_not_finite(name, array, who))
 
 
 def _agrees(array: Array, base: Array, kind: Kind) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from fed_learn.adapters.base import Resident
 from fed_learn.adapters.tensors import hold_tensors, plain
 from fed_learn.aggregation.arrays import Outputs, new_arrays
-from fed_learn.aggregation.tensors import Opened, Place, Tensors, opened
+from fed_learn.aggregation.tensors import Opened, Place, Tensors, as_tensors, opened
 from fed_learn.errors import OutputError
 from fed_learn.weights import Schema, WeightDict
 
@@ -156,9 +156,3 @@ def outputs_for(schema: Schema, place: Place | None, out: Any, *, resident: str 
     if out is None or place.device != "cpu" or opened(out, "out").resident(resident) is not None:
         return TensorOutputs(schema, place, out)
     return ViewOutputs(schema, place, out)
-
-
-def as_tensors(weights: WeightDict, place: Place) -> Tensors:
-    """Tensors of arrays, which nobody else holds: on the CPU they may share their memory."""
-    where = place.placements
-    return {name: place.framework.tensor(array, where.get(name)) for name, array in weights.items()}

@@ -33,8 +33,9 @@ Example:
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from operator import index
 from typing import Any, Self, TypeAlias
 
@@ -42,9 +43,10 @@ import numpy as np
 
 from fed_learn.adapters.base import Framework, Resident, not_averageable
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
-from fed_learn.contribution import Contribution
-from fed_learn.errors import NonFiniteError, WeightsTypeError, a_type, as_failure, brief
-from fed_learn.weights import Array, FrozenWeights, Schema, as_weight_dict, items_of
+from fed_learn.aggregation.arrays import contiguous
+from fed_learn.errors import WeightsTypeError, a_type, brief
+from fed_learn.kernels.base import Kernel
+from fed_learn.weights import PLAIN, Array, Schema, WeightDict, as_weight_dict, items_of
 
 Tensors: TypeAlias = dict[str, Any]
 
@@ -110,33 +112,77 @@ class Opened:
         return found if found is not None and found.kernel == kernel else None
 
     def on_host(self) -> Any:
-        """The same without placeholders: copies of tensors that are not on the CPU."""
+        """The weights without placeholders: copies of tensors that are not on the CPU."""
         if self.device == "cpu":
             return self.weights
         return self.weights | {name: self.owners[name].view(tensor) for name, tensor in self.tensors.items()}
 
+    def only(self, names: Collection[str]) -> "Opened":
+        """Some of the weights, or all of them in another order."""
+        if list(names) == list(self.weights):
+            return self
+        tensors = {name: self.tensors[name] for name in names if name in self.tensors}
+        owners = {name: self.owners[name] for name in tensors}
+        return Opened({name: self.weights[name] for name in names}, tensors, owners, self.device)
+
+    def replaced(self, arrays: Mapping[str, Array], given: Any = None) -> "Opened":
+        """Weights of some of these variables, in which some arrays are others.
+
+        Args:
+            arrays: The weights, in order.
+            given: What they have been made of, see `on_host`; None: `weights`. What is another array than there
+                becomes a tensor where a tensor was.
+        """
+        given = self.weights if given is None else given
+        changed = {name: array for name, array in arrays.items() if array is not given.get(name)}
+        held = self.only(arrays)
+        if not changed:
+            return held
+        made: Tensors = {}
+        if self.place is not None:
+            made = as_tensors({name: array for name, array in changed.items() if name in self.owners}, self.place)
+        weights = {**held.weights, **{name: array for name, array in changed.items() if name not in made}}
+        for name in made:
+            array = changed[name]
+            weights[name] = array if self.device == "cpu" else placeholder(array.shape, array.dtype)
+        return Opened(weights, held.tensors | made, held.owners, self.device)
+
+    def as_sent(self, sent: Any) -> Any:
+        """The weights in the form in which they came: what was sent itself, if nothing of it has been changed."""
+        values = {**self.weights, **self.tensors} if self.tensors else self.weights
+        same = list(sent) == list(values) and all(sent[name] is value for name, value in values.items())
+        return sent if same else values
+
+    def not_finite(self, kernel: Kernel) -> list[str]:
+        """Names of the variables in which a kernel finds a NaN or an infinity; on a device their framework does."""
+        if self.device != "cpu":
+            frameworks = {name: owner.resident for name, owner in self.owners.items()}
+            return [n for n, t in self.tensors.items() if (f := frameworks[n]) is not None and f.first_not_finite(t)]
+        flags = kernel.not_finite([contiguous(array) for array in self.weights.values()])
+        return [name for name, flag in zip(self.weights, flags, strict=True) if flag]
+
 
 def opened(weights: object, who: str) -> Opened:
-    """Opens what should be a weight dict.
+    """Opens what should be a weight dict: arrays, tensors, or references with a method `materialize()` that loads one.
 
     Raises:
         WeightsTypeError: A tensor is no dense block of memory with values, or tensors lie on several devices.
         DtypeError: A tensor has a dtype that cannot be averaged.
+        NamesError: There are more variables, or longer names, than any model has.
     """
     if not isinstance(weights, Mapping):
         return Opened(weights, {}, {})
-    try:
-        arrays = items_of(weights)
-    except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-        as_failure(error)
-        return Opened(weights, {}, {})
+    arrays = weights if type(weights) in PLAIN else items_of(weights, who)  # read once: what is checked is what is kept
+    if set(map(type, arrays.values())) <= {np.ndarray}:  # the usual case
+        return Opened(arrays, {}, {})
+    arrays = items_of(arrays, who)
     tensors: Tensors = {}
     owners: dict[str, Framework] = {}
     device = "cpu"
     known: dict[type, Framework | None] = {np.ndarray: None}
     for name, value in arrays.items():
         if type(value) not in known:
-            value = arrays[name] = plain(value)
+            value = arrays[name] = _loaded(plain(value))
         kind = type(value)
         if kind not in known:
             known[kind] = framework_of(kind)
@@ -147,31 +193,31 @@ def opened(weights: object, who: str) -> Opened:
         if not owners:
             device = there
         elif there != device:
-            _refuse_devices(f"{who}: {name!r} is", who, name, there, device)
+            refuse_devices(f"{who}: {name!r} is", who, name, there, device)
         tensors[name], owners[name] = value, framework
         if there == "cpu":
             arrays[name] = framework.view(value, who, name)
         else:
-            arrays[name] = np.broadcast_to(np.empty((), dtype), tuple(value.shape))
+            arrays[name] = placeholder(tuple(value.shape), dtype)
     if device != "cpu" and len(owners) < len(arrays):
         name = next(name for name in arrays if name not in owners)
-        _refuse_devices(f"{who}: {name!r} is", who, name, "cpu", device)
+        refuse_devices(f"{who}: {name!r} is", who, name, "cpu", device)
     return Opened(arrays, tensors, owners, device)
+
+
+def as_tensors(weights: WeightDict, place: Place) -> Tensors:
+    """Tensors of arrays, which nobody else holds: on the CPU they may share their memory."""
+    where = place.placements
+    return {name: place.framework.tensor(array, where.get(name)) for name, array in weights.items()}
 
 
 def without_tensors(weights: Any, who: str) -> Any:
     """What should be a weight dict, with arrays in the place of tensors: views of those on the CPU, copies of others.
 
     Raises:
-        WeightsTypeError, DtypeError: See `opened`.
+        WeightsTypeError, DtypeError, NamesError: See `opened`.
     """
-    if isinstance(weights, Mapping) and type(weights) not in (dict, FrozenWeights):
-        try:
-            weights = items_of(weights)  # read once: what is looked at is what is kept
-        except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
-            as_failure(error)
-            return weights
-    return opened(weights, who).on_host() if hold_tensors(weights) else weights
+    return opened(weights, who).on_host()
 
 
 def schema_of(weights: object, who: str) -> Schema:
@@ -209,40 +255,8 @@ def placeholders(weights: Any, who: str) -> Any:
         except (RuntimeError, TypeError, ValueError) as error:
             message = f"{who}: {name!r} is {a_type(type(tensor))} without a definite shape"
             raise WeightsTypeError(message, contributor=who, name=name) from error
-        shown[name] = np.broadcast_to(np.empty((), dtype), shape)
+        shown[name] = placeholder(shape, dtype)
     return shown
-
-
-def opened_contribution(
-    contribution: Contribution, device: str | None, *, on_host: bool = False
-) -> tuple[Contribution, Opened]:
-    """A contribution with arrays in the place of its tensors.
-
-    Args:
-        contribution: What a client sent.
-        device: Where its weights must lie; None: anywhere.
-        on_host: Copy tensors that are not on the CPU, in the place of placeholders.
-
-    Raises:
-        WeightsTypeError, DtypeError: See `opened`; or they lie on another device.
-    """
-    who, weights = label_of(contribution.contributor), contribution.weights
-    found = opened(weights, who) if hold_tensors(weights) else Opened(weights, {}, {})
-    check_device(found, device, who)
-    if not found.owners:
-        return contribution, found
-    return replace(contribution, weights=found.on_host() if on_host else found.weights), found
-
-
-def check_device(found: Opened, device: str | None, who: str) -> None:
-    """Refuses weights on another device.
-
-    Raises:
-        WeightsTypeError: Names the contributor.
-    """
-    if device is not None and found.device != device:
-        name = next(iter(found.tensors), None)
-        _refuse_devices(f"{who}: weights are", who, name, found.device, device)
 
 
 def label_of(contributor: Any) -> str:
@@ -250,7 +264,8 @@ def label_of(contributor: Any) -> str:
     return str.__str__(contributor) if issubclass(type(contributor), str) else brief(contributor)
 
 
-def _refuse_devices(what: str, who: str, name: str | None, device: str, expected: str) -> None:
+def refuse_devices(what: str, who: str, name: str | None, device: str, expected: str) -> None:
+    """Raises: weights lie on another device than those before."""
     raise WeightsTypeError(
         f"{what} on {device}, and what comes before on {expected}; weights that are averaged lie on one device",
         contributor=who,
@@ -258,47 +273,6 @@ def _refuse_devices(what: str, who: str, name: str | None, device: str, expected
         device=device,
         expected=expected,
     )
-
-
-def refuse_non_finite(framework: Resident, tensors: Tensors, who: str) -> None:
-    """Refuses NaN and infinity, found where the tensors are.
-
-    Raises:
-        NonFiniteError: Says which value of which variable is not finite.
-    """
-    for name, tensor in tensors.items():
-        first = framework.first_not_finite(tensor)
-        if first is not None:
-            index, value = first
-            raise NonFiniteError(
-                f"{who}: {name!r} at index {index}: {value} is not finite",
-                contributor=who,
-                name=name,
-                index=index,
-                value=value,
-            )
-
-
-def scanned(
-    framework: Resident, tensors: Tensors, who: str, copies: Tensors | None = None
-) -> tuple[Tensors, dict[str, int]]:
-    """Tensors without NaN and infinity, and the largest integer of each variable.
-
-    Args:
-        framework: Whose they are.
-        tensors: What is looked at.
-        who: Whose weights they are.
-        copies: Where to copy them first; None: they are looked at as they are.
-
-    Raises:
-        NonFiniteError: Says which value of which variable is not finite.
-    """
-    if copies is not None:
-        for name, tensor in tensors.items():
-            framework.write(copies[name], tensor)
-        tensors = {name: copies[name] for name in tensors}
-    refuse_non_finite(framework, tensors, who)
-    return tensors, {name: framework.magnitude(tensor) for name, tensor in tensors.items()}
 
 
 def new_tensors(schema: Schema, place: Place) -> Tensors:
@@ -319,3 +293,16 @@ def as_arrays(sums: Mapping[str, Any]) -> dict[str, Array]:
     """Sums that lie on the CPU, as arrays."""
     frameworks = {name: framework_of(type(acc)) for name, acc in sums.items()}
     return {name: acc if (f := frameworks[name]) is None else f.view(acc) for name, acc in sums.items()}
+
+
+@lru_cache(maxsize=10_000)
+def placeholder(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """An array that takes no memory, for all that have its shape and dtype."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+def _loaded(value: Any) -> Any:
+    """The value, loaded if it is a reference to one that lies elsewhere, such as on disk."""
+    kind = type(value)
+    load = None if hasattr(kind, "dtype") else getattr(kind, "materialize", None)
+    return load(value) if callable(load) else value

@@ -18,6 +18,7 @@ from fed_learn.handlers import Handler
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.simulation.datasets import Dataset
 from fed_learn.simulation.frameworks import Framework
+from fed_learn.weights import Schema
 
 if TYPE_CHECKING:
     from fed_learn.simulation.demo import Demo
@@ -149,18 +150,19 @@ def simulate(
             aggregator=aggregator,
         )
     )
-    for doubt in settings.doubts(aggregator, demo.server.schema, [client.name for client in demo.clients]):
+    schema = Schema.of(demo.server.weights)
+    for doubt in settings.doubts(aggregator, schema, [client.name for client in demo.clients]):
         logging.getLogger("fed_learn").warning("%s: %s", config, doubt)
     settings_used = {
         "dataset": dataset.value,
         "framework": framework.value,
         "clients": clients,
-        "rounds": demo.server.num_rounds,
+        "rounds": demo.server.settings.num_rounds,
         "alpha": alpha,
         "seed": seed,
         "local_epochs": local_epochs,
         "kind": kind.value,
-        "kernel": demo.server.kernel,
+        "kernel": demo.server.settings.aggregation.kernel,
         "threads": kernels.get_num_threads(),
         "exact": exact,
     }
@@ -219,7 +221,11 @@ def _files_in(out: Path) -> list[str]:
 def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
     """What to tell of a job that was interrupted."""
     report = demo.server.ctx.get_prop(ContextKey.REPORT)
-    where = "interrupted" if report is None else f"interrupted in round {report.round + 1} of {demo.server.num_rounds}"
+    where = (
+        "interrupted"
+        if report is None
+        else f"interrupted in round {report.round + 1} of {demo.server.settings.num_rounds}"
+    )
     if not files:
         return f"{where}; nothing was written: run it again"
     if "summary.json" in files:

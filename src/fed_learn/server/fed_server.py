@@ -4,28 +4,19 @@ from collections.abc import Sequence
 from contextlib import closing
 
 from fed_learn import kernels
-from fed_learn.aggregation.round import check_partial
-from fed_learn.aggregation.tensors import without_tensors
+from fed_learn.aggregation.rules import ClaraRule, Rule
+from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
-from fed_learn.differences import check_differences
-from fed_learn.events import EventHandler, check_handlers
-from fed_learn.handlers.scoring import check_choice, check_count
+from fed_learn.events import EventHandler
 from fed_learn.model_meta import FLContext
 from fed_learn.server.job import Job
-from fed_learn.server.model_aggregator import Aggregator, check_aggregator
+from fed_learn.server.model_aggregator import Aggregator
 from fed_learn.server.result import JobResult
 from fed_learn.server.roster import Roster, declared_score
 from fed_learn.server.rounds import run_job
-from fed_learn.weights import (
-    FrozenWeights,
-    Schema,
-    WeightDict,
-    as_weight_dict,
-    check_finite,
-    finite_elements,
-    size_text,
-)
+from fed_learn.server.settings import JobSettings, initial_model
+from fed_learn.weights import WeightDict, size_text
 
 
 class FederatedServer:
@@ -56,6 +47,7 @@ class FederatedServer:
             others are refused. `"average"`: each variable is averaged over those who sent it (not with `stream`).
             `"refuse"`: a part is refused.
         kernel: Name of the kernel; None: the current one, looked up now.
+        rule: How contributions are combined: the name of a rule, one of `fed_learn.rules.available()`, or a `Rule`.
         aggregator: Makes the global model in place of the weighted mean; needs `kind=Kind.DIFF`. A round in which it
             raises, or leaves no model of the job's schema, fails like one with too few contributions.
 
@@ -66,6 +58,8 @@ class FederatedServer:
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
 
     Attributes:
+        settings: What it was told, as a job takes it.
+        weights: The initial global model.
         ctx: The server's context, of the job that runs or ran last.
 
     Example:
@@ -97,40 +91,25 @@ class FederatedServer:
         stream: bool = False,
         partial: str = "same",
         kernel: str | None = None,
+        rule: str | Rule = "mean",
         aggregator: Aggregator | None = None,
     ) -> None:
-        self.num_rounds = check_count("num_rounds", num_rounds)
-        if min_contributions is not None:
-            min_contributions = check_count("min_contributions", min_contributions)
-        check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
-        check_choice("on_handler_error", on_handler_error, ("raise", "log"))
-        arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
-        self.schema = Schema.of(arrays, "global model")
-        check_partial(partial, stream)
-        if Kind(kind) is Kind.DIFF:
-            check_differences(self.schema, "global model")
-            if not arrays:
-                raise ValueError("differences need a global model to be added to, and this one is empty")
-        if not any(finite_elements(array).any() for array in arrays.values() if array.size):
-            check_finite(arrays, "global model")
-        if aggregator is not None:
-            if Kind(kind) is not Kind.DIFF:
-                raise ValueError("an aggregator works on differences: pass kind=Kind.DIFF, to the clients too")
-            if exact or stream:
-                raise ValueError("exact and stream belong to the weighted mean, which an aggregator replaces")
-            if partial == "average":
-                raise ValueError("partial='average' belongs to the weighted mean, which an aggregator replaces")
-        self.aggregator = None if aggregator is None else check_aggregator(aggregator)
-        self.weights = FrozenWeights(arrays)
-        self.handlers = check_handlers(handlers)
-        self.kind = Kind(kind)
-        self.min_contributions = min_contributions
-        self.on_bad_contribution = on_bad_contribution
-        self.on_handler_error = on_handler_error
-        self.exact = exact
-        self.stream = stream
-        self.partial = partial
-        self.kernel = kernels.resolve(kernel).name
+        if aggregator is not None and rule != "mean":
+            raise ValueError("aggregator= is a rule of its own: give one of the two")
+        aggregation = AggregationSettings(
+            rule=rule if aggregator is None else ClaraRule(aggregator),
+            kind=kind,
+            partial=partial,
+            exact=exact,
+            stream=stream,
+            kernel=kernels.resolve(kernel).name,
+            min_contributions=min_contributions,
+            on_bad_contribution=on_bad_contribution,
+        )
+        self.settings = JobSettings(
+            num_rounds=num_rounds, handlers=handlers, on_handler_error=on_handler_error, aggregation=aggregation
+        )
+        self.weights = initial_model(weights, aggregation.kind)
         self.ctx = FLContext()
 
     def run(self, clients: Sequence[FederatedClient], *, max_workers: int | None = None) -> JobResult:
@@ -150,9 +129,10 @@ class FederatedServer:
 
         Any `FedLearnError` that ends the job has what the job achieved so far, a `JobResult`, as its `result`.
         """
+        required = self.settings.aggregation.min_contributions
         with closing(Roster(clients, max_workers)) as roster:
-            if self.min_contributions is not None and self.min_contributions > len(roster):
-                raise ValueError(f"min_contributions is {self.min_contributions}, but there are {len(roster)} clients")
+            if required is not None and required > len(roster):
+                raise ValueError(f"min_contributions is {required}, but there are {len(roster)} clients")
             metric, mode = declared_score(roster.learners())
             with self.begin(len(roster), validation_metric=metric, mode=mode) as job:
                 try:
@@ -178,11 +158,13 @@ class FederatedServer:
                 shut down.
             ValueError: `mode` is another word.
         """
-        job = Job(self, num_clients)
+        job = Job(self.settings, self.weights, num_clients)
+        self.ctx = job.ctx
         job.declare_score(validation_metric, mode)
         job.start()
         return job
 
     def __repr__(self) -> str:
-        names = ", ".join(type(handler).__name__ for handler in self.handlers)
-        return f"FederatedServer({size_text(self.weights)}, num_rounds={self.num_rounds}, handlers=[{names}])"
+        names = ", ".join(type(handler).__name__ for handler in self.settings.handlers)
+        rounds = self.settings.num_rounds
+        return f"FederatedServer({size_text(self.weights)}, num_rounds={rounds}, handlers=[{names}])"

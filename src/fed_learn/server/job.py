@@ -5,8 +5,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
+from fed_learn.aggregation.round import UNUSABLE, Round
+from fed_learn.aggregation.rules import ClaraRule
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
@@ -17,14 +20,21 @@ from fed_learn.contribution import (
     check_contributor,
 )
 from fed_learn.errors import (
+    BrokenAccumulatorError,
     ContributionError,
+    ExactDomainError,
     FedLearnError,
+    FloatingPointEnvironmentError,
     HandlerError,
     HandlerFailure,
     MetricError,
     OutOfTurnError,
     TooFewContributionsError,
+    UnknownContributorError,
+    WeightsTypeError,
+    a_type,
     as_failure,
+    brief,
     described,
     is_error,
     printable,
@@ -34,12 +44,10 @@ from fed_learn.errors import (
 from fed_learn.events import EventType, fire_event, shut_down
 from fed_learn.model_meta import ContextKey, ModelData
 from fed_learn.server.job_events import JobEvents, checked_model, nothing_aggregated
-from fed_learn.server.receiving import Receiver, Refusal, checked_result
 from fed_learn.server.result import JobResult
+from fed_learn.server.settings import JobSettings, initial_model
+from fed_learn.server.validation import checked_result
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
-
-if TYPE_CHECKING:
-    from fed_learn.server.fed_server import FederatedServer
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +59,13 @@ class Job(JobEvents):
     after, and each fires the event of that moment. As a context manager it shuts the handlers down, whatever fails.
 
     Args:
-        server: The settings.
-        num_clients: How many clients a round needs if the server says nothing; None: all that were sent its model.
-        receiver: What checks and averages; None: as the server says.
+        settings: What it is told.
+        weights: The initial global model: see `initial_model`.
+        num_clients: How many contributions a round needs if the settings say nothing; None: one of each client that
+            was sent the model.
 
     Attributes:
+        settings: As given.
         quits: Clients that left, and why.
         clients: Names of the clients that have registered and not quit.
         aggregated_elsewhere: Whether a round was aggregated by something else than this job.
@@ -73,20 +83,19 @@ class Job(JobEvents):
         (True, ('site-1', 'site-2'), array([2.]))
     """
 
-    def __init__(
-        self, server: "FederatedServer", num_clients: int | None = None, receiver: Receiver | None = None
-    ) -> None:
-        super().__init__(server.handlers, server.on_handler_error)
-        self.server = server
-        self.ctx.set_prop(ContextKey.NUM_ROUNDS, server.num_rounds)
-        if server.aggregator is not None:
-            self.ctx.set_prop(ContextKey.AGGREGATOR, server.aggregator)
+    def __init__(self, settings: JobSettings, weights: WeightDict, num_clients: int | None = None) -> None:
+        super().__init__(settings.handlers, settings.on_handler_error)
+        self.settings = settings
+        if settings.num_rounds is not None:
+            self.ctx.set_prop(ContextKey.NUM_ROUNDS, settings.num_rounds)
+        if isinstance(settings.aggregation.rule, ClaraRule):
+            self.ctx.set_prop(ContextKey.AGGREGATOR, settings.aggregation.rule.aggregator)
         self.quits: list[ClientFailure] = []
         self.cross_site: dict[str, dict[str, float]] = {}
         self.validation_results: list[ValidationResult] = []
         self.clients: dict[str, None] = {}
         self._num_clients = num_clients
-        self._receiver = Receiver(server) if receiver is None else receiver
+        self._told = Told()
         self._asked: set[str] = set()
         self._round_started = 0.0
         self._validated: str | None = None
@@ -99,8 +108,10 @@ class Job(JobEvents):
         self._in_round = False
         self._aggregated = False
         self._unanswered = 0  # contributions of the round that no attempt to aggregate has met
-        self._schema = server.schema
-        self._adopt(server.weights)
+        model = initial_model(weights, settings.aggregation.kind)
+        self._schema = Schema.of(model)
+        self._adopt(model)
+        self._begin(None)
 
     @property
     def weights(self) -> FrozenWeights:
@@ -115,8 +126,8 @@ class Job(JobEvents):
     @property
     def required(self) -> int:
         """How many accepted contributions a round needs."""
-        if self.server.min_contributions is not None:
-            return self.server.min_contributions
+        if self.settings.aggregation.min_contributions is not None:
+            return self.settings.aggregation.min_contributions
         return self._num_clients if self._num_clients is not None else max(1, len(self._asked))
 
     def start(self) -> None:
@@ -125,9 +136,8 @@ class Job(JobEvents):
         Raises:
             HandlerError: A handler could not start; those before it have been shut down.
         """
-        self.server.ctx = self.ctx
         try:
-            fire_event(EventType.STARTUP, self.server.handlers, self.ctx)
+            fire_event(EventType.STARTUP, self.handlers, self.ctx)
         except HandlerError as error:
             error.result = self.result()
             raise
@@ -162,7 +172,7 @@ class Job(JobEvents):
             before = self._weights if Schema.of(self._weights) == self.schema else None
             self._adopt(checked_model(weights, self.schema, "global model", constants=before))
         self._asked.clear()
-        self._receiver.begin(self._weights, number)
+        self._begin(number)
         for key in (ContextKey.CONTRIBUTION, ContextKey.REJECTION):
             self.ctx.pop(key, None)
         self.ctx.set_props(
@@ -170,7 +180,7 @@ class Job(JobEvents):
                 ContextKey.ROUND: number,
                 ContextKey.CONTRIBUTIONS: (),
                 ContextKey.METRICS: FrozenDict(),
-                ContextKey.REPORT: RoundReport(number, kernel=self.server.kernel),
+                ContextKey.REPORT: self._round.report,
             }
         )
         self._fire_and_adopt(EventType.START_ROUND)
@@ -202,14 +212,31 @@ class Job(JobEvents):
         if is_error(sent) and (isinstance(sent, MetricError) or not isinstance(sent, ContributionError)):
             self.quit(name, as_failure(sent))
             return None
-        contribution, refusal = self._receiver.receive(name, sent)
+        contribution, refusal = self._judged(name, sent)
         self._unanswered += refusal is None
         self.fire_contribution(name, contribution, refusal)
         if refusal is None:
             return contribution
-        if self.server.on_bad_contribution == "raise":
+        if self.settings.aggregation.on_bad_contribution == "raise":
             raise refusal
         return None
+
+    def _judged(self, name: str, sent: object) -> tuple[Contribution | None, Exception | None]:
+        """The contribution, without its weights where it is refused or folded in; and why it is refused."""
+        contribution: Contribution | None = None
+        try:
+            # What handlers see of a refused contribution: everything but its weights.
+            contribution = sent.without_weights() if isinstance(sent, Contribution) else None
+            return self._round.receive(_from_client(name, sent)), None
+        except (BrokenAccumulatorError, FloatingPointEnvironmentError):
+            raise  # not the client's doing
+        except (ContributionError, ExactDomainError) as error:
+            return contribution, without_tracebacks(error)
+        except BaseException as error:
+            unreadable = WeightsTypeError(f"{name}: sent something unreadable: {described(error)}", contributor=name)
+            unreadable.__cause__ = as_failure(error)
+            logger.error("%s", unreadable, exc_info=error)
+            return contribution, without_tracebacks(unreadable)
 
     def absent(self, name: str) -> None:
         """Notes in the report that a client sits the round out, or did not answer in time.
@@ -255,20 +282,18 @@ class Job(JobEvents):
         if not self._enough(count):
             return False
         contributions: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
-        started = time.perf_counter()
         try:
-            mean = self._receiver.aggregate(contributions, self._weights, self.ctx)
-        except Refusal as refusal:
-            logger.error("round %d: %s; the global model stands", self.report.round + 1, refusal.error)
-            self.update_report(error=without_tracebacks(refusal.error))
+            self._adopt(self._combined(contributions))
+        except UNUSABLE as error:
+            logger.error("round %d: %s; the global model stands", self.report.round + 1, error)
+            self.update_report(error=without_tracebacks(error))
             return False
-        self._adopt(mean)
         self._aggregated = True
         self.update_report(
             error=None,  # of an attempt before, with fewer
             accepted=tuple(c.contributor for c in contributions),
-            total_weight=float(sum(c.aggregation_weight for c in contributions)),
-            aggregation_seconds=time.perf_counter() - started,
+            total_weight=self._round.report.total_weight,
+            aggregation_seconds=self._round.report.aggregation_seconds,
             aggregation_bytes=len(contributions) * sum(array.nbytes for array in self._weights.values()),
         )
         self._fire_and_adopt(EventType.END_AGGREGATION)
@@ -285,7 +310,7 @@ class Job(JobEvents):
         self.update_report(seconds=time.perf_counter() - self._round_started)
         self._fire_and_adopt(EventType.END_ROUND)
         self._in_round = False
-        self._receiver.begin(self._weights)
+        self._begin(None)
         self.drop_weights()
         self.reports.append(self.report)
         return self.report
@@ -419,7 +444,7 @@ class Job(JobEvents):
         self.ctx.set_model(self._model)  # while others' models are validated, it is one of theirs
         at_the_end = self.ctx.snapshot()
         try:
-            failures = shut_down(self.server.handlers, self.ctx)
+            failures = shut_down(self.handlers, self.ctx)
         finally:
             self.ctx.mend(at_the_end)  # handlers may have tidied up, and the result is still to be read from it
         self.record_late(failures)
@@ -443,7 +468,7 @@ class Job(JobEvents):
             for failure in self._late:
                 error.add_note(f"during shutdown: {failure}")
             self._leave_result(error)
-        elif self._late and self.server.on_handler_error == "raise":
+        elif self._late and self.on_handler_error == "raise":
             late = HandlerError(tuple(self._late))
             late.result = self.result()
             raise late
@@ -533,30 +558,31 @@ class Job(JobEvents):
 
     def _settle(self) -> None:
         """Refuses what cannot be averaged with the others, now that all contributions are known."""
-        refused = self._receiver.settle()
+        refused = [(contribution, without_tracebacks(error)) for contribution, error in self._round.close()]
         for contribution, error in refused:
             others = tuple(c for c in self.ctx[ContextKey.CONTRIBUTIONS] if c.contributor != contribution.contributor)
             self.ctx.set_prop(ContextKey.CONTRIBUTIONS, others)
             self.fire_contribution(contribution.contributor, contribution.without_weights(), error)
-        if refused and self.server.on_bad_contribution == "raise":
+        if refused and self.settings.aggregation.on_bad_contribution == "raise":
             raise refused[0][1]
 
     def _enough(self, before: int = 0) -> bool:
         """Whether the contributions are enough for a round, of which there were so many before handlers chose."""
-        number, count = self.report.round, len(self.ctx[ContextKey.CONTRIBUTIONS])
-        if count >= self.required:
+        count = len(self.ctx[ContextKey.CONTRIBUTIONS])
+        error = self._round.too_few(count, self.required, max(0, before - count))
+        if error is None:
             return True
-        taken = f" after a handler took out {before - count}" if before > count else ""
-        error = TooFewContributionsError(
-            f"round {number + 1}: {count} accepted contributions{taken}, {self.required} required; the global model "
-            "stands",
-            count=count,
-            required=self.required,
-            round=number,
-        )
         logger.error("%s", error)
         self.update_report(error=error)
         return False
+
+    def _begin(self, number: int | None) -> None:
+        """Another round, of the global model as it is."""
+        self._round = Round(self.settings.aggregation, number=number, model=self._weights, told=self._told)
+
+    def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights:
+        """The new global model. A stack that writes it to memory of its own overrides this."""
+        return self._round.combine(contributions, ctx=self.ctx).applied_to(self._weights)
 
     def _so_far(self) -> JobResult:
         # Handlers still score the final model while it is the one that is validated.
@@ -572,3 +598,16 @@ class Job(JobEvents):
             handler_failures=(),
             stop_reason=self.ctx.get_prop(ContextKey.STOP),
         )
+
+
+def _from_client(name: str, sent: object) -> Contribution:
+    """What a client sent, if it is a contribution in its own name."""
+    if isinstance(sent, ContributionError):
+        raise sent
+    if not isinstance(sent, Contribution):
+        raise WeightsTypeError(f"{name}: sent {a_type(type(sent))}, not a Contribution", contributor=name)
+    if not isinstance(sent.contributor, str) or sent.contributor != name:
+        raise UnknownContributorError(
+            f"{name}: sent a contribution in the name of {brief(sent.contributor)}", contributor=name
+        )
+    return sent

@@ -1,5 +1,6 @@
 """`JobEvents`: the events of a job on its context, and the record of the handlers that failed."""
 
+from bisect import bisect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,6 +34,8 @@ class JobEvents:
         self.ctx = JobContext({ContextKey.HANDLERS: self.handlers})
         self.reports: list[RoundReport] = []
         self.handler_failures: list[HandlerFailure] = []
+        self._listed: tuple[Contribution, ...] = ()
+        self._names: tuple[str, ...] = ()
 
     def declare_score(self, metric: str | None, mode: str | None) -> None:
         """Tells handlers, before STARTUP or the first score, by which metric models are selected, and what is better.
@@ -102,10 +105,16 @@ class JobEvents:
             HandlerError: As in `fire`.
         """
         accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
+        # Unless a handler has bound others, only one is new: with many clients, to go through all takes long.
+        names = self._names if accepted is self._listed else tuple(c.contributor for c in accepted)
+        rejected = self.report.rejected
         if refusal is not None:
-            self.update_report(rejected=(*self.report.rejected, ClientFailure(name, refusal)))
+            rejected = (*rejected, ClientFailure(name, refusal))
         elif contribution is not None:
-            accepted = tuple(sorted((*accepted, contribution), key=lambda c: c.contributor))
+            place = bisect(names, contribution.contributor)
+            accepted = (*accepted[:place], contribution, *accepted[place:])
+            names = (*names[:place], contribution.contributor, *names[place:])
+        self._listed, self._names = accepted, names
         self.ctx.set_props(
             {
                 ContextKey.CONTRIBUTION: contribution,
@@ -113,7 +122,7 @@ class JobEvents:
                 ContextKey.REJECTION: refusal,
             }
         )
-        self.update_report(accepted=tuple(c.contributor for c in accepted))
+        self.update_report(accepted=names, rejected=rejected)
         self.fire(EventType.RECEIVE_CONTRIBUTION, name)
 
     def fire_for_model(

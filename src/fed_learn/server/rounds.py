@@ -23,7 +23,8 @@ def run_job(job: Job, roster: Roster) -> None:
         NothingAggregatedError: No round made a new global model.
     """
     _register(job, roster)
-    for number in range(job.server.num_rounds):
+    num_rounds = job.settings.num_rounds or 1
+    for number in range(num_rounds):
         _run_round(job, roster, number)
         if job.stopped:
             break
@@ -37,7 +38,7 @@ def run_job(job: Job, roster: Roster) -> None:
 
 
 def _register(job: Job, roster: Roster) -> None:
-    for name, answer in roster.ask(lambda client: client.start(job.server.num_rounds)):
+    for name, answer in roster.ask(lambda client: client.start(job.settings.num_rounds or 1)):
         if is_error(answer):
             job.note_failure(name, as_failure(answer), "could not start")
             job.record(roster.dismiss(name))

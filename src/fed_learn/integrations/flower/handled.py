@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -43,10 +42,9 @@ from fed_learn.integrations.flower.replies import (
     states,
     without_arrays,
 )
-from fed_learn.integrations.flower.session import Accepted, Aggregate, Session
+from fed_learn.integrations.flower.session import Accepted, Session
 from fed_learn.model_meta import ContextKey
 from fed_learn.server import JobResult
-from fed_learn.weights import WeightDict
 
 logger = logging.getLogger("flwr")
 
@@ -74,17 +72,6 @@ class Handled(OneJob, Strategy):
     weighted_by_key: str = "num-examples"
     arrayrecord_key: str = "arrays"
     configrecord_key: str = "config"
-    _job_settings: tuple[str, ...] = (
-        "kind",
-        "min_contributions",
-        "node_names",
-        "on_bad_contribution",
-        "on_handler_error",
-        "partial",
-        "validation_metric",
-        "validation_mode",
-    )
-    """Attributes that are arguments of `Session` too."""
 
     def _job_set_up(
         self,
@@ -110,7 +97,7 @@ class Handled(OneJob, Strategy):
         if not poll_interval > 0:
             raise ValueError(f"poll_interval must be positive, not {poll_interval!r}")
         self.handlers = check_handlers(handlers)
-        self.kind = Kind(kind)
+        self.kind = kind
         self.min_contributions = min_contributions
         self.on_bad_contribution = on_bad_contribution
         self.on_handler_error = on_handler_error
@@ -120,10 +107,7 @@ class Handled(OneJob, Strategy):
         self.n_iter_key = n_iter_key
         self.poll_interval = poll_interval
         self.node_names = node_names
-        self.job = None
-        self._job_session = None
-        # Refuses now what a job would refuse later.
-        self._job_begin({"nothing": np.zeros(1)}, None, None, handlers=(), guessed=False)
+        self._job_check()
 
     def start(
         self,
@@ -322,10 +306,6 @@ class Handled(OneJob, Strategy):
         """The metrics of a round, of the replies that counted, by the names of their clients."""
         raise NotImplementedError
 
-    def _job_aggregate(self) -> Aggregate | None:
-        """What aggregates; None: the weighted mean."""
-        return None
-
     def _job_scores(self, replies: Sequence[Message]) -> None:
         """Takes the clients' scores of the global model from an evaluation."""
         session = self._job_session
@@ -445,27 +425,6 @@ class Handled(OneJob, Strategy):
                 "or the strategy a fraction_evaluate above 0"
             )
         return [Message(content, node, session.scorers[node], group_id=str(number)) for node in asked]
-
-    def _job_begin(
-        self,
-        weights: WeightDict,
-        record: ArrayRecord | None,
-        num_rounds: int | None,
-        *,
-        handlers: Sequence[EventHandler],
-        guessed: bool,
-    ) -> Session:
-        """See `OneJob._job_begin`."""
-        settings = {name: getattr(self, name) for name in self._job_settings}
-        return Session(
-            weights,
-            record,
-            num_rounds=num_rounds,
-            handlers=handlers,
-            aggregate=self._job_aggregate(),
-            guessed=guessed,
-            **settings,
-        )
 
     def __open(self, server_round: int, arrays: ArrayRecord) -> Session:
         return self._job_open(

@@ -8,14 +8,14 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
 
-import numpy as np
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array
 from flwr.common import EvaluateRes, FitIns, FitRes, Parameters
 from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
-from fed_learn.aggregation.round import Told
+from fed_learn.aggregation.rules import Rule
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, check_aggregation_weight
 from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, brief, described
 from fed_learn.events import EventHandler, check_handlers
@@ -31,8 +31,9 @@ from fed_learn.integrations.flower.replies import (
 )
 from fed_learn.integrations.flower.session import Session
 from fed_learn.server import JobResult
+from fed_learn.server.settings import JobSettings
 from fed_learn.values import mean_of, number_of, whole_number_of
-from fed_learn.weights import FrozenWeights, Schema, WeightDict
+from fed_learn.weights import FrozenWeights, Schema
 
 logger = logging.getLogger("flwr")
 
@@ -62,6 +63,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         partial: See there; a shorter list of parameters is the beginning of the longer one.
         exact: See there.
         kernel: See there.
+        rule: See there.
         validation_metric: See there.
         validation_mode: See there.
         n_iter_key: See there.
@@ -88,6 +90,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
+        rule: str | Rule = "mean",
         validation_metric: str = INITIAL_VALIDATION_METRIC,
         validation_mode: str | None = None,
         n_iter_key: str = N_ITER,
@@ -97,22 +100,19 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         super().__init__(**flower)
         self.num_rounds = num_rounds
         self.handlers = check_handlers(handlers)
-        self.kind = Kind(kind)
+        self.kind = kind
         self.min_contributions = min_contributions
         self.on_bad_contribution = on_bad_contribution
         self.on_handler_error = on_handler_error
         self.exact = exact
         self.kernel = kernel
+        self.rule = rule
         self.partial = partial
         self.validation_metric = validation_metric
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
         self.node_names = node_names
-        self.job = None
-        self._job_session = None
-        self._job_begin(
-            {"nothing": np.zeros(1)}, None, None, handlers=(), guessed=False
-        )  # refuses what a job would refuse later
+        self._job_check()
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(accept_failures={self.accept_failures})"
@@ -248,33 +248,9 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
             session.finish()
         return session.job.result()
 
-    def _job_begin(
-        self,
-        weights: WeightDict,
-        record: ArrayRecord | None,
-        num_rounds: int | None,
-        *,
-        handlers: Sequence[EventHandler],
-        guessed: bool,
-    ) -> Session:
-        """See `OneJob._job_begin`."""
-        return Session(
-            weights,
-            record,
-            num_rounds=self.num_rounds,
-            handlers=handlers,
-            guessed=guessed,
-            kind=self.kind,
-            min_contributions=self.min_contributions,
-            on_bad_contribution=self.on_bad_contribution,
-            on_handler_error=self.on_handler_error,
-            partial=self.partial,
-            validation_metric=self.validation_metric,
-            validation_mode=self.validation_mode,
-            exact=self.exact,
-            kernel=self.kernel,
-            node_names=self.node_names,
-        )
+    def _job_settings(self, num_rounds: int | None) -> JobSettings:
+        """See `OneJob._job_settings`."""
+        return super()._job_settings(self.num_rounds)
 
     def __receive(self, session: Session, node: Hashable, result: FitRes) -> Contribution | None:
         def read(name: str) -> Contribution:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from flwr.app import MetricRecord, RecordDict
 
-from fed_learn.aggregation.round import Told
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import check_aggregation_weight
 from fed_learn.errors import AggregationWeightError, brief
 from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of, records_of

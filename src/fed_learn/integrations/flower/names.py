@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from fed_learn.aggregation.round import Told
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import check_contributor
 from fed_learn.errors import UnknownContributorError, brief, described
 from fed_learn.integrations.flower.replies import node_name, of_partition
@@ -40,8 +40,7 @@ class Names:
     """
 
     def __init__(self, told: Told, takes_part: Callable[[Hashable], bool], registry: NodeNames | None = None) -> None:
-        if registry is not None and not isinstance(registry, Mapping) and not callable(registry):
-            raise TypeError(f"node_names must map nodes to names, or be a function of a node, not {brief(registry)}")
+        check_node_names(registry)
         self._told = told
         self._takes_part = takes_part
         self._registry = registry
@@ -202,6 +201,19 @@ class Names:
             f"several nodes are called {claim!r}: each counts for itself, as '{claim}@{node_name('<id>')}', which is "
             "another name in every run; let ClientMod(name=...) give each node a name of its own",
         )
+
+
+def check_node_names(registry: NodeNames | None) -> None:
+    """Checks the user's registry.
+
+    Raises:
+        UnknownContributorError: It holds what cannot be a name.
+        TypeError: It is neither a mapping nor a function.
+    """
+    if registry is not None and not isinstance(registry, Mapping) and not callable(registry):
+        raise TypeError(f"node_names must map nodes to names, or be a function of a node, not {brief(registry)}")
+    for name in registry.values() if isinstance(registry, Mapping) else ():
+        check_contributor(name)
 
 
 def in_one_line(names: Sequence[str]) -> str:

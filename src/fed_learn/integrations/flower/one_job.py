@@ -9,12 +9,19 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
+from fed_learn import kernels
+from fed_learn.aggregation.rules import Rule
+from fed_learn.aggregation.settings import AggregationSettings
+from fed_learn.arguments import check_choice
+from fed_learn.components.direction import MODES
 from fed_learn.contribution import Kind
 from fed_learn.errors import NothingAggregatedError
 from fed_learn.events import EventHandler
-from fed_learn.integrations.flower.session import Session
+from fed_learn.integrations.flower.names import NodeNames, check_node_names
+from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
+from fed_learn.server.settings import JobSettings
 from fed_learn.weights import FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger("flwr")
@@ -24,13 +31,36 @@ class OneJob:
     """A base beside one of Flower's strategies.
 
     Attributes:
-        handlers: The server's handlers.
+        handlers: The server's handlers; this and the following are arguments of a strategy, which may be changed
+            between two jobs.
         kind: The kind of contributions that clients send.
+        rule: How they are combined.
+        min_contributions: Accepted contributions that a round needs.
+        on_bad_contribution: What a refused one does.
+        on_handler_error: What a handler that raised does.
+        partial: What becomes of parts of the model.
+        exact: Whether sums are exact.
+        kernel: Name of the kernel; None: the current one.
+        stream: Whether contributions are added up as they arrive.
+        validation_metric: By which models are selected.
+        validation_mode: What is better of it.
+        node_names: Which node is which contributor, as far as the user says.
         job: The `Job` that runs or ran last; None before the first. Not in copies and pickles of the strategy.
     """
 
     handlers: Sequence[EventHandler]
     kind: Kind
+    rule: str | Rule = "mean"
+    min_contributions: int
+    on_bad_contribution: str
+    on_handler_error: str
+    partial: str = "same"
+    exact: bool = False
+    kernel: str | None = None
+    stream: bool = False
+    validation_metric: str
+    validation_mode: str | None
+    node_names: NodeNames | None
     job: Job | None = None
     _job_session: Session | None = None
 
@@ -41,17 +71,56 @@ class OneJob:
         """Ends the job."""
         raise NotImplementedError
 
+    def _job_check(self) -> None:
+        """Refuses now what a job would refuse later; no job runs so far.
+
+        Raises:
+            ValueError: An argument is out of its range.
+            TypeError: A handler lacks `handle_event` or `rollback`, or `node_names` is of another sort.
+        """
+        self.job = self._job_session = None
+        self.kind = self._job_settings(None).aggregation.kind
+        if self.validation_mode is not None:
+            check_choice("mode", self.validation_mode, MODES)
+        check_node_names(self.node_names)
+
+    def _job_settings(self, num_rounds: int | None) -> JobSettings:
+        """What a job is told, as the attributes are now."""
+        aggregation = AggregationSettings(
+            rule=self.rule,
+            kind=self.kind,
+            partial=self.partial,
+            exact=self.exact,
+            stream=self.stream,
+            kernel=kernels.resolve(self.kernel).name,
+            min_contributions=self.min_contributions,
+            on_bad_contribution=self.on_bad_contribution,
+        )
+        return JobSettings(
+            num_rounds=None if num_rounds is None else max(1, num_rounds),
+            handlers=self.handlers,
+            on_handler_error=self.on_handler_error,
+            aggregation=aggregation,
+        )
+
+    def _job_aggregate(self) -> Aggregate | None:
+        """What aggregates in the place of the rule; None: nothing does."""
+        return None
+
     def _job_begin(
-        self,
-        weights: WeightDict,
-        record: ArrayRecord | None,
-        num_rounds: int | None,
-        *,
-        handlers: Sequence[EventHandler],
-        guessed: bool,
+        self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None, *, guessed: bool
     ) -> Session:
         """A job with the settings of the strategy; arguments as of `Session`."""
-        raise NotImplementedError
+        return Session(
+            self._job_settings(num_rounds),
+            weights,
+            record,
+            aggregate=self._job_aggregate(),
+            guessed=guessed,
+            validation_metric=self.validation_metric,
+            validation_mode=self.validation_mode,
+            node_names=self.node_names,
+        )
 
     def _job_start(
         self,
@@ -62,7 +131,7 @@ class OneJob:
         guessed: bool = False,
     ) -> Session:
         """Begins a job: STARTUP."""
-        session = self._job_begin(weights, record, num_rounds, handlers=self.handlers, guessed=guessed)
+        session = self._job_begin(weights, record, num_rounds, guessed=guessed)
         session.job.start()
         self._job_session, self.job = session, session.job
         return session

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fed_learn.aggregation.round import Told
+from fed_learn.aggregation.told import Told
 from fed_learn.components.direction import MODES, mode_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC
 from fed_learn.server.job_events import JobEvents

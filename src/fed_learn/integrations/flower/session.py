@@ -8,11 +8,12 @@ from typing import Any, TypeAlias
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
-from fed_learn.aggregation.round import Told
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
     Contribution,
+    Kind,
     RoundReport,
     ValidationResult,
 )
@@ -30,13 +31,12 @@ from fed_learn.errors import (
     without_tracebacks,
 )
 from fed_learn.integrations.flower.names import Names, NodeNames, in_one_line
-from fed_learn.integrations.flower.receiver import FlowerReceiver
-from fed_learn.integrations.flower.records import copy_of, same_bytes, to_record, to_weights
+from fed_learn.integrations.flower.records import RecordWriter, copy_of, same_bytes, to_record, to_weights
 from fed_learn.integrations.flower.selection import Selection
 from fed_learn.integrations.flower.widths import Widths
 from fed_learn.model_meta import ContextKey
-from fed_learn.server import FederatedServer
 from fed_learn.server.job import Job
+from fed_learn.server.settings import JobSettings
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, listed
 
 logger = logging.getLogger("flwr")
@@ -64,24 +64,22 @@ class Session:
     """One job, which `job.start()` begins, and the nodes that take part in it.
 
     Args:
+        settings: What it is told.
         weights: The initial global model.
         record: The same as a record, if there is one.
-        num_rounds: How many rounds there will be; None: nobody knows.
-        handlers: The server's.
-        aggregate: What aggregates; None: the weighted mean, written where the next record's bytes are.
+        aggregate: What aggregates; None: the rule, which writes to where the next record's bytes are.
         guessed: There is no global model, and the replies of the first round tell what it is. Such a job states nothing
             beyond a round: it goes on only as long as `takes` says.
         validation_metric: By which models are selected.
         validation_mode: What is better of it.
         node_names: Which node is which contributor, as far as the user says.
-        settings: Further arguments of `FederatedServer`.
 
     Raises:
         ValueError: One is out of its range.
 
     Attributes:
         job: The job.
-        num_rounds: As given.
+        num_rounds: How many rounds there will be; None: nobody knows.
         guessed: As given.
         states_round: Whether the messages state the round as their group.
         final: Whether the evaluation that is under way scores the final model.
@@ -100,26 +98,22 @@ class Session:
 
     def __init__(
         self,
+        settings: JobSettings,
         weights: WeightDict,
         record: ArrayRecord | None = None,
         *,
-        num_rounds: int | None,
-        handlers: Sequence[Any] = (),
         aggregate: Aggregate | None = None,
         guessed: bool = False,
         validation_metric: str | None = None,
         validation_mode: str | None = None,
         node_names: NodeNames | None = None,
-        **settings: Any,
     ) -> None:
-        server = FederatedServer(weights, num_rounds=num_rounds or 1, handlers=handlers, **settings)
-        self._receiver = FlowerReceiver(server, self.note_sent, None if aggregate is None else partial(aggregate, self))
-        self.job = _FlowerJob(server, receiver=self._receiver)
+        self.job = _FlowerJob(
+            settings, weights, self.note_sent, None if aggregate is None else partial(aggregate, self)
+        )
         self.job.declare_score(validation_metric, validation_mode)
         self.job.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with the evaluation after a round
-        if num_rounds is None:
-            self.job.ctx.pop(ContextKey.NUM_ROUNDS)
-        self.num_rounds = num_rounds
+        self.num_rounds = settings.num_rounds
         self.guessed = guessed
         self.states_round = not guessed
         self.final = False
@@ -199,7 +193,7 @@ class Session:
         Where each may send other ones (`partial="average"`), they carry all that anyone ever sent, and the whole model
         until a round in which everyone answered.
         """
-        if self.job.server.partial == "average":
+        if self.job.settings.aggregation.partial == "average":
             self._ever |= dict.fromkeys(names)
             self._narrow = self._narrow or set(self._asked) <= set(self.contributed)
             names = [name for name in self.job.schema if name in self._ever or not self._narrow]
@@ -253,7 +247,7 @@ class Session:
 
     def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
         """Names of the variables of contributions that are averaged; see `Round.averaged`."""
-        return self._receiver.averaged(contributions)
+        return self.job.averaged(contributions)
 
     def change_model(self, schema: Schema, who: str) -> None:
         """From the next round on the model has other names, shapes or dtypes.
@@ -540,7 +534,38 @@ class Session:
 
 
 class _FlowerJob(Job):
-    """A job that leaves it to Flower's words to say that a node failed."""
+    """A job that writes the mean where the bytes of the next message are, and leaves it to Flower's words who failed.
+
+    Args:
+        settings: What it is told.
+        weights: The initial global model.
+        note_sent: Is told which variables the clients of a round have sent.
+        aggregate: Makes the new global model of the accepted contributions; None: the rule does.
+    """
+
+    def __init__(
+        self,
+        settings: JobSettings,
+        weights: WeightDict,
+        note_sent: Callable[[Sequence[str]], None],
+        aggregate: Callable[[Sequence[Contribution]], FrozenWeights] | None,
+    ) -> None:
+        super().__init__(settings, weights)
+        self._note_sent = note_sent
+        self._aggregate_by = aggregate
+
+    def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
+        """See `Round.averaged`."""
+        return self._round.averaged(contributions)
+
+    def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights:
+        if self._aggregate_by is not None:
+            self._note_sent(self._round.sent(contributions))
+            return self._aggregate_by(contributions)
+        full = self.settings.aggregation.kind is Kind.FULL
+        combined = self._round.combine(contributions, output=RecordWriter if full else None, ctx=self.ctx)
+        self._note_sent(combined.sent)
+        return combined.applied_to(self.weights)
 
     def log_failure(self, name: str, error: Exception, what: str) -> None:
         """See `Job.log_failure`."""

@@ -12,8 +12,9 @@ from flwr.serverapp.exception import AggregationError, InconsistentMessageReplie
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 from flwr.serverapp.strategy import Strategy
 
+from fed_learn.aggregation.rules import Rule
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import FedLearnError, IntegerRangeError, described, printable
+from fed_learn.errors import AggregatorError, FedLearnError, IntegerRangeError, described, printable, text_of
 from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
@@ -22,7 +23,6 @@ from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
 from fed_learn.integrations.flower.replies import N_ITER, node_of
 from fed_learn.integrations.flower.session import Aggregate, Session
-from fed_learn.server.receiving import Refusal
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, check_finite
 
 logger = logging.getLogger("flwr")
@@ -60,6 +60,7 @@ class FedAvg(Handled, FlowerFedAvg):
             `"refuse"`: a part is refused.
         exact: Average with exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
+        rule: How contributions are combined: the name of a rule, one of `fed_learn.rules.available()`, or a `Rule`.
         stream: Add up contributions as they arrive, and keep none: the memory of one sum, whatever the number of
             clients. Sums are then taken in the order of arrival (unless `exact`), handlers see no weights, and
             `train_metrics_aggr_fn` gets replies without their arrays. The `aggregate_train` of a subclass is given an
@@ -86,8 +87,6 @@ class FedAvg(Handled, FlowerFedAvg):
         (0.5, 1)
     """
 
-    _job_settings = (*Handled._job_settings, "exact", "kernel", "stream")
-
     def __init__(
         self,
         fraction_train: float = 1.0,
@@ -109,6 +108,7 @@ class FedAvg(Handled, FlowerFedAvg):
         partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
+        rule: str | Rule = "mean",
         stream: bool = False,
         validation_metric: str = INITIAL_VALIDATION_METRIC,
         validation_mode: str | None = None,
@@ -130,6 +130,7 @@ class FedAvg(Handled, FlowerFedAvg):
         )
         self.exact = exact
         self.kernel = kernel
+        self.rule = rule
         self.stream = stream
         self._job_set_up(
             handlers=handlers,
@@ -349,14 +350,14 @@ class WithHandlers(Handled, _Delegate):
         except Exception as error:
             if not _by_replies(error):
                 raise
-            raise Refusal(FedLearnError(f"{who} cannot aggregate the replies: {described(error)}")) from error
+            raise AggregatorError(f"{who} cannot aggregate the replies: {described(error)}") from error
         if not record:
-            raise Refusal(FedLearnError(f"{who} aggregated nothing"))
+            raise AggregatorError(f"{who} aggregated nothing")
         try:
             made = to_weights(record, like=session.job.schema)
             return _completed(made, session, session.averaged(contributions), who)
         except FedLearnError as error:
-            raise Refusal(error) from error
+            raise AggregatorError(text_of(error)) from error
 
 
 def _by_replies(error: Exception) -> bool:

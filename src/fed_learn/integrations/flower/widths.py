@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.aggregation.round import Told
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import Contribution
 from fed_learn.weights import FLOATS, FrozenWeights, WeightDict
 

@@ -1,10 +1,11 @@
 """Aggregators for NVFlare: of `FLModel`s, as its `FedAvg` asks for them, and of DXOs, as `ScatterAndGather` does."""
 
+import copy
 import logging
 import math
 import re
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from nvflare.apis.dxo import DXO, DataKind, MetaKey, from_shareable
@@ -20,9 +21,11 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from fed_learn import kernels
-from fed_learn.aggregation.round import Told, check_partial
+from fed_learn.aggregation.round import UNUSABLE, Round
+from fed_learn.aggregation.rules import Rule
+from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import label_of
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight, check_factor
 from fed_learn.errors import (
     AggregationWeightError,
@@ -39,12 +42,10 @@ from fed_learn.errors import (
     described,
     text_of,
 )
-from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
-from fed_learn.integrations.nvflare.intake import Intake
 from fed_learn.limits import LEFT_OUT
 from fed_learn.server.job_events import nothing_aggregated
-from fed_learn.values import whole_number_of
+from fed_learn.values import mean_of, whole_number_of
 from fed_learn.weights import items_of
 
 logger = logging.getLogger(__name__)
@@ -69,17 +70,24 @@ class _Averaging:
         partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
+        rule: str | Rule = "mean",
         stream: bool = False,
     ) -> None:
         super().__init__()
-        check_choice("on_bad_contribution", on_bad_contribution, ("raise", "reject"))
-        check_partial(partial, stream)
         if expected_data_kind not in tuple(KINDS):
             raise ValueError(
                 f"expected_data_kind must be one of {[k.value for k in KINDS]}, not {expected_data_kind!r}"
             )
-        check_count("min_contributions", min_contributions)
-        kernels.resolve(kernel)
+        self._settings = AggregationSettings(
+            rule=rule,
+            kind=KINDS[expected_data_kind],
+            partial=partial,
+            exact=exact,
+            stream=stream,
+            kernel=kernel,
+            min_contributions=min_contributions,
+            on_bad_contribution=on_bad_contribution,
+        )
         for name, weight in (aggregation_weights or {}).items():
             try:
                 check_factor(weight, name)
@@ -99,14 +107,15 @@ class _Averaging:
         self.partial = partial
         self.exact = exact
         self.kernel = kernel
+        self.rule = rule
         self.stream = stream
         self.report: RoundReport | None = None
         self.fl_ctx: FLContext | None = None
         self._lock = threading.Lock()
-        self._round: int | None = None
+        self._number: int | None = None
         self._global: dict[str, Any] | None = None
         self._skipped: frozenset[str] = frozenset()
-        self._intake: Intake | None = None
+        self._round: Round | None = None
         self._told = Told(logger)
         self._reports: list[RoundReport] = []
 
@@ -125,7 +134,7 @@ class _Averaging:
         elif event_type == AppEventType.ROUND_STARTED:
             self._learn_round(fl_ctx)
             self._global = props.global_weights(fl_ctx)
-            self._intake = None
+            self._round = None
         elif event_type == AppEventType.BEFORE_TRAIN_TASK and self._global is None:
             # A workflow that was given its model has it nowhere else in the first round.
             self._global = FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params or None
@@ -137,35 +146,26 @@ class _Averaging:
         """Takes over the round of a context that states one; what another round has left behind is forgotten."""
         number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         with self._lock:
-            if number is not None and number != self._round:
-                self._round, self._intake = number, None
+            if number is not None and number != self._number:
+                self._number, self._round = number, None
 
     def _clear(self) -> None:
         with self._lock:
-            self._intake = None
+            self._round = None
 
-    def _begun(self) -> Intake:
-        """The intake of this round.
+    def _begun(self) -> Round:
+        """The round that is under way.
 
         Raises:
             FedLearnError: Nothing of the global model is left to be averaged.
         """
-        if self._intake is None:
+        if self._round is None:
             self._skipped = self._matched(self._global or ())
             if self._global and len(self._skipped) == len(self._global):
                 raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
-            self._intake = Intake(
-                number=self._round,
-                like=None if self._global is None else self._averaged_part(self._global, "the global model"),
-                kind=KINDS[self.expected_data_kind],
-                min_contributions=self.min_contributions,
-                partial=self.partial,
-                exact=self.exact,
-                kernel=self.kernel,
-                stream=self.stream,
-                told=self._told,
-            )
-        return self._intake
+            model = None if self._global is None else self._averaged_part(self._global, "the global model")
+            self._round = Round(self._settings, number=self._number, model=model, own=False, told=self._told)
+        return self._round
 
     def _matched(self, names: Iterable[Any]) -> frozenset[str]:
         """Those names that `exclude_vars` matches: of the global model, or of a mean. A user's pattern may be slow.
@@ -193,12 +193,12 @@ class _Averaging:
             ContributionError, ExactDomainError: It is refused.
         """
         with self._lock:
-            intake = self._begun()
+            this = self._begun()
             sent: Contribution | None = None
             refusal: Exception | None = None
             try:
                 sent = read()
-                sent = intake.receive(sent)
+                sent = this.receive(sent)
             except (BrokenAccumulatorError, FloatingPointEnvironmentError):
                 raise  # not the client's doing
             except BaseException as error:  # noqa: BLE001 - raised below, with the name of who sent it
@@ -206,10 +206,10 @@ class _Averaging:
                 if self._excluded is not None and isinstance(reason, NamesError) and reason.extra:
                     advice = "exclude_vars is for variables that the global model has, and clients must not send others"
                     reason.args = (f"{reason}; {advice}",)
-                refusal = intake.refuse(who, reason)
+                refusal = this.refuse(who, copy.copy(reason))  # the traceback of what is raised keeps weights alive
                 raise reason from (None if reason is error else error)
             finally:
-                self.report = intake.report
+                self.report = this.report
                 if self.fl_ctx is not None:
                     outcome = props.Outcome(sent and sent.without_weights(), refusal, self._settle)
                     props.put(self.fl_ctx, props.OUTCOME, outcome)
@@ -283,7 +283,8 @@ class _Averaging:
             return self._settle_begun()
 
     def _settle_begun(self) -> list[tuple[str, Exception]]:
-        refused = self._begun().settle()
+        this = self._begun()
+        refused = [(sent.contributor, this.refuse(sent.contributor, copy.copy(error))) for sent, error in this.close()]
         for _, error in refused:
             logger.error("refused: %s", error)
         return refused
@@ -297,15 +298,16 @@ class _Averaging:
         """
         with self._lock:
             self._settle_begun()
-            intake, self._intake = self._begun(), None
-            if intake.rejected and self.on_bad_contribution == "raise":
-                raise intake.rejected[0].error
+            this, self._round = self._begun(), None
+            if this.rejected and self.on_bad_contribution == "raise":
+                raise this.rejected[0].error
             only = None if self.fl_ctx is None else props.taken(self.fl_ctx, props.CONTRIBUTORS)
-            mean = intake.average(only)
+            chosen = [one for name, one in sorted(this.accepted.items()) if only is None or name in only]
+            mean = self._combined(this, chosen)
             if mean is not None and self._global is None:
                 self._skipped = self._matched(mean)
                 mean = {name: value for name, value in mean.items() if name not in self._skipped}
-            self.report = report = intake.report
+            self.report = report = this.report
             self._reports.append(report)
             if report.error is not None:
                 logger.error("%s", report.error)
@@ -316,7 +318,22 @@ class _Averaging:
                 return None, {}, report
             if self.expected_data_kind == DataKind.WEIGHTS:
                 mean = self._completed(mean)
-            return mean, intake.metrics(only), report
+            return mean, _mean_metrics(chosen), report
+
+    def _combined(self, this: Round, chosen: Sequence[Contribution]) -> dict[str, Any] | None:
+        """What the rule makes of some of the contributions; None if the round fails, of which its report says why."""
+        names = [one.contributor for one in chosen]
+        error: Exception | None = this.too_few(len(names), self.min_contributions, len(this.accepted) - len(names))
+        if error is not None:
+            this.fail(error, names)
+            return None
+        try:
+            combined = this.combine(chosen)
+        except UNUSABLE as unusable:
+            this.fail(unusable)
+            return None
+        made = {**combined.constants, **combined.mean}
+        return {name: made[name] for name in combined.sent if name in made}
 
     def _completed(self, mean: dict[str, Any]) -> dict[str, Any]:
         """The whole new global model, for which NVFlare takes the average: what was not averaged stays as it is."""
@@ -461,6 +478,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         partial: str = "same",
         exact: bool = False,
         kernel: str | None = None,
+        rule: str | Rule = "mean",
         stream: bool = False,
     ) -> None:
         super().__init__(
@@ -474,6 +492,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
             partial=partial,
             exact=exact,
             kernel=kernel,
+            rule=rule,
             stream=stream,
         )
 
@@ -486,9 +505,9 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         if code and code != ReturnCode.OK:
             failure = ClientQuitError(f"{who}: sent no contribution: {code}", contributor=who)
             with self._lock:
-                intake = self._begun()
-                intake.refuse(who, failure)
-                self.report = intake.report
+                this = self._begun()
+                this.refuse(who, copy.copy(failure))
+                self.report = this.report
             self.log_warning(fl_ctx, str(failure), fire_event=False)
             return False
 
@@ -519,6 +538,19 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         """Forgets the contributions so far."""
         self.fl_ctx = fl_ctx
         self._clear()
+
+
+def _mean_metrics(contributions: Iterable[Contribution]) -> dict[str, float]:
+    """The weighted mean of each metric over those contributions that count, and in which it is a finite number."""
+    numbers: dict[str, list[float]] = {}
+    weights: dict[str, list[float]] = {}
+    for contribution in contributions:
+        if contribution.aggregation_weight:
+            for metric, value in contribution.metrics.items():
+                if math.isfinite(value):
+                    numbers.setdefault(metric, []).append(value)
+                    weights.setdefault(metric, []).append(contribution.aggregation_weight)
+    return {metric: mean_of(values, weights[metric]) for metric, values in numbers.items()}
 
 
 def _reason(who: Any, error: Exception) -> Exception:

@@ -15,8 +15,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from fed_learn.aggregation.tensor_outputs import as_tensors
-from fed_learn.aggregation.tensors import opened
+from fed_learn.aggregation.tensors import as_tensors, opened
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,

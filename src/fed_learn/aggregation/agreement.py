@@ -1,0 +1,168 @@
+"""Which contributions of a round count together: of those that differ in rounds, variables or constants, the most.
+
+Each function looks at all that were accepted, and gives those that are to be refused after all, and why.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from fed_learn.aggregation.batch import Checked
+from fed_learn.contribution import check_terms
+from fed_learn.errors import ContributionError, DtypeError, NamesError, NonFiniteError, RoundError, ShapeError
+from fed_learn.limits import MOST_NAMED
+from fed_learn.weights import SHAPE_AND_DTYPE, Schema, misses_and_adds
+
+Rows = Mapping[str, Checked]
+"""The accepted contributions by name."""
+Refused = list[tuple[str, ContributionError]]
+"""Names, and why these contributions are refused."""
+
+
+def of_other_rounds(rows: Rows, number: int | None) -> Refused:
+    """Those that state another round than `number`, that of most."""
+    refused: Refused = []
+    for name in sorted(rows):
+        try:
+            check_terms(rows[name].sent, round=number)
+        except RoundError as error:
+            refused.append((name, error))
+    return refused
+
+
+def alone(rows: Rows) -> Refused:
+    """Those whose constants nobody else sent: then they are just values that are not finite."""
+    counts = Counter(row.form for row in rows.values())
+    return [(n, row.unless_alone) for n, row in rows.items() if row.unless_alone is not None and counts[row.form] == 1]
+
+
+def of_other_forms(rows: Rows, given_up: Callable[[Checked], bool], advise: bool) -> Refused:
+    """Those that are not of the commonest form; of equally common ones the largest counts.
+
+    Args:
+        rows: What was accepted.
+        given_up: Whether nothing is known of the sums of a form any more.
+        advise: Whether `partial="average"` is a way out.
+    """
+    forms: dict[Hashable, list[str]] = {}
+    for name, row in rows.items():
+        forms.setdefault(row.form, []).append(name)
+    if len(forms) < 2:
+        return []
+
+    def rank(names: list[str]) -> tuple[bool, bool, int, int, int, str]:
+        first = rows[names[0]]
+        return (
+            given_up(first),
+            first.unless_alone is not None,
+            -_counting(rows, names),
+            -len(names),
+            -len(first.averaged),
+            min(names),
+        )
+
+    usual, *others = sorted(forms.values(), key=rank)
+    expected, count = rows[usual[0]], len(usual)
+    names = sorted(name for names in others for name in names)
+    return [(name, _other_form(name, rows[name], expected, count, advise)) for name in names]
+
+
+def of_other_variables(rows: Rows) -> Refused:
+    """Those in which a variable is another than in most that hold it: by shape, dtype or constants."""
+
+    def sort(name: str, row: Checked) -> tuple[Any, ...]:
+        constant = row.constants.get(name)
+        return (*SHAPE_AND_DTYPE(row.arrays[name]), None if constant is None else constant.tobytes())
+
+    usual: dict[str, tuple[tuple[Any, ...], int]] = {}
+    for name in {name for row in rows.values() for name in row.arrays}:
+        counts = Counter(sort(name, row) for row in rows.values() if name in row.arrays)
+        usual[name] = min(counts.items(), key=lambda item: (-item[1], str(item[0])))
+    refused: Refused = []
+    for who, row in sorted(rows.items()):
+        other = next((name for name in row.arrays if sort(name, row) != usual[name][0]), None)
+        if other is not None:
+            (shape, dtype, _), count = usual[other]
+            error = _other_variable(who, other, row, (shape, dtype), count) or row.unless_alone
+            text = f"{who}: {other!r} holds numbers, and is not finite in {count} of the round's contributions"
+            refused.append((who, error or NonFiniteError(text, contributor=who, name=other)))
+    return refused
+
+
+def of_other_constants(rows: Rows) -> Refused:
+    """The fewer of those that send numbers for a constant of the global model, and those that keep it."""
+    refused: Refused = []
+    left = dict(rows)
+    for name in sorted({name for row in rows.values() for name in row.filled}):
+        holders = [who for who, row in left.items() if name in row.averaged]
+        keep = [who for who in holders if name in left[who].filled]
+        change = [who for who in holders if name not in left[who].filled]
+        fewer, more = (change, keep) if _counting(left, keep) >= _counting(left, change) else (keep, change)
+        what = "holds numbers" if fewer is change else "is not finite, as in the global model,"
+        for who in sorted(fewer):
+            text = f"{who}: {name!r} {what} where it is otherwise in {len(more)} of the round's contributions"
+            refused.append((who, NonFiniteError(text, contributor=who, name=name)))
+            del left[who]
+    return refused
+
+
+def of_another_part(rows: Sequence[Checked]) -> ContributionError | None:
+    """What is wrong with a contribution that a handler has made of other variables than the first one has."""
+    first = rows[0]
+    for row in rows:
+        if row.averaged.keys() != first.averaged.keys():
+            expected = Schema.of({name: first.arrays[name] for name in first.averaged})
+            return expected.names_error({name: row.arrays[name] for name in row.averaged}, row.contributor)
+    return None
+
+
+def _counting(rows: Rows, names: Sequence[str]) -> int:
+    """How many of these count by more than 0."""
+    return sum(1 for name in names if rows[name].aggregation_weight)
+
+
+def _other_form(who: str, row: Checked, usual: Checked, count: int, advise: bool) -> ContributionError:
+    if row.unless_alone is not None:
+        return row.unless_alone
+    missing = [name for name in usual.averaged if name not in row.averaged]
+    extra = [name for name in row.averaged if name not in usual.averaged]
+    if not missing and not extra:
+        for name in row.averaged:
+            other = _other_variable(who, name, row, SHAPE_AND_DTYPE(usual.arrays[name]), count)
+            if other is not None:
+                return other
+    what = misses_and_adds(missing, extra) or "has other constants"
+    helps = (missing or extra) and advise
+    advice = "; partial='average' averages each variable over those who sent it" if helps else ""
+    return NamesError(
+        f"{who}: {what}, compared with what {count} of the round's contributions hold{advice}",
+        contributor=who,
+        name=next(iter(missing or extra), None),
+        missing=tuple(missing[:MOST_NAMED]),
+        extra=tuple(extra[:MOST_NAMED]),
+    )
+
+
+def _other_variable(
+    who: str, name: str, row: Checked, usual: tuple[Any, ...], count: int
+) -> ShapeError | DtypeError | None:
+    """What is wrong with a variable that has another shape or dtype than in `count` other contributions."""
+    (shape, dtype), found = usual, row.arrays[name]
+    others = f"in {count} of the round's contributions"
+    if found.shape != shape:
+        return ShapeError(
+            f"{who}: {name!r} has shape {found.shape}, and {shape} {others}",
+            contributor=who,
+            name=name,
+            shape=found.shape,
+            expected=shape,
+        )
+    if found.dtype != dtype:
+        return DtypeError(
+            f"{who}: {name!r} has dtype {found.dtype}, and {dtype} {others}",
+            contributor=who,
+            name=name,
+            dtype=found.dtype,
+            expected=dtype,
+        )
+    return None

@@ -1,0 +1,354 @@
+"""The weighted mean of checked contributions, `Σ aₖ·xₖ / Σ aₖ`, over arrays or over tensors where they lie.
+
+How contributions are opened and checked is left to `batch`, where results go to `outputs`, and sums that stream in to
+`accumulator`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Protocol
+
+import numpy as np
+
+from fed_learn import kernels
+from fed_learn.adapters.base import Resident
+from fed_learn.adapters.tensors import hold_tensors
+from fed_learn.aggregation.arrays import ARRAYS, Columns, Outputs
+from fed_learn.aggregation.batch import Checked
+from fed_learn.aggregation.exact import ExactSums, check_domain
+from fed_learn.aggregation.integers import integer_mean, large_integer_mean, too_large
+from fed_learn.aggregation.tensor_outputs import Target, TensorOutputs
+from fed_learn.aggregation.tensors import Opened, as_tensors, opened, refuse_devices
+from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
+from fed_learn.environment import sum_in_order
+from fed_learn.errors import EmptyAggregationError
+from fed_learn.kernels.base import Kernel, Segment
+from fed_learn.kernels.digits import MOST_TERMS, DigitsError
+from fed_learn.kernels.memory import Addresses
+from fed_learn.weights import Schema, WeightDict, not_finite_error
+
+LIFT = 100
+"""Aggregation weights are multiplied by 2**100 (see `usual_scale`)."""
+FARTHEST = 2.0**-800
+"""Of the largest aggregation weight, what others may be so that no product with any value loses bits to underflow."""
+
+
+class Output(Protocol):
+    """Where a result goes."""
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """What a kernel writes to, by name: contiguous arrays, or tensors of its own."""
+
+    def finish(self) -> WeightDict:
+        """The result, once all of it has been written."""
+
+
+def mean(
+    rows: Sequence[Checked],
+    schema: Schema,
+    *,
+    out: WeightDict | None = None,
+    output: Callable[[Schema], Output] | None = None,
+    exact: bool = False,
+    kernel: str | None = None,
+) -> WeightDict:
+    """The mean of contributions, in the order in which they are given.
+
+    Args:
+        rows: At least one; all of the variables of the schema.
+        schema: Names, shapes and dtypes of the result.
+        out: A weight dict to write to, arrays or tensors.
+        output: Makes what is written to in its place: arrays that share no memory with anything.
+        exact: Sum exactly.
+        kernel: Name of the kernel; None: the current one.
+
+    Returns:
+        A new dict, of tensors where the first contribution has them; or `out`, or what `output` made.
+
+    Raises:
+        EmptyAggregationError: None counts by more than 0.
+        NonFiniteError: A value is not finite.
+        OutputError: `out` cannot be written to.
+        WeightsTypeError: Contributions lie on several devices.
+        ExactDomainError: With `exact`, a value or weight outside of the domain.
+    """
+    held = rows[0].held
+    for row in rows:
+        if row.held.device != held.device:
+            first = next(iter(row.held.tensors), None)
+            refuse_devices(f"{row.contributor}: weights are", row.contributor, first, row.held.device, held.device)
+    chosen = kernels.resolve(kernel, device=held.device)
+    place, inputs = held.place, [tensor for row in rows for tensor in row.held.tensors.values()]
+    framework = None if exact or output is not None else _framework(chosen, rows, out)
+    counted = counting(rows, framework)
+    if framework is not None and place is not None and not far_apart(counted):
+        outputs: Output = TensorOutputs(schema, place, out, inputs)
+        columns = {name: [row.held.tensors[name] for row in counted] for name in schema}
+        _mean(chosen, framework, counted, columns, outputs.arrays)
+        return outputs.finish()
+    if held.device != "cpu":
+        counted, chosen = [row.on_host() for row in counted], kernels.resolve(kernel)
+    columns_of = Columns([row.arrays for row in counted])
+    target = None
+    if output is not None:
+        outputs = output(schema)
+    elif inputs or hold_tensors(out):
+        target = None if out is None else Target(out, held.device, inputs)
+        outputs = Outputs(schema, None if target is None else target.arrays, columns_of)
+    else:
+        outputs = Outputs(schema, out, columns_of)
+    if exact:
+        _exact_mean(chosen, counted, columns_of.arrays, outputs.arrays)
+    elif far_apart(counted):
+        _mean_far_apart(chosen, schema, counted, columns_of.arrays, outputs.arrays)
+    else:
+        _mean(chosen, ARRAYS, counted, columns_of.arrays, outputs.arrays, _table(outputs, columns_of))
+    result = outputs.finish()
+    if target is not None:
+        return target.finish()
+    return result if place is None or output is not None else as_tensors(result, place)
+
+
+def usual_scale(aggregation_weights: Sequence[float]) -> int:
+    """The power of two by which aggregation weights are multiplied, exactly, before products are taken.
+
+    It lifts weights of the usual range so far above 1 that no product loses bits to underflow, not even with subnormal
+    values, and cancels in the division. Unusual weights are lifted as far as float32 values can bear, so that the
+    smallest of them count as well.
+    """
+    if min(aggregation_weights) >= SMALLEST_WEIGHT and max(aggregation_weights) <= LARGEST_WEIGHT:
+        return LIFT
+    return 880 - math.frexp(max(aggregation_weights))[1]
+
+
+def far_apart(rows: Sequence[Checked]) -> bool:
+    """Whether aggregation weights are so far apart that products with the smallest of them could lose bits."""
+    aggregation_weights = [row.aggregation_weight for row in rows]
+    return min(aggregation_weights) < FARTHEST * max(aggregation_weights)
+
+
+def _framework(kernel: Kernel, rows: Sequence[Checked], out: Any) -> Resident | None:
+    """Whose tensors the kernel computes with, if all can stay where they are; None: all go the way of arrays."""
+    framework = rows[0].held.resident(kernel.name)
+    if framework is None or rows[0].held.device != "cpu":
+        return framework
+    held: list[Opened] = [row.held for row in rows[1:]]
+    if out is not None:
+        held.append(opened(out, "out"))
+    return framework if all(one.resident(kernel.name) is not None for one in held) else None
+
+
+def counting(rows: Sequence[Checked], framework: Resident | None = None) -> Sequence[Checked]:
+    """Those that count by more than 0; the result will not show what is wrong with the others.
+
+    Args:
+        rows: All of them.
+        framework: Whose tensors are looked at where they lie; None: arrays in the memory of the host are.
+
+    Raises:
+        NonFiniteError: One that counts by 0 holds what is not finite.
+        EmptyAggregationError: All count by 0.
+    """
+    idle = [row for row in rows if not row.aggregation_weight]
+    if not idle:
+        return rows
+    for row in idle:
+        if not row.scanned:
+            values = row.held.tensors if framework is not None else row.held.on_host()
+            refuse_not_finite(ARRAYS if framework is None else framework, values, row.contributor)
+    if len(idle) == len(rows):
+        raise EmptyAggregationError("no contribution counts by more than 0: all aggregation weights are 0")
+    return [row for row in rows if row.aggregation_weight]
+
+
+def refuse_not_finite(framework: Any, values: Mapping[str, Any], who: str) -> None:
+    """Refuses NaN and infinity.
+
+    Args:
+        framework: `ARRAYS`, or whose tensors they are.
+        values: Arrays, or tensors where they lie.
+        who: Whose they are.
+
+    Raises:
+        NonFiniteError: Says which value of which variable is not finite.
+    """
+    for name, value in values.items():
+        first = framework.first_not_finite(value)
+        if first is not None:
+            raise not_finite_error(who, name, *first)
+
+
+def _table(outputs: Output, columns: Columns) -> Addresses | None:
+    """Where outputs and inputs lie, a row per variable."""
+    if not isinstance(outputs, Outputs):
+        return None
+    table = np.empty((len(outputs.arrays), columns.addresses.shape[1] + 1), np.uintp)
+    table[:, 0], table[:, 1:] = outputs.addresses, columns.addresses
+    return table
+
+
+def _mean(
+    kernel: Kernel,
+    framework: Any,
+    rows: Sequence[Checked],
+    columns: Mapping[str, Sequence[Any]],
+    results: Mapping[str, Any],
+    addresses: Addresses | None = None,
+) -> None:
+    """Writes the mean, and looks after what a kernel reports: integers too large, sums that are not finite.
+
+    Args:
+        kernel: What computes it.
+        framework: `ARRAYS`, or whose tensors they are.
+        rows: Whose the columns are.
+        columns: A value per contribution of each variable.
+        results: Where it goes.
+        addresses: See `Kernel.weighted_mean`.
+
+    Raises:
+        NonFiniteError: An input is not finite.
+    """
+    scalars = [row.aggregation_weight for row in rows]
+    overflowed = {}
+    for name in _sums(kernel, columns, scalars, usual_scale(scalars), results, addresses):
+        if rows[0].arrays[name].dtype.kind in "biu":
+            host = list(map(framework.view, columns[name]))
+            if too_large(host) and framework is ARRAYS:
+                large_integer_mean(kernel, host, scalars, results[name])
+            elif too_large(host):
+                whole = np.array(framework.view(results[name]), order="C")
+                large_integer_mean(kernels.resolve(device="cpu"), host, scalars, whole)
+                framework.write(results[name], whole)
+            continue
+        for row, value in zip(rows, columns[name], strict=True):
+            refuse_not_finite(framework, {name: value}, row.contributor)
+        overflowed[name] = framework.overflowed(results[name])
+    for name, doubtful in overflowed.items():
+        _mean_again(kernel, framework, rows, name, columns[name], results[name], doubtful)
+
+
+def _mean_again(
+    kernel: Kernel,
+    framework: Any,
+    rows: Sequence[Checked],
+    name: str,
+    column: Sequence[Any],
+    result: Any,
+    doubtful: Any,
+) -> None:
+    """Replaces elements whose sums are not finite, although the inputs are: by sums so small that they cannot overflow.
+
+    Of copies, since the inputs may have been something else when they were summed, and may be again.
+
+    Raises:
+        NonFiniteError: The inputs are not finite after all.
+    """
+    scalars = [row.aggregation_weight for row in rows]
+    small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
+    copies = [value[doubtful] for value in column]
+    for row, copied in zip(rows, copies, strict=True):
+        first = framework.first_not_finite(copied)
+        if first is not None:
+            (position,), value = first
+            index = tuple(map(int, np.argwhere(framework.view(doubtful))[position]))
+            raise not_finite_error(row.contributor, name, index, value)
+    again = copies[0] * 0
+    _sums(kernel, {name: copies}, scalars, small, {name: again})
+    result[doubtful] = again
+
+
+def _sums(
+    kernel: Kernel,
+    columns: Mapping[str, Sequence[Any]],
+    aggregation_weights: Sequence[float],
+    scale: int,
+    results: Mapping[str, Any],
+    addresses: Addresses | None = None,
+) -> list[str]:
+    """The mean of some variables with all aggregation weights multiplied by 2**scale.
+
+    Returns:
+        The variables that the kernel reports.
+    """
+    scaled = [math.ldexp(a, scale) for a in aggregation_weights]
+    segments = [Segment(column, results[name]) for name, column in columns.items()]
+    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled), addresses)
+    return [name for name, flag in zip(columns, flags, strict=True) if flag]
+
+
+def _mean_far_apart(
+    kernel: Kernel,
+    schema: Schema,
+    rows: Sequence[Checked],
+    columns: Mapping[str, Sequence[Any]],
+    results: Mapping[str, Any],
+) -> None:
+    """The mean of those whose aggregation weights are near to the largest, and what the others add to it.
+
+    They add something only to float64 values that are 0, or nearly so, in the weights of all that count by far more,
+    and may decide on a tie of large integers, which are summed exactly.
+    """
+    rows = [row.on_host() for row in rows]
+    for row in rows:
+        refuse_not_finite(ARRAYS, row.arrays, row.contributor)
+    scalars = [row.aggregation_weight for row in rows]
+    least = FARTHEST * max(scalars)
+    near = [row for row in rows if row.aggregation_weight >= least]
+    far = [row for row in rows if row.aggregation_weight < least]
+    wide = Schema({name: form for name, form in schema.items() if form[1] == np.float64})
+    of_near = mean(near, schema, kernel=kernel.name)
+    of_far = mean([row.only(list(wide)) for row in far], wide, kernel=kernel.name)
+    total, small = (sum((Fraction(row.aggregation_weight) for row in some), Fraction()) for some in (rows, far))
+    share = small / total
+    exponent = share.numerator.bit_length() - share.denominator.bit_length() + 1
+    factor = float(share / Fraction(2) ** exponent)
+    for name, result in results.items():
+        result[...] = of_near[name]
+        if name in of_far:
+            with np.errstate(all="ignore"):
+                result += np.ldexp(of_far[name] * factor, exponent)
+        elif too_large(columns[name]):
+            large_integer_mean(kernel, columns[name], scalars, result)
+
+
+def _exact_mean(
+    kernel: Kernel, rows: Sequence[Checked], columns: Mapping[str, Sequence[Any]], results: Mapping[str, Any]
+) -> None:
+    for k, row in enumerate(rows):
+        if not row.scanned:
+            flags = kernel.not_finite([column[k] for column in columns.values()])
+            flagged = [name for name, flag in zip(columns, flags, strict=True) if flag]
+            refuse_not_finite(ARRAYS, {name: row.arrays[name] for name in flagged}, row.contributor)
+            check_domain(row.arrays, row.aggregation_weight, row.contributor)
+    try:
+        _exact_sums(kernel, columns, [row.aggregation_weight for row in rows], results)
+    except DigitsError:  # a value has changed since: what copies hold, nobody else can change
+        owned = [row.owned() for row in rows]
+        _exact_mean(kernel, owned, Columns([row.arrays for row in owned]).arrays, results)
+
+
+def _exact_sums(
+    kernel: Kernel,
+    columns: Mapping[str, Sequence[Any]],
+    aggregation_weights: Sequence[float],
+    results: Mapping[str, Any],
+) -> None:
+    numbers = []
+    for name, result in results.items():
+        if result.dtype.kind in "biu":
+            integer_mean(kernel, columns[name], aggregation_weights, result)
+        else:
+            numbers.append(name)
+    outputs = [results[name] for name in numbers]
+    total = sum(map(Fraction, aggregation_weights), Fraction())
+    if len(aggregation_weights) < MOST_TERMS:
+        segments = [Segment(columns[name], results[name]) for name in numbers]
+        kernel.exact_mean(segments, np.array(aggregation_weights), float(total))
+        return
+    sums = ExactSums([output.size for output in outputs])
+    for start in range(0, len(aggregation_weights), MOST_TERMS // 2):
+        some = slice(start, start + MOST_TERMS // 2)
+        sums.add(kernel, [columns[name][some] for name in numbers], aggregation_weights[some])
+    sums.divide(kernel, range(len(outputs)), total, outputs)

@@ -1,0 +1,73 @@
+"""`JobSettings`: the settings of a job, frozen and checked when they are made; and the check of its first model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fed_learn.aggregation.settings import AggregationSettings
+from fed_learn.aggregation.tensors import without_tensors
+from fed_learn.arguments import check_choice, check_count
+from fed_learn.contribution import Kind
+from fed_learn.differences import check_differences
+from fed_learn.events import EventHandler, check_handlers
+from fed_learn.weights import (
+    FrozenWeights,
+    Schema,
+    WeightDict,
+    as_weight_dict,
+    check_finite,
+    finite_elements,
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class JobSettings:
+    """What a job is told, whoever carries its messages.
+
+    Attributes:
+        num_rounds: Rounds to run, at least 1; None: nobody knows.
+        handlers: The server's handlers.
+        on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
+        aggregation: How contributions are aggregated.
+
+    Raises:
+        ValueError: One is out of its range.
+        TypeError: A handler lacks `handle_event` or `rollback`, or `num_rounds` is no int.
+
+    Example:
+        >>> JobSettings(num_rounds=3).aggregation.partial
+        'same'
+    """
+
+    num_rounds: int | None = None
+    handlers: Sequence[EventHandler] = ()
+    on_handler_error: str = "raise"
+    aggregation: AggregationSettings = field(default_factory=AggregationSettings)
+
+    def __post_init__(self) -> None:
+        if self.num_rounds is not None:
+            object.__setattr__(self, "num_rounds", check_count("num_rounds", self.num_rounds))
+        check_choice("on_handler_error", self.on_handler_error, ("raise", "log"))
+        object.__setattr__(self, "handlers", tuple(check_handlers(self.handlers)))
+
+
+def initial_model(weights: WeightDict, kind: Kind) -> FrozenWeights:
+    """The first global model of a job, an own copy.
+
+    Args:
+        weights: Arrays or tensors. Values that are not finite are constants, as in a mask of −inf. Empty: nobody knows
+            the model yet.
+        kind: Of the contributions that will come.
+
+    Raises:
+        ContributionError: It is no weight dict, or holds dtypes or values that cannot be averaged.
+        ValueError: It is empty, and contributions are differences.
+    """
+    arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
+    schema = Schema.of(arrays, "global model")
+    if kind is Kind.DIFF:
+        check_differences(schema, "global model")
+        if not arrays:
+            raise ValueError("differences need a global model to be added to, and this one is empty")
+    if not any(finite_elements(array).any() for array in arrays.values() if array.size):
+        check_finite(arrays, "global model")
+    return FrozenWeights.adopt(arrays) if type(weights) is FrozenWeights else FrozenWeights(arrays)

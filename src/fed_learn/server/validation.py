@@ -1,0 +1,28 @@
+"""What clients measure on a model that they are sent for validation, checked."""
+
+from collections.abc import Sequence
+
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ValidationResult, check_contributor, checked_n_iter
+from fed_learn.errors import MetricError
+from fed_learn.values import split_metrics
+
+
+def checked_result(name: str, model: str, result: object, others: Sequence[ValidationResult] = ()) -> ValidationResult:
+    """The result of a validation with plain numbers.
+
+    Raises:
+        UnknownContributorError: That cannot be the name of a client.
+        MetricError: It is none of this client on this model, or lacks the metric to select by; or one of the client is
+            among the others already.
+    """
+    check_contributor(name)
+    if not isinstance(result, ValidationResult) or (result.contributor, result.model) != (name, model):
+        raise MetricError(f"{name}: sent no result of its own on {model!r}", contributor=name, metric=None)
+    if any(other.contributor == name for other in others):
+        raise MetricError(f"{name}: sent a result on {model!r} already", contributor=name, metric=None)
+    (metrics, _), n_iter = split_metrics(result.metrics, INITIAL_VALIDATION_METRIC), checked_n_iter(result.n_iter, name)
+    if INITIAL_VALIDATION_METRIC not in metrics:
+        raise MetricError(
+            f"{name}: no {INITIAL_VALIDATION_METRIC!r}", contributor=name, metric=INITIAL_VALIDATION_METRIC
+        )
+    return ValidationResult(name, model, metrics, n_iter)
