@@ -11,8 +11,8 @@ import pytest
 from federation import AddingLearner, NormEvaluator, Recorder, clients_of, initial_weights, two_clients
 
 import fed_learn as fl
+from fed_learn.arguments import check_count
 from fed_learn.handlers import EarlyStoppingHandler
-from fed_learn.handlers.scoring import check_count
 from fed_learn.values import number_of, split_metrics
 from fed_learn.weights import FrozenWeights, as_weight_dict
 

@@ -6,11 +6,11 @@ from contextlib import closing
 from fed_learn import kernels
 from fed_learn.aggregation.round import check_partial
 from fed_learn.aggregation.tensors import without_tensors
+from fed_learn.arguments import check_choice, check_count
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
 from fed_learn.differences import check_differences
 from fed_learn.events import EventHandler, check_handlers
-from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.model_meta import FLContext
 from fed_learn.server.job import Job
 from fed_learn.server.model_aggregator import Aggregator, check_aggregator

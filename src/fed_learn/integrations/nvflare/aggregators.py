@@ -23,6 +23,7 @@ from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 from fed_learn import kernels
 from fed_learn.aggregation.round import Told, check_partial
 from fed_learn.aggregation.tensors import label_of
+from fed_learn.arguments import check_choice, check_count
 from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight, check_factor
 from fed_learn.errors import (
     AggregationWeightError,
@@ -39,7 +40,6 @@ from fed_learn.errors import (
     described,
     text_of,
 )
-from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.intake import Intake
 from fed_learn.limits import LEFT_OUT
