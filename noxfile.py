@@ -19,7 +19,7 @@ def install(session: nox.Session, *what: str) -> None:
 @nox.session
 def quick(session: nox.Session) -> None:
     """The quick tests: no framework, less than a minute."""
-    install(session, ".[cli]", "pytest", "hypothesis")
+    install(session, ".[cli,files]", "pytest", "hypothesis")
     session.run("pytest", "-m", "quick", *session.posargs)
 
 
