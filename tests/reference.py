@@ -5,17 +5,19 @@ library but the list of its kernels. What is under test never computes what it i
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-import torch  # noqa: F401 - there is a kernel of its own once torch has been imported
 
 import fed_learn as fl
 from fed_learn.kernels import threads
+
+with suppress(ImportError):  # there is a kernel of its own once torch has been imported; quick tests do without
+    import torch  # noqa: F401
 
 Array: TypeAlias = npt.NDArray[Any]
 WeightDict: TypeAlias = Mapping[str, Array]

@@ -36,6 +36,8 @@ from fed_learn.errors import (
 )
 from fed_learn.values import whole_number_of
 
+pytestmark = pytest.mark.quick
+
 ROUND = 4
 
 Attempt = Callable[[], object]

@@ -42,6 +42,8 @@ from fed_learn.handlers import (
 )
 from fed_learn.weights import FrozenWeights
 
+pytestmark = pytest.mark.quick
+
 
 def by_value(weights: Any) -> float:
     return float(weights["b"][0])

@@ -13,6 +13,8 @@ import pytest
 import fed_learn as fl
 from fed_learn.weights import FrozenDict, FrozenWeights
 
+pytestmark = pytest.mark.quick
+
 KEYS = {
     "ROUND": "_round",
     "NUM_ROUNDS": "_numRounds",

@@ -21,6 +21,8 @@ import fed_learn as fl
 from fed_learn.disk import Claim, append_line, is_stream, set_aside, write_whole
 from fed_learn.handlers import CheckpointHandler, JsonLinesHandler
 
+pytestmark = pytest.mark.quick
+
 resource = pytest.importorskip("resource")
 
 
@@ -330,6 +332,7 @@ def test_a_job_that_cannot_start_leaves_the_files_of_an_earlier_one_as_they_are(
         assert contents(tmp_path) == before
 
 
+@pytest.mark.not_quick
 @every_writer
 def test_a_file_that_another_job_writes_is_an_error_when_a_job_starts(
     writer: Callable[[Path, bool], fl.Handler], tmp_path: Path

@@ -19,6 +19,8 @@ import fed_learn as fl
 from fed_learn.errors import HandlerFailure
 from fed_learn.events import shut_down
 
+pytestmark = pytest.mark.quick
+
 Mutation = Callable[[fl.FLContext], object]
 
 INTERRUPTS = (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError)

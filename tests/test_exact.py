@@ -1,13 +1,9 @@
 """`exact=True`: the same bits for every order and every tree of merges, and a result that is that of the exact sum."""
 
 import copy
-import importlib.util
 import itertools
-import subprocess
-import sys
 from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +30,8 @@ from reference import (
 from fed_learn.aggregation import Accumulator, weighted_average
 from fed_learn.contribution import Contribution
 from fed_learn.errors import ExactDomainError, FedLearnError
+
+pytestmark = pytest.mark.quick
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 every_float = pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -110,6 +108,7 @@ def test_hundreds_of_orders_of_weighted_terms_give_the_same_bits() -> None:
     assert {mean_bits(streamed([pairs[int(k)] for k in rng.permutation(7)])) for _ in range(250)} == {expected}
 
 
+@pytest.mark.not_quick
 @every_float
 def test_random_trees_of_merges_give_the_same_bits(dtype: np.dtype[Any]) -> None:
     rng = np.random.default_rng(1)
@@ -243,6 +242,7 @@ def test_ties_of_large_integers_that_cancel_go_to_the_even_one(dtype: np.dtype[A
     assert streamed(pairs).result()["w"].tolist() == [2] * 100
 
 
+@pytest.mark.not_quick
 @every_kernel
 @pytest.mark.parametrize("dtype", COUNTS, ids=str)
 @pytest.mark.parametrize("weight", [0.1, 0.3, 1 / 3, 2.0**-100, 1e-3])
@@ -271,6 +271,7 @@ def weights_of_counts(rng: np.random.Generator, count: int) -> list[float]:
     return [float(a) for a in rng.uniform(0.01, 100, count)]
 
 
+@pytest.mark.not_quick
 @every_kernel
 def test_counts_of_500_random_cases_are_the_exact_rational_rounded_half_to_even(kernel: str) -> None:
     wrong = []
@@ -326,6 +327,7 @@ def test_inputs_of_other_byte_order_and_strides_give_the_same_bits(exact: bool) 
 # Carrying
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("after", [1, 2, 3, 4, 7])
 @every_float
 def test_carrying_early_does_not_change_the_bits(
@@ -350,6 +352,7 @@ def test_carrying_early_does_not_change_the_bits_of_any_values(terms: list[tuple
         assert mean_bits(streamed(pairs[::-1])) == expected
 
 
+@pytest.mark.not_quick
 def test_more_terms_than_fit_without_a_carry_are_summed_exactly() -> None:
     term, weight = np.array([2.0**44 - 1, 1 - 2.0**44, 1 / 3]), 1 - 2.0**-53
     accumulator = Accumulator(exact=True)
@@ -461,33 +464,3 @@ def test_other_dtypes_have_no_domain() -> None:
         accumulator = Accumulator(exact=True)
         accumulator.add(weights, weight)
         assert bits(accumulator.result()) == bits(weights)
-
-
-# The floating-point environment
-
-
-DENORMALS_OFF = """
-import sys
-import numpy as np
-import torch
-import fed_learn as fl
-
-tiny = np.arange(1, 33, dtype=np.uint32).view(np.float32)
-assert torch.set_flush_denormal(True)
-try:
-    result = fl.weighted_average([{"w": tiny}, {"w": tiny}], [1, 3], exact=True)["w"]
-except fl.FedLearnError:
-    result = tiny  # saying that it cannot keep its promise is keeping it
-finally:
-    torch.set_flush_denormal(False)
-np.save(sys.argv[1], result)
-"""
-
-
-def test_exact_sums_are_not_silently_flushed_in_a_process_that_switched_denormals_off(tmp_path: Path) -> None:
-    if importlib.util.find_spec("torch") is None:
-        pytest.skip("torch, which can switch denormals off, is not installed")
-    command = [sys.executable, "-c", DENORMALS_OFF, str(tmp_path / "mean.npy")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert np.load(tmp_path / "mean.npy").view(np.uint32).tolist() == list(range(1, 33))

@@ -13,6 +13,8 @@ from federation import AddingLearner, NormEvaluator, clients_of, initial_weights
 import fed_learn as fl
 from fed_learn import handlers
 
+pytestmark = pytest.mark.quick
+
 EVENTS = {
     "BEFORE_AGGREGATION": "_beforeAggregation",
     "END_AGGREGATION": "_endAggregation",

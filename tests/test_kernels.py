@@ -21,6 +21,8 @@ from fed_learn.errors import FedLearnError, KernelNameError
 from fed_learn.kernels import threads
 from fed_learn.weights import WeightDict
 
+pytestmark = pytest.mark.quick
+
 OWN_THREADS = tuple(name for name in KERNELS if name != "torch")
 """Torch has threads of its own, and may not be imported in the process that is tested."""
 needs_native = pytest.mark.skipif("native" not in KERNELS, reason="the native kernel was not built")
@@ -93,6 +95,7 @@ print(fl.weighted_average([{"w": np.ones(3)}, {"w": np.zeros(3)}])["w"].tolist()
     assert python(WITHOUT_NATIVE + code) == "[0.5, 0.5, 0.5]"
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize(
     "attempt",
     [
@@ -297,20 +300,6 @@ def test_environment_variable_chooses(kernel: str, monkeypatch: pytest.MonkeyPat
     assert fl.kernels.current() == kernel
     framework = "import torch; " if kernel == "torch" else ""
     assert python(f"{framework}import fed_learn as fl; print(fl.kernels.current())") == kernel
-
-
-def test_the_torch_kernel_is_there_once_torch_has_been_imported() -> None:
-    code = """
-import fed_learn as fl
-assert "torch" not in fl.kernels.available()
-try:
-    fl.kernels.resolve("torch")
-except fl.KernelUnavailableError as error:
-    print(error)
-import torch
-assert fl.kernels.available()[-1] == "torch" and fl.kernels.resolve("torch").name == "torch"
-"""
-    assert python(code) == "kernel 'torch' is not available: it is there once torch has been imported"
 
 
 @pytest.mark.parametrize("value", ["", "auto"])
@@ -549,6 +538,7 @@ print("fine")
 """
 
 
+@pytest.mark.not_quick
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @pytest.mark.parametrize("kernel", OWN_THREADS)
 def test_pool_works_in_a_forked_child_and_still_in_its_parent(kernel: str) -> None:
@@ -588,6 +578,7 @@ atexit.register(late)
 )
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("kernel", OWN_THREADS)
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_averaging_while_the_interpreter_exits_works_whether_or_not_the_pool_was_made(when: str, kernel: str) -> None:

@@ -30,6 +30,8 @@ from fed_learn.limits import (
 from fed_learn.npy import viewed
 from fed_learn.weights import check_names
 
+pytestmark = pytest.mark.quick
+
 MODEL: dict[str, Any] = {"w": np.zeros(2)}
 
 

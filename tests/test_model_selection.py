@@ -21,6 +21,8 @@ from fed_learn.handlers import ModelSelectionHandler
 from fed_learn.values import mean_of
 from fed_learn.weights import FrozenWeights
 
+pytestmark = pytest.mark.quick
+
 METRIC = "initial_validation_metric"
 LOGGER = "fed_learn.handlers.model_selection"
 

@@ -10,6 +10,8 @@ import pytest
 import fed_learn as fl
 from fed_learn.npy import MAGIC, viewed
 
+pytestmark = pytest.mark.quick
+
 CODES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
 BITS = bytes(range(1, 25)) * 16
 

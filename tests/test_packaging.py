@@ -24,6 +24,7 @@ def checkout(tmp_path: Path) -> Path:
     copy = tmp_path / "checkout"
     ignore = shutil.ignore_patterns(
         ".git",
+        ".nox",
         "*.so",
         "build",
         "dist",

@@ -11,10 +11,12 @@ import pytest
 from federation import AddingLearner, NormEvaluator, Recorder, clients_of, initial_weights, two_clients
 
 import fed_learn as fl
+from fed_learn.arguments import check_count
 from fed_learn.handlers import EarlyStoppingHandler
-from fed_learn.handlers.scoring import check_count
 from fed_learn.values import number_of, split_metrics
 from fed_learn.weights import FrozenWeights, as_weight_dict
+
+pytestmark = pytest.mark.quick
 
 
 class Returning:
@@ -72,13 +74,16 @@ NUMBERS = {
     "array of one": lambda value: np.array([value]),
     "fraction": Fraction,
     "decimal": Decimal,
-    "torch": torch_scalar,
-    "tensorflow": tensorflow_scalar,
-    "jax": jax_scalar,
 }
+TENSORS = {"torch": torch_scalar, "tensorflow": tensorflow_scalar, "jax": jax_scalar}
+FORMS = [
+    *(pytest.param(form, id=name) for name, form in NUMBERS.items()),
+    *(pytest.param(form, id=name, marks=pytest.mark.not_quick) for name, form in TENSORS.items()),
+]
+every_form = pytest.mark.parametrize("form", FORMS)
 
 
-@pytest.mark.parametrize("form", NUMBERS.values(), ids=NUMBERS)
+@every_form
 def test_a_number_of_any_kind_is_that_number_wherever_one_is_returned(form: Any) -> None:
     found = contribution_of(
         lambda weights: fl.TrainingResult(weights, form(12.0), form(3.0), {"loss": form(2.0)}), {"accuracy": form(1.0)}
@@ -178,7 +183,7 @@ def validated(value: Any) -> float:
     return metric
 
 
-@pytest.mark.parametrize("form", NUMBERS.values(), ids=NUMBERS)
+@every_form
 def test_an_evaluators_number_may_be_of_any_kind(form: Any) -> None:
     assert validated(form(2.0)) == 2.0
 
@@ -275,6 +280,7 @@ def test_what_is_no_weight_dict_is_named_with_what_to_pass_instead(
     assert instead in str(caught.value)
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 @pytest.mark.parametrize("framework", ["torch", "keras"])
 def test_a_model_in_the_place_of_its_weights_is_named(framework: str, use: Any) -> None:
@@ -288,6 +294,7 @@ def test_a_model_in_the_place_of_its_weights_is_named(framework: str, use: Any) 
         use(model)
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize(("weights", "what", "instead"), INSTEAD.values(), ids=INSTEAD)
 def test_a_model_is_not_loaded_with_what_is_no_weight_dict(weights: Any, what: str, instead: str) -> None:
     model = pytest.importorskip("torch").nn.Linear(3, 2)

@@ -8,7 +8,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +18,8 @@ from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.differences import add_difference, difference
 from fed_learn.weights import Array, FrozenWeights, WeightDict
+
+pytestmark = pytest.mark.quick
 
 KERNELS = kernels.available()
 STREAMS = pytest.mark.parametrize("stream", [False, True], ids=["kept", "stream"])
@@ -494,17 +495,6 @@ def test_a_handler_sees_constants_as_they_were_sent() -> None:
     assert {name: array.tobytes() for name, array in taken.weights.items()} == {
         name: array.tobytes() for name, array in scores(1).items()
     }
-
-
-def test_torch_models_stay_torch_models_where_they_hold_constants() -> None:
-    known = {"bias": torch.tensor([1.0, -INF]), "mask": torch.full((2,), -INF), "w": torch.zeros(1)}
-    this = begun(model=known, own=False)  # type: ignore[arg-type]
-    for who, value in (("a", 2.0), ("b", 4.0)):
-        this.receive(sent(who, {**known, "bias": torch.tensor([value, -INF]), "w": torch.full((1,), value)}))
-    assert this.close() == []
-    mean = this.combine().mean
-    assert {name: isinstance(value, torch.Tensor) for name, value in mean.items()} == {"bias": True, "w": True}
-    assert mean["bias"].tolist() == [3.0, -INF]
 
 
 @STREAMS

@@ -14,6 +14,7 @@ import torch
 
 import fed_learn as fl
 from fed_learn.adapters.torch import TorchTensors
+from fed_learn.aggregation.round import Round
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 KERNELS = (None, *ref.KERNELS)
@@ -389,6 +390,33 @@ def test_a_stream_of_tensors_can_go_on_in_a_process_that_has_not_imported_torch(
     code = f"import pickle; print(pickle.loads({pickle.dumps(stream)!r}).result())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "{'w': tensor([1., 2.])}"
+
+
+def test_torch_models_stay_torch_models_where_they_hold_constants() -> None:
+    known = of(bias=torch.tensor([1.0, -torch.inf]), mask=torch.full((2,), -torch.inf), w=torch.zeros(1))
+    this = Round(model=known, own=False)
+    for who, value in (("a", 2.0), ("b", 4.0)):
+        weights = {**known, "bias": torch.tensor([value, -torch.inf]), "w": torch.full((1,), value)}
+        this.receive(fl.Contribution(who, weights, 1))
+    assert this.settle() == []
+    mean = this.combine().mean
+    assert {name: isinstance(value, torch.Tensor) for name, value in mean.items()} == {"bias": True, "w": True}
+    assert mean["bias"].tolist() == [3.0, -torch.inf]
+
+
+def test_the_torch_kernel_is_there_once_torch_has_been_imported() -> None:
+    code = """
+import fed_learn as fl
+assert "torch" not in fl.kernels.available()
+try:
+    fl.kernels.resolve("torch")
+except fl.KernelUnavailableError as error:
+    print(error)
+import torch
+assert fl.kernels.available()[-1] == "torch" and fl.kernels.resolve("torch").name == "torch"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "kernel 'torch' is not available: it is there once torch has been imported"
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")  # torch says so of each

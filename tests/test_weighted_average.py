@@ -49,6 +49,8 @@ from fed_learn.errors import (
     WeightsTypeError,
 )
 
+pytestmark = pytest.mark.quick
+
 WEIGHTS = (1, 120, 7, 33, 999, 2, 58)
 
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
@@ -109,6 +111,7 @@ def test_means_of_random_bit_patterns_lie_within_half_an_ulp(kernel: str, dtype:
     assert largest_error(mean(arrays, weights, kernel), arrays, weights) <= 0.51
 
 
+@pytest.mark.not_quick
 @every_kernel
 @every_narrow_float
 def test_means_of_4096_contributions_lie_within_half_an_ulp(kernel: str, dtype: np.dtype[Any]) -> None:
@@ -118,6 +121,7 @@ def test_means_of_4096_contributions_lie_within_half_an_ulp(kernel: str, dtype: 
     assert largest_error(mean(arrays, weights, kernel), arrays, weights) <= 0.51
 
 
+@pytest.mark.not_quick
 @every_kernel
 @pytest.mark.parametrize("size", SIZES)
 def test_float64_means_err_by_one_rounding_per_step(kernel: str, size: int) -> None:

@@ -1,5 +1,11 @@
-"""Checks of the arguments that users give: what is wrong with one is said with its name."""
+"""Checks of plain arguments, counts, words and numbers, with errors that name the argument.
 
+What a client sends is not checked here: `contribution` and `weights` do that. A check that only one place needs stands
+there.
+"""
+
+import enum
+import math
 import operator
 from collections.abc import Sequence
 
@@ -32,6 +38,43 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
     Raises:
         ValueError: It is another.
+
+    Example:
+        >>> check_choice("mode", "most", ("max", "min"))
+        Traceback (most recent call last):
+        ValueError: mode must be 'max' or 'min', not 'most'
     """
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
+
+
+def check_member(name: str, value: object, members: type[enum.StrEnum]) -> None:
+    """Checks an argument that is a member of an enumeration, or the word of one.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if value not in tuple(members):
+        raise ValueError(f"{name} must be one of {', '.join(members)}, not {value!r}")
+
+
+def check_positive(name: str, value: float) -> float:
+    """A number above 0, as it was given.
+
+    Raises:
+        ValueError: It is 0, negative, infinite or NaN.
+    """
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
+    return value
+
+
+def check_not_negative(name: str, value: float) -> float:
+    """A number of at least 0, as it was given.
+
+    Raises:
+        ValueError: It is negative, infinite or NaN.
+    """
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")
+    return value

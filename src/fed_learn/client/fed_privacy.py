@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from fed_learn.arguments import check_not_negative, check_positive
 from fed_learn.contribution import check_factor
 from fed_learn.errors import AggregationWeightError, brief
 from fed_learn.weights import FLOATS, Array, WeightDict, native_dtype
@@ -90,7 +91,7 @@ class PercentileProtocol(PrivacyProtocol):
         if not 0 <= percentile <= 100:
             raise ValueError(f"percentile must be from 0 to 100, not {percentile!r}")
         self.percentile = percentile
-        self.gamma = _positive("gamma", gamma)
+        self.gamma = check_positive("gamma", gamma)
 
     def apply(self, model_diff: dict[str, Array], train_ctx: Any = None) -> WeightDict:
         """Selects and bounds."""
@@ -134,9 +135,9 @@ class LaplacianProtocol(PrivacyProtocol):
         seed: int | Sequence[int] | None = None,
     ) -> None:
         self.fraction = _fraction(fraction)
-        self.epsilon = _positive("epsilon", epsilon)
-        self.gamma = _positive("gamma", gamma)
-        self.tau = _threshold(tau)
+        self.epsilon = check_positive("epsilon", epsilon)
+        self.gamma = check_positive("gamma", gamma)
+        self.tau = check_not_negative("tau", tau)
         self.seed = seed
         self._seeded = None if seed is None else np.random.default_rng(seed)
 
@@ -186,10 +187,10 @@ class SVTProtocol(PrivacyProtocol):
         seed: int | Sequence[int] | None = None,
     ) -> None:
         self.fraction = _fraction(fraction)
-        self.epsilon = _positive("epsilon", epsilon)
-        self.noise_var = _positive("noise_var", noise_var)
-        self.gamma = _positive("gamma", gamma)
-        self.tau = _threshold(tau)
+        self.epsilon = check_positive("epsilon", epsilon)
+        self.noise_var = check_positive("noise_var", noise_var)
+        self.gamma = check_positive("gamma", gamma)
+        self.tau = check_not_negative("tau", tau)
         self.seed = seed
         self._seeded = None if seed is None else np.random.default_rng(seed)
 
@@ -292,20 +293,8 @@ def _count(fraction: float, size: int) -> int:
     return min(size, math.ceil(fraction * size))
 
 
-def _positive(name: str, value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name} must be a positive, finite number, not {value!r}")
-    return value
-
-
-def _threshold(value: float) -> float:
-    if not (value >= 0 and math.isfinite(value)):
-        raise ValueError(f"tau must be a finite number of at least 0, not {value!r}")
-    return value
-
-
 def _fraction(value: float) -> float:
-    _positive("fraction", value)
+    check_positive("fraction", value)
     if value > 1:
         logger.warning("fraction %g is above 1: all numbers may be shared (0.5 is half of them)", value)
     return value

@@ -3,11 +3,11 @@
 import logging
 from collections.abc import Sequence
 
+from fed_learn.arguments import check_count
 from fed_learn.contribution import BestModel, Contribution
 from fed_learn.errors import MetricError
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.handlers.model_selection import SELECTION_METRIC, ModelSelectionHandler, by_likeness
-from fed_learn.handlers.scoring import check_count
 from fed_learn.handlers.server_validation import SERVER_VALIDATION_METRIC
 from fed_learn.model_meta import ContextKey, FLContext
 

@@ -1,49 +1,15 @@
-"""What handlers share: checks of their arguments, which direction of a score is better, and which of two scores is."""
+"""What handlers share: which direction of a score is better, which of two scores is, and checks of what says so."""
 
 import logging
 import math
-import operator
 import warnings
-from collections.abc import Sequence
 
+from fed_learn.arguments import check_choice, check_not_negative
 from fed_learn.components.direction import MODES, mode_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, BestModel
 from fed_learn.model_meta import ContextKey, FLContext
 
 logger = logging.getLogger(__name__)
-
-
-def check_count(name: str, value: object) -> int:
-    """An argument that counts something, as a plain int.
-
-    Raises:
-        TypeError: It is not an integer of any kind.
-        ValueError: It is smaller than 1.
-
-    Example:
-        >>> import numpy as np
-        >>> check_count("num_rounds", np.int64(3))
-        3
-    """
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type] # what is no integer of any kind raises
-    except (TypeError, AttributeError):  # AttributeError: of TensorFlow's tensors
-        raise TypeError(f"{name} must be an int, not {value!r}") from None
-    if number < 1:
-        raise ValueError(f"{name} must be at least 1, not {number}")
-    return number
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Checks an argument that is one of a few words.
-
-    Raises:
-        ValueError: It is another.
-    """
-    if value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, not {value!r}")
 
 
 def check_mode(mode: str | None, min_delta: float, metric_name: str) -> None:
@@ -57,8 +23,7 @@ def check_mode(mode: str | None, min_delta: float, metric_name: str) -> None:
     """
     if mode is not None:
         check_choice("mode", mode, MODES)
-    if not (math.isfinite(min_delta) and min_delta >= 0):
-        raise ValueError(f"min_delta must be a finite number of at least 0, not {min_delta!r}")
+    check_not_negative("min_delta", min_delta)
     if mode == "max" and mode_of(metric_name) == "min":
         warnings.warn(
             f"{metric_name!r} looks like a loss, and mode='max' keeps the model with the largest; "

@@ -4,12 +4,13 @@ import inspect
 import logging
 import math
 
+from fed_learn.arguments import check_choice, check_count
 from fed_learn.components.direction import MODES
 from fed_learn.components.model_evaluator import ModelEvaluator
 from fed_learn.components.returned import returned_metric
 from fed_learn.contribution import BestModel
 from fed_learn.handlers.handler import ServerHandler
-from fed_learn.handlers.scoring import check_best_key, check_choice, check_count, check_mode, chosen_mode, is_better
+from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import FrozenWeights
 

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from fed_learn.arguments import check_choice
 from fed_learn.components.direction import MODES
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, Contribution, RoundReport
 from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError, text_of
 from fed_learn.events import EventHandler, EventType, fire_event
-from fed_learn.handlers.scoring import check_choice
 from fed_learn.model_meta import ContextKey, JobContext, ModelData, frozen_model
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
 

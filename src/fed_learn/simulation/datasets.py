@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fed_learn.arguments import check_member
+
 
 class Dataset(enum.StrEnum):
     """Data sets that scikit-learn ships."""
@@ -78,8 +80,7 @@ def load_split(dataset: str, num_clients: int, alpha: float, seed: int) -> Split
         ImportError: scikit-learn is not installed (extra `demo`).
         ValueError: An argument is out of its range, or there are more clients than the data can serve.
     """
-    if dataset not in tuple(Dataset):
-        raise ValueError(f"dataset must be one of {', '.join(Dataset)}, not {dataset!r}")
+    check_member("dataset", dataset, Dataset)
     if num_clients < 1:
         raise ValueError(f"there must be at least 1 client, not {num_clients}")
     if not (np.isfinite(alpha) and alpha > 0):

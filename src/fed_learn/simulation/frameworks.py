@@ -4,6 +4,7 @@ import enum
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from fed_learn.arguments import check_member
 from fed_learn.components import Learner, ModelEvaluator
 from fed_learn.simulation.datasets import Dataset, Part, Split
 from fed_learn.simulation.mlp import Perceptron, PerceptronEvaluator, PerceptronLearner
@@ -93,8 +94,7 @@ def networks(framework: str, dataset: str, split: Split, seed: int) -> tuple[Net
         >>> [network.framework for network in networks("numpy", "digits", load_split("digits", 2, 1.0, 0), seed=0)]
         ['numpy']
     """
-    if framework not in tuple(Framework):
-        raise ValueError(f"framework must be one of {', '.join(Framework)}, not {framework!r}")
+    check_member("framework", framework, Framework)
     image_size = (8, 8) if dataset == Dataset.DIGITS else None
     architecture = Architecture(split.test.x.shape[1], split.num_classes, image_size)
     if framework == Framework.NUMPY:

@@ -16,6 +16,7 @@ from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
 from fed_learn.aggregation.tensors import as_tensors, opened
+from fed_learn.arguments import check_choice
 from fed_learn.contribution import (
     FINAL_MODEL,
     INITIAL_VALIDATION_METRIC,
@@ -37,7 +38,6 @@ from fed_learn.errors import (
     text_of,
 )
 from fed_learn.events import EventHandler, check_handlers
-from fed_learn.handlers.scoring import check_choice
 from fed_learn.integrations.nvflare import props
 from fed_learn.integrations.nvflare.mirror import Mirror
 from fed_learn.model_meta import ContextKey
