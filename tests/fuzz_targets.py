@@ -26,12 +26,13 @@ from nvflare.app_common.abstract.fl_model import FLModel
 
 import fed_learn as fl
 from fed_learn.aggregation.round import UNUSABLE, Round
+from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.components.config import build_component, read_config
 from fed_learn.errors import printable
 from fed_learn.integrations.flower.local import LocalGrid
 from fed_learn.integrations.flower.metrics import mean_metrics
 from fed_learn.integrations.flower.records import to_weights
-from fed_learn.integrations.flower.replies import Keys, claim_of, contribution_of, failure_of, score_stated
+from fed_learn.integrations.flower.replies import Keys, Reply, failure_of
 from fed_learn.integrations.flower.strategy import FedAvg
 from fed_learn.integrations.nvflare import WeightedAverageAggregator
 from fed_learn.limits import LONGEST_MESSAGE
@@ -204,9 +205,11 @@ def run_reply(message: Message) -> Any:
     if message.has_error():
         return (failure_of(message, 2),)
     mean_metrics([message.content], "num-examples")
-    score_stated(message.content)
-    name = claim_of(message, 2) or "node-2"
-    return receive(contribution_of(message, name, KEYS, SCHEMA, fl.Kind.FULL), 0, stream=False)
+    reply = Reply(message, 1)
+    _ = reply.score
+    name = reply.claim() or "node-2"
+    sent = reply.contribution(name, KEYS, SCHEMA, fl.Kind.FULL, reply.metrics, states_round=True)
+    return receive(sent, 0, stream=False)
 
 
 def judge_reply(message: Message, found: Any) -> None:
@@ -278,10 +281,10 @@ def receive(
     sent: fl.Contribution, number: int | None, *, stream: bool, model: bool = True, partial: str = "same"
 ) -> Any:
     """The mean of a good contribution and this one, and this one as it was accepted."""
-    this = Round(number=number, model=known(model), stream=stream, partial=partial)
+    this = Round(AggregationSettings(stream=stream, partial=partial), number=number, model=known(model))
     this.receive(fl.Contribution("good", GOOD, 2, round=number))
     accepted = this.receive(sent)
-    refused = this.settle()
+    refused = this.close()
     return accepted, refused, this.combine().mean, stream
 
 

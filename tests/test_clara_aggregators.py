@@ -22,14 +22,11 @@ from federation import (
 
 import fed_learn as fl
 from fed_learn import EventType
+from fed_learn.aggregation.rules.clara import CALLED_BEST, ReceivedContribution
 from fed_learn.model_meta import FLContext
 from fed_learn.numproto import ndarray_to_proto, proto_to_ndarray
 from fed_learn.protos.federated_pb2 import ModelData, NDArray
-from fed_learn.server.model_aggregator import (
-    CALLED_BEST,
-    ModelAggregator,
-    ReceivedContribution,
-)
+from fed_learn.server.model_aggregator import ModelAggregator
 
 
 def bits(weights: Any) -> dict[str, bytes]:

@@ -39,7 +39,7 @@ class Quacking:
 
 
 def a_handler(entry: dict[str, Any]) -> Any:
-    return build_demo(num_clients=2, num_rounds=1, configured_handlers=[entry]).server.handlers[0]
+    return build_demo(num_clients=2, num_rounds=1, configured_handlers=[entry]).server.settings.handlers[0]
 
 
 def an_aggregator(entry: dict[str, Any]) -> Any:

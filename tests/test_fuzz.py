@@ -16,6 +16,7 @@ from fuzz_targets import TARGETS
 
 import fed_learn as fl
 from fed_learn.aggregation.round import Round
+from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.npy import viewed
 
 EXECUTIONS = dict.fromkeys(("npy", "flower records", "clara messages"), 1500) | {"flower strategy": 60}
@@ -61,7 +62,8 @@ class Counted(str):
 def calls_of_a_round(count: int, settings: dict[str, Any]) -> int:
     names = [Counted(f"layer.{i}") for i in range(count)]
     known = settings.pop("known")
-    this = Round(number=0, model={name: np.zeros(1) for name in names} if known else None, **settings)
+    model = {name: np.zeros(1) for name in names} if known else None
+    this = Round(AggregationSettings(**settings), number=0, model=model)
     Counted.calls = 0
     for k, part in enumerate((names, names, names[::2], [Counted(f"other.{i}") for i in range(count)])):
         values: dict[str, Any] = {
@@ -71,7 +73,7 @@ def calls_of_a_round(count: int, settings: dict[str, Any]) -> int:
             this.receive(fl.Contribution(f"site-{k}", values, 1))
         except fl.NamesError:
             assert known
-    this.settle()
+    this.close()
     this.combine()
     return Counted.calls
 

@@ -38,7 +38,7 @@ def drive(server: FederatedServer, sent: Mapping[str, WeightDict]) -> JobResult:
     with server.begin() as job:
         for name in sent:
             job.register(name)
-        for number in range(server.num_rounds):
+        for number in range(server.settings.num_rounds or 0):
             job.start_round(number)
             for name in sent:
                 job.send_model(name)

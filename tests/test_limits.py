@@ -11,7 +11,8 @@ import pytest
 
 import fed_learn as fl
 from fed_learn import limits
-from fed_learn.aggregation.round import Round, Told
+from fed_learn.aggregation.round import Round
+from fed_learn.aggregation.told import Told
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC
 from fed_learn.errors import brief
 from fed_learn.limits import (

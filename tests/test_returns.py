@@ -201,7 +201,11 @@ def test_an_evaluators_metric_that_is_no_number_is_named(value: Any) -> None:
 def test_a_count_may_be_an_integer_of_any_kind_and_is_kept_as_a_plain_one(value: Any) -> None:
     server = fl.FederatedServer(initial_weights(), num_rounds=value, min_contributions=value)
     validating = fl.ServerValidationHandler(NormEvaluator(), value)
-    counts = (server.num_rounds, server.min_contributions, EarlyStoppingHandler(value).patience)
+    counts = (
+        server.settings.num_rounds,
+        server.settings.aggregation.min_contributions,
+        EarlyStoppingHandler(value).patience,
+    )
     assert (*counts, validating.num_rounds_per_valid) == (3, 3, 3, 3)
     assert all(type(count) is int for count in (*counts, validating.num_rounds_per_valid))
 

@@ -393,12 +393,13 @@ def test_arguments_of_the_server_and_handlers_are_passed_on() -> None:
         min_contributions=2,
         on_bad_contribution="reject",
     )
-    assert [type(handler) for handler in demo.server.handlers] == [EarlyStoppingHandler, RoundLogHandler]
-    assert demo.server.handlers[-1] is reporter
-    assert (demo.server.min_contributions, demo.server.on_bad_contribution) == (2, "reject")
+    assert [type(handler) for handler in demo.server.settings.handlers] == [EarlyStoppingHandler, RoundLogHandler]
+    assert demo.server.settings.handlers[-1] is reporter
+    aggregation = demo.server.settings.aggregation
+    assert (aggregation.min_contributions, aggregation.on_bad_contribution) == (2, "reject")
     assert [client.handlers for client in demo.clients] == [tuple(chain) for chain in handlers.values()]
     assert [client.name for client in demo.clients] == list(handlers)
-    assert [type(handler) for handler in small_demo(handlers=[]).server.handlers] == []
+    assert [type(handler) for handler in small_demo(handlers=[]).server.settings.handlers] == []
 
 
 # Configuration
@@ -510,7 +511,7 @@ def test_a_demo_takes_its_handlers_from_a_configuration_and_supplies_the_evaluat
             {"path": "fed_learn.handlers.ModelSelectionHandler", "args": {"weigh_by_local_iter": True}},
         ]
     )
-    validation, selection = demo.server.handlers
+    validation, selection = demo.server.settings.handlers
     assert isinstance(validation, ServerValidationHandler)
     assert isinstance(validation.evaluator, PerceptronEvaluator)
     assert validation.evaluator.part is demo.split.server

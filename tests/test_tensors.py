@@ -398,7 +398,7 @@ def test_torch_models_stay_torch_models_where_they_hold_constants() -> None:
     for who, value in (("a", 2.0), ("b", 4.0)):
         weights = {**known, "bias": torch.tensor([value, -torch.inf]), "w": torch.full((1,), value)}
         this.receive(fl.Contribution(who, weights, 1))
-    assert this.settle() == []
+    assert this.close() == []
     mean = this.combine().mean
     assert {name: isinstance(value, torch.Tensor) for name, value in mean.items()} == {"bias": True, "w": True}
     assert mean["bias"].tolist() == [3.0, -torch.inf]

@@ -20,7 +20,7 @@ from fed_learn.errors import (
     text_of,
 )
 from fed_learn.limits import LEFT_OUT, LONGEST_CONTRIBUTOR, MOST_INFO
-from fed_learn.values import entries_of, number_of, plain_values, split_metrics, whole_number_of
+from fed_learn.values import PlainValues, entries_of, number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
     FrozenDict,
     FrozenWeights,
@@ -102,9 +102,13 @@ class Contribution:
             **fields: Plain values. Metrics and info are kept: they are plain from the beginning.
         """
         now = vars(self)
-        if type(self) is not Contribution or not type(self.metrics) is type(self.info) is FrozenDict:
+        if type(self) is not Contribution or (type(self.metrics), type(self.info)) != (FrozenDict, PlainValues):
             return Contribution(**{name: now[name] for name in now if name not in fields}, **fields)
-        if all(_is_same(now[name], value) for name, value in fields.items()):
+        for name, value in fields.items():
+            held = now[name]
+            if held is not value and (type(held) is not type(value) or type(value) not in _PLAIN or held != value):
+                break
+        else:
             return self
         other = object.__new__(Contribution)
         vars(other).update(now, **fields)
@@ -122,9 +126,8 @@ class Contribution:
         return f"Contribution({', '.join(parts)})"
 
 
-def _is_same(one: object, other: object) -> bool:
-    """Whether two values are one object, or equal numbers or texts of one type."""
-    return one is other or (type(one) is type(other) and type(one) in (int, float, str) and one == other)
+_PLAIN = (int, float, str)
+"""Types of fields that are compared by value."""
 
 
 def check_aggregation_weight(value: object, contributor: str | None = None) -> float:

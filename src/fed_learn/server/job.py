@@ -223,20 +223,20 @@ class Job(JobEvents):
 
     def _judged(self, name: str, sent: object) -> tuple[Contribution | None, Exception | None]:
         """The contribution, without its weights where it is refused or folded in; and why it is refused."""
-        contribution: Contribution | None = None
+        refusal: Exception
         try:
-            # What handlers see of a refused contribution: everything but its weights.
-            contribution = sent.without_weights() if isinstance(sent, Contribution) else None
             return self._round.receive(_from_client(name, sent)), None
         except (BrokenAccumulatorError, FloatingPointEnvironmentError):
             raise  # not the client's doing
         except (ContributionError, ExactDomainError) as error:
-            return contribution, without_tracebacks(error)
+            refusal = without_tracebacks(error)
         except BaseException as error:
             unreadable = WeightsTypeError(f"{name}: sent something unreadable: {described(error)}", contributor=name)
             unreadable.__cause__ = as_failure(error)
             logger.error("%s", unreadable, exc_info=error)
-            return contribution, without_tracebacks(unreadable)
+            refusal = without_tracebacks(unreadable)
+        # What handlers see of it: everything but its weights.
+        return _without_weights(sent), refusal
 
     def absent(self, name: str) -> None:
         """Notes in the report that a client sits the round out, or did not answer in time.
@@ -598,6 +598,15 @@ class Job(JobEvents):
             handler_failures=(),
             stop_reason=self.ctx.get_prop(ContextKey.STOP),
         )
+
+
+def _without_weights(sent: object) -> Contribution | None:
+    """What a client sent but for its weights; None if it was none, or cannot be looked at."""
+    try:
+        return sent.without_weights() if isinstance(sent, Contribution) else None
+    except BaseException as error:  # noqa: BLE001 - from outside; the refusal says what is wrong with it
+        as_failure(error)
+        return None
 
 
 def _from_client(name: str, sent: object) -> Contribution:

@@ -62,10 +62,11 @@ class JobEvents:
     def drop_weights(self) -> None:
         """Binds the contributions of the round without their weights, which would take memory until the next one."""
         last: Contribution | None = self.ctx.get_prop(ContextKey.CONTRIBUTION)
-        if last is not None:
-            self.ctx.set_prop(ContextKey.CONTRIBUTION, last.without_weights())
         listed: Sequence[Contribution] = self.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())
-        self.ctx.set_prop(ContextKey.CONTRIBUTIONS, tuple(c.without_weights() for c in listed))
+        light = {id(one): one.without_weights() for one in (*listed, last) if one is not None}
+        if last is not None:
+            self.ctx.set_prop(ContextKey.CONTRIBUTION, light[id(last)])
+        self.ctx.set_prop(ContextKey.CONTRIBUTIONS, tuple([light[id(one)] for one in listed]))
 
     def record(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers for the report and the result, each without what its traceback would keep alive.

@@ -7,9 +7,8 @@ has names with two underscores, and what its children replace begins with `_job_
 import io
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -30,21 +29,19 @@ from fed_learn.integrations.flower.replies import (
     SCORE_ONLY,
     SCORES,
     Keys,
-    claim_of,
+    Reply,
     claims_of,
-    contribution_of,
     failure_of,
     metrics_of,
     node_name,
     node_of,
-    readable_weights,
-    score_stated,
-    states,
+    replies_of,
     without_arrays,
 )
 from fed_learn.integrations.flower.session import Accepted, Session
 from fed_learn.model_meta import ContextKey
 from fed_learn.server import JobResult
+from fed_learn.weights import FrozenWeights
 
 logger = logging.getLogger("flwr")
 
@@ -239,30 +236,31 @@ class Handled(OneJob, Strategy):
         if replies is None or not self.__streams or self._job_session is None:
             replies = list(replies or ())
         good, failed = self._job_replies(replies)
-        session = self._job_for(server_round, good, lambda: readable_weights(good, self.arrayrecord_key))
+        listed = replies_of(good) if isinstance(good, list) else []
+        session = self._job_for(server_round, good, lambda: self.__readable(listed))
         if session is None:
             return None, None
         try:
             place = 0
-            if isinstance(good, list):
-                session.expect(claims_of(good))
+            if listed:
+                session.expect(claims_of(listed))
                 if not session.job.schema:
-                    session.widths.note(readable_weights(good, self.arrayrecord_key))
-                session.selection.expect(score_stated(message.content) for message in good if message.has_content())
-            for message in good:
+                    session.widths.note(self.__readable(listed))
+                session.selection.expect([reply.score for reply in listed if reply.message.has_content()])
+            for reply in listed or self.__one_by_one(good):
                 place += 1
-                if message.has_error():  # of a stream
-                    failed.append(message)
+                if reply.message.has_error():  # of a stream
+                    failed.append(reply.message)
                 else:
-                    self.__receive(session, place, message)
-                del message  # while the next one is awaited, a streaming server holds none
+                    self.__receive(session, reply)
+                del reply  # while the next one is awaited, a streaming server holds none
             if self.__streams:
                 log_replies(place - len(failed), failed)
             session.failed = failed
             for message in failed:
                 place += 1
                 if message.has_error():  # a subclass may put aside others, which just do not count
-                    self.__receive(session, place, message)
+                    self.__receive(session, Reply(message, place))
             accepted = session.accepted
             changed = session.close_round()
         except BaseException:
@@ -290,7 +288,7 @@ class Handled(OneJob, Strategy):
         with session.job:
             session.begin_final()
             for place, message in enumerate(replies, 1):
-                self.__receive_final(session, place, message)
+                self.__receive_final(session, Reply(message, place))
             session.finish()
         return session.job.result()
 
@@ -317,12 +315,12 @@ class Handled(OneJob, Strategy):
             self.__check_scored(session, replies)
         for place, message in enumerate(replies, 1):
             if session.final:
-                silent += self.__receive_final(session, place, message)
+                silent += self.__receive_final(session, Reply(message, place))
             elif message.has_content():
-                metric = self.__with_score(session, message, place).get(INITIAL_VALIDATION_METRIC)
+                reply = Reply(message, place)
+                metric = self.__with_score(session, reply).get(INITIAL_VALIDATION_METRIC)
                 if metric is not None:
-                    node = node_of(message, place)
-                    session.note_score(node, partial(claim_of, message, node), metric)
+                    session.note_score(reply.node, reply.claim, metric)
         if silent and named:
             logger.warning("\t> No %r of the final model from %s", self.validation_metric, in_one_line(silent))
 
@@ -441,45 +439,58 @@ class Handled(OneJob, Strategy):
                 message.metadata.group_id = str(server_round)
         return sent
 
-    def __receive(self, session: Session, place: int, message: Message) -> None:
-        keys = Keys(self.weighted_by_key, self.n_iter_key, self.arrayrecord_key)
-        node = node_of(message, place)
+    def __readable(self, replies: Iterable[Reply]) -> Iterator[FrozenWeights]:
+        """The weights of those replies that can be read."""
+        for reply in replies:
+            weights = reply.weights(self.arrayrecord_key)
+            if weights is not None:
+                yield weights
+
+    def __one_by_one(self, messages: Iterable[Message]) -> Iterator[Reply]:
+        """The replies of a stream, of which none is held here while the next one is awaited."""
+        for place, message in enumerate(messages, 1):
+            yield Reply(message, place)
+            del message
+
+    def __receive(self, session: Session, reply: Reply) -> None:
+        message = reply.message
 
         def read(name: str) -> Contribution:
             if message.has_error():
-                raise failure_of(message, node)
-            if states(message.content, SCORES):
-                session.scorers[node] = message.metadata.message_type
-            found = contribution_of(message, name, keys, session.job.schema, self.kind)
-            stated = score_stated(message.content)
-            found = replace(found, metrics=session.selection.kept(name, found.metrics, stated))
-            return found if session.states_round or METADATA in message.content else replace(found, round=None)
+                raise failure_of(message, reply.node)
+            if reply.stated.get(SCORES) is True:
+                session.scorers[reply.node] = message.metadata.message_type
+            metrics = session.with_score(name, session.selection.kept(name, reply.metrics, reply.score))
+            keys = Keys(self.weighted_by_key, self.n_iter_key, self.arrayrecord_key)
+            return reply.contribution(
+                name, keys, session.job.schema, self.kind, metrics, states_round=session.states_round
+            )
 
-        contribution = session.receive(node, partial(claim_of, message, node), read)
+        contribution = session.receive(reply.node, reply.claim, read)
         if contribution is not None:
             content = without_arrays(message.content) if self.__streams else message.content
             session.accepted[contribution.contributor] = Accepted(
                 content, contribution, None if self.__streams else message
             )
 
-    def __receive_final(self, session: Session, place: int, message: Message) -> list[str]:
+    def __receive_final(self, session: Session, reply: Reply) -> list[str]:
         """Takes a score of the final model; returns whom there is none from."""
-        node = node_of(message, place)
+        message = reply.message
 
         def read() -> dict[str, Any]:
             if message.has_error():
-                raise failure_of(message, node)
-            return self.__with_score(session, message, place)
+                raise failure_of(message, reply.node)
+            return self.__with_score(session, reply)
 
-        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(session, message, place):
-            return [node_name(node)]
-        session.receive_final(node, partial(claim_of, message, node), read)
+        if not message.has_error() and INITIAL_VALIDATION_METRIC not in self.__with_score(session, reply):
+            return [node_name(reply.node)]
+        session.receive_final(reply.node, reply.claim, read)
         return []
 
-    def __with_score(self, session: Session, message: Message, place: int) -> dict[str, Any]:
+    def __with_score(self, session: Session, reply: Reply) -> dict[str, Any]:
         """The metrics of an evaluation, the one to select by under the name that handlers know."""
-        who, stated = session.called(node_of(message, place)), score_stated(message.content)
-        metrics = session.selection.kept(who, metrics_of(message.content), stated, [self.validation_metric])
+        who = session.called(reply.node)
+        metrics = session.selection.kept(who, reply.metrics, reply.score, [self.validation_metric])
         if self.validation_metric in metrics:
             metrics.setdefault(INITIAL_VALIDATION_METRIC, metrics[self.validation_metric])
         return metrics

@@ -261,7 +261,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
                 result.num_examples,
                 n_iter=whole_number_of(metrics.get(self.n_iter_key)),
                 kind=self.kind,
-                metrics=metrics,
+                metrics=session.with_score(name, metrics),
             )
 
         return session.receive(node, partial(_claim, node, result.metrics), read)

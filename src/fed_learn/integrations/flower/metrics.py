@@ -10,7 +10,7 @@ from flwr.app import MetricRecord, RecordDict
 from fed_learn.aggregation.told import Told
 from fed_learn.contribution import check_aggregation_weight
 from fed_learn.errors import AggregationWeightError, brief
-from fed_learn.integrations.flower.replies import PARTITION_ID, metrics_of, records_of
+from fed_learn.integrations.flower.replies import PARTITION_ID, records_of
 from fed_learn.limits import LONGEST_NAME, MOST_METRICS
 from fed_learn.values import mean_of
 
@@ -47,14 +47,16 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
     terms: dict[str, list[tuple[str, float, list[float]]]] = {}
     numbers: set[str] = set()
     for who, content in contents:
+        entries = [entry for record in records_of(content, MetricRecord).values() for entry in record.items()]
         try:
-            weight = check_aggregation_weight(metrics_of(content).get(weighted_by_key))
+            weight = check_aggregation_weight(
+                {key: value for key, value in entries if not isinstance(value, list)}.get(weighted_by_key)
+            )
         except AggregationWeightError as error:
             told.once(("metrics", who), f"{who}: its metrics are left out of the means: {weighted_by_key!r}: {error}")
             continue
         if not weight:
             continue
-        entries = [entry for record in records_of(content, MetricRecord).values() for entry in record.items()]
         taken = [(key, value) for key, value in entries[:MOST_METRICS] if len(key) <= LONGEST_NAME]
         if len(taken) < len(entries):
             left_out = f"{len(entries) - len(taken)} of its {len(entries)} metrics are left out"

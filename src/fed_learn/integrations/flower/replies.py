@@ -1,15 +1,16 @@
 """What clients' replies say: who sent them, and the contribution or the scores in them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 
-from fed_learn.contribution import Contribution, Kind, check_contributor
+from fed_learn.contribution import Contribution, Kind, check_aggregation_weight, check_contributor
 from fed_learn.errors import (
     AggregationWeightError,
     ClientQuitError,
@@ -124,36 +125,6 @@ def _cause(reason: str) -> str:
     return ": ".join(part for part in (kind, said) if part) or "no reason given"
 
 
-def claimed_name(content: RecordDict, node: object) -> str | None:
-    """The name under which a reply contributes; None if it tells none.
-
-    A metric `"partition-id"` tells one if it is a number of a partition; whatever else an app means by it is its own.
-
-    Raises:
-        UnknownContributorError: What `ClientMod` states is nothing that could be a name, or is another node's.
-    """
-    claim = _metadata(content).get("contributor")
-    if claim is not None:
-        return checked_name(claim, node)
-    partition = whole_number_of(metrics_of(content).get(PARTITION_ID))
-    return None if partition is None else partition_name(partition)
-
-
-def claims_of(replies: Sequence[Message]) -> Iterator[tuple[int | Place, str | None]]:
-    """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
-    for place, message in enumerate(replies, 1):
-        node = node_of(message, place)
-        try:
-            yield node, claim_of(message, node)
-        except UnknownContributorError:
-            continue
-
-
-def claim_of(message: Message, node: int | Place) -> str | None:
-    """What a reply claims to be called; None if nothing. See `claimed_name`."""
-    return claimed_name(message.content, node) if message.has_content() else None
-
-
 def of_partition(name: str) -> bool:
     """Whether a name is that of a partition of the data, which several nodes may have.
 
@@ -181,36 +152,141 @@ def checked_name(claim: object, node: object) -> str:
     return name
 
 
-def contribution_of(message: Message, name: str, keys: Keys, schema: Schema, kind: Kind) -> Contribution:
-    """The contribution in a reply, its weights views of the reply's bytes. Not checked beyond being readable.
+class Reply:
+    """A client's reply, of which each record is looked at once.
 
-    Raises:
-        ContributionError: It is none.
+    What it holds is not to be trusted, and is read where it is first asked for: what goes wrong then is the client's.
+
+    Args:
+        message: The reply.
+        place: Where it stands among those of its round, from 1.
+
+    Attributes:
+        message: As given.
+        node: Who sent it; see `node_of`.
     """
-    content = message.content
-    weights = to_weights(only_arrays(content, name, keys.arrays), like=schema, contributor=name)
-    metrics = metrics_of(content)
-    if sum(keys.weight in record for record in records_of(content, MetricRecord).values()) > 1:
-        raise AggregationWeightError(
-            f"{name}: two of the reply's MetricRecords have a {keys.weight!r}, and one must weigh it",
+
+    def __init__(self, message: Message, place: int) -> None:
+        self.message = message
+        self.node = node_of(message, place)
+
+    @cached_property
+    def arrays(self) -> dict[str, ArrayRecord]:
+        """Its `ArrayRecord`s by key."""
+        return records_of(self.message.content, ArrayRecord)
+
+    @cached_property
+    def records(self) -> list[MetricRecord]:
+        """Its `MetricRecord`s."""
+        return list(records_of(self.message.content, MetricRecord).values())
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """All single numbers of its `MetricRecord`s."""
+        return {key: value for record in self.records for key, value in record.items() if not isinstance(value, list)}
+
+    @cached_property
+    def stated(self) -> Mapping[str, Any]:
+        """What `ClientMod` states in it."""
+        return _metadata(self.message.content)
+
+    @property
+    def score(self) -> Stated | None:
+        """What `ClientMod` says of the score in it; None if it says nothing."""
+        return Stated.of(self.stated) if self.stated else None
+
+    def claim(self) -> str | None:
+        """The name under which it contributes; None if it tells none.
+
+        A metric `"partition-id"` tells one if it is a number of a partition; whatever else an app means by it is its
+        own.
+
+        Raises:
+            UnknownContributorError: What `ClientMod` states is nothing that could be a name, or is another node's.
+        """
+        if not self.message.has_content():
+            return None
+        claim = self.stated.get("contributor")
+        if claim is not None:
+            return checked_name(claim, self.node)
+        partition = whole_number_of(self.metrics.get(PARTITION_ID))
+        return None if partition is None else partition_name(partition)
+
+    def contribution(
+        self, name: str, keys: Keys, schema: Schema, kind: Kind, metrics: Mapping[str, Any], *, states_round: bool
+    ) -> Contribution:
+        """The contribution in it, its weights views of its bytes. Not checked beyond being readable.
+
+        Args:
+            name: Whose it is.
+            keys: Under which names the numbers are found.
+            schema: Of the global model.
+            kind: What it is, if it does not state it.
+            metrics: Those that are kept.
+            states_round: Whether the message that it answers stated the round.
+
+        Raises:
+            ContributionError: It is none.
+        """
+        weights = to_weights(self._only_arrays(name, keys.arrays), like=schema, contributor=name)
+        if len(self.records) > 1 and sum(keys.weight in record for record in self.records) > 1:
+            raise AggregationWeightError(
+                f"{name}: two of the reply's MetricRecords have a {keys.weight!r}, and one must weigh it",
+                contributor=name,
+                value=None,
+            )
+        if keys.weight not in self.metrics:
+            raise AggregationWeightError(
+                f"{name}: the reply has no number {keys.weight!r} to be weighted by", contributor=name, value=None
+            )
+        return Contribution(
+            name,
+            weights,
+            check_aggregation_weight(self.metrics[keys.weight], name),
+            n_iter=whole_number_of(self.metrics.get(keys.n_iter)),  # whatever else an app means by it is its own
+            round=_round_of(self.message, self.stated) if states_round or METADATA in self.message.content else None,
+            kind=self.stated.get("kind", kind),
+            metrics={key: value for key, value in metrics.items() if key not in (PARTITION_ID, keys.weight)},
+            info={key: value for record in self.records for key, value in record.items() if isinstance(value, list)},
+        )
+
+    def weights(self, key: str) -> FrozenWeights | None:
+        """Its weights, for want of a global model; None if they cannot be read."""
+        if not self.message.has_content():
+            return None
+        try:
+            return to_weights(self._only_arrays("", key))
+        except ContributionError:  # to be refused with its reason where it is received
+            return None
+
+    def _only_arrays(self, name: str, key: str) -> ArrayRecord:
+        """Its only `ArrayRecord`, or of several the one under the key under which the model was sent.
+
+        Raises:
+            WeightsTypeError: There is none.
+        """
+        if len(self.arrays) == 1 or key in self.arrays:
+            return self.arrays[key] if key in self.arrays else next(iter(self.arrays.values()))
+        raise WeightsTypeError(
+            f"{name}: the reply has {len(self.arrays)} ArrayRecords, and none of them is called {key!r}"
+            if self.arrays
+            else f"{name}: the reply has no ArrayRecord",
             contributor=name,
-            value=None,
         )
-    if keys.weight not in metrics:
-        raise AggregationWeightError(
-            f"{name}: the reply has no number {keys.weight!r} to be weighted by", contributor=name, value=None
-        )
-    stated = _metadata(content)
-    return Contribution(
-        name,
-        weights,
-        metrics[keys.weight],
-        n_iter=whole_number_of(metrics.get(keys.n_iter)),  # whatever else an app means by that name is its own
-        round=_round_of(message, stated),
-        kind=stated.get("kind", kind),
-        metrics={key: value for key, value in metrics.items() if key not in (PARTITION_ID, keys.weight)},
-        info=lists_of(content),
-    )
+
+
+def replies_of(messages: Iterable[Message]) -> list[Reply]:
+    """The replies of a round."""
+    return [Reply(message, place) for place, message in enumerate(messages, 1)]
+
+
+def claims_of(replies: Iterable[Reply]) -> Iterator[tuple[int | Place, str | None]]:
+    """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
+    for reply in replies:
+        try:
+            yield reply.node, reply.claim()
+        except UnknownContributorError:
+            continue
 
 
 def records_of(content: RecordDict, kind: type[R]) -> dict[str, R]:
@@ -223,53 +299,15 @@ def array_records(content: RecordDict) -> list[ArrayRecord]:
     return list(records_of(content, ArrayRecord).values())
 
 
-def only_arrays(content: RecordDict, name: str, key: str = "arrays") -> ArrayRecord:
-    """The only `ArrayRecord` of a reply, or of several the one under the key under which the model was sent.
-
-    Raises:
-        WeightsTypeError: There is none.
-    """
-    records = records_of(content, ArrayRecord)
-    if len(records) != 1 and key not in records:
-        raise WeightsTypeError(
-            f"{name}: the reply has {len(records)} ArrayRecords, and none of them is called {key!r}"
-            if records
-            else f"{name}: the reply has no ArrayRecord",
-            contributor=name,
-        )
-    return records[key] if key in records else next(iter(records.values()))
-
-
 def metrics_of(content: RecordDict) -> dict[str, Any]:
     """All single numbers of all `MetricRecord`s."""
     records = records_of(content, MetricRecord).values()
     return {key: value for record in records for key, value in record.items() if not isinstance(value, list)}
 
 
-def lists_of(content: RecordDict) -> dict[str, Any]:
-    """All lists of numbers of all `MetricRecord`s."""
-    records = records_of(content, MetricRecord).values()
-    return {key: value for record in records for key, value in record.items() if isinstance(value, list)}
-
-
 def without_arrays(content: RecordDict) -> RecordDict:
     """The same without the `ArrayRecord`s."""
     return RecordDict({key: record for key, record in content.items() if not isinstance(record, ArrayRecord)})
-
-
-def readable_weights(replies: Iterable[Message], key: str) -> Iterator[FrozenWeights]:
-    """The weights of those replies that can be read, for want of a global model."""
-    for message in replies:
-        if message.has_content():
-            try:
-                yield to_weights(only_arrays(message.content, "", key))
-            except ContributionError:  # to be refused with its reason where it is received
-                continue
-
-
-def score_stated(content: RecordDict) -> Stated | None:
-    """What `ClientMod` says of the score in a reply; None if it says nothing."""
-    return Stated.of(_metadata(content))
 
 
 def states(content: RecordDict, entry: str) -> bool:

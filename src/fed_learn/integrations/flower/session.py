@@ -37,6 +37,7 @@ from fed_learn.integrations.flower.widths import Widths
 from fed_learn.model_meta import ContextKey
 from fed_learn.server.job import Job
 from fed_learn.server.settings import JobSettings
+from fed_learn.values import number_of
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict, listed
 
 logger = logging.getLogger("flwr")
@@ -346,8 +347,6 @@ class Session:
         try:
             name = self._register(node, self._names.name(node, claim()))
             sent = self.widths.widened(read(name))
-            if INITIAL_VALIDATION_METRIC not in sent.metrics and name in self._scores:
-                sent = replace(sent, metrics={**sent.metrics, INITIAL_VALIDATION_METRIC: self._scores[name]})
         except HandlerError:
             raise  # of CLIENT_REGISTER: no failure of the client
         except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
@@ -360,6 +359,13 @@ class Session:
         if name in self.job.clients:
             self.contributed[node] = None
         return contribution
+
+    def with_score(self, name: str, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The metrics of a contribution, with what its client measured on the global model before the round."""
+        score = self._scores.get(name)
+        if score is None or number_of(metrics.get(INITIAL_VALIDATION_METRIC)) is not None:
+            return metrics
+        return {**metrics, INITIAL_VALIDATION_METRIC: score}
 
     def lose(self, errors: Sequence[ClientQuitError]) -> None:
         """Notes failures that name no client: of the nodes that have not answered, where that is certain.

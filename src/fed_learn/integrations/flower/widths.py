@@ -37,6 +37,8 @@ class Widths:
 
     def widened(self, sent: Contribution) -> Contribution:
         """A contribution in the widest dtypes."""
+        if not self._widest:
+            return sent
         given = sent.weights or {}
         narrow = [
             name
