@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import is_
 from typing import Any, Self
 
 import numpy as np
@@ -253,7 +254,7 @@ class Terms:
         Shapes are right, so it is no larger than a model.
         """
         arrays: dict[str, Array] = held.weights
-        if type(sent) is FrozenWeights and all(sent[name] is array for name, array in arrays.items()):
+        if type(sent) is FrozenWeights and all(map(is_, map(sent.get, arrays), arrays.values())):
             frozen = sent if list(sent) == list(arrays) else FrozenWeights.adopt(arrays)
             return held if frozen is sent else Opened(dict(frozen), {}, {}), frozen, None
         copies, flagged = new_arrays(Schema.of(arrays)), None
@@ -299,7 +300,7 @@ class Terms:
             NonFiniteError: They are not.
         """
         kind, who = checked.sent.kind, checked.contributor
-        arrays = checked.held.only([name for name in checked.arrays if name in set(flagged)]).on_host()
+        arrays = checked.held.only(flagged).on_host()  # they are in the order of all
         if not self.schema:
             return _with_constants_of_its_own(checked, arrays)
         filled: dict[str, Array] = {}

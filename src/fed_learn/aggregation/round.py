@@ -148,6 +148,7 @@ class Round:
         self._streams: dict[Hashable, Accumulator] = {}
         self._given_up: set[Hashable] = set()
         self._closed = False
+        self._alike = True  # whether all are of the whole global model, so that nothing is to be decided
         self._report = RoundReport(-1, kernel=self._kernel.name)
         self.accepted: dict[str, Contribution] = {}
         self.rejected: list[ClientFailure] = []
@@ -191,8 +192,9 @@ class Round:
         who = row.contributor
         self._rows[who], self.accepted[who] = row, row.sent
         self._closed = False
-        number = whole_number_of(sent.round)
-        if number is not None:
+        self._alike = self._alike and row.form is None and not row.filled and self._terms.schema is not None
+        number = row.sent.round if self._terms.round is not None else whole_number_of(sent.round)
+        if self._terms.round is None and number is not None:
             self._rounds[number] += 1
         for text in said:
             self._told.once((who, "rounded"), text)
@@ -221,6 +223,9 @@ class Round:
             Those that are refused after all, and why; the caller tells `refuse`.
         """
         refused: list[tuple[Contribution, ContributionError]] = []
+        self._closed = True
+        if self._alike and self._terms.round is not None:
+            return refused
 
         def drop(found: agreement.Refused) -> None:
             for name, error in found:
@@ -238,7 +243,6 @@ class Round:
             drop(agreement.of_other_constants(self._rows))
         self._forget_streams()
         self._tell()
-        self._closed = True
         return refused
 
     def too_few(self, count: int, required: int, taken: int = 0) -> TooFewContributionsError | None:
@@ -360,7 +364,7 @@ class Round:
         return frozenset(name for row in rows for name in row.averaged if name not in row.unchanged)
 
     def _names_sent(self, rows: Sequence[Checked]) -> tuple[str, ...]:
-        if self._terms.schema and any(row.form is None for row in rows):
+        if self._terms.schema and (self._alike or None in [row.form for row in rows]):
             return tuple(self._terms.schema)
         names = {name: None for row in rows for name in row.arrays}
         return tuple(name for name in self._terms.schema or names if name in names)
@@ -467,6 +471,8 @@ class Round:
         Raises:
             EmptyAggregationError: Nothing is left.
         """
+        if self._alike:
+            return mean
         filled = {name for row in rows for name in row.filled}
         changed = {name for row in rows for name in row.averaged if name not in row.unchanged} if filled else set()
         whole = filled - changed

@@ -282,12 +282,12 @@ class Job(JobEvents):
         if not self._enough(count):
             return False
         contributions: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
-        try:
-            self._adopt(self._combined(contributions))
-        except UNUSABLE as error:
-            logger.error("round %d: %s; the global model stands", self.report.round + 1, error)
-            self.update_report(error=without_tracebacks(error))
+        made = self._combined(contributions)
+        if isinstance(made, Exception):
+            logger.error("round %d: %s; the global model stands", self.report.round + 1, made)
+            self.update_report(error=without_tracebacks(made))
             return False
+        self._adopt(made)
         self._aggregated = True
         self.update_report(
             error=None,  # of an attempt before, with fewer
@@ -580,9 +580,12 @@ class Job(JobEvents):
         """Another round, of the global model as it is."""
         self._round = Round(self.settings.aggregation, number=number, model=self._weights, told=self._told)
 
-    def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights:
-        """The new global model. A stack that writes it to memory of its own overrides this."""
-        return self._round.combine(contributions, ctx=self.ctx).applied_to(self._weights)
+    def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights | Exception:
+        """The new global model, or why there is none. A stack that makes it in its own way overrides this."""
+        try:
+            return self._round.combine(contributions, ctx=self.ctx).applied_to(self._weights)
+        except UNUSABLE as error:
+            return error
 
     def _so_far(self) -> JobResult:
         # Handlers still score the final model while it is the one that is validated.

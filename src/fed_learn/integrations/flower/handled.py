@@ -135,7 +135,7 @@ class Handled(OneJob, Strategy):
         log_strategy_start_info(num_rounds, initial_arrays, train_config, evaluate_config)
         self.summary()
         logger.info("")
-        if self.__streams and gathers(grid):
+        if self.stream and gathers(grid):
             logger.info("\t└──> %s gathers the replies of a round before they are added up", type(grid).__name__)
         train_config = ConfigRecord() if train_config is None else train_config
         evaluate_config = ConfigRecord() if evaluate_config is None else evaluate_config
@@ -233,7 +233,8 @@ class Handled(OneJob, Strategy):
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        if replies is None or not self.__streams or self._job_session is None:
+        streams = self.stream
+        if replies is None or not streams or self._job_session is None:
             replies = list(replies or ())
         good, failed = self._job_replies(replies)
         listed = replies_of(good) if isinstance(good, list) else []
@@ -254,7 +255,7 @@ class Handled(OneJob, Strategy):
                 else:
                     self.__receive(session, reply)
                 del reply  # while the next one is awaited, a streaming server holds none
-            if self.__streams:
+            if streams:
                 log_replies(place - len(failed), failed)
             session.failed = failed
             for message in failed:
@@ -351,10 +352,6 @@ class Handled(OneJob, Strategy):
             text = f"no reply to the evaluation holds validation_metric={self.validation_metric!r}; they hold {sent}"
             session.told.once("validation_metric", text)
 
-    @property
-    def __streams(self) -> bool:
-        return bool(getattr(self, "stream", False))
-
     def __train(
         self, grid: Grid, number: int, arrays: ArrayRecord, config: ConfigRecord, timeout: float, result: HandledResult
     ) -> ArrayRecord:
@@ -364,7 +361,7 @@ class Handled(OneJob, Strategy):
         messages = self.__sent(session, self.configure_train(number, sent, config, grid), number)
         for message in messages:
             session.ask(message.metadata.dst_node_id)
-        replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval, stream=self.__streams)
+        replies = replies_to(grid, messages, timeout=timeout, poll_interval=self.poll_interval, stream=self.stream)
         del messages
         arrived: dict[Hashable, None] = {}
         session.arrived = arrived
@@ -468,9 +465,9 @@ class Handled(OneJob, Strategy):
 
         contribution = session.receive(reply.node, reply.claim, read)
         if contribution is not None:
-            content = without_arrays(message.content) if self.__streams else message.content
+            content = without_arrays(message.content) if self.stream else message.content
             session.accepted[contribution.contributor] = Accepted(
-                content, contribution, None if self.__streams else message
+                content, contribution, None if self.stream else message
             )
 
     def __receive_final(self, session: Session, reply: Reply) -> list[str]:

@@ -77,7 +77,7 @@ def partition_name(partition_id: object) -> str:
     """
     if isinstance(partition_id, float) and partition_id.is_integer():
         partition_id = int(partition_id)
-    return f"{PARTITION_ID.removesuffix('-id')}-{partition_id}"
+    return f"partition-{partition_id}"
 
 
 def node_name(node: object) -> str:
@@ -132,7 +132,7 @@ def of_partition(name: str) -> bool:
         >>> of_partition("partition-3"), of_partition("hospital-a")
         (True, False)
     """
-    return name.startswith(partition_name(""))
+    return name.startswith("partition-")
 
 
 def checked_name(claim: object, node: object) -> str:
@@ -171,24 +171,43 @@ class Reply:
         self.node = node_of(message, place)
 
     @cached_property
+    def _records(self) -> tuple[dict[str, ArrayRecord], list[MetricRecord], Mapping[str, Any]]:
+        arrays: dict[str, ArrayRecord] = {}
+        metrics: list[MetricRecord] = []
+        stated: Mapping[str, Any] = {}
+        for key, record in self.message.content.items():
+            if isinstance(record, ArrayRecord):
+                arrays[key] = record
+            elif isinstance(record, MetricRecord):
+                metrics.append(record)
+            elif key == METADATA and isinstance(record, ConfigRecord):
+                stated = record
+        return arrays, metrics, stated
+
+    @property
     def arrays(self) -> dict[str, ArrayRecord]:
         """Its `ArrayRecord`s by key."""
-        return records_of(self.message.content, ArrayRecord)
+        return self._records[0]
 
-    @cached_property
-    def records(self) -> list[MetricRecord]:
-        """Its `MetricRecord`s."""
-        return list(records_of(self.message.content, MetricRecord).values())
+    @property
+    def stated(self) -> Mapping[str, Any]:
+        """What `ClientMod` states in it."""
+        return self._records[2]
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
         """All single numbers of its `MetricRecord`s."""
-        return {key: value for record in self.records for key, value in record.items() if not isinstance(value, list)}
+        metrics: dict[str, Any] = {}
+        for record in self._records[1]:
+            metrics.update([(key, value) for key, value in record.items() if not isinstance(value, list)])
+        return metrics
 
-    @cached_property
-    def stated(self) -> Mapping[str, Any]:
-        """What `ClientMod` states in it."""
-        return _metadata(self.message.content)
+    def lists(self) -> dict[str, Any]:
+        """All lists of numbers of its `MetricRecord`s."""
+        lists: dict[str, Any] = {}
+        for record in self._records[1]:
+            lists.update([(key, value) for key, value in record.items() if isinstance(value, list)])
+        return lists
 
     @property
     def score(self) -> Stated | None:
@@ -196,6 +215,11 @@ class Reply:
         return Stated.of(self.stated) if self.stated else None
 
     def claim(self) -> str | None:
+        """See `claimed`."""
+        return self.claimed
+
+    @cached_property
+    def claimed(self) -> str | None:
         """The name under which it contributes; None if it tells none.
 
         A metric `"partition-id"` tells one if it is a number of a partition; whatever else an app means by it is its
@@ -209,8 +233,9 @@ class Reply:
         claim = self.stated.get("contributor")
         if claim is not None:
             return checked_name(claim, self.node)
-        partition = whole_number_of(self.metrics.get(PARTITION_ID))
-        return None if partition is None else partition_name(partition)
+        partition = self.metrics.get(PARTITION_ID)
+        number = None if partition is None else whole_number_of(partition)
+        return None if number is None else partition_name(number)
 
     def contribution(
         self, name: str, keys: Keys, schema: Schema, kind: Kind, metrics: Mapping[str, Any], *, states_round: bool
@@ -228,8 +253,9 @@ class Reply:
         Raises:
             ContributionError: It is none.
         """
-        weights = to_weights(self._only_arrays(name, keys.arrays), like=schema, contributor=name)
-        if len(self.records) > 1 and sum(keys.weight in record for record in self.records) > 1:
+        arrays = self._only_arrays(name, keys.arrays)
+        weights, n_iter = to_weights(arrays, like=schema, contributor=name), self.metrics.get(keys.n_iter)
+        if sum([keys.weight in record for record in self._records[1]]) > 1:
             raise AggregationWeightError(
                 f"{name}: two of the reply's MetricRecords have a {keys.weight!r}, and one must weigh it",
                 contributor=name,
@@ -243,11 +269,11 @@ class Reply:
             name,
             weights,
             check_aggregation_weight(self.metrics[keys.weight], name),
-            n_iter=whole_number_of(self.metrics.get(keys.n_iter)),  # whatever else an app means by it is its own
+            n_iter=None if n_iter is None else whole_number_of(n_iter),  # what else an app means by it is its own
             round=_round_of(self.message, self.stated) if states_round or METADATA in self.message.content else None,
             kind=self.stated.get("kind", kind),
             metrics={key: value for key, value in metrics.items() if key not in (PARTITION_ID, keys.weight)},
-            info={key: value for record in self.records for key, value in record.items() if isinstance(value, list)},
+            info=self.lists(),
         )
 
     def weights(self, key: str) -> FrozenWeights | None:

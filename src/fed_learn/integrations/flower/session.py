@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from flwr.app import ArrayRecord, Message, RecordDict
 
+from fed_learn.aggregation.round import UNUSABLE
 from fed_learn.aggregation.told import Told
 from fed_learn.contribution import (
     FINAL_MODEL,
@@ -21,6 +22,7 @@ from fed_learn.errors import (
     ClientQuitError,
     ContributionError,
     DtypeError,
+    FedLearnError,
     HandlerError,
     NamesError,
     NothingAggregatedError,
@@ -564,14 +566,20 @@ class _FlowerJob(Job):
         """See `Round.averaged`."""
         return self._round.averaged(contributions)
 
-    def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights:
+    def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights | Exception:
         if self._aggregate_by is not None:
             self._note_sent(self._round.sent(contributions))
-            return self._aggregate_by(contributions)
+            try:
+                return self._aggregate_by(contributions)
+            except FedLearnError as error:
+                return error
         full = self.settings.aggregation.kind is Kind.FULL
-        combined = self._round.combine(contributions, output=RecordWriter if full else None, ctx=self.ctx)
-        self._note_sent(combined.sent)
-        return combined.applied_to(self.weights)
+        try:
+            combined = self._round.combine(contributions, output=RecordWriter if full else None, ctx=self.ctx)
+            self._note_sent(combined.sent)
+            return combined.applied_to(self.weights)
+        except UNUSABLE as error:
+            return error
 
     def log_failure(self, name: str, error: Exception, what: str) -> None:
         """See `Job.log_failure`."""

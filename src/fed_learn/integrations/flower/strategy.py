@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import Strategy
 
 from fed_learn.aggregation.rules import Rule
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
-from fed_learn.errors import AggregatorError, FedLearnError, IntegerRangeError, described, printable, text_of
+from fed_learn.errors import AggregatorError, IntegerRangeError, described, printable
 from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
@@ -353,11 +353,8 @@ class WithHandlers(Handled, _Delegate):
             raise AggregatorError(f"{who} cannot aggregate the replies: {described(error)}") from error
         if not record:
             raise AggregatorError(f"{who} aggregated nothing")
-        try:
-            made = to_weights(record, like=session.job.schema)
-            return _completed(made, session, session.averaged(contributions), who)
-        except FedLearnError as error:
-            raise AggregatorError(text_of(error)) from error
+        made = to_weights(record, like=session.job.schema)
+        return _completed(made, session, session.averaged(contributions), who)
 
 
 def _by_replies(error: Exception) -> bool:
