@@ -1,9 +1,11 @@
 """The weighted mean of a batch of contributions."""
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import compress
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,11 +32,12 @@ from fed_learn.errors import (
     RoundError,
     WeightsTypeError,
 )
-from fed_learn.kernels.base import Kernel, Segment
+from fed_learn.kernels.base import Kernel, Segment, Segments
 from fed_learn.kernels.digits import MOST_TERMS, DigitsError
-from fed_learn.kernels.memory import Addresses
+from fed_learn.kernels.memory import Table, hold_only_arrays
 from fed_learn.values import whole_number_of
 from fed_learn.weights import (
+    PLAIN,
     Array,
     Schema,
     WeightDict,
@@ -100,30 +103,30 @@ def weighted_average(
     """
     chosen = kernels.resolve(kernel)
     batch = list(contributions)
-    if hold_tensors(like, out, *(item.weights if isinstance(item, Contribution) else item for item in batch)):
+    if not hold_only_arrays([like, out, *batch]) and hold_tensors(
+        like, out, *(item.weights if isinstance(item, Contribution) else item for item in batch)
+    ):
         from fed_learn.aggregation.average_tensors import average_tensors  # which builds upon this module
 
         return average_tensors(batch, aggregation_weights, like=like, out=out, exact=exact, kernel=kernel)
-    schema, checked = checked_batch(batch, aggregation_weights, like)
-    checked = counting(checked, lambda who, weights: check_finite(weights, who))
-    inputs = Columns([weights for _, weights, _ in checked])
+    schema, passed, table = checked_batch(batch, aggregation_weights, like)
+    checked = counting(passed, lambda who, weights: check_finite(weights, who))
+    inputs = Columns(schema, [weights for _, weights, _ in checked], table if checked is passed else None)
     outputs = Outputs(schema, out, inputs)
     scalars = [a for _, _, a in checked]
     if exact:
-        _exact_average(chosen, schema, checked, inputs.arrays, outputs.arrays)
+        _exact_average(chosen, schema, checked, dict(inputs), outputs.arrays)
         return outputs.finish()
     if far_apart(scalars):
-        _average_far_apart(chosen, checked, inputs.arrays, outputs.arrays)
+        _average_far_apart(chosen, checked, inputs, outputs.arrays)
         return outputs.finish()
-    table = np.empty((len(schema), len(checked) + 1), np.uintp)
-    table[:, 0], table[:, 1:] = outputs.addresses, inputs.addresses
-    flagged = _average(chosen, inputs.arrays, scalars, usual_scale(scalars), outputs.arrays, table)
+    flagged = _average(chosen, inputs, scalars, usual_scale(scalars), outputs.arrays, outputs.table)
     results = {}
     for name in flagged:
         if schema[name][1].kind not in "biu":
             results[name] = outputs.arrays[name]
-        elif too_large(inputs.arrays[name]):
-            large_integer_mean(chosen, inputs.arrays[name], scalars, outputs.arrays[name])
+        elif too_large(inputs[name]):
+            large_integer_mean(chosen, inputs[name], scalars, outputs.arrays[name])
     for name, doubtful in _refuse_non_finite(results, checked).items():
         _average_again(chosen, checked, name, results[name], doubtful)
     return outputs.finish()
@@ -184,7 +187,7 @@ def _average(
     aggregation_weights: Sequence[float],
     scale: int,
     results: WeightDict,
-    addresses: Addresses | None = None,
+    table: Table | None = None,
 ) -> list[str]:
     """The mean of some variables with all aggregation weights multiplied by 2**scale.
 
@@ -194,15 +197,14 @@ def _average(
         aggregation_weights: One per contribution.
         scale: See above.
         results: Where it goes.
-        addresses: See `Kernel.weighted_mean`.
+        table: See `Kernel.weighted_mean`.
 
     Returns:
         The variables that the kernel reports.
     """
     scaled = [math.ldexp(a, scale) for a in aggregation_weights]
-    segments = [Segment(column, results[name]) for name, column in columns.items()]
-    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled), addresses)
-    return [name for name, flag in zip(columns, flags, strict=True) if flag]
+    flags = kernel.weighted_mean(Segments(columns, results), np.array(scaled), sum_in_order(scaled), table)
+    return list(compress(columns, flags))
 
 
 def _average_again(kernel: Kernel, checked: Rows, name: str, result: Array, doubtful: npt.NDArray[np.bool_]) -> None:
@@ -229,11 +231,11 @@ def _average_again(kernel: Kernel, checked: Rows, name: str, result: Array, doub
 
 def checked_batch(
     batch: list[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
-) -> tuple[Schema, Rows]:
+) -> tuple[Schema, Rows, Table | None]:
     """Checks all but whether values are finite.
 
     Returns:
-        The schema, and the contributions in the order of the sums.
+        The schema, the contributions in the order of the sums, and where their arrays lie, if the check has shown that.
     """
     if not batch:
         raise EmptyAggregationError("no contributions to average")
@@ -244,7 +246,7 @@ def checked_batch(
         raise AggregationWeightError(
             "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
         )
-    return _checked_contributions(batch, schema)
+    return *_checked_contributions(batch, schema), None
 
 
 def counting(checked: Rows, check: Callable[[str, dict[str, Array]], None]) -> Rows:
@@ -293,9 +295,15 @@ def _checked_contributions(batch: list[Contribution], schema: Schema | None) -> 
     return schema, [(contributor, *seen[contributor]) for contributor in sorted(seen)]
 
 
+@functools.lru_cache(maxsize=1)
+def _labels(count: int) -> tuple[str, ...]:
+    """What bare weight dicts are called in errors."""
+    return tuple(f"contributions[{i}]" for i in range(count))
+
+
 def _checked_weight_dicts(
     batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
-) -> tuple[Schema, Rows]:
+) -> tuple[Schema, Rows, Table | None]:
     """In the order of the list."""
     if aggregation_weights is None:
         aggregation_weights = [1.0] * len(batch)
@@ -303,17 +311,19 @@ def _checked_weight_dicts(
         raise AggregationWeightError(
             f"{len(aggregation_weights)} aggregation weights for {len(batch)} weight dicts", value=aggregation_weights
         )
-    labels = [f"contributions[{i}]" for i in range(len(batch))]
-    for label, item in zip(labels, batch, strict=True):
+    labels = _labels(len(batch))
+    plain = {*map(type, batch)} <= {*PLAIN}
+    for label, item in [] if plain else zip(labels, batch, strict=True):
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
     schema = Schema.of(as_weight_dict(batch[0], labels[0]), labels[0]) if schema is None else schema
     scalars = [check_aggregation_weight(a, label) for a, label in zip(aggregation_weights, labels, strict=True)]
-    if [*map(type, batch)].count(dict) == len(batch) and schema.describes(*batch):  # the usual case, soon told
-        rows = [item.copy() for item in batch]
-    else:
+    rows = [dict(item) for item in batch] if plain else []
+    table = Table(schema, len(batch)) if plain else None
+    if table is None or not table.gather(rows, 1):  # the usual case is soon told
+        table = None
         rows = [check_weights(item, schema, label, scan=False) for item, label in zip(batch, labels, strict=True)]
-    return schema, list(zip(labels, rows, scalars, strict=True))
+    return schema, list(zip(labels, rows, scalars, strict=True)), table
 
 
 def _refuse_non_finite(results: WeightDict, checked: Rows) -> dict[str, npt.NDArray[np.bool_]]:
@@ -344,7 +354,7 @@ def _exact_average(
         _exact_means(kernel, columns, [a for _, _, a in checked], results)
     except DigitsError:  # a value has changed since: what copies hold, nobody else can change
         checked = [(who, {name: array.copy() for name, array in weights.items()}, a) for who, weights, a in checked]
-        _exact_average(kernel, schema, checked, Columns([weights for _, weights, _ in checked]).arrays, results)
+        _exact_average(kernel, schema, checked, dict(Columns(schema, [weights for _, weights, _ in checked])), results)
 
 
 def _exact_means(

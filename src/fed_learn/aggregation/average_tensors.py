@@ -52,7 +52,7 @@ def average_tensors(
             framework = None
     if framework is not None and place is not None:
         views = [_with_weights(item, one.weights) for item, one in zip(batch, found, strict=True)]
-        schema, checked = checked_batch(views, aggregation_weights, shape_of)
+        schema, checked, _ = checked_batch(views, aggregation_weights, shape_of)
         tensors = {label: one.tensors for label, one in zip(labels, found, strict=True)}
         checked = counting(checked, lambda who, _: refuse_non_finite(framework, tensors[who], who))
         rows = [(who, tensors[who], a) for who, _, a in checked]
