@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from operator import attrgetter
+from operator import attrgetter, eq
 from os import PathLike
 from typing import Any, NoReturn, Self, TypeAlias
 
@@ -306,16 +306,17 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             schema[name] = (array.shape, dtype)
         return schema
 
-    def describes(self, *weights: WeightDict) -> bool:
-        """Whether all of these hold plain arrays of just these names, shapes and dtypes.
+    def describes(self, weights: WeightDict) -> bool:
+        """Whether these hold plain arrays of just these names, shapes and dtypes.
 
-        In this order and in native byte order too: a fast `check` that gives no reasons.
+        In this order and in native byte order too: a fast `check` that gives no reasons. One array after the other: a
+        list of all their shapes would set off the garbage collector.
         """
-        arrays = [array for one in weights for array in one.values()]
+        arrays = weights.values()
         return (
-            [*map(list, weights)].count(list(self)) == len(weights)
-            and [*map(type, arrays)].count(np.ndarray) == len(arrays)
-            and [*map(SHAPE_AND_DTYPE, arrays)] == list(self.values()) * len(weights)
+            list(weights) == list(self)
+            and {*map(type, arrays)} <= {np.ndarray}
+            and all(map(eq, map(SHAPE_AND_DTYPE, arrays), self.values()))
         )
 
     def check(self, weights: WeightDict, contributor: str | None = None) -> None:

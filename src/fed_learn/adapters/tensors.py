@@ -66,7 +66,8 @@ def hold_tensors(*weights: object) -> bool:
     kinds: set[type] = set()
     for one in weights:
         try:
-            kinds.update(map(type, islice(one.values(), MOST_VARIABLES)) if isinstance(one, Mapping) else ())
+            if isinstance(one, (dict, Mapping)):  # which is soon told of a dict
+                kinds.update(map(type, islice(one.values(), MOST_VARIABLES)))
         except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
             as_failure(error)
     kinds.discard(np.ndarray)

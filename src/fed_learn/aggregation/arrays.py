@@ -1,9 +1,9 @@
 """From checked weight dicts to what a kernel takes: contiguous inputs, and outputs that share no memory with them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
-from types import NoneType
+from operator import is_not
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,11 @@ import numpy.typing as npt
 from fed_learn.adapters.overlaps import overlaps_itself
 from fed_learn.aggregation.integers import magnitude
 from fed_learn.errors import OutputError
-from fed_learn.kernels.memory import Addresses, addresses
+from fed_learn.kernels.memory import Addresses, Table, addresses
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, finite_elements, first_of, native_dtype
 
 ALIGNMENT = 64
 """Bytes of a cache line, at which the arrays of a slab begin."""
-STRICTEST_ALIGNMENT = 8
-"""Bytes that an address is a multiple of where any dtype is aligned."""
 SMALLEST_SLAB = 1 << 20
 """Bytes of a model from which on its new arrays share a slab."""
 
@@ -80,33 +78,47 @@ class _Arrays:
 ARRAYS = _Arrays()
 
 
-class Columns:
-    """For each variable the arrays of all contributions, as a kernel takes them.
+class Columns(Mapping[str, Sequence[Array]]):
+    """Name → the arrays of all contributions, contiguous and aligned as a kernel takes them; listed when asked for.
 
     Args:
-        rows: Weights that were checked: of one schema, in its order, in native byte order.
+        schema: Of all contributions.
+        rows: Weights that were checked: in the order of the schema, in native byte order.
+        table: With the addresses of their arrays as inputs, if it is known already.
 
     Attributes:
-        given: All arrays as they came.
-        arrays: Name → an array per contribution, contiguous and aligned.
-        addresses: Where they lie, a row per name.
+        given: All weights as they came.
+        table: Where the arrays lie.
+        copied: Whether any of them is not the one that came.
+
+    Example:
+        >>> w = np.zeros(2)
+        >>> columns = Columns(Schema.of({"w": w}), [{"w": w}, {"w": np.ones(2)}])
+        >>> columns["w"]
+        [array([0., 0.]), array([1., 1.])]
     """
 
-    def __init__(self, rows: Sequence[WeightDict]) -> None:
-        given = [array for row in rows for array in row.values()]
-        self.given = taken = given
-        try:
-            self.addresses = addresses(given)
-            plain = not (self.addresses % STRICTEST_ALIGNMENT).any()
-        except ValueError:  # not all of them are contiguous
-            plain = False
-        if not plain:
-            taken = [contiguous(array) for array in given]
-            self.addresses = addresses(taken)
-        self.addresses = self.addresses.reshape(len(rows), -1).T
-        n = len(rows[0])
-        self.arrays: dict[str, Sequence[Array]] = {name: taken[i::n] for i, name in enumerate(rows[0])}
-        self._copied = any(one is not other for one, other in zip(taken, given, strict=True)) if not plain else False
+    def __init__(self, schema: Schema, rows: list[dict[str, Array]], table: Table | None = None) -> None:
+        self.given = taken = rows
+        self.copied = False
+        if table is None:
+            table = Table(schema, len(rows))
+            if not table.gather(rows, 1):
+                taken = [{name: contiguous(array) for name, array in row.items()} for row in rows]
+                arrays = [array for row in taken for array in row.values()]
+                table.addresses[:, 1:] = addresses(arrays).reshape(len(rows), -1).T
+                self.copied = any(map(is_not, arrays, [array for row in rows for array in row.values()]))
+        self.table = table
+        self._taken = taken
+
+    def __getitem__(self, name: str) -> list[Array]:
+        return [row[name] for row in self._taken]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._taken[0])
+
+    def __len__(self) -> int:
+        return len(self._taken[0])
 
     def bounds(self, sizes: Addresses) -> tuple[Addresses, Addresses]:
         """The addresses at which the memory begins and ends that the caller gave.
@@ -114,9 +126,10 @@ class Columns:
         Args:
             sizes: Bytes of each variable.
         """
-        if self._copied:
-            return _bounds(self.given)
-        return self.addresses.ravel(), (self.addresses + sizes[:, None]).ravel()
+        if self.copied:
+            return _bounds([array for row in self.given for array in row.values()])
+        starts = self.table.addresses[:, 1:]
+        return starts.ravel(), (starts + sizes[:, None]).ravel()
 
 
 class Outputs:
@@ -134,18 +147,19 @@ class Outputs:
     Attributes:
         weights: The result, in the order of the schema; `out` itself where it was given.
         arrays: A contiguous array per name for the kernel to write to.
-        addresses: Where those lie.
+        table: Where those lie, and the inputs.
     """
 
     def __init__(self, schema: Schema, out: WeightDict | None, inputs: Columns | None = None) -> None:
         self.weights: WeightDict = new_arrays(schema) if out is None else out
-        usual = out is None or (type(out) is dict and schema.describes(out))
-        if usual and [array.flags.carray for array in self.weights.values()].count(True) == len(schema):
-            self.arrays = self.weights
-        else:
-            self.arrays = self._checked(schema)
-        self.addresses = addresses(list(self.arrays.values()))
-        if out is not None and not self._own_their_memory([] if inputs is None else inputs.given):
+        self.table = Table(schema, 0) if inputs is None else inputs.table
+        own = dict(self.weights) if type(self.weights) is dict else {}  # holds the arrays, whatever becomes of `out`
+        usual = self.table.gather([own], 0) and all(array.flags.writeable for array in own.values())
+        self.arrays: WeightDict = own if usual else self._checked(schema)
+        if not usual:
+            self.table.addresses[:, 0] = addresses(list(self.arrays.values()))
+        self._in_place = usual or all(self.weights[name] is array for name, array in self.arrays.items())
+        if out is not None:
             self._refuse_overlap(inputs)
 
     def _checked(self, schema: Schema) -> WeightDict:
@@ -162,22 +176,19 @@ class Outputs:
 
     def finish(self) -> WeightDict:
         """The result, once the arrays have been written."""
-        for name, array in self.arrays.items():
+        for name, array in () if self._in_place else self.arrays.items():
             if array is not self.weights[name]:
                 self.weights[name][...] = array
         return self.weights
 
-    def _own_their_memory(self, given: Sequence[Array]) -> bool:
-        """Whether each is an array for itself, in memory that numpy allocated for it alone: usual, and soon told."""
-        own = {id(array) for array in self.weights.values() if array.base is None and array.flags.owndata}
-        whole = {type(array.base) for array in given} <= {NoneType}
-        return whole and len(own) == len(self.weights) and own.isdisjoint(map(id, given))
-
     def _refuse_overlap(self, inputs: Columns | None) -> None:
-        names, arrays = list(self.arrays), list(self.arrays.values())
-        sizes = np.array([array.nbytes for array in arrays], np.uintp)
-        if all(self.weights[name] is array for name, array in self.arrays.items()):
-            starts, stops = self.addresses, self.addresses + sizes
+        copied = inputs is not None and inputs.copied
+        if self._in_place and not copied and not self.table.may_overlap():
+            return
+        names = list(self.arrays)
+        sizes = np.array([array.nbytes for array in self.arrays.values()], np.uintp)
+        if self._in_place:
+            starts, stops = self.table.addresses[:, 0], self.table.addresses[:, 0] + sizes
         else:
             starts, stops = _bounds([self.weights[name] for name in names])
         order = np.argsort(starts)

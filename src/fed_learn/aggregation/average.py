@@ -58,8 +58,8 @@ def weighted_average(
         {'w': array([1., 1.], dtype=float32)}
     """
     kernels.requested(kernel)
-    schema, rows = checked_batch(list(contributions), aggregation_weights, like)
-    return mean(rows, schema, out=out, exact=exact, kernel=kernel)
+    schema, rows, table = checked_batch(list(contributions), aggregation_weights, like)
+    return mean(rows, schema, out=out, exact=exact, kernel=kernel, table=table)
 
 
 def aggregate(
@@ -99,5 +99,5 @@ def aggregate(
     if how.makes_model:
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
     kernels.requested(kernel)
-    schema, rows = checked_batch(list(contributions), aggregation_weights, like)
+    schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like)
     return how.combine(Given(counting(rows), schema, exact=exact, kernel=kernel, out=out))

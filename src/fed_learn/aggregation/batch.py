@@ -10,7 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from operator import is_
 from typing import Any, Self
 
@@ -40,6 +40,7 @@ from fed_learn.errors import (
     described,
 )
 from fed_learn.kernels.base import Kernel
+from fed_learn.kernels.memory import Table
 from fed_learn.values import numbers_as_arrays, whole_number_of
 from fed_learn.weights import (
     PLAIN,
@@ -328,7 +329,7 @@ class Terms:
 
 def checked_batch(
     batch: Sequence[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
-) -> tuple[Schema, list[Checked]]:
+) -> tuple[Schema, list[Checked], Table | None]:
     """Checks what is averaged at once, strictly; not whether values are finite, which the sums show.
 
     Args:
@@ -337,7 +338,8 @@ def checked_batch(
         like: Sets names, shapes and dtypes; None: the first one does.
 
     Returns:
-        The schema, and the contributions in the order of the sums: of their names, or the list's for weight dicts.
+        The schema; the contributions in the order of the sums, that of their names, or the list's for weight dicts;
+        and where their arrays lie, if the check has shown that.
 
     Raises:
         ContributionError: Something is wrong with one of them.
@@ -352,7 +354,7 @@ def checked_batch(
         raise AggregationWeightError(
             "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
         )
-    return _checked_contributions(batch, schema)
+    return *_checked_contributions(batch, schema), None
 
 
 def _checked_contributions(batch: Sequence[Contribution], schema: Schema | None) -> tuple[Schema, list[Checked]]:
@@ -382,7 +384,7 @@ def _checked_contributions(batch: Sequence[Contribution], schema: Schema | None)
 
 def _checked_weight_dicts(
     batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
-) -> tuple[Schema, list[Checked]]:
+) -> tuple[Schema, list[Checked], Table | None]:
     """In the order of the list."""
     if aggregation_weights is None:
         aggregation_weights = [1.0] * len(batch)
@@ -390,17 +392,26 @@ def _checked_weight_dicts(
         raise AggregationWeightError(
             f"{len(aggregation_weights)} aggregation weights for {len(batch)} weight dicts", value=aggregation_weights
         )
-    labels = [f"contributions[{i}]" for i in range(len(batch))]
-    for label, item in zip(labels, batch, strict=True):
+    labels = _labels(len(batch))
+    plain = {*map(type, batch)} <= {*PLAIN}
+    for label, item in () if plain else zip(labels, batch, strict=True):
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
     schema = schema_of(batch[0], labels[0]) if schema is None else schema
     scalars = [check_aggregation_weight(a, label) for a, label in zip(aggregation_weights, labels, strict=True)]
-    if [*map(type, batch)].count(dict) == len(batch) and schema.describes(*batch):  # the usual case, soon told
-        held = [Opened(item.copy(), {}, {}) for item in batch]
-        return schema, [Checked(*row) for row in zip(labels, scalars, held, strict=True)]
+    if plain:  # the usual case is soon told
+        own, table = [dict(item) for item in batch], Table(schema, len(batch))
+        if table.gather(own, 1):
+            held = [Opened(weights, {}, {}) for weights in own]
+            return schema, [Checked(*row) for row in zip(labels, scalars, held, strict=True)], table
     terms = Terms(schema)
-    return schema, [terms.check_weights(*row) for row in zip(batch, scalars, labels, strict=True)]
+    return schema, [terms.check_weights(*row) for row in zip(batch, scalars, labels, strict=True)], None
+
+
+@lru_cache(maxsize=1)
+def _labels(count: int) -> tuple[str, ...]:
+    """What bare weight dicts are called in errors."""
+    return tuple(f"contributions[{i}]" for i in range(count))
 
 
 def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:

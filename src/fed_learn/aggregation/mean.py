@@ -7,6 +7,7 @@ How contributions are opened and checked is left to `batch`, where results go to
 import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
+from itertools import compress
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,9 +24,9 @@ from fed_learn.aggregation.tensors import Opened, as_tensors, opened, refuse_dev
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import EmptyAggregationError
-from fed_learn.kernels.base import Kernel, Segment
+from fed_learn.kernels.base import Kernel, Segment, Segments
 from fed_learn.kernels.digits import MOST_TERMS, DigitsError
-from fed_learn.kernels.memory import Addresses
+from fed_learn.kernels.memory import Table
 from fed_learn.weights import Schema, WeightDict, not_finite_error
 
 LIFT = 100
@@ -53,6 +54,7 @@ def mean(
     output: Callable[[Schema], Output] | None = None,
     exact: bool = False,
     kernel: str | None = None,
+    table: Table | None = None,
 ) -> WeightDict:
     """The mean of contributions, in the order in which they are given.
 
@@ -63,6 +65,7 @@ def mean(
         output: Makes what is written to in its place: arrays that share no memory with anything.
         exact: Sum exactly.
         kernel: Name of the kernel; None: the current one.
+        table: Where the arrays of all rows lie, if that is known.
 
     Returns:
         A new dict, of tensors where the first contribution has them; or `out`, or what `output` made.
@@ -90,7 +93,7 @@ def mean(
         return outputs.finish()
     if held.device != "cpu":
         counted, chosen = [row.on_host() for row in counted], kernels.resolve(kernel)
-    columns_of = Columns([row.arrays for row in counted])
+    columns_of = Columns(schema, [row.arrays for row in counted], table if counted is rows else None)
     target = None
     if output is not None:
         outputs = output(schema)
@@ -100,11 +103,12 @@ def mean(
     else:
         outputs = Outputs(schema, out, columns_of)
     if exact:
-        _exact_mean(chosen, counted, columns_of.arrays, outputs.arrays)
+        _exact_mean(chosen, counted, dict(columns_of), outputs.arrays)
     elif far_apart(counted):
-        _mean_far_apart(chosen, schema, counted, columns_of.arrays, outputs.arrays)
+        _mean_far_apart(chosen, schema, counted, columns_of, outputs.arrays)
     else:
-        _mean(chosen, ARRAYS, counted, columns_of.arrays, outputs.arrays, _table(outputs, columns_of))
+        known = isinstance(outputs, Outputs) or columns_of.table.gather([dict(outputs.arrays)], 0)
+        _mean(chosen, ARRAYS, counted, columns_of, outputs.arrays, columns_of.table if known else None)
     result = outputs.finish()
     if target is not None:
         return target.finish()
@@ -180,22 +184,13 @@ def refuse_not_finite(framework: Any, values: Mapping[str, Any], who: str) -> No
             raise not_finite_error(who, name, *first)
 
 
-def _table(outputs: Output, columns: Columns) -> Addresses | None:
-    """Where outputs and inputs lie, a row per variable."""
-    if not isinstance(outputs, Outputs):
-        return None
-    table = np.empty((len(outputs.arrays), columns.addresses.shape[1] + 1), np.uintp)
-    table[:, 0], table[:, 1:] = outputs.addresses, columns.addresses
-    return table
-
-
 def _mean(
     kernel: Kernel,
     framework: Any,
     rows: Sequence[Checked],
     columns: Mapping[str, Sequence[Any]],
     results: Mapping[str, Any],
-    addresses: Addresses | None = None,
+    table: Table | None = None,
 ) -> None:
     """Writes the mean, and looks after what a kernel reports: integers too large, sums that are not finite.
 
@@ -205,14 +200,14 @@ def _mean(
         rows: Whose the columns are.
         columns: A value per contribution of each variable.
         results: Where it goes.
-        addresses: See `Kernel.weighted_mean`.
+        table: See `Kernel.weighted_mean`.
 
     Raises:
         NonFiniteError: An input is not finite.
     """
     scalars = [row.aggregation_weight for row in rows]
     overflowed = {}
-    for name in _sums(kernel, columns, scalars, usual_scale(scalars), results, addresses):
+    for name in _sums(kernel, columns, scalars, usual_scale(scalars), results, table):
         if rows[0].arrays[name].dtype.kind in "biu":
             host = list(map(framework.view, columns[name]))
             if too_large(host) and framework is ARRAYS:
@@ -265,7 +260,7 @@ def _sums(
     aggregation_weights: Sequence[float],
     scale: int,
     results: Mapping[str, Any],
-    addresses: Addresses | None = None,
+    table: Table | None = None,
 ) -> list[str]:
     """The mean of some variables with all aggregation weights multiplied by 2**scale.
 
@@ -273,9 +268,8 @@ def _sums(
         The variables that the kernel reports.
     """
     scaled = [math.ldexp(a, scale) for a in aggregation_weights]
-    segments = [Segment(column, results[name]) for name, column in columns.items()]
-    flags = kernel.weighted_mean(segments, np.array(scaled), sum_in_order(scaled), addresses)
-    return [name for name, flag in zip(columns, flags, strict=True) if flag]
+    flags = kernel.weighted_mean(Segments(columns, results), np.array(scaled), sum_in_order(scaled), table)
+    return list(compress(columns, flags))
 
 
 def _mean_far_apart(
@@ -326,7 +320,8 @@ def _exact_mean(
         _exact_sums(kernel, columns, [row.aggregation_weight for row in rows], results)
     except DigitsError:  # a value has changed since: what copies hold, nobody else can change
         owned = [row.owned() for row in rows]
-        _exact_mean(kernel, owned, Columns([row.arrays for row in owned]).arrays, results)
+        columns = {name: [row.arrays[name] for row in owned] for name in results}
+        _exact_mean(kernel, owned, columns, results)
 
 
 def _exact_sums(

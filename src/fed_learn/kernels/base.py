@@ -15,11 +15,11 @@ where 64-bit integers are so large that a mean of n could be off: |x|·(n + 2) >
 have to be two million.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol, overload
 
 from fed_learn.kernels.digits import Digits, Float64Array
-from fed_learn.kernels.memory import Addresses
+from fed_learn.kernels.memory import Table
 from fed_learn.weights import Array
 
 
@@ -35,6 +35,31 @@ class Segment(NamedTuple):
     output: Array
 
 
+class Segments(Sequence[Segment]):
+    """The variables of a model, each looked up when asked for: a kernel that is told where they lie asks for none.
+
+    Args:
+        columns: Name → an array per contribution.
+        outputs: Name → where the mean goes, in the same order.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[Array]], outputs: Mapping[str, Array]) -> None:
+        self._columns, self._outputs, self._names = columns, outputs, list(columns)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, i: int) -> Segment: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[Segment]: ...
+
+    def __getitem__(self, i: int | slice) -> Segment | list[Segment]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        return Segment(self._columns[self._names[i]], self._outputs[self._names[i]])
+
+
 class Kernel(Protocol):
     """An implementation of the arithmetic."""
 
@@ -45,7 +70,7 @@ class Kernel(Protocol):
         segments: Sequence[Segment],
         aggregation_weights: Float64Array,
         total: float,
-        addresses: Addresses | None = None,
+        table: Table | None = None,
     ) -> list[bool]:
         """`output = round(Σ aggregation_weights[k] · inputs[k] / total)` for each segment.
 
@@ -53,8 +78,7 @@ class Kernel(Protocol):
             segments: The variables of a model.
             aggregation_weights: One float64 per contribution, scaled by a common power of two.
             total: Their sum.
-            addresses: Where the output and then the inputs of each segment lie, where the caller knows it: in memory of
-                the host.
+            table: Where the outputs and inputs lie, where the caller knows it: in memory of the host.
 
         Returns:
             Which segments have a sum that is not finite, because an input is not or because it overflowed, or 64-bit

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,17 +15,12 @@ from fed_learn.errors import KernelNameError
 from fed_learn.kernels import threads
 from fed_learn.kernels.base import Segment
 from fed_learn.kernels.digits import Digits, DigitsError, Float64Array, digit_range, halves
-from fed_learn.kernels.memory import EXTENSION, PROBLEM, Addresses, addresses
-from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
+from fed_learn.kernels.memory import CODES, EXTENSION, PROBLEM, Addresses, Table, addresses
+from fed_learn.weights import Array
 
 if PROBLEM is not None:
     raise PROBLEM
 ffi, lib = EXTENSION.ffi, EXTENSION.lib
-
-CODES = {
-    dtype: int(getattr(lib, "FL_" + ("BFLOAT16" if dtype == BFLOAT16 else dtype.name.upper())))
-    for dtype in SUPPORTED_DTYPES
-}
 
 SETS = {
     ffi.string(lib.fl_set_name(code)).decode(): code for code in reversed(range(lib.FL_SETS)) if lib.fl_set_usable(code)
@@ -39,7 +35,7 @@ class _Share:
     """What one thread does: pieces, which are runs of the elements of some rows of arrays.
 
     Attributes:
-        arrays: Only keep the memory behind the addresses alive, even when an interrupt ends the wait for the thread.
+        held: Keeps the memory behind the addresses alive, even when an interrupt ends the wait for the thread.
         rows: The row of each piece.
         skipped: Elements of the first row that another share has.
         addresses: A row per piece, an address per array.
@@ -48,7 +44,7 @@ class _Share:
         flags: What the kernel says of each piece.
     """
 
-    arrays: Sequence[Sequence[Array]]
+    held: object
     rows: Sequence[int]
     skipped: int
     addresses: Addresses
@@ -70,8 +66,8 @@ class _Share:
 
 
 def _address(array: Array, kind: str = "uintptr_t *") -> object:
-    """Where an array lies; the caller keeps it alive, so it must have a name."""
-    return ffi.cast(kind, ffi.from_buffer(array))
+    """Where an array lies, which what is returned keeps alive."""
+    return ffi.from_buffer(kind, array)
 
 
 def current_set() -> str:
@@ -109,7 +105,7 @@ class NativeKernel:
         segments: Sequence[Segment],
         aggregation_weights: Float64Array,
         total: float,
-        addresses: Addresses | None = None,
+        table: Table | None = None,
     ) -> list[bool]:
         """See `Kernel.weighted_mean`."""
         chosen = SETS[current_set()]
@@ -121,7 +117,8 @@ class NativeKernel:
             sums, numbers = _address(scratch, "double *"), _address(a, "double *")
             _check(lib.fl_weighted_mean(chosen, len(share), a.size, *share.arguments(), numbers, total, sums, flags))
 
-        return _run(call, [(segment.output, *segment.inputs) for segment in segments], table=addresses)
+        rows = [(segment.output, *segment.inputs) for segment in segments] if table is None else segments
+        return _run(call, rows, table=table)
 
     def accumulate(
         self,
@@ -280,10 +277,7 @@ def _check(status: int) -> None:
 
 
 def _run(
-    call: Callable[[_Share], None],
-    rows: Sequence[Sequence[Array]],
-    dtype_of: int = -1,
-    table: Addresses | None = None,
+    call: Callable[[_Share], None], rows: Sequence[Sequence[Any]], dtype_of: int = -1, table: Table | None = None
 ) -> list[bool]:
     """Calls the kernel on rows of arrays of the same number of elements, a share of about equal bytes per thread.
 
@@ -293,13 +287,12 @@ def _run(
         call: Makes the C call.
         rows: One per variable; the arrays after the first are of one dtype.
         dtype_of: Which array of a row has the dtype that the kernel is to know.
-        table: Where the arrays lie, a row per row, if that is known.
+        table: What is known of arrays of one dtype per row, which `rows` only keep alive then.
 
     Returns:
         Whether the kernel flagged anything in a row.
     """
-    filled = [i for i, row in enumerate(rows) if row[0].size]
-    shares = _split(rows, filled, dtype_of, table) if filled else []
+    shares = _split(rows, dtype_of, table) if rows else []
     threads.run(call, shares)
     flagged = [False] * len(rows)
     for share in shares:
@@ -308,30 +301,35 @@ def _run(
     return flagged
 
 
-def _split(
-    all_rows: Sequence[Sequence[Array]], filled: Sequence[int], dtype_of: int, table: Addresses | None
-) -> list[_Share]:
-    rows = all_rows
+def _split(rows: Sequence[Sequence[Any]], dtype_of: int, table: Table | None) -> list[_Share]:
+    if table is not None and threads.threads_for(table.nbytes) == 1:
+        flags = np.zeros(len(rows), np.uint8)
+        return [_Share(rows, range(len(rows)), 0, table.addresses, table.counts, table.codes, flags)]
     if table is None:
-        table = addresses([array for row in rows for array in row]).reshape(len(rows), -1)
-    if len(filled) < len(rows):
-        rows, table = [rows[i] for i in filled], table[filled]
-    others = len(rows[0]) - 1
-    sizes = [row[0].nbytes + others * row[-1].nbytes for row in rows]
-    counts = np.array([row[0].size for row in rows], dtype=np.uintp)
-    codes = np.array([CODES[row[dtype_of].dtype] for row in rows], dtype=np.int32)
-    number = threads.threads_for(sum(sizes))
+        lying = addresses([array for row in rows for array in row]).reshape(len(rows), -1)
+        others = lying.shape[1] - 1
+        sizes = np.array([row[0].nbytes + others * row[-1].nbytes for row in rows], np.uintp)
+        counts = np.array([row[0].size for row in rows], np.uintp)
+        codes = np.array([CODES[row[dtype_of].dtype] for row in rows], np.int32)
+    else:
+        lying, counts, codes = table.addresses, table.counts, table.codes
+        sizes = table.sizes * np.uintp(lying.shape[1])
+    filled: Sequence[int] = range(len(rows))
+    if not counts.all():
+        filled = counts.nonzero()[0].tolist()
+        lying, sizes, counts, codes = lying[filled], sizes[filled], counts[filled], codes[filled]
+    number = threads.threads_for(int(sizes.sum()))
     if number == 1:
-        return [_Share(rows, filled, 0, table, counts, codes, np.zeros(len(rows), np.uint8))]
-    ends = np.cumsum(np.array(sizes, dtype=np.uintp))
+        return [_Share(rows, filled, 0, lying, counts, codes, np.zeros(len(filled), np.uint8))] if filled else []
     shares: list[_Share] = []
-    for (first, start), (last, stop) in pairwise(_cuts(ends, counts, number)):
+    for (first, start), (last, stop) in pairwise(_cuts(np.cumsum(sizes), counts, number)):
         if (first, start) == (last, stop):
             continue
         here = slice(first, last + 1 if stop else last)
-        own, own_counts = table[here].copy(), counts[here].copy()
-        own[0, 0] += np.uintp(start * rows[first][0].itemsize)
-        own[0, 1:] += np.uintp(start * rows[first][-1].itemsize)
+        own, own_counts = lying[here].copy(), counts[here].copy()
+        row = rows[filled[first]]
+        own[0, 0] += np.uintp(start * row[0 if table is None else -1].itemsize)
+        own[0, 1:] += np.uintp(start * row[-1].itemsize)
         if stop:
             own_counts[-1] = stop
         own_counts[0] -= np.uintp(start)

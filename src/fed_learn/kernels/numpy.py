@@ -7,7 +7,7 @@ import numpy as np
 from fed_learn.environment import check_environment
 from fed_learn.kernels.base import Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, as_float64, digit_range, halves
-from fed_learn.kernels.memory import Addresses
+from fed_learn.kernels.memory import Table
 from fed_learn.weights import Array
 
 TILE = 1 << 16
@@ -30,7 +30,7 @@ class NumpyKernel:
         segments: Sequence[Segment],
         aggregation_weights: Float64Array,
         total: float,
-        addresses: Addresses | None = None,
+        table: Table | None = None,
     ) -> list[bool]:
         """See `Kernel.weighted_mean`."""
         check_environment()

@@ -15,7 +15,7 @@ from fed_learn.environment import check_environment
 from fed_learn.errors import FloatingPointEnvironmentError
 from fed_learn.kernels.base import Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, digit_range, halves
-from fed_learn.kernels.memory import Addresses
+from fed_learn.kernels.memory import Table
 from fed_learn.weights import BFLOAT16, Array
 
 TILE = 1 << 20
@@ -43,7 +43,7 @@ class TorchKernel:
         segments: Sequence[Segment],
         aggregation_weights: Float64Array,
         total: float,
-        addresses: Addresses | None = None,
+        table: Table | None = None,
     ) -> list[bool]:
         """See `Kernel.weighted_mean`."""
         _check_environment()
