@@ -8,7 +8,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,6 +95,14 @@ class Combined:
         return FrozenWeights.adopt({name: new[name] for name in weights or self.sent})
 
 
+class _Seen(NamedTuple):
+    """A contribution that was checked before it is received, and what is to be told of it then."""
+
+    sent: Contribution
+    row: Checked
+    said: list[str]
+
+
 class Round:
     """The contributions of one round.
 
@@ -149,6 +158,8 @@ class Round:
         self._given_up: set[Hashable] = set()
         self._closed = False
         self._alike = True  # whether all are of the whole global model, so that nothing is to be decided
+        self._seen: dict[int, _Seen] = {}
+        self._foreseen: tuple[list[Checked], Combined | None, float] = [], None, 0.0
         self._report = RoundReport(-1, kernel=self._kernel.name)
         self.accepted: dict[str, Contribution] = {}
         self.rejected: list[ClientFailure] = []
@@ -172,6 +183,44 @@ class Round:
             rejected=tuple(self.rejected),
         )
 
+    def foresee(self, sent: Sequence[Contribution], output: Callable[[Schema], Output] | None = None) -> bool:
+        """Is told what it will receive, where all of it is at hand: then its memory is read only once.
+
+        What the rule makes of it shows whether all values are finite, and is the result of the round, unless one of
+        these contributions turns out not to count.
+
+        Args:
+            sent: What clients sent; it is left alone until the round is over. Untrusted.
+            output: See `combine`.
+
+        Returns:
+            Whether it is worth while: not where values are not finite, as of a model with masks.
+        """
+        settings = self.settings
+        usual = settings.how.shows_not_finite and not settings.exact and settings.partial != "average"
+        if not usual or settings.stream or self._terms.schema is None:
+            return True
+        started, terms = time.perf_counter(), replace(self._terms, kernel=None)
+        seen: dict[str, _Seen] = {}
+        for contribution in sent:
+            said: list[str] = []
+            try:
+                row = terms.check(contribution, seen, said.append)
+            except ContributionError:  # which is told where it is received
+                continue
+            if row.aggregation_weight:
+                seen[row.contributor] = _Seen(contribution, replace(row, scanned=True), said)
+        rows = [seen[name].row for name in sorted(seen)]
+        try:
+            combined = self._combined(rows, rows, output, None) if rows else None
+        except NonFiniteError:
+            return False
+        except (ContributionError, *UNUSABLE):
+            return True
+        self._seen = {id(one.sent): one for one in seen.values()}
+        self._foreseen = rows, combined, time.perf_counter() - started
+        return True
+
     def receive(self, sent: Contribution) -> Contribution:
         """Accepts a contribution, or refuses it and is as if it had never come; the caller tells `refuse`.
 
@@ -184,8 +233,12 @@ class Round:
         Raises:
             ContributionError, ExactDomainError: It is refused.
         """
-        said: list[str] = []
-        row = self._terms.check(sent, self.accepted, said.append)
+        seen = self._seen.get(id(sent))
+        if seen is not None and seen.sent is sent and seen.row.contributor not in self.accepted:
+            row, said = seen.row, seen.said
+        else:
+            said = []
+            row = self._terms.check(sent, self.accepted, said.append)
         self.settings.how.check(row.sent)
         if self.settings.stream:
             row = self._added(row)
@@ -306,13 +359,16 @@ class Round:
             raise EmptyAggregationError(
                 "no contribution counts by more than 0 examples" if chosen else "no contributions to average"
             )
-        combined = self._combined(chosen, rows, output, ctx)
+        foreseen, combined, before = self._foreseen
+        if combined is None or len(rows) != len(foreseen) or not all(map(is_, rows, foreseen)):
+            combined, before = self._combined(chosen, rows, output, ctx), 0.0
+        self._foreseen = [], None, 0.0
         self._report = replace(
             self._report,
             error=None,  # of an attempt before, with fewer
             accepted=tuple(row.contributor for row in chosen),
             total_weight=float(sum(row.aggregation_weight for row in chosen)),
-            aggregation_seconds=time.perf_counter() - started,
+            aggregation_seconds=before + time.perf_counter() - started,
             aggregation_bytes=len(chosen) * sum(int(value.nbytes) for value in combined.mean.values()),
         )
         return combined

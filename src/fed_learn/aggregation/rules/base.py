@@ -46,6 +46,7 @@ class Rule(ABC):
     Attributes:
         name: By which settings and the command find it.
         streams: Whether contributions can be added up one by one and dropped (`stream=True`).
+        shows_not_finite: Whether its result would not be finite, and `NonFiniteError` be raised, if a value were not.
         makes_model: Whether what it makes is the new global model itself, rather than a mean or a difference.
 
     Example:
@@ -60,6 +61,7 @@ class Rule(ABC):
 
     name: ClassVar[str]
     streams: ClassVar[bool] = False
+    shows_not_finite: ClassVar[bool] = False
     makes_model: ClassVar[bool] = False
 
     def check_settings(self, *, kind: Kind, partial: str, exact: bool, stream: bool) -> None:

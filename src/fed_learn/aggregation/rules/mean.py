@@ -11,6 +11,7 @@ class MeanRule(Rule):
 
     name = "mean"
     streams = True
+    shows_not_finite = True
 
     def combine(self, given: Given) -> WeightDict:
         """The mean."""

@@ -242,26 +242,33 @@ class Handled(OneJob, Strategy):
         if session is None:
             return None, None
         try:
-            place = 0
             if listed:
                 session.expect(claims_of(listed))
                 if not session.job.schema:
                     session.widths.note(self.__readable(listed))
                 session.selection.expect([reply.score for reply in listed if reply.message.has_content()])
-            for reply in listed or self.__one_by_one(good):
+            read = [self.__read(session, reply) for reply in listed]
+            session.foresee([sent for _, sent in read])
+            for reply, (name, sent) in zip(listed, read, strict=True):
+                self.__receive(session, reply, name, sent)
+            place = len(listed)
+            for message in () if listed else good:  # of a stream
                 place += 1
-                if reply.message.has_error():  # of a stream
-                    failed.append(reply.message)
+                if message.has_error():
+                    failed.append(message)
                 else:
-                    self.__receive(session, reply)
-                del reply  # while the next one is awaited, a streaming server holds none
+                    reply = Reply(message, place)
+                    self.__receive(session, reply, *self.__read(session, reply))
+                    del reply
+                del message  # while the next one is awaited, a streaming server holds none
             if streams:
                 log_replies(place - len(failed), failed)
             session.failed = failed
             for message in failed:
                 place += 1
                 if message.has_error():  # a subclass may put aside others, which just do not count
-                    self.__receive(session, Reply(message, place))
+                    reply = Reply(message, place)
+                    self.__receive(session, reply, *self.__read(session, reply))
             accepted = session.accepted
             changed = session.close_round()
         except BaseException:
@@ -443,13 +450,8 @@ class Handled(OneJob, Strategy):
             if weights is not None:
                 yield weights
 
-    def __one_by_one(self, messages: Iterable[Message]) -> Iterator[Reply]:
-        """The replies of a stream, of which none is held here while the next one is awaited."""
-        for place, message in enumerate(messages, 1):
-            yield Reply(message, place)
-            del message
-
-    def __receive(self, session: Session, reply: Reply) -> None:
+    def __read(self, session: Session, reply: Reply) -> tuple[str, Contribution | Exception]:
+        """See `Session.read`."""
         message = reply.message
 
         def read(name: str) -> Contribution:
@@ -463,12 +465,14 @@ class Handled(OneJob, Strategy):
                 name, keys, session.job.schema, self.kind, metrics, states_round=session.states_round
             )
 
-        contribution = session.receive(reply.node, reply.claim, read)
+        return session.read(reply.node, reply.claim, read)
+
+    def __receive(self, session: Session, reply: Reply, name: str, sent: Contribution | Exception) -> None:
+        contribution = session.receive(reply.node, name, sent)
         if contribution is not None:
-            content = without_arrays(message.content) if self.stream else message.content
-            session.accepted[contribution.contributor] = Accepted(
-                content, contribution, None if self.stream else message
-            )
+            message = None if self.stream else reply.message
+            content = without_arrays(reply.message.content) if self.stream else reply.message.content
+            session.accepted[contribution.contributor] = Accepted(content, contribution, message)
 
     def __receive_final(self, session: Session, reply: Reply) -> list[str]:
         """Takes a score of the final model; returns whom there is none from."""

@@ -159,8 +159,10 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
             if not session.job.schema:
                 session.widths.note(_readable(results))
             session.expect((node, _claim(node, result.metrics)) for node, result in placed)
-            for place, (client, result) in enumerate(results, 1):
-                contribution = self.__receive(session, _node(client, place), result)
+            read = [self.__read(session, node, result) for node, result in placed]
+            session.foresee([given for _, given in read])
+            for (node, result), (name, given) in zip(placed, read, strict=True):
+                contribution = session.receive(node, name, given)
                 if contribution is not None:
                     by_name[contribution.contributor] = result
             errors = [_failure(failure, place) for place, failure in enumerate(failures, len(results) + 1)]
@@ -252,7 +254,9 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         """See `OneJob._job_settings`."""
         return super()._job_settings(self.num_rounds)
 
-    def __receive(self, session: Session, node: Hashable, result: FitRes) -> Contribution | None:
+    def __read(self, session: Session, node: Hashable, result: FitRes) -> tuple[str, Contribution | Exception]:
+        """See `Session.read`."""
+
         def read(name: str) -> Contribution:
             metrics = _own_metrics(result.metrics)
             return Contribution(
@@ -264,7 +268,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
                 metrics=session.with_score(name, metrics),
             )
 
-        return session.receive(node, partial(_claim, node, result.metrics), read)
+        return session.read(node, partial(_claim, node, result.metrics), read)
 
     def __scored(self, metrics: Metrics) -> Metrics:
         """The metrics, the one to select by under the name that handlers know."""

@@ -328,15 +328,35 @@ class Session:
             self._asked[node] = None
             self.job.send_model(self.called(node))
 
-    def receive(
+    def read(
         self, node: Hashable, claim: Callable[[], str | None], read: Callable[[str], Contribution]
-    ) -> Contribution | None:
-        """RECEIVE_CONTRIBUTION, or CLIENT_QUIT if reading raises anything but a `ContributionError`.
+    ) -> tuple[str, Contribution | Exception]:
+        """What a node sent, before any event tells of it: its name, and a contribution, or what reading it raised.
 
         Args:
             node: Who sent it.
             claim: Tells the name that it contributes under; None: none.
             read: Makes the contribution of that name.
+        """
+        try:
+            name = self._names.name(node, claim())
+            return name, self.widths.widened(read(name))
+        except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
+            # That a client failed is not this code's failure: where it was noticed would tell nothing.
+            failure = without_tracebacks(error) if isinstance(error, ClientQuitError) else as_failure(error)
+            return self.called(node), failure
+
+    def foresee(self, sent: Iterable[Contribution | Exception]) -> None:
+        """See `Round.foresee`: all that a round will receive is at hand."""
+        self.job.foresee([one for one in sent if isinstance(one, Contribution)])
+
+    def receive(self, node: Hashable, name: str, sent: Contribution | Exception) -> Contribution | None:
+        """RECEIVE_CONTRIBUTION, or CLIENT_QUIT if reading raised anything but a `ContributionError`.
+
+        Args:
+            node: Who sent it.
+            name: Its name; see `read`.
+            sent: What it sent.
 
         Returns:
             The contribution if it was accepted.
@@ -345,17 +365,7 @@ class Session:
             ContributionError: It is refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        sent: Contribution | Exception
-        try:
-            name = self._register(node, self._names.name(node, claim()))
-            sent = self.widths.widened(read(name))
-        except HandlerError:
-            raise  # of CLIENT_REGISTER: no failure of the client
-        except BaseException as error:  # noqa: BLE001 - the job says what becomes of it
-            # That a client failed is not this code's failure: where it was noticed would tell nothing.
-            sent = without_tracebacks(error) if isinstance(error, ClientQuitError) else as_failure(error)
-            name = self._register(node, self.called(node))
-        contribution = self.job.receive(name, sent)
+        contribution = self.job.receive(self._register(node, name), sent)
         if contribution is not None:
             self._n_iter[name] = contribution.n_iter
         if name in self.job.clients:
@@ -391,11 +401,7 @@ class Session:
         Raises:
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-
-        def read(_: str) -> Contribution:
-            raise error
-
-        self.receive(node, lambda: None, read)
+        self.receive(node, self.called(node), without_tracebacks(error))
 
     def close_round(self, *, error: Exception | None = None) -> bool:
         """Notes who is missing; aggregates, if enough is there; END_ROUND.
@@ -561,10 +567,20 @@ class _FlowerJob(Job):
         super().__init__(settings, weights)
         self._note_sent = note_sent
         self._aggregate_by = aggregate
+        self._foresees = True
 
     def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
         """See `Round.averaged`."""
         return self._round.averaged(contributions)
+
+    def foresee(self, sent: Sequence[Contribution]) -> None:
+        """See `Round.foresee`."""
+        if self._aggregate_by is None and self._foresees:
+            self._foresees = self._round.foresee(sent, self._output)
+
+    @property
+    def _output(self) -> Callable[[Schema], RecordWriter] | None:
+        return RecordWriter if self.settings.aggregation.kind is Kind.FULL else None
 
     def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights | Exception:
         if self._aggregate_by is not None:
@@ -573,9 +589,8 @@ class _FlowerJob(Job):
                 return self._aggregate_by(contributions)
             except FedLearnError as error:
                 return error
-        full = self.settings.aggregation.kind is Kind.FULL
         try:
-            combined = self._round.combine(contributions, output=RecordWriter if full else None, ctx=self.ctx)
+            combined = self._round.combine(contributions, output=self._output, ctx=self.ctx)
             self._note_sent(combined.sent)
             return combined.applied_to(self.weights)
         except UNUSABLE as error:
