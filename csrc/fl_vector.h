@@ -3,7 +3,7 @@
  * FL_FMA, and includes this once. Other compilers get the same code on vectors of one lane, which are plain numbers.
  *
  * Every conversion to float64 is exact. Every store rounds a float64 mean once, float16 and bfloat16 by way of float32,
- * as the numpy kernel does. NaN and infinity stay what they are, so that a sum tells that an input was not finite.
+ * as the numpy kernel does; with `stream` it writes past the caches. NaN and infinity stay what they are, so that a sum tells that an input was not finite.
  */
 #ifndef FL_VECTOR_H
 #define FL_VECTOR_H
@@ -305,7 +305,7 @@ static inline int fl_is_power_of_two(double x)
     return (bits & 0x000fffffffffffffu) == 0 && bits != 0 && 1.0 / x <= DBL_MAX;
 }
 
-/* The mean of finite values is finite; only its rounding could leave the range. */
+/* The mean of finite values is finite; only its rounding to float64 could leave the range. */
 FL_INLINE fl_f64 fl_within_range(fl_f64 mean)
 {
     fl_f64 largest = (fl_f64){0} + DBL_MAX;
@@ -340,6 +340,21 @@ FL_INLINE fl_u64 fl_doubtful(fl_f64 mean)
     return middle | FL_MASK(fl_f64_of_bits(bits & 0x7fffffffffffffffu) < 0x1p-126, fl_u64);
 }
 
+/* Not zeros where a number rounds to an infinity or is none, `limit` being where infinity begins for a dtype. */
+FL_INLINE fl_u64 fl_reaches(fl_f64 x, double limit)
+{
+    return ~FL_MASK(fl_f64_of_bits(fl_f64_bits(x) & 0x7fffffffffffffffu) < limit, fl_u64);
+}
+
+/* Rounded to 24 significant bits, to the odd one of two neighbours: rounding the result to float16 by way of float32 gives
+ * what rounding x at once would. */
+FL_INLINE fl_f64 fl_rounded_to_odd(fl_f64 x)
+{
+    const uint64_t dropped = 0x1fffffffu; /* the bits that float32 has not */
+    fl_u64 bits = fl_f64_bits(x), sticky = ((bits & dropped) + dropped) & (dropped + 1);
+    return fl_f64_of_bits((bits | sticky) & ~dropped);
+}
+
 /* Half to even: adding 2^52 to the magnitude leaves no room for a fraction. Larger values have none. */
 FL_INLINE fl_f64 fl_rint(fl_f64 x)
 {
@@ -355,11 +370,10 @@ FL_INLINE fl_f64 fl_load_float64(const double *p)
 }
 FL_INLINE void fl_store_float64(double *p, fl_f64 mean, int stream)
 {
-    fl_f64 rounded = fl_within_range(mean);
     if (stream)
-        FL_STREAM(p, rounded);
+        FL_STREAM(p, mean);
     else
-        fl_f64_write(p, rounded);
+        fl_f64_write(p, mean);
 }
 
 FL_INLINE fl_f64 fl_load_float32(const float *p)
@@ -456,8 +470,9 @@ FL_INLINE fl_f64 fl_load_bool(const uint8_t *p)
 {
     return fl_f64_of_i32(fl_i32_of_u8(FL_MASK(fl_u8_read(p) != 0, fl_u8) & 1));
 }
-FL_INLINE void fl_store_bool(uint8_t *p, fl_f64 mean)
+FL_INLINE void fl_store_bool(uint8_t *p, fl_f64 mean, int stream)
 {
+    (void)stream; /* of these there are few */
     fl_i32 set = fl_i32_of_f64(fl_rint(mean));
     fl_u8_write(p, fl_u8_of_i32(FL_MASK(set != 0, fl_i32) & 1));
 }
@@ -468,8 +483,9 @@ FL_INLINE void fl_store_bool(uint8_t *p, fl_f64 mean)
     {                                                                                                          \
         return load;                                                                                           \
     }                                                                                                          \
-    FL_INLINE void fl_store_##name(element *p, fl_f64 mean)                                                    \
+    FL_INLINE void fl_store_##name(element *p, fl_f64 mean, int stream)                                        \
     {                                                                                                          \
+        (void)stream;                                                                                          \
         fl_f64 whole = fl_rint(mean);                                                                          \
         store;                                                                                                 \
     }
