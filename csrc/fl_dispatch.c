@@ -9,8 +9,8 @@
 #include <cpuid.h>
 #endif
 
-/* What the processor has. __builtin_cpu_supports asks by XGETBV whether the operating system saves the registers, but not
- * every compiler's knows F16C, which uses the registers of AVX2. */
+/* What the processor has. __builtin_cpu_supports asks by XGETBV whether the operating system saves the registers, but
+ * not every compiler's knows F16C, which uses the registers of AVX2. */
 static int fl_has_baseline(void)
 {
     return 1;
@@ -142,9 +142,11 @@ int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t 
     int spare = fl_spare(n_inputs, a), stream = fl_is_large(n_pieces, counts);
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1)
-        not_finite[p] = (uint8_t)fl_functions(set, dtypes[p])->weighted_mean(
-            (void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total, scratch, spare, stream);
+    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        not_finite[p] = (uint8_t)of->weighted_mean((void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total,
+                                                   scratch, spare, stream);
+    }
     FL_FENCE();
     fl_leave(&env);
     return FL_OK;
@@ -159,8 +161,10 @@ int fl_accumulate(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *po
     int spare = fl_spare(n_inputs, a);
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1)
-        fl_functions(set, dtypes[p])->accumulate((double *)pointers[0], pointers + 1, n_inputs, counts[p], a, start, spare);
+    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        of->accumulate((double *)pointers[0], pointers + 1, n_inputs, counts[p], a, start, spare);
+    }
     fl_leave(&env);
     return FL_OK;
 }
@@ -173,9 +177,10 @@ int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t 
         return status;
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += 2)
-        not_finite[p] = (uint8_t)fl_functions(set, dtypes[p])->divide((void *)pointers[0], (const double *)pointers[1],
-                                                                     counts[p], total);
+    for (size_t p = 0; p < n_pieces; p++, pointers += 2) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        not_finite[p] = (uint8_t)of->divide((void *)pointers[0], (const double *)pointers[1], counts[p], total);
+    }
     fl_leave(&env);
     return FL_OK;
 }
@@ -198,9 +203,11 @@ int fl_add(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *co
         return status;
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += 3)
-        out_of_range[p] = (uint8_t)fl_functions(set, dtypes[p])->add(
-            (void *)pointers[0], (const void *)pointers[1], (const void *)pointers[2], counts[p], stream);
+    for (size_t p = 0; p < n_pieces; p++, pointers += 3) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        const void *one = (const void *)pointers[1], *other = (const void *)pointers[2];
+        out_of_range[p] = (uint8_t)of->add((void *)pointers[0], one, other, counts[p], stream);
+    }
     FL_FENCE();
     fl_leave(&env);
     return FL_OK;
@@ -214,9 +221,11 @@ int fl_subtract(int set, size_t n_pieces, const uintptr_t *pointers, const size_
         return status;
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += 3)
-        out_of_range[p] = (uint8_t)fl_functions(set, dtypes[p])->subtract(
-            (void *)pointers[0], (const void *)pointers[1], (const void *)pointers[2], counts[p], stream);
+    for (size_t p = 0; p < n_pieces; p++, pointers += 3) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        const void *one = (const void *)pointers[1], *other = (const void *)pointers[2];
+        out_of_range[p] = (uint8_t)of->subtract((void *)pointers[0], one, other, counts[p], stream);
+    }
     FL_FENCE();
     fl_leave(&env);
     return FL_OK;
@@ -295,15 +304,16 @@ int fl_exact_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *po
         digits.rows[b] = scratch + b * FL_EXACT_TILE;
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces && status == FL_OK; p++, pointers += n_inputs + 1)
-        status = fl_functions(set, dtypes[p])->exact_mean(&digits, (void *)pointers[0], pointers + 1, n_inputs, counts[p],
-                                                         high, low, total);
+    for (size_t p = 0; p < n_pieces && status == FL_OK; p++, pointers += n_inputs + 1) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        status = of->exact_mean(&digits, (void *)pointers[0], pointers + 1, n_inputs, counts[p], high, low, total);
+    }
     fl_leave(&env);
     return status;
 }
 
-int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
-                       const int32_t *dtypes, uint8_t *not_finite)
+int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+                       uint8_t *not_finite)
 {
     int status = fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)

@@ -22,9 +22,9 @@ struct fl_digits {
     uint8_t *touched;         /* set to 1 for each digit that is changed */
 };
 
-/* The operations on one dtype. Those that return an int say whether they met something that is not finite, those of exact
- * sums return a status. `spare`: products with inputs of at most so many significant bits are exact. `stream`: write past
- * the caches. An operation that does not take the dtype is NULL. */
+/* The operations on one dtype. Those that return an int say whether they met something that is not finite, those of
+ * exact sums return a status. `spare`: products with inputs of at most so many significant bits are exact. `stream`:
+ * write past the caches. An operation that does not take the dtype is NULL. */
 struct fl_functions {
     int (*weighted_mean)(void *output, const uintptr_t *inputs, size_t n_inputs, size_t count, const double *a,
                          double total, double *scratch, int spare, int stream);

@@ -2,9 +2,9 @@
 
     python tests/make_vectors.py --write tests/vectors/kernels.json
 
-They were made by the numpy kernel. `test_vectors.py` compares every kernel and instruction set with them, so that the bits
-stay the same from release to release and not only within one run. They are made anew only where the arithmetic is meant
-to change. Nothing here depends on numpy's random numbers, which may change with its versions.
+They were made by the numpy kernel. `test_vectors.py` compares every kernel and instruction set with them, so that the
+bits stay the same from release to release and not only within one run. They are made anew only where the arithmetic is
+meant to change. Nothing here depends on numpy's random numbers, which may change with its versions.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import fed_learn as fl
-from fed_learn.differences import add_difference, difference
+from fed_learn.aggregation.differences import add_difference, difference
 
 Array: TypeAlias = npt.NDArray[Any]
 Models: TypeAlias = list[dict[str, Array]]

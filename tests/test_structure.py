@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fed_learn"
 # A module imports only from layers above its own. Within a layer: only where the layer says so.
 LAYERS = (
     ("errors", "limits"),
-    ("environment", "disk", "npy", "weights", "differences", "values", "contribution", "events"),
+    ("environment", "disk", "npy", "weights", "values", "contribution", "events"),
     ("kernels", "adapters", "model_meta"),
     ("aggregation",),
     ("numproto", "protos", "handlers", "components", "server", "client"),

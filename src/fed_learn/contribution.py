@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.differences import check_differences
 from fed_learn.errors import (
     AggregationWeightError,
     DuplicateContributionError,
@@ -29,6 +28,7 @@ from fed_learn.weights import (
     Schema,
     WeightDict,
     as_weight_dict,
+    check_differences,
     check_weights,
     size_text,
 )

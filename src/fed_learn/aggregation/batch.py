@@ -17,7 +17,6 @@ from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.tensor_outputs import as_tensors
 from fed_learn.aggregation.tensors import Opened, label_of, opened_contribution, without_tensors
 from fed_learn.contribution import Contribution, Kind, check_contributor, check_countable, check_terms, checked_n_iter
-from fed_learn.differences import check_differences
 from fed_learn.errors import FedLearnError, NonFiniteError, WeightsTypeError, as_failure, described
 from fed_learn.kernels.base import Kernel
 from fed_learn.values import numbers_as_arrays
@@ -28,6 +27,7 @@ from fed_learn.weights import (
     Schema,
     WeightDict,
     as_weight_dict,
+    check_differences,
     check_finite,
     finite_elements,
     items_of,

@@ -8,7 +8,6 @@ from fed_learn.aggregation.round import check_partial
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
-from fed_learn.differences import check_differences
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.scoring import check_choice, check_count
 from fed_learn.model_meta import FLContext
@@ -22,6 +21,7 @@ from fed_learn.weights import (
     Schema,
     WeightDict,
     as_weight_dict,
+    check_differences,
     check_finite,
     finite_elements,
     size_text,

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from fed_learn.aggregation import weighted_average
+from fed_learn.aggregation.differences import add_difference
 from fed_learn.contribution import BestModel, Contribution, Kind, check_aggregation_weight, check_factor
-from fed_learn.differences import add_difference
 from fed_learn.errors import AggregatorError, EmptyAggregationError, FedLearnError, MetricError, described, text_of
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.numproto import model_arrays, model_to_weights, to_dtypes, weights_to_model

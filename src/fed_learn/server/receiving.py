@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fed_learn import kernels
+from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.round import UNUSABLE, Combined, Round, Told
 from fed_learn.contribution import (
     INITIAL_VALIDATION_METRIC,
@@ -14,7 +15,6 @@ from fed_learn.contribution import (
     check_contributor,
     checked_n_iter,
 )
-from fed_learn.differences import add_difference
 from fed_learn.errors import (
     AggregatorError,
     BrokenAccumulatorError,
