@@ -71,10 +71,10 @@ int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, cons
 int fl_copy(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
             uint8_t *not_finite);
 
-/* output = base + difference, or weights - base: in float64 and rounded to the dtype once, float16 at once and bfloat16
- * by way of float32; integers exactly. They take floats and signed integers. Pointers: output, base, difference;
- * output, weights, base. Sets out_of_range[i] to 1 where an output of piece i is not finite or left the range of the
- * integer, or where a 64-bit integer of an input is beyond 2^62 in magnitude; else to 0. */
+/* output = base + difference, or weights - base: in float64 and rounded to the dtype once; integers exactly. They take
+ * floats and signed integers. Pointers: output, base, difference; output, weights, base. Sets out_of_range[i] to 1 where
+ * an output of piece i is not finite or left the range of the integer, or where a 64-bit integer of an input is beyond
+ * 2^62 in magnitude; else to 0. */
 int fl_add(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
            uint8_t *out_of_range);
 int fl_subtract(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,

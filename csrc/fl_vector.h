@@ -349,15 +349,6 @@ FL_INLINE fl_u64 fl_reaches(fl_f64 x, double limit)
     return ~FL_MASK(fl_f64_of_bits(fl_f64_bits(x) & 0x7fffffffffffffffu) < limit, fl_u64);
 }
 
-/* Rounded to 24 significant bits, to the odd one of two neighbours: rounding the result to float16 by way of float32
- * gives what rounding x at once would. */
-FL_INLINE fl_f64 fl_rounded_to_odd(fl_f64 x)
-{
-    const uint64_t dropped = 0x1fffffffu; /* the bits that float32 has not */
-    fl_u64 bits = fl_f64_bits(x), sticky = ((bits & dropped) + dropped) & (dropped + 1);
-    return fl_f64_of_bits((bits | sticky) & ~dropped);
-}
-
 /* Half to even: adding 2^52 to the magnitude leaves no room for a fraction. Larger values have none. */
 FL_INLINE fl_f64 fl_rint(fl_f64 x)
 {

@@ -8,7 +8,7 @@ The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.p
 - with exact sums, digits that hold them (see `digits.py`) and their float64 value in place of the sums;
 - one rounding to the output dtype: float32 nearest-even, float16 and bfloat16 by way of float32, integers and
   booleans half to even (of the float64 mean: with aggregation weights that are no whole numbers a tie may not be one);
-- differences and their sums with a base are rounded as means are, but for float16: from float64 at once.
+- differences and their sums with a base are taken in float64 and rounded in the same way, integers in int64.
 
 All arrays are C-contiguous, aligned and in native byte order; those that belong together have the same number of
 elements, whatever their shapes. A kernel checks nothing, its caller has. It reports where numbers are not finite and

@@ -154,14 +154,15 @@ def _finish(acc: Float64Array, total: float, output: Array) -> bool:
 
 def _combine(operation: np.ufunc, one: Array, other: Array, output: Array) -> bool:
     """Writes the sum or difference of two arrays, and says whether it is not finite or out of range."""
-    wide_dtype = np.dtype(np.int64 if output.dtype.kind == "i" else np.float64)
+    integers = output.dtype.kind == "i"
+    wide_dtype = np.dtype(np.int64 if integers else np.float64)
     flagged = False
     for start in range(0, output.size, TILE):
         x, y, out = (array.reshape(-1)[start : start + TILE] for array in (one, other, output))
         with np.errstate(all="ignore"):
             wide = operation(x.astype(wide_dtype), y.astype(wide_dtype))
-            out[...] = wide.astype(out.dtype)
-            flagged |= not (np.array_equal(out, wide) if out.dtype.kind == "i" else np.isfinite(out).all())
+            out[...] = wide.astype(out.dtype) if integers else rounded(wide, out.dtype)
+            flagged |= not (np.array_equal(out, wide) if integers else np.isfinite(out).all())
         if out.dtype == np.int64:
             # The sum of two that are not beyond 2**62 wraps around at 2**63 alone.
             beyond = any(int(array.min()) < -(2**62) or int(array.max()) > 2**62 for array in (x, y))

@@ -217,8 +217,6 @@ def _combine(operation: Callable[[Tensor, Tensor], Tensor], one: Array, other: A
         x, y, out = (tensor[start : start + TILE] for tensor in tensors)
         if out.is_floating_point():
             wide = operation(x.to(torch.float64), y.to(torch.float64))
-            if out.dtype == torch.float16:
-                wide = _rounded_to_odd(wide)
             out.copy_(wide.to(torch.float32) if out.element_size() == 2 else wide)
             flagged |= not bool(torch.isfinite(out).all())
         else:
@@ -230,16 +228,6 @@ def _combine(operation: Callable[[Tensor, Tensor], Tensor], one: Array, other: A
             beyond = _beyond(x, 2**62) or _beyond(y, 2**62)
             flagged |= beyond or bool(((out == torch.iinfo(torch.int64).min) & (x > 0)).any())
     return flagged
-
-
-def _rounded_to_odd(wide: Tensor) -> Tensor:
-    """float64 rounded to 24 bits, to the odd one of two neighbours.
-
-    torch rounds to float16 by way of float32; of such numbers this gives what rounding at once would.
-    """
-    dropped = (1 << 29) - 1  # the bits that float32 has not
-    bits = wide.view(torch.int64)
-    return ((bits | (((bits & dropped) + dropped) & (dropped + 1))) & ~dropped).view(torch.float64)
 
 
 def _beyond(x: Tensor, largest: int) -> bool:
