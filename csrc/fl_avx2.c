@@ -3,6 +3,7 @@
 
 #if FL_HAVE_AVX
 #define FL_SET avx2
+#define FL_SET_NAME "avx2"
 #define FL_BYTES 32
 #define FL_TARGET __attribute__((target("avx2")))
 

@@ -4,6 +4,7 @@
 #if FL_HAVE_AVX
 #define FL_FMA 1
 #define FL_SET avx2_fma
+#define FL_SET_NAME "avx2+fma"
 #define FL_BYTES 32
 #define FL_TARGET __attribute__((target("avx2,f16c,fma")))
 

@@ -4,6 +4,7 @@
 #if FL_HAVE_AVX
 #define FL_FMA 1
 #define FL_SET avx512
+#define FL_SET_NAME "avx512"
 #define FL_BYTES 64
 #define FL_TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,f16c,fma")))
 

@@ -9,75 +9,69 @@
 #include <cpuid.h>
 #endif
 
-/* Instruction sets of the processor. __builtin_cpu_supports asks by XGETBV whether the operating system saves the
- * registers, but not every compiler's knows F16C, which uses the registers of AVX2. */
-static int fl_cpu_has(int set)
+/* What the processor has. __builtin_cpu_supports asks by XGETBV whether the operating system saves the registers, but
+ * not every compiler's knows F16C, which uses the registers of AVX2. */
+static int fl_has_baseline(void)
 {
+    return 1;
+}
 #if FL_HAVE_AVX
-    unsigned eax, ebx, ecx, edx;
+static int fl_has_avx2(void)
+{
     __builtin_cpu_init();
-    int avx2 = __builtin_cpu_supports("avx2") != 0;
-    int fma = avx2 && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C) != 0;
-    if (set == FL_AVX2)
-        return avx2;
-    if (set == FL_AVX2_FMA)
-        return fma;
-    if (set == FL_AVX512)
-        return fma && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return __builtin_cpu_supports("avx2") != 0;
+}
+static int fl_has_avx2_fma(void)
+{
+    unsigned eax, ebx, ecx, edx;
+    return fl_has_avx2() && __builtin_cpu_supports("fma") && __get_cpuid(1, &eax, &ebx, &ecx, &edx) &&
+           (ecx & bit_F16C) != 0;
+}
+static int fl_has_avx512(void)
+{
+    return fl_has_avx2_fma() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 #endif
-    return set == FL_BASELINE;
+
+/* The instruction sets of this build. */
+static const struct {
+    int (*usable)(void);
+    const struct fl_set_table *table;
+} fl_rows[FL_SETS] = {
+    [FL_BASELINE] = {fl_has_baseline, &fl_set_baseline},
+#if FL_HAVE_AVX
+    [FL_AVX2] = {fl_has_avx2, &fl_set_avx2},
+    [FL_AVX2_FMA] = {fl_has_avx2_fma, &fl_set_avx2_fma},
+    [FL_AVX512] = {fl_has_avx512, &fl_set_avx512},
+#endif
+};
+
+static int fl_is_built(int set)
+{
+    return set >= 0 && set < FL_SETS && fl_rows[set].table;
 }
 
 const char *fl_set_name(int set)
 {
-    switch (set) {
-    case FL_BASELINE:
-#if defined(FL_SCALAR) || !defined(__GNUC__)
-        return "scalar";
-#elif defined(__x86_64__)
-        return "sse2";
-#elif defined(__aarch64__)
-        return "neon";
-#else
-        return "baseline";
-#endif
-#if FL_HAVE_AVX
-    case FL_AVX2:
-        return "avx2";
-    case FL_AVX2_FMA:
-        return "avx2+fma";
-    case FL_AVX512:
-        return "avx512";
-#endif
-    default:
-        return NULL;
-    }
+    return fl_is_built(set) ? fl_rows[set].table->name : NULL;
 }
 
 int fl_set_usable(int set)
 {
     /* Asked once: under a hypervisor the instruction takes as long as a small model's mean. */
     static _Atomic int known[FL_SETS]; /* 0 not yet, 1 no, 2 yes */
-    if (set < 0 || set >= FL_SETS)
+    if (!fl_is_built(set))
         return 0;
     if (known[set] == 0)
-        known[set] = 1 + fl_cpu_has(set);
+        known[set] = 1 + fl_rows[set].usable();
     return known[set] == 2;
 }
 
+/* Of a set and a dtype that were checked. */
 static const struct fl_functions *fl_functions(int set, int dtype)
 {
-#if FL_HAVE_AVX
-    if (set == FL_AVX512)
-        return fl_functions_avx512 + dtype;
-    if (set == FL_AVX2_FMA)
-        return fl_functions_avx2_fma + dtype;
-    if (set == FL_AVX2)
-        return fl_functions_avx2 + dtype;
-#endif
-    (void)set;
-    return fl_functions_baseline + dtype;
+    return &fl_rows[set].table->functions[dtype];
 }
 
 /* Products of float64 numbers `a` with inputs of at most so many significant bits are exact; 0 where none are for sure.
@@ -111,8 +105,16 @@ static void fl_leave(const fenv_t *env)
     fesetenv(env);
 }
 
-/* Elements of a call from which on its output is not worth a place in the caches. */
+/* Whether the output of a call is not worth a place in the caches: from so many elements on. */
 enum { FL_STREAMED = 1 << 20 };
+
+static int fl_is_large(size_t n_pieces, const size_t *counts)
+{
+    size_t written = 0;
+    for (size_t p = 0; p < n_pieces; p++)
+        written += counts[p];
+    return written >= FL_STREAMED;
+}
 
 /* Stores past the caches are not ordered with those of other threads until there is a fence. */
 #if FL_HAVE_AVX
@@ -137,15 +139,14 @@ int fl_weighted_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t 
     int status = n_inputs == 0 ? FL_NO_INPUT : fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
         return status;
-    size_t written = 0;
-    int spare = fl_spare(n_inputs, a);
-    for (size_t p = 0; p < n_pieces; p++)
-        written += counts[p];
+    int spare = fl_spare(n_inputs, a), stream = fl_is_large(n_pieces, counts);
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1)
-        not_finite[p] = (uint8_t)fl_functions(set, dtypes[p])->weighted_mean(
-            (void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total, scratch, spare, written >= FL_STREAMED);
+    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        not_finite[p] = (uint8_t)of->weighted_mean((void *)pointers[0], pointers + 1, n_inputs, counts[p], a, total,
+                                                   scratch, spare, stream);
+    }
     FL_FENCE();
     fl_leave(&env);
     return FL_OK;
@@ -160,8 +161,10 @@ int fl_accumulate(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *po
     int spare = fl_spare(n_inputs, a);
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1)
-        fl_functions(set, dtypes[p])->accumulate((double *)pointers[0], pointers + 1, n_inputs, counts[p], a, start, spare);
+    for (size_t p = 0; p < n_pieces; p++, pointers += n_inputs + 1) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        of->accumulate((double *)pointers[0], pointers + 1, n_inputs, counts[p], a, start, spare);
+    }
     fl_leave(&env);
     return FL_OK;
 }
@@ -174,9 +177,56 @@ int fl_divide(int set, size_t n_pieces, const uintptr_t *pointers, const size_t 
         return status;
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += 2)
-        not_finite[p] = (uint8_t)fl_functions(set, dtypes[p])->divide((void *)pointers[0], (const double *)pointers[1],
-                                                                     counts[p], total);
+    for (size_t p = 0; p < n_pieces; p++, pointers += 2) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        not_finite[p] = (uint8_t)of->divide((void *)pointers[0], (const double *)pointers[1], counts[p], total);
+    }
+    fl_leave(&env);
+    return FL_OK;
+}
+
+/* Only floats and signed integers have differences. */
+static int fl_check_differences(int set, size_t n_pieces, const int32_t *dtypes)
+{
+    int status = fl_check(set, n_pieces, dtypes);
+    for (size_t p = 0; p < n_pieces && status == FL_OK; p++)
+        if (!fl_functions(set, dtypes[p])->add)
+            status = FL_BAD_DTYPE;
+    return status;
+}
+
+int fl_add(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+           uint8_t *out_of_range)
+{
+    int status = fl_check_differences(set, n_pieces, dtypes), stream = fl_is_large(n_pieces, counts);
+    if (status != FL_OK)
+        return status;
+    fenv_t env;
+    fl_enter(&env);
+    for (size_t p = 0; p < n_pieces; p++, pointers += 3) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        const void *one = (const void *)pointers[1], *other = (const void *)pointers[2];
+        out_of_range[p] = (uint8_t)of->add((void *)pointers[0], one, other, counts[p], stream);
+    }
+    FL_FENCE();
+    fl_leave(&env);
+    return FL_OK;
+}
+
+int fl_subtract(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+                uint8_t *out_of_range)
+{
+    int status = fl_check_differences(set, n_pieces, dtypes), stream = fl_is_large(n_pieces, counts);
+    if (status != FL_OK)
+        return status;
+    fenv_t env;
+    fl_enter(&env);
+    for (size_t p = 0; p < n_pieces; p++, pointers += 3) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        const void *one = (const void *)pointers[1], *other = (const void *)pointers[2];
+        out_of_range[p] = (uint8_t)of->subtract((void *)pointers[0], one, other, counts[p], stream);
+    }
+    FL_FENCE();
     fl_leave(&env);
     return FL_OK;
 }
@@ -254,36 +304,23 @@ int fl_exact_mean(int set, size_t n_pieces, size_t n_inputs, const uintptr_t *po
         digits.rows[b] = scratch + b * FL_EXACT_TILE;
     fenv_t env;
     fl_enter(&env);
-    for (size_t p = 0; p < n_pieces && status == FL_OK; p++, pointers += n_inputs + 1)
-        status = fl_functions(set, dtypes[p])->exact_mean(&digits, (void *)pointers[0], pointers + 1, n_inputs, counts[p],
-                                                         high, low, total);
+    for (size_t p = 0; p < n_pieces && status == FL_OK; p++, pointers += n_inputs + 1) {
+        const struct fl_functions *of = fl_functions(set, dtypes[p]);
+        status = of->exact_mean(&digits, (void *)pointers[0], pointers + 1, n_inputs, counts[p], high, low, total);
+    }
     fl_leave(&env);
     return status;
 }
 
-static fl_find_function *fl_find(int set)
-{
-#if FL_HAVE_AVX
-    if (set == FL_AVX512)
-        return fl_find_not_finite_avx512;
-    if (set == FL_AVX2_FMA)
-        return fl_find_not_finite_avx2_fma;
-    if (set == FL_AVX2)
-        return fl_find_not_finite_avx2;
-#endif
-    (void)set;
-    return fl_find_not_finite_baseline;
-}
-
-int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
-                       const int32_t *dtypes, uint8_t *not_finite)
+int fl_find_not_finite(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+                       uint8_t *not_finite)
 {
     int status = fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
         return status;
-    fl_find_function *find = fl_find(set);
+    const struct fl_set_table *table = fl_rows[set].table;
     for (size_t p = 0; p < n_pieces; p++)
-        not_finite[p] = (uint8_t)find(dtypes[p], NULL, (const void *)pointers[p], counts[p], 0);
+        not_finite[p] = (uint8_t)table->find_not_finite(dtypes[p], NULL, (const void *)pointers[p], counts[p], 0);
     return FL_OK;
 }
 
@@ -293,30 +330,20 @@ int fl_copy(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *c
     int status = fl_check(set, n_pieces, dtypes);
     if (status != FL_OK)
         return status;
-    size_t written = 0;
-    for (size_t p = 0; p < n_pieces; p++)
-        written += counts[p];
-    fl_find_function *find = fl_find(set);
+    const struct fl_set_table *table = fl_rows[set].table;
+    int stream = fl_is_large(n_pieces, counts);
     for (size_t p = 0; p < n_pieces; p++, pointers += 2)
-        not_finite[p] = (uint8_t)find(dtypes[p], (void *)pointers[0], (const void *)pointers[1], counts[p],
-                                      written >= FL_STREAMED);
+        not_finite[p] = (uint8_t)table->find_not_finite(dtypes[p], (void *)pointers[0], (const void *)pointers[1],
+                                                        counts[p], stream);
     FL_FENCE();
     return FL_OK;
 }
 
 uint64_t fl_read(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *sizes)
 {
-    fl_read_function *read = fl_read_baseline;
+    const struct fl_set_table *table = fl_rows[fl_set_usable(set) ? set : FL_BASELINE].table;
     uint64_t sum = 0;
-#if FL_HAVE_AVX
-    if (fl_set_usable(set))
-        read = set == FL_AVX512    ? fl_read_avx512
-               : set == FL_AVX2_FMA ? fl_read_avx2_fma
-               : set == FL_AVX2     ? fl_read_avx2
-                                    : read;
-#endif
-    (void)set;
     for (size_t p = 0; p < n_pieces; p++)
-        sum += read((const void *)pointers[p], sizes[p]);
+        sum += table->read((const void *)pointers[p], sizes[p]);
     return sum;
 }

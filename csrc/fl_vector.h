@@ -1,9 +1,11 @@
 /* Vectors of FL_BYTES bytes, by the vector extensions of GCC and Clang, and the conversions between every dtype and
- * float64 on them. Each instruction set's file defines FL_BYTES (16, 32 or 64), FL_TARGET and, where it has F16C and FMA,
- * FL_FMA, and includes this once. Other compilers get the same code on vectors of one lane, which are plain numbers.
+ * float64 on them. Each instruction set's file defines FL_BYTES (16, 32 or 64), FL_TARGET and, where it has F16C and
+ * FMA, FL_FMA, and includes this once. Other compilers get the same code on vectors of one lane, which are plain
+ * numbers.
  *
  * Every conversion to float64 is exact. Every store rounds a float64 mean once, float16 and bfloat16 by way of float32,
- * as the numpy kernel does. NaN and infinity stay what they are, so that a sum tells that an input was not finite.
+ * as the numpy kernel does; with `stream` it writes past the caches. NaN and infinity stay what they are, so that a sum
+ * tells that an input was not finite.
  */
 #ifndef FL_VECTOR_H
 #define FL_VECTOR_H
@@ -56,27 +58,27 @@ enum { FL_LINE = 64 };
 #if FL_SCALAR
 #define FL_PREFETCH(start, size) ((void)(start))
 #else
-#define FL_PREFETCH(start, size)                                                                               \
-    for (uintptr_t fl_line = (uintptr_t)(start); fl_line < (uintptr_t)(start) + (size); fl_line += FL_LINE)     \
+#define FL_PREFETCH(start, size)                                                                                       \
+    for (uintptr_t fl_line = (uintptr_t)(start); fl_line < (uintptr_t)(start) + (size); fl_line += FL_LINE)            \
     __builtin_prefetch((const void *)fl_line)
 #endif
 
 /* The values of x as another type, lane by lane; and all lanes ones where a condition holds, else zeros. */
 #if FL_SCALAR
 #define FL_CONVERT(x, type) ((type)(x))
-#define FL_MASK(condition, type) ((type)-(condition))
+#define FL_MASK(condition, type) ((type)(-(condition)))
 #else
 #define FL_CONVERT(x, type) __builtin_convertvector(x, type)
 #define FL_MASK(condition, type) ((type)(condition))
 #endif
 
 /* The bits of x as another type of the same size. */
-#define FL_BIT_CAST(name, from, to)                                                                                \
-    FL_INLINE to name(from x)                                                                                  \
-    {                                                                                                          \
-        to y;                                                                                                  \
-        memcpy(&y, &x, sizeof y);                                                                              \
-        return y;                                                                                              \
+#define FL_BIT_CAST(name, from, to)                                                                                    \
+    FL_INLINE to name(from x)                                                                                          \
+    {                                                                                                                  \
+        to y;                                                                                                          \
+        memcpy(&y, &x, sizeof y);                                                                                      \
+        return y;                                                                                                      \
     }
 FL_BIT_CAST(fl_f64_bits, fl_f64, fl_u64)
 FL_BIT_CAST(fl_f64_of_bits, fl_u64, fl_f64)
@@ -85,16 +87,16 @@ FL_BIT_CAST(fl_f32_of_bits, fl_u32, fl_f32)
 #undef FL_BIT_CAST
 
 /* Arrays are aligned to their elements, not to vectors: memcpy is the unaligned load and store. */
-#define FL_MEMORY(vector, element)                                                                             \
-    FL_INLINE vector vector##_read(const element *p)                                                           \
-    {                                                                                                          \
-        vector v;                                                                                              \
-        memcpy(&v, p, sizeof v);                                                                               \
-        return v;                                                                                              \
-    }                                                                                                          \
-    FL_INLINE void vector##_write(element *p, vector v)                                                        \
-    {                                                                                                          \
-        memcpy(p, &v, sizeof v);                                                                               \
+#define FL_MEMORY(vector, element)                                                                                     \
+    FL_INLINE vector vector##_read(const element *p)                                                                   \
+    {                                                                                                                  \
+        vector v;                                                                                                      \
+        memcpy(&v, p, sizeof v);                                                                                       \
+        return v;                                                                                                      \
+    }                                                                                                                  \
+    FL_INLINE void vector##_write(element *p, vector v)                                                                \
+    {                                                                                                                  \
+        memcpy(p, &v, sizeof v);                                                                                       \
     }
 FL_MEMORY(fl_f64, double)
 FL_MEMORY(fl_u64, uint64_t)
@@ -142,8 +144,8 @@ FL_INLINE void fl_stream(void *p, const void *v, size_t size)
 #define FL_STREAM(p, v) fl_stream(p, &(v), sizeof(v))
 #endif
 
-/* Makes a value in a register one that the compiler knows nothing of, so that it does not read it from memory once more,
- * where it may have changed. Without vectors elements are volatile instead. */
+/* Makes a value in a register one that the compiler knows nothing of, so that it does not read it from memory once
+ * more, where it may have changed. Without vectors elements are volatile instead. */
 #if FL_SCALAR
 #define FL_READ_ONCE(v) ((void)0)
 #elif defined(__x86_64__)
@@ -156,10 +158,10 @@ FL_INLINE void fl_stream(void *p, const void *v, size_t size)
 
 /* The conversions that change the width of a lane. GCC 12 makes several instructions of what the machine has one for.
  * Integers keep their low bits when they are narrowed, as in C. */
-#define FL_CONVERSION(name, from, to, expression)                                                              \
-    FL_INLINE to name(from x)                                                                                  \
-    {                                                                                                          \
-        return (to)(expression);                                                                               \
+#define FL_CONVERSION(name, from, to, expression)                                                                      \
+    FL_INLINE to name(from x)                                                                                          \
+    {                                                                                                                  \
+        return (to)(expression);                                                                                       \
     }
 #if FL_IS_AVX2 || FL_IS_AVX512
 /* The bytes of half a register or less in a whole one, and back. */
@@ -169,13 +171,13 @@ FL_INLINE __m128i fl_widen(const void *x, size_t size)
     memcpy(&low, x, size);
     return _mm_cvtsi64_si128((long long)low);
 }
-#define FL_NARROWING(name, from, to, expression)                                                               \
-    FL_INLINE to name(from x)                                                                                  \
-    {                                                                                                          \
-        to y;                                                                                                  \
-        __m128i low = (expression);                                                                            \
-        memcpy(&y, &low, sizeof y);                                                                            \
-        return y;                                                                                              \
+#define FL_NARROWING(name, from, to, expression)                                                                       \
+    FL_INLINE to name(from x)                                                                                          \
+    {                                                                                                                  \
+        to y;                                                                                                          \
+        __m128i low = (expression);                                                                                    \
+        memcpy(&y, &low, sizeof y);                                                                                    \
+        return y;                                                                                                      \
     }
 #endif
 #if FL_IS_AVX512
@@ -198,7 +200,8 @@ FL_CONVERSION(fl_f64_of_i32, fl_i32, fl_f64, _mm256_cvtepi32_pd((__m128i)x))
 FL_CONVERSION(fl_i32_of_f64, fl_f64, fl_i32, _mm256_cvttpd_epi32((__m256d)x))
 FL_CONVERSION(fl_u64_of_u32, fl_u32, fl_u64, _mm256_cvtepu32_epi64((__m128i)x))
 FL_CONVERSION(fl_u32_of_u64, fl_u64, fl_u32,
-              _mm256_castsi256_si128(_mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6))))
+              _mm256_castsi256_si128(_mm256_permutevar8x32_epi32((__m256i)x,
+                                                                 _mm256_setr_epi32(0, 2, 4, 6, 0, 2, 4, 6))))
 FL_CONVERSION(fl_u32_of_u16, fl_u16, fl_u32, _mm_cvtepu16_epi32(fl_widen(&x, sizeof x)))
 FL_CONVERSION(fl_i32_of_i16, fl_i16, fl_i32, _mm_cvtepi16_epi32(fl_widen(&x, sizeof x)))
 FL_CONVERSION(fl_i32_of_u8, fl_u8, fl_i32, _mm_cvtepu8_epi32(fl_widen(&x, sizeof x)))
@@ -305,7 +308,7 @@ static inline int fl_is_power_of_two(double x)
     return (bits & 0x000fffffffffffffu) == 0 && bits != 0 && 1.0 / x <= DBL_MAX;
 }
 
-/* The mean of finite values is finite; only its rounding could leave the range. */
+/* The mean of finite values is finite; only its rounding to float64 could leave the range. */
 FL_INLINE fl_f64 fl_within_range(fl_f64 mean)
 {
     fl_f64 largest = (fl_f64){0} + DBL_MAX;
@@ -340,6 +343,12 @@ FL_INLINE fl_u64 fl_doubtful(fl_f64 mean)
     return middle | FL_MASK(fl_f64_of_bits(bits & 0x7fffffffffffffffu) < 0x1p-126, fl_u64);
 }
 
+/* Not zeros where a number rounds to an infinity or is none, `limit` being where infinity begins for a dtype. */
+FL_INLINE fl_u64 fl_reaches(fl_f64 x, double limit)
+{
+    return ~FL_MASK(fl_f64_of_bits(fl_f64_bits(x) & 0x7fffffffffffffffu) < limit, fl_u64);
+}
+
 /* Half to even: adding 2^52 to the magnitude leaves no room for a fraction. Larger values have none. */
 FL_INLINE fl_f64 fl_rint(fl_f64 x)
 {
@@ -355,11 +364,10 @@ FL_INLINE fl_f64 fl_load_float64(const double *p)
 }
 FL_INLINE void fl_store_float64(double *p, fl_f64 mean, int stream)
 {
-    fl_f64 rounded = fl_within_range(mean);
     if (stream)
-        FL_STREAM(p, rounded);
+        FL_STREAM(p, mean);
     else
-        fl_f64_write(p, rounded);
+        fl_f64_write(p, mean);
 }
 
 FL_INLINE fl_f64 fl_load_float32(const float *p)
@@ -456,33 +464,38 @@ FL_INLINE fl_f64 fl_load_bool(const uint8_t *p)
 {
     return fl_f64_of_i32(fl_i32_of_u8(FL_MASK(fl_u8_read(p) != 0, fl_u8) & 1));
 }
-FL_INLINE void fl_store_bool(uint8_t *p, fl_f64 mean)
+FL_INLINE void fl_store_bool(uint8_t *p, fl_f64 mean, int stream)
 {
+    (void)stream; /* of these there are few */
     fl_i32 set = fl_i32_of_f64(fl_rint(mean));
     fl_u8_write(p, fl_u8_of_i32(FL_MASK(set != 0, fl_i32) & 1));
 }
 
 /* Integers, by way of those that the machine converts. Their callers see to it that a 64-bit mean is at most 2^51. */
-#define FL_INTEGER(name, element, load, store)                                                                 \
-    FL_INLINE fl_f64 fl_load_##name(const element *p)                                                          \
-    {                                                                                                          \
-        return load;                                                                                           \
-    }                                                                                                          \
-    FL_INLINE void fl_store_##name(element *p, fl_f64 mean)                                                    \
-    {                                                                                                          \
-        fl_f64 whole = fl_rint(mean);                                                                          \
-        store;                                                                                                 \
+#define FL_INTEGER(name, element, load, store)                                                                         \
+    FL_INLINE fl_f64 fl_load_##name(const element *p)                                                                  \
+    {                                                                                                                  \
+        return load;                                                                                                   \
+    }                                                                                                                  \
+    FL_INLINE void fl_store_##name(element *p, fl_f64 mean, int stream)                                                \
+    {                                                                                                                  \
+        (void)stream;                                                                                                  \
+        fl_f64 whole = fl_rint(mean);                                                                                  \
+        store;                                                                                                         \
     }
 FL_INTEGER(int8, int8_t, fl_f64_of_i32(fl_i32_of_i8(fl_i8_read(p))),
            fl_u8_write((uint8_t *)p, fl_u8_of_i32(fl_i32_of_f64(whole))))
-FL_INTEGER(uint8, uint8_t, fl_f64_of_i32(fl_i32_of_u8(fl_u8_read(p))), fl_u8_write(p, fl_u8_of_i32(fl_i32_of_f64(whole))))
+FL_INTEGER(uint8, uint8_t, fl_f64_of_i32(fl_i32_of_u8(fl_u8_read(p))),
+           fl_u8_write(p, fl_u8_of_i32(fl_i32_of_f64(whole))))
 FL_INTEGER(int16, int16_t, fl_f64_of_i32(fl_i32_of_i16(fl_i16_read(p))),
            fl_u16_write((uint16_t *)p, fl_u16_of_u32((fl_u32)fl_i32_of_f64(whole))))
 FL_INTEGER(uint16, uint16_t, fl_f64_of_i32((fl_i32)fl_u32_of_u16(fl_u16_read(p))),
            fl_u16_write(p, fl_u16_of_u32((fl_u32)fl_i32_of_f64(whole))))
 FL_INTEGER(int32, int32_t, fl_f64_of_i32(fl_i32_read(p)), fl_i32_write(p, fl_i32_of_f64(whole)))
-FL_INTEGER(uint32, uint32_t, fl_f64_of_u64(fl_u64_of_u32(fl_u32_read(p))), fl_u32_write(p, fl_u32_of_u64(fl_u64_of_f64(whole))))
-FL_INTEGER(int64, int64_t, fl_f64_of_i64(fl_u64_read((const uint64_t *)p)), fl_u64_write((uint64_t *)p, fl_u64_of_f64(whole)))
+FL_INTEGER(uint32, uint32_t, fl_f64_of_u64(fl_u64_of_u32(fl_u32_read(p))),
+           fl_u32_write(p, fl_u32_of_u64(fl_u64_of_f64(whole))))
+FL_INTEGER(int64, int64_t, fl_f64_of_i64(fl_u64_read((const uint64_t *)p)),
+           fl_u64_write((uint64_t *)p, fl_u64_of_f64(whole)))
 FL_INTEGER(uint64, uint64_t, fl_f64_of_u64(fl_u64_read(p)), fl_u64_write(p, fl_u64_of_f64(whole)))
 #undef FL_INTEGER
 

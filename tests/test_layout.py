@@ -16,7 +16,7 @@ from keras import layers
 from torch import nn
 
 from fed_learn.adapters.layout import LayoutMap, align
-from fed_learn.differences import add_difference, difference
+from fed_learn.aggregation.differences import add_difference, difference
 from fed_learn.errors import DtypeError, ModelError, NamesError, ShapeError, TiedVariablesError, WeightsTypeError
 
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 import fed_learn as fl
 from fed_learn import kernels
+from fed_learn.aggregation.differences import add_difference, difference
 from fed_learn.aggregation.round import MOST_FORMS, Combined, Round
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.contribution import Contribution, Kind
-from fed_learn.differences import add_difference, difference
 from fed_learn.weights import Array, FrozenWeights, WeightDict
 
 pytestmark = pytest.mark.quick

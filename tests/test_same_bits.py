@@ -424,7 +424,7 @@ def test_native_ignores_the_floating_point_environment_of_the_process_and_leaves
 REFUSED = (
     CHANGE
     + """
-from fed_learn.differences import add_difference, difference
+from fed_learn.aggregation.differences import add_difference, difference
 
 one, other = {"w": tiny}, {"w": 2 * tiny}
 accumulator = fl.Accumulator(kernel="numpy")

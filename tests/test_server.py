@@ -106,7 +106,7 @@ def test_a_model_whose_differences_its_dtypes_cannot_hold_is_refused_for_differe
     with pytest.raises(fl.DtypeError, match=r"global model: 'mask'.*cannot hold a difference") as caught:
         fl.FederatedServer(weights, num_rounds=1, kind=fl.Kind.DIFF)
     assert (caught.value.name, caught.value.dtype) == ("mask", np.dtype(dtype))
-    assert fl.FederatedServer(weights, num_rounds=1).schema["mask"] == ((2,), np.dtype(dtype))
+    assert fl.FederatedServer(weights, num_rounds=1).weights["mask"].dtype == np.dtype(dtype)
 
 
 @pytest.mark.parametrize("count", [2.5, 2.0, True, "3", math.nan], ids=repr)

@@ -18,10 +18,10 @@ SOURCE = Path(__file__).parents[1] / "src" / "fed_learn"
 # A module imports only from layers above its own. Within a layer: only where the layer says so.
 LAYERS = (
     ("errors", "limits"),
-    ("arguments", "environment", "disk", "npy", "weights", "differences", "values", "contribution", "events"),
-    ("kernels", "adapters", "model_meta"),
+    ("arguments", "environment", "disk", "npy", "weights", "values", "contribution", "events"),
+    ("kernels", "adapters", "model_meta", "numproto", "protos"),
     ("aggregation",),
-    ("numproto", "protos", "handlers", "components", "server", "client"),
+    ("handlers", "components", "server", "client"),
     ("pictures", "integrations", "simulation", "benchmark", "cli"),
 )
 SEPARATE = {"kernels", "adapters", "model_meta"}

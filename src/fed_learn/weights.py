@@ -531,9 +531,9 @@ def fitted(array: Array, dtype: np.dtype[Any]) -> Array | None:
             truth = array.astype(BOOL)
             return truth if np.array_equal(truth, array) else None
         if dtype in FLOATS:
-            rounded = np.asarray((array.astype(np.float32) if dtype.itemsize == 2 else array).astype(dtype))
-            lost = finite_elements(array) & ~finite_elements(rounded)
-            return None if lost.any() else rounded
+            near = rounded(array, dtype)
+            lost = finite_elements(array) & ~finite_elements(near)
+            return None if lost.any() else near
         whole = np.rint(array.astype(np.float64)) if native_dtype(array.dtype) in FLOATS else array
         if whole.size and whole.dtype.kind == "f" and not np.isfinite(whole).all():
             return None
@@ -541,6 +541,41 @@ def fitted(array: Array, dtype: np.dtype[Any]) -> Array | None:
         if whole.size and not (bounds.min <= int(whole.min()) and int(whole.max()) <= bounds.max):
             return None
         return np.asarray(whole.astype(dtype))
+
+
+def rounded(array: Array, dtype: np.dtype[Any]) -> Array:
+    """A new array with numbers rounded to a dtype as means are: halves by way of float32, integers half to even.
+
+    Args:
+        array: Numbers; for integers and booleans, of a floating-point dtype and within the range.
+        dtype: Any supported one.
+
+    Example:
+        >>> rounded(np.array([0.5, 1.5]), np.dtype(np.int8))
+        array([0, 2], dtype=int8)
+    """
+    if dtype.kind in "biu":
+        array = np.rint(array)
+    elif dtype.itemsize == 2:
+        array = array.astype(np.float32)
+    return np.asarray(array.astype(dtype))
+
+
+def check_differences(schema: Schema, contributor: str | None = None) -> None:
+    """Refuses a schema whose differences its own dtypes cannot hold.
+
+    Raises:
+        DtypeError: A variable is boolean or an unsigned integer.
+    """
+    for name, (_, dtype) in schema.items():
+        if dtype.kind in "bu":
+            raise DtypeError(
+                f"{about(contributor, name)}has dtype {dtype}, which cannot hold a difference; send full weights",
+                contributor=contributor,
+                name=name,
+                dtype=dtype,
+                expected=None,
+            )
 
 
 def first_of(bad: npt.NDArray[np.bool_], array: Array) -> tuple[tuple[int, ...], float]:

@@ -79,8 +79,8 @@ static uint64_t one_nan(int dtype, uint64_t bits)
     return dtype < FLOATS && isnan(value(dtype, bits)) ? UINT64_MAX : bits;
 }
 
-/* float32 to float16 or bfloat16: half to even, of units in the last place. */
-static uint64_t narrowed(int dtype, float x)
+/* To float16 or bfloat16: half to even, of units in the last place. */
+static uint64_t narrowed(int dtype, double x)
 {
     struct format f = FORMATS[dtype];
     int bias = (1 << (f.exponent_bits - 1)) - 1, exponent;
@@ -91,7 +91,7 @@ static uint64_t narrowed(int dtype, float x)
         return (x == 0 ? 0 : infinity) | sign;
     frexp(x, &exponent); /* fraction from 0.5 to 1 */
     exponent = exponent - 1 < 1 - bias ? 1 - bias : exponent - 1;
-    double units = nearbyint(ldexp(fabs((double)x), f.fraction_bits - exponent));
+    double units = nearbyint(ldexp(fabs(x), f.fraction_bits - exponent));
     /* The leading one of a normal number, and what rounding carries, both add one to the exponent. */
     uint64_t bits = ((uint64_t)(exponent + bias - 1) << f.fraction_bits) + (uint64_t)units;
     return (bits < infinity ? bits : infinity) | sign;
@@ -112,6 +112,28 @@ static uint64_t rounded_mean(int dtype, double sum, double total)
     case FL_BOOL: return nearbyint(mean) != 0;
     default: return (uint64_t)(int64_t)nearbyint(mean) & (UINT64_MAX >> (64 - 8 * ITEMS[dtype]));
     }
+}
+
+/* The bits of one + other or, with `minus`, one - other, rounded at once. Says whether it is finite and,
+ * of integers, fits and comes of none beyond 2^62. */
+static uint64_t combined(int dtype, uint64_t one, uint64_t other, int minus, int *right)
+{
+    uint64_t bits = 0;
+    if (dtype < FLOATS) {
+        double x = value(dtype, one), y = value(dtype, other), sum = minus ? x - y : x + y;
+        float single = (float)sum;
+        uint32_t bits32;
+        memcpy(&bits32, &single, 4);
+        memcpy(&bits, &sum, 8);
+        bits = dtype < FL_FLOAT32 ? narrowed(dtype, sum) : dtype == FL_FLOAT32 ? bits32 : bits;
+        *right = isfinite(value(dtype, bits)) != 0;
+        return one_nan(dtype, bits);
+    }
+    unsigned unused = (unsigned)(64 - 8 * ITEMS[dtype]);
+    __int128 x = (int64_t)(one << unused) >> unused, y = (int64_t)(other << unused) >> unused;
+    __int128 sum = minus ? x - y : x + y, most = (__int128)1 << 62, limit = (__int128)1 << (8 * ITEMS[dtype] - 1);
+    *right = -limit <= sum && sum < limit && -most <= x && x <= most && -most <= y && y <= most;
+    return (uint64_t)sum & (UINT64_MAX >> unused);
 }
 
 /* The sum of products in order, each product and each sum rounded. */

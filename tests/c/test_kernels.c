@@ -248,6 +248,110 @@ static void test_find_not_finite_and_read(const struct call *c)
     }
 }
 
+/* base + difference and weights - base of some pieces; each has an output and two inputs. */
+static void check_differences(size_t n, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes)
+{
+    uint8_t *out_of_range = room(n, 1);
+    for (int minus = 0; minus < 2; minus++) {
+        if (minus)
+            CHECK(RUN(fl_subtract, set, n, pointers, counts, dtypes, out_of_range) == FL_OK);
+        else
+            CHECK(RUN(fl_add, set, n, pointers, counts, dtypes, out_of_range) == FL_OK);
+        for (size_t p = 0; p < n; p++) {
+            const void *output = (const void *)pointers[3 * p], *one = (const void *)pointers[3 * p + 1];
+            const void *other = (const void *)pointers[3 * p + 2];
+            int all_right = 1, dtype = dtypes[p];
+            dtype_name = DTYPES[dtype];
+            n_elements = counts[p];
+            for (size_t i = 0; i < counts[p]; i++) {
+                int right;
+                uint64_t expected = combined(dtype, element(dtype, one, i), element(dtype, other, i), minus, &right);
+                uint64_t bits = one_nan(dtype, element(dtype, output, i));
+                CHECK(bits == expected);
+                hashes[set] = (hashes[set] ^ bits) * 0x100000001b3u;
+                all_right &= right;
+            }
+            CHECK(out_of_range[p] == !all_right);
+        }
+    }
+}
+
+static int has_differences(int dtype)
+{
+    return dtype < FLOATS || (dtype >= FL_INT8 && dtype <= FL_INT64);
+}
+
+/* Of the first and the last input. */
+static void test_differences(const struct call *c)
+{
+    uintptr_t *pointers = room(3 * c->n_pieces, sizeof *pointers);
+    size_t *counts = room(c->n_pieces, sizeof *counts), n = 0;
+    int32_t *dtypes = room(c->n_pieces, sizeof *dtypes);
+    for (size_t p = 0; p < c->n_pieces; p++) {
+        const uintptr_t *inputs = c->pointers + p * (1 + c->n_inputs) + 1;
+        if (!has_differences(c->dtypes[p]))
+            continue;
+        dtypes[n] = c->dtypes[p];
+        counts[n] = c->counts[p];
+        pointers[3 * n] = (uintptr_t)room(counts[n], ITEMS[dtypes[n]]);
+        pointers[3 * n + 1] = inputs[0];
+        pointers[3 * n++ + 2] = inputs[c->n_inputs - 1];
+    }
+    check_differences(n, pointers, counts, dtypes);
+}
+
+/* So many elements that outputs are written past the caches. */
+static void test_many_differences(void)
+{
+    size_t counts[] = {MANY, 20001, 20001, 20001, 20001};
+    int32_t dtypes[] = {FL_INT8, FL_FLOAT16, FL_BFLOAT16, FL_FLOAT32, FL_FLOAT64};
+    uintptr_t pointers[3 * LENGTH(dtypes)];
+    for (size_t at = 0; at < LENGTH(pointers); at++) {
+        size_t p = at / 3;
+        pointers[at] = (uintptr_t)room(counts[p], ITEMS[dtypes[p]]);
+        for (size_t i = 0; i < counts[p] && at % 3; i++)
+            set_element(dtypes[p], (void *)pointers[at], i, random_element(dtypes[p], USUAL, 0));
+    }
+    check_differences(LENGTH(dtypes), pointers, counts, dtypes);
+}
+
+/* Sums at and beside the middle between two numbers, and at the end of each dtype. */
+static void test_differences_halfway(void)
+{
+    enum { COUNT = 4 * 65536 };
+    size_t count = COUNT;
+    for (int32_t dtype = 0; dtype < FLOATS; dtype++) {
+        uintptr_t pointers[] = {(uintptr_t)room(COUNT, ITEMS[dtype]), (uintptr_t)room(COUNT, ITEMS[dtype]),
+                                (uintptr_t)room(COUNT, ITEMS[dtype])};
+        struct format f = FORMATS[dtype];
+        uint64_t one = (uint64_t)1 << f.fraction_bits, largest = (((uint64_t)1 << f.exponent_bits) - 1) * one - 1;
+        uint64_t sign = largest + 1 + one;
+        for (size_t i = 0; i < COUNT; i++) {
+            uint64_t r = random_bits(), x = i % 8 ? r % (largest + 1) : largest - r % 3;
+            uint64_t below = (r >> 20) % (uint64_t)(f.fraction_bits + 3) * one, exponent = x & ~(one - 1);
+            uint64_t y = (exponent > below ? exponent - below : 0) | ((r >> 30) % 3 ? (r >> 32) % 2 : (r >> 32) & (one - 1));
+            set_element(dtype, (void *)pointers[1], i, x | (r >> 62 & 1 ? sign : 0));
+            set_element(dtype, (void *)pointers[2], i, y | (r >> 63 ? sign : 0));
+        }
+        check_differences(1, pointers, &count, &dtype);
+    }
+}
+
+/* 64-bit integers around 2^62 and 2^63. */
+static void test_differences_of_large_integers(void)
+{
+    static const int64_t numbers[] = {0, 1, -1, INT64_MAX, INT64_MIN, (int64_t)1 << 62, -((int64_t)1 << 62),
+                                      ((int64_t)1 << 62) + 1, ((int64_t)1 << 62) - 1, -((int64_t)1 << 62) - 1};
+    int32_t dtype = FL_INT64;
+    size_t count = 1;
+    for (size_t x = 0; x < LENGTH(numbers); x++)
+        for (size_t y = 0; y < LENGTH(numbers); y++) {
+            int64_t output;
+            uintptr_t pointers[] = {(uintptr_t)&output, (uintptr_t)(numbers + x), (uintptr_t)(numbers + y)};
+            check_differences(1, pointers, &count, &dtype);
+        }
+}
+
 static void test_exact_mean(const struct call *c)
 {
     uintptr_t *pointers = with_outputs(c, 0, 0, c->n_inputs);
@@ -368,6 +472,8 @@ static void test_refusals(const struct call *c)
     CHECK(RUN(fl_divide, set, n, pointers, c->counts, dtypes, 1.0, flags) == status);                                  \
     CHECK(RUN(fl_find_not_finite, set, n, pointers, c->counts, dtypes, flags) == status);                              \
     CHECK(RUN(fl_copy, set, n, pointers, c->counts, dtypes, flags) == status);                                         \
+    CHECK(RUN(fl_add, set, n, pointers, c->counts, dtypes, flags) == status);                                          \
+    CHECK(RUN(fl_subtract, set, n, pointers, c->counts, dtypes, flags) == status);                                     \
     REFUSED_EXACTLY(set, TOP, N_DIGITS, status)
     memcpy(dtypes, c->dtypes, n * sizeof *dtypes);
     for (size_t i = 0; i < LENGTH(bad_sets); i++) {
@@ -381,6 +487,11 @@ static void test_refusals(const struct call *c)
         dtypes[n - 1] = bad_dtypes[i];
         REFUSED(set, FL_BAD_DTYPE);
     }
+    for (int32_t dtype = 0; dtype < FL_DTYPES; dtype++)
+        if (!has_differences(dtype)) {
+            CHECK(RUN(fl_add, set, 1, pointers, c->counts, &dtype, flags) == FL_BAD_DTYPE);
+            CHECK(RUN(fl_subtract, set, 1, pointers, c->counts, &dtype, flags) == FL_BAD_DTYPE);
+        }
     CHECK(RUN(fl_weighted_mean, set, n, 0, pointers, c->counts, c->dtypes, c->a, 1.0, NULL, flags) == FL_NO_INPUT);
     CHECK(RUN(fl_accumulate, set, n, 0, pointers, c->counts, c->dtypes, c->a, 1) == FL_NO_INPUT);
     for (size_t p = 0; p < n; p++) {
@@ -401,7 +512,7 @@ static void for_every_set(void (*const *tests)(const struct call *), size_t n_te
 int main(void)
 {
     static void (*const sums[])(const struct call *) = {test_weighted_mean, test_accumulate_and_divide,
-                                                        test_find_not_finite_and_read};
+                                                        test_find_not_finite_and_read, test_differences};
     static void (*const exact[])(const struct call *) = {test_exact_mean, test_deposit_and_exact_divide};
     static void (*const refusals[])(const struct call *) = {test_refusals};
     /* Totals that are subnormal, whose reciprocals are, and far from either. */
@@ -420,9 +531,13 @@ int main(void)
     for_every_set(refusals, LENGTH(refusals), make_call(3, FL_DTYPES, 2, 10, 1, 0));
     for (set = 0; set < FL_SETS; set++)
         if (fl_set_usable(set)) {
+            random_state = 1; /* the same numbers for all */
             test_means_halfway();
             test_large_integers();
             test_digits_that_do_not_reach();
+            test_many_differences();
+            test_differences_halfway();
+            test_differences_of_large_integers();
             printf("%s %016" PRIx64 "\n", fl_set_name(set), hashes[set]);
         }
     free_rooms();

@@ -27,7 +27,6 @@ from fed_learn.contribution import (
     check_terms,
     checked_n_iter,
 )
-from fed_learn.differences import check_differences
 from fed_learn.errors import (
     AggregationWeightError,
     EmptyAggregationError,
@@ -49,6 +48,7 @@ from fed_learn.weights import (
     Schema,
     WeightDict,
     as_weight_dict,
+    check_differences,
     check_finite,
     finite_elements,
     listed,

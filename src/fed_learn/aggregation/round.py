@@ -17,6 +17,7 @@ from fed_learn import kernels
 from fed_learn.aggregation import agreement
 from fed_learn.aggregation.accumulator import Accumulator
 from fed_learn.aggregation.batch import Checked, Terms
+from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.mean import Output
 from fed_learn.aggregation.rules import Given
 from fed_learn.aggregation.settings import AggregationSettings
@@ -30,7 +31,6 @@ from fed_learn.contribution import (
     check_countable,
     check_terms,
 )
-from fed_learn.differences import add_difference
 from fed_learn.errors import (
     AggregatorError,
     ContributionError,
@@ -80,15 +80,22 @@ class Combined:
     sent: tuple[str, ...]
     kind: Kind = Kind.FULL
 
-    def applied_to(self, weights: FrozenWeights) -> FrozenWeights:
+    def applied_to(self, weights: FrozenWeights, output: Callable[[Schema], Output] | None = None) -> FrozenWeights:
         """The global model that this makes of the one before; what was not sent is kept.
+
+        Args:
+            weights: The one before.
+            output: Makes what the sum with a mean difference is written to; None: new memory.
 
         Raises:
             NonFiniteError, IntegerRangeError: It would leave the range of a dtype.
         """
         mean = self.mean
         if self.kind is Kind.DIFF:
-            mean = add_difference({name: weights[name] for name in mean}, mean)
+            base = {name: weights[name] for name in mean}
+            written = None if output is None else output(Schema.of(base))
+            mean = add_difference(base, mean, out=None if written is None else dict(written.arrays))
+            mean = mean if written is None else written.finish()
         if list(mean) == list(weights):
             return mean if isinstance(mean, FrozenWeights) else FrozenWeights.adopt(mean)
         new = {**weights, **self.constants, **mean}

@@ -48,7 +48,7 @@ FAST = ("numpy running sum", "numpy in place", "torch._foreach_add_", "torch add
 FOR_HALVES = (*FAST, "Flower aggregate", "NVFlare helper", "NVFlare helper, torch")
 FOR_INTEGERS = ("numpy running sum", "numpy.average", "Flower aggregate", "NVFlare helper", "numba")
 
-Variant = Literal["batch", "exact", "threads", "stream", "stream-borrow", "stream-exact"]
+Variant = Literal["batch", "exact", "difference", "threads", "stream", "stream-borrow", "stream-exact"]
 Among = Literal["all", "quick", "none"]
 """Which peers take part: all, those that start quickly, none."""
 
@@ -105,6 +105,8 @@ class Case:
                 return [sides.on_threads(sides.average(kernel), n) for n in reversed(sides.numbers_of_threads())]
             case "exact":
                 return [sides.average(kernel, exact=True), sides.average(kernel)]
+            case "difference":
+                return [sides.move(kernel), sides.average(kernel)]
             case "stream-exact":
                 return [sides.stream(kernel, exact=True), sides.stream(kernel)]
             case "stream-borrow":
@@ -115,8 +117,8 @@ class Case:
         return [sides.average(name) for name in (kernel, *(others if self.layout == "plain" else ()))]
 
     def base(self, ours: Sequence[Side]) -> str:
-        """The name of the side to which the others are compared: the first of ours, or the plain sums beside exact."""
-        return ours[1].name if self.variant in ("exact", "stream-exact") else ours[0].name
+        """The name of the side to which the others are compared: the first of ours, or the plain mean beside others."""
+        return ours[1].name if self.variant in ("exact", "stream-exact", "difference") else ours[0].name
 
     def others(self, among: Among = "all") -> tuple[list[Side], dict[str, str]]:
         """The sides that are not this package's, and why the peers of the case that are not among them are not."""
@@ -204,6 +206,7 @@ CASES: dict[str, Case] = {
         Case("streaming-borrow", f"{_ONE_BY_ONE}, borrowed", _resnet50, variant="stream-borrow", peers=("torch add_",)),
         Case("exact", "ResNet-50, exact sums", _resnet50, variant="exact"),
         Case("exact-streaming", f"{_ONE_BY_ONE}, exact sums", _resnet50, variant="stream-exact"),
+        Case("difference", "ResNet-50, the model moved by a mean difference", _resnet50, variant="difference"),
         Case("threads", "one flat array, by number of threads", _flat, variant="threads"),
     )
 }

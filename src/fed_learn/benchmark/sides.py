@@ -10,6 +10,7 @@ import numpy as np
 
 from fed_learn import kernels
 from fed_learn.aggregation import Accumulator, weighted_average
+from fed_learn.aggregation.differences import add_difference
 from fed_learn.benchmark.inputs import Inputs
 from fed_learn.kernels import threads
 
@@ -90,6 +91,25 @@ def average(kernel: str, *, exact: bool = False) -> Side:
         )
 
     return Side(f"fed_learn {kernel}{', exact' if exact else ''}", prepare, ours=True)
+
+
+def move(kernel: str) -> Side:
+    """`add_difference` on a kernel: what moves a model by a mean difference, here the first model by the second.
+
+    It gives no mean, so there is nothing that could be compared with those of other sides.
+    """
+
+    def prepare(inputs: Inputs) -> Job:
+        base, diff = inputs.clients[:2]
+        out = {name: np.empty_like(array) for name, array in base.items()} if inputs.reuse else None
+
+        def run() -> Mapping[str, Any]:
+            with kernels.use(kernel):
+                return add_difference(base, diff, out=out)
+
+        return Job(run, None)
+
+    return Side(f"add_difference {kernel}", prepare, ours=True)
 
 
 def stream(kernel: str, *, exact: bool = False, borrow: bool = False) -> Side:

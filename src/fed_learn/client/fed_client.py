@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from fed_learn.aggregation.differences import add_difference, difference
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_privacy import PrivacyProtocol, TrainContext
 from fed_learn.client.filters import apply_filters, check_filters
@@ -19,7 +20,6 @@ from fed_learn.contribution import (
     ValidationResult,
     check_contributor,
 )
-from fed_learn.differences import add_difference, difference
 from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError, text_of
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better

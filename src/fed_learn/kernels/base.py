@@ -7,7 +7,8 @@ The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.p
 - one float64 division by the total at the end, held within ±the largest float64;
 - with exact sums, digits that hold them (see `digits.py`) and their float64 value in place of the sums;
 - one rounding to the output dtype: float32 nearest-even, float16 and bfloat16 by way of float32, integers and
-  booleans half to even (of the float64 mean: with aggregation weights that are no whole numbers a tie may not be one).
+  booleans half to even (of the float64 mean: with aggregation weights that are no whole numbers a tie may not be one);
+- differences and their sums with a base are taken in float64 and rounded in the same way, integers in int64.
 
 All arrays are C-contiguous, aligned and in native byte order; those that belong together have the same number of
 elements, whatever their shapes. A kernel checks nothing, its caller has. It reports where numbers are not finite and
@@ -152,6 +153,22 @@ class Kernel(Protocol):
         Raises:
             DigitsError: A value is not finite, or outside of the domain.
         """
+
+    def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """`outputs[i] = bases[i] + differences[i]`, in float64 and rounded to the dtype once; integers exactly.
+
+        Args:
+            bases: Arrays of floating-point numbers or of signed integers.
+            differences: One array of the same dtype for each of them.
+            outputs: Another one.
+
+        Returns:
+            Which outputs hold something that is not finite; of integers, which left the range of the dtype or come of
+            64-bit integers beyond 2**62 in magnitude.
+        """
+
+    def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """`outputs[i] = weights[i] - bases[i]`, as `add` does it."""
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """Which arrays hold a NaN or an infinity.

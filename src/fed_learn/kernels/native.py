@@ -231,6 +231,24 @@ class NativeKernel:
 
         _run(call, [(segment.output, *segment.inputs) for segment in segments])
 
+    def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """See `Kernel.add`."""
+        chosen = SETS[current_set()]
+
+        def call(share: _Share) -> None:
+            _check(lib.fl_add(chosen, len(share), *share.arguments(), _address(share.flags, "uint8_t *")))
+
+        return _run(call, list(zip(outputs, bases, differences, strict=True)))
+
+    def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """See `Kernel.subtract`."""
+        chosen = SETS[current_set()]
+
+        def call(share: _Share) -> None:
+            _check(lib.fl_subtract(chosen, len(share), *share.arguments(), _address(share.flags, "uint8_t *")))
+
+        return _run(call, list(zip(outputs, weights, bases, strict=True)))
+
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """See `Kernel.not_finite`."""
         chosen = SETS[current_set()]

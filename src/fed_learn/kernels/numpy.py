@@ -8,7 +8,7 @@ from fed_learn.environment import check_environment
 from fed_learn.kernels.base import Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, as_float64, digit_range, halves
 from fed_learn.kernels.memory import Table
-from fed_learn.weights import Array
+from fed_learn.weights import Array, rounded
 
 TILE = 1 << 16
 """Elements at a time: bounds the memory of the intermediate float64 arrays."""
@@ -121,6 +121,16 @@ class NumpyKernel:
                 self.deposit(digits, [0], [[x[tile] for x in inputs]], aggregation_weights)
                 self.exact_divide(digits, [0], total, [output[tile]])
 
+    def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """See `Kernel.add`."""
+        check_environment()
+        return [_combine(np.add, *arrays) for arrays in zip(bases, differences, outputs, strict=True)]
+
+    def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """See `Kernel.subtract`."""
+        check_environment()
+        return [_combine(np.subtract, *arrays) for arrays in zip(weights, bases, outputs, strict=True)]
+
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """See `Kernel.not_finite`."""
         check_environment()
@@ -138,14 +148,26 @@ def _finish(acc: Float64Array, total: float, output: Array) -> bool:
     """Writes means and says whether the sums are finite."""
     with np.errstate(all="ignore"):
         # The mean of finite values is finite; only its rounding could leave the range.
-        mean = np.clip(acc / total, -LARGEST, LARGEST)
-        if output.dtype.kind in "iub":
-            output[...] = np.rint(mean).astype(output.dtype)
-        elif output.dtype.itemsize == 2:
-            output[...] = mean.astype(np.float32).astype(output.dtype)
-        else:
-            output[...] = mean.astype(output.dtype)
+        output[...] = rounded(np.clip(acc / total, -LARGEST, LARGEST), output.dtype)
     return bool(np.isfinite(acc).all())
+
+
+def _combine(operation: np.ufunc, one: Array, other: Array, output: Array) -> bool:
+    """Writes the sum or difference of two arrays, and says whether it is not finite or out of range."""
+    integers = output.dtype.kind == "i"
+    wide_dtype = np.dtype(np.int64 if integers else np.float64)
+    flagged = False
+    for start in range(0, output.size, TILE):
+        x, y, out = (array.reshape(-1)[start : start + TILE] for array in (one, other, output))
+        with np.errstate(all="ignore"):
+            wide = operation(x.astype(wide_dtype), y.astype(wide_dtype))
+            out[...] = wide.astype(out.dtype) if integers else rounded(wide, out.dtype)
+            flagged |= not (np.array_equal(out, wide) if integers else np.isfinite(out).all())
+        if out.dtype == np.int64:
+            # The sum of two that are not beyond 2**62 wraps around at 2**63 alone.
+            beyond = any(int(array.min()) < -(2**62) or int(array.max()) > 2**62 for array in (x, y))
+            flagged |= beyond or bool(((out == np.iinfo(np.int64).min) & (x > 0)).any())
+    return bool(flagged)
 
 
 def _exact_products(x: Array, aggregation_weight: float) -> Iterable[Float64Array]:

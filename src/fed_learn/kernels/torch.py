@@ -5,7 +5,7 @@ product with its reciprocal. That the bits are those of the other kernels is tes
 to be expected of IEEE arithmetic, and claimed where the tests have run.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -134,6 +134,16 @@ class TorchKernel:
                         _deposit(products, rows, units, touched)
                 _finish(_as_float64(rows, units), total, tile)
 
+    def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """See `Kernel.add`."""
+        _check_environment()
+        return [_combine(torch.add, *arrays) for arrays in zip(bases, differences, outputs, strict=True)]
+
+    def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
+        """See `Kernel.subtract`."""
+        _check_environment()
+        return [_combine(torch.sub, *arrays) for arrays in zip(weights, bases, outputs, strict=True)]
+
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
         """See `Kernel.not_finite`."""
         _check_environment()
@@ -197,6 +207,27 @@ def _finish(acc: Tensor, total: float, output: Tensor) -> bool:
         mean = mean.to(torch.float32)
     output.copy_(mean)
     return not bool(torch.isfinite(acc).all())
+
+
+def _combine(operation: Callable[[Tensor, Tensor], Tensor], one: Array, other: Array, output: Array) -> bool:
+    """Writes the sum or difference of two arrays, and says whether it is not finite or out of range."""
+    flagged = False
+    tensors = list(map(_tensor, (one, other, output)))
+    for start in range(0, tensors[2].numel(), TILE):
+        x, y, out = (tensor[start : start + TILE] for tensor in tensors)
+        if out.is_floating_point():
+            wide = operation(x.to(torch.float64), y.to(torch.float64))
+            out.copy_(wide.to(torch.float32) if out.element_size() == 2 else wide)
+            flagged |= not bool(torch.isfinite(out).all())
+        else:
+            wide = operation(x.to(torch.int64), y.to(torch.int64))
+            out.copy_(wide)
+            flagged |= not torch.equal(out.to(torch.int64), wide)
+        if out.dtype == torch.int64:
+            # The sum of two that are not beyond 2**62 wraps around at 2**63 alone.
+            beyond = _beyond(x, 2**62) or _beyond(y, 2**62)
+            flagged |= beyond or bool(((out == torch.iinfo(torch.int64).min) & (x > 0)).any())
+    return flagged
 
 
 def _beyond(x: Tensor, largest: int) -> bool:

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 
 from fed_learn.aggregation import weighted_average
+from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.rules.clara import Aggregator
 from fed_learn.contribution import Contribution, Kind, check_aggregation_weight, check_factor
-from fed_learn.differences import add_difference
 from fed_learn.errors import EmptyAggregationError, MetricError
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.numproto import model_arrays, to_dtypes

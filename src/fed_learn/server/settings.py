@@ -7,13 +7,13 @@ from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.arguments import check_choice, check_count
 from fed_learn.contribution import Kind
-from fed_learn.differences import check_differences
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.weights import (
     FrozenWeights,
     Schema,
     WeightDict,
     as_weight_dict,
+    check_differences,
     check_finite,
     finite_elements,
 )

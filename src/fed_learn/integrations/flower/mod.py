@@ -7,11 +7,11 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, MetricRecord, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 
+from fed_learn.aggregation.differences import difference
 from fed_learn.arguments import check_choice
 from fed_learn.components.direction import MODES
 from fed_learn.components.returned import scores_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Kind, ValidationResult, check_contributor
-from fed_learn.differences import difference
 from fed_learn.errors import brief
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.integrations.flower.records import to_record, to_weights

@@ -567,6 +567,7 @@ class _FlowerJob(Job):
         super().__init__(settings, weights)
         self._note_sent = note_sent
         self._aggregate_by = aggregate
+        self._full = settings.aggregation.kind is Kind.FULL
         self._foresees = True
 
     def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
@@ -576,11 +577,7 @@ class _FlowerJob(Job):
     def foresee(self, sent: Sequence[Contribution]) -> None:
         """See `Round.foresee`."""
         if self._aggregate_by is None and self._foresees:
-            self._foresees = self._round.foresee(sent, self._output)
-
-    @property
-    def _output(self) -> Callable[[Schema], RecordWriter] | None:
-        return RecordWriter if self.settings.aggregation.kind is Kind.FULL else None
+            self._foresees = self._round.foresee(sent, RecordWriter if self._full else None)
 
     def _combined(self, contributions: Sequence[Contribution]) -> FrozenWeights | Exception:
         if self._aggregate_by is not None:
@@ -590,9 +587,9 @@ class _FlowerJob(Job):
             except FedLearnError as error:
                 return error
         try:
-            combined = self._round.combine(contributions, output=self._output, ctx=self.ctx)
+            combined = self._round.combine(contributions, output=RecordWriter if self._full else None, ctx=self.ctx)
             self._note_sent(combined.sent)
-            return combined.applied_to(self.weights)
+            return combined.applied_to(self.weights, RecordWriter)
         except UNUSABLE as error:
             return error
 

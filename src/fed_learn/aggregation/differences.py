@@ -1,0 +1,132 @@
+"""What one weight dict has more than another, and the way back: differences, in the dtypes of the weights.
+
+The kernels do the arithmetic and say which variables went wrong; only those are looked at here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from fed_learn import kernels
+from fed_learn.aggregation.arrays import Columns, Outputs, contiguous, new_arrays
+from fed_learn.environment import check_environment
+from fed_learn.errors import IntegerRangeError
+from fed_learn.weights import (
+    Array,
+    Schema,
+    WeightDict,
+    check_differences,
+    check_finite,
+    finite_elements,
+    same_elements,
+)
+
+
+def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
+    """`weights − base` per variable, taken in float64 (integers exactly) and rounded to the dtype.
+
+    Where both hold the same, be it an infinity or NaN as in masks, the difference is 0.
+
+    Args:
+        weights: A weight dict, of all or a part of the variables of `base`, in the dtypes of `base` or other widths.
+        base: What it started from.
+
+    Returns:
+        New arrays in the shapes and dtypes of `base`.
+
+    Raises:
+        DtypeError: For booleans and unsigned integers, which cannot hold a negative difference.
+        NonFiniteError, IntegerRangeError: The difference leaves the range of the dtype.
+        NamesError, ShapeError, DtypeError: `weights` do not fit `base`; see `Schema.fit`.
+        FloatingPointEnvironmentError: The process does not compute as numbers are defined.
+
+    Example:
+        >>> difference({"w": np.float32([3, 1])}, {"w": np.float32([1, 2])})
+        {'w': array([ 2., -1.], dtype=float32)}
+    """
+    check_environment()
+    weights, _ = Schema.of(base).fit(weights)
+    schema = Schema.of(weights)
+    check_differences(schema)
+    made = new_arrays(schema)
+    flags = kernels.resolve().subtract(_ready(weights, schema), _ready(base, schema), list(made.values()))
+    flagged = _flagged(made, flags)
+    _check_inputs(flagged, (weights, base))
+    for name, array in flagged.items():
+        if array.dtype.kind != "i":
+            array[same_elements(weights[name], base[name])] = 0
+    check_finite(flagged)
+    _check_range(flagged)
+    return made
+
+
+def add_difference(base: WeightDict, diff: WeightDict, *, out: WeightDict | None = None) -> WeightDict:
+    """`base + diff` per variable of `diff`, with the arithmetic of `difference`.
+
+    A variable of `base` that is not finite, as a mask, passes if the difference leaves it as it is.
+
+    Args:
+        base: A weight dict.
+        diff: One of all or a part of its variables, in the same shapes and dtypes.
+        out: A weight dict in those as well to write the result to; its content is undefined after an error.
+
+    Returns:
+        A new dict, or `out`.
+
+    Raises:
+        NonFiniteError, IntegerRangeError: The sum leaves the range of the dtype.
+        NamesError, ShapeError, DtypeError: The two do not have the same schema, or `out` has another one.
+        OutputError: `out` cannot be written to.
+        FloatingPointEnvironmentError: The process does not compute as numbers are defined.
+
+    Example:
+        >>> add_difference({"w": np.float32([1, 2])}, {"w": np.float32([2, -1])})
+        {'w': array([3., 1.], dtype=float32)}
+    """
+    check_environment()
+    schema = Schema({name: form for name, form in Schema.of(base).items() if name in diff})
+    schema.check(diff)
+    check_differences(schema)
+    bases, diffs = _ready(base, schema), _ready(diff, schema)
+    outputs = Outputs(
+        schema, out, Columns(schema, [dict(zip(schema, arrays, strict=True)) for arrays in (bases, diffs)])
+    )
+    made = {name: outputs.arrays[name] for name in schema}
+    flags = kernels.resolve().add(bases, diffs, list(made.values()))
+    flagged = _flagged(made, flags)
+    _check_inputs(flagged, (base, diff))
+    check_finite(flagged, constants=base)
+    _check_range(flagged)
+    for name, array in flagged.items():
+        constant = ~finite_elements(array)
+        with np.errstate(invalid="ignore"):  # a signalling NaN; kernels differ in the bits of what is no number
+            wide = base[name][constant].astype(np.float64) + diff[name][constant].astype(np.float64)
+            array[constant] = wide.astype(array.dtype)
+    return outputs.finish()
+
+
+def _ready(weights: WeightDict, schema: Schema) -> list[Array]:
+    """The arrays of a schema's variables, as a kernel takes them."""
+    return [contiguous(np.asarray(weights[name])) for name in schema]
+
+
+def _flagged(made: Mapping[str, Array], flags: Iterable[bool]) -> dict[str, Array]:
+    return {name: array for (name, array), flag in zip(made.items(), flags, strict=True) if flag}
+
+
+def _check_inputs(names: Iterable[str], inputs: Sequence[WeightDict]) -> None:
+    """Refuses 64-bit integers so large that the sum of two could wrap around."""
+    for name in names:
+        for weights in inputs:
+            array = weights[name]
+            if array.dtype.kind == "i" and max(-int(array.min()), int(array.max())) > 2**62:
+                raise IntegerRangeError(
+                    f"{name!r} holds integers beyond 2**62, whose differences may not fit", name=name
+                )
+
+
+def _check_range(flagged: Mapping[str, Array]) -> None:
+    """Refuses flagged integers."""
+    for name, array in flagged.items():
+        if array.dtype.kind == "i":
+            raise IntegerRangeError(f"{name!r} leaves the range of {array.dtype}", name=name)
