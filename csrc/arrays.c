@@ -13,8 +13,8 @@
 
 static const size_t FL_ITEMSIZES[FL_DTYPES] = {
     [FL_FLOAT16] = 2, [FL_BFLOAT16] = 2, [FL_FLOAT32] = 4, [FL_FLOAT64] = 8, [FL_BOOL] = 1,
-    [FL_INT8] = 1,    [FL_INT16] = 2,    [FL_INT32] = 4,   [FL_INT64] = 8,
-    [FL_UINT8] = 1,   [FL_UINT16] = 2,   [FL_UINT32] = 4,  [FL_UINT64] = 8,
+    [FL_INT8] = 1,    [FL_INT16] = 2,    [FL_INT32] = 4,   [FL_INT64] = 8,   [FL_UINT8] = 1,
+    [FL_UINT16] = 2,  [FL_UINT32] = 4,   [FL_UINT64] = 8,
 };
 
 /* Writes where an array lies; returns whether it has this shape and dtype and lies as a kernel takes it. Its dtype is
@@ -39,7 +39,8 @@ static int fl_take(PyObject *array, PyObject *dtype_name, PyObject *shape, PyObj
 
 static int fl_same_name(PyObject *one, PyObject *other)
 {
-    return one == other || (PyUnicode_CheckExact(one) && PyUnicode_CheckExact(other) && PyUnicode_Compare(one, other) == 0);
+    return one == other ||
+           (PyUnicode_CheckExact(one) && PyUnicode_CheckExact(other) && PyUnicode_Compare(one, other) == 0);
 }
 
 static int fl_gather_row(PyObject *schema, PyObject *row, PyObject *dtype_name, PyTypeObject *array_class,
