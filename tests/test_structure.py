@@ -15,18 +15,24 @@ pytestmark = pytest.mark.quick
 
 SOURCE = Path(__file__).parents[1] / "src" / "fed_learn"
 
-# A module imports only from layers above its own. Within a layer: only where the layer says so.
+# A module imports only from its own part and from layers above: parts of one layer never import one another.
 LAYERS = (
-    ("errors", "limits"),
-    ("arguments", "environment", "disk", "npy", "weights", "values", "contribution", "events"),
-    ("kernels", "adapters", "model_meta", "numproto", "protos"),
+    ("limits",),
+    ("errors",),
+    ("arguments", "environment", "disk", "weights", "events"),
+    ("npy", "values"),
+    ("contribution",),
+    ("kernels", "adapters", "model_meta", "protos"),
+    ("numproto",),
     ("aggregation",),
-    ("handlers", "components", "server", "client"),
-    ("pictures", "integrations", "simulation", "benchmark", "cli"),
+    ("components",),
+    ("handlers",),
+    ("client",),
+    ("server",),
+    ("pictures", "integrations"),
+    ("simulation", "benchmark"),
+    ("cli",),
 )
-SEPARATE = {"kernels", "adapters", "model_meta"}
-"""Never import one another, although they share a layer."""
-
 
 NOT_LOADED = (*FRAMEWORKS, "sklearn", "matplotlib", "rich", "typer", "numba", "numexpr")
 
@@ -38,29 +44,44 @@ def layer_of(part: str) -> int:
     raise AssertionError(f"fed_learn.{part} is in no layer")
 
 
-def imports_of(path: Path) -> set[str]:
-    """The parts of the package that a module imports, wherever in the file."""
+MODULES = {
+    ".".join(path.relative_to(SOURCE.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
+"""Name → file of every module of the package."""
+
+
+def imports_of(name: str) -> set[str]:
+    """The modules of the package that one imports, wherever in the file, and be it for types alone."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "fed_learn" else [f"fed_learn.{a.name}" for a in node.names]
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fed_learn":
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {module if module in MODULES else str(node.module) for module in modules}
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        else:
-            continue
-        found |= {name.split(".")[1] for name in names if name.startswith("fed_learn.")}
-    return found
+            found |= {alias.name for alias in node.names if alias.name in MODULES}
+    return found - {name}
 
 
-MODULES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "fed_learn"])
+def test_a_module_imports_only_from_layers_above_its_own(name: str) -> None:
+    part = name.split(".")[1]
+    for other in {module.split(".")[1] for module in imports_of(name) if module != "fed_learn"} - {part}:
+        assert layer_of(other) < layer_of(part), f"{name} imports fed_learn.{other} from beside or below it"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_a_module_imports_only_from_layers_above_its_own(path: Path) -> None:
-    part = path.relative_to(SOURCE).parts[0].removesuffix(".py")
-    for other in imports_of(path) - {part, "__version__"}:
-        assert layer_of(other) <= layer_of(part), f"fed_learn.{part} imports fed_learn.{other} from below"
-        assert not {part, other} <= SEPARATE, f"fed_learn.{part} imports fed_learn.{other} beside it"
+def test_every_part_of_a_layer_is_there() -> None:
+    assert {part for parts in LAYERS for part in parts} == {
+        name.split(".")[1] for name in MODULES if name != "fed_learn"
+    }
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    left = {name: imports_of(name) for name in MODULES}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"each of these imports another of them: {sorted(left)}"
 
 
 def test_importing_the_package_loads_no_framework() -> None:

@@ -11,12 +11,12 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.adapters.base import Resident
 from fed_learn.aggregation import tensors
-from fed_learn.aggregation.arrays import ARRAYS, Outputs, contiguous, is_frozen, new_arrays
+from fed_learn.aggregation.arrays import ARRAYS, contiguous, is_frozen
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import fits
 from fed_learn.aggregation.mean import LIFT, refuse_not_finite
-from fed_learn.aggregation.tensor_outputs import TensorOutputs, outputs_for
+from fed_learn.aggregation.outputs import Output, new_arrays, outputs_for
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import (
@@ -296,7 +296,7 @@ class Accumulator:
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
-        outputs = outputs_for(self._schema, self._place, out, resident=self._resident)
+        outputs = outputs_for(self._schema, self._place, out, kernel=self._resident)
         if self._exact:
             self._divide_exact(outputs)
         else:
@@ -344,7 +344,7 @@ class Accumulator:
         on_device = kernels.resolve(self._requested, device=device)
         return self._kernel if self._exact else on_device
 
-    def _divide_exact(self, outputs: Outputs | TensorOutputs) -> None:
+    def _divide_exact(self, outputs: Output) -> None:
         assert self._exact_sums is not None
         total = Fraction(self._total)
         numbers = []

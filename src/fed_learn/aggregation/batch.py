@@ -16,8 +16,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from fed_learn.aggregation.arrays import contiguous, new_arrays
+from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.exact import check_domain
+from fed_learn.aggregation.outputs import new_arrays
 from fed_learn.aggregation.tensors import Opened, label_of, opened, schema_of, without_tensors
 from fed_learn.contribution import (
     Contribution,

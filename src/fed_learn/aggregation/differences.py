@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.aggregation.arrays import Columns, Outputs, contiguous, new_arrays
+from fed_learn.aggregation.arrays import Columns, contiguous
+from fed_learn.aggregation.outputs import ArrayOutputs, new_arrays
 from fed_learn.environment import check_environment
 from fed_learn.errors import IntegerRangeError
 from fed_learn.weights import (
@@ -88,9 +89,8 @@ def add_difference(base: WeightDict, diff: WeightDict, *, out: WeightDict | None
     schema.check(diff)
     check_differences(schema)
     bases, diffs = _ready(base, schema), _ready(diff, schema)
-    outputs = Outputs(
-        schema, out, Columns(schema, [dict(zip(schema, arrays, strict=True)) for arrays in (bases, diffs)])
-    )
+    rows = [dict(zip(schema, arrays, strict=True)) for arrays in (bases, diffs)]
+    outputs = ArrayOutputs(schema, out, Columns(schema, rows))
     made = {name: outputs.arrays[name] for name in schema}
     flags = kernels.resolve().add(bases, diffs, list(made.values()))
     flagged = _flagged(made, flags)

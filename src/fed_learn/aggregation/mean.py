@@ -8,19 +8,18 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from itertools import compress
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from fed_learn import kernels
 from fed_learn.adapters.base import Resident
-from fed_learn.adapters.tensors import hold_tensors
-from fed_learn.aggregation.arrays import ARRAYS, Columns, Outputs
+from fed_learn.aggregation.arrays import ARRAYS, Columns
 from fed_learn.aggregation.batch import Checked
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import integer_mean, large_integer_mean, too_large
-from fed_learn.aggregation.tensor_outputs import Target, TensorOutputs
-from fed_learn.aggregation.tensors import Opened, as_tensors, opened, refuse_devices
+from fed_learn.aggregation.outputs import ArrayOutputs, Output, outputs_for
+from fed_learn.aggregation.tensors import Opened, opened, refuse_devices
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import EmptyAggregationError
@@ -33,17 +32,6 @@ LIFT = 100
 """Aggregation weights are multiplied by 2**100 (see `usual_scale`)."""
 FARTHEST = 2.0**-800
 """Of the largest aggregation weight, what others may be so that no product with any value loses bits to underflow."""
-
-
-class Output(Protocol):
-    """Where a result goes."""
-
-    @property
-    def arrays(self) -> Mapping[str, Any]:
-        """What a kernel writes to, by name: contiguous arrays, or tensors of its own."""
-
-    def finish(self) -> WeightDict:
-        """The result, once all of it has been written."""
 
 
 def mean(
@@ -86,33 +74,25 @@ def mean(
     place, inputs = held.place, [tensor for row in rows for tensor in row.held.tensors.values()]
     framework = None if exact or output is not None else _framework(chosen, rows, out)
     counted = counting(rows, framework)
-    if framework is not None and place is not None and not far_apart(counted):
-        outputs: Output = TensorOutputs(schema, place, out, inputs)
-        columns = {name: [row.held.tensors[name] for row in counted] for name in schema}
-        _mean(chosen, framework, counted, columns, outputs.arrays)
+    if framework is not None and far_apart(counted):
+        framework = None
+    if framework is not None:
+        outputs = outputs_for(schema, place, out, kernel=chosen.name, tensors=inputs)
+        tensors = {name: [row.held.tensors[name] for row in counted] for name in schema}
+        _mean(chosen, framework, counted, tensors, outputs.arrays)
         return outputs.finish()
     if held.device != "cpu":
         counted, chosen = [row.on_host() for row in counted], kernels.resolve(kernel)
-    columns_of = Columns(schema, [row.arrays for row in counted], table if counted is rows else None)
-    target = None
-    if output is not None:
-        outputs = output(schema)
-    elif inputs or hold_tensors(out):
-        target = None if out is None else Target(out, held.device, inputs)
-        outputs = Outputs(schema, None if target is None else target.arrays, columns_of)
-    else:
-        outputs = Outputs(schema, out, columns_of)
+    columns = Columns(schema, [row.arrays for row in counted], table if counted is rows else None)
+    outputs = outputs_for(schema, place, out, columns=columns, tensors=inputs) if output is None else output(schema)
     if exact:
-        _exact_mean(chosen, counted, dict(columns_of), outputs.arrays)
+        _exact_mean(chosen, counted, dict(columns), outputs.arrays)
     elif far_apart(counted):
-        _mean_far_apart(chosen, schema, counted, columns_of, outputs.arrays)
+        _mean_far_apart(chosen, schema, counted, columns, outputs.arrays)
     else:
-        known = isinstance(outputs, Outputs) or columns_of.table.gather([dict(outputs.arrays)], 0)
-        _mean(chosen, ARRAYS, counted, columns_of, outputs.arrays, columns_of.table if known else None)
-    result = outputs.finish()
-    if target is not None:
-        return target.finish()
-    return result if place is None or output is not None else as_tensors(result, place)
+        known = isinstance(outputs, ArrayOutputs) or columns.table.gather([dict(outputs.arrays)], 0)
+        _mean(chosen, ARRAYS, counted, columns, outputs.arrays, columns.table if known else None)
+    return outputs.finish()
 
 
 def usual_scale(aggregation_weights: Sequence[float]) -> int:

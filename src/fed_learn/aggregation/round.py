@@ -18,7 +18,7 @@ from fed_learn.aggregation import agreement
 from fed_learn.aggregation.accumulator import Accumulator
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.differences import add_difference
-from fed_learn.aggregation.mean import Output
+from fed_learn.aggregation.outputs import Output
 from fed_learn.aggregation.rules import Given
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import Opened, placeholder, schema_of, without_tensors

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from fed_learn.aggregation.batch import Checked
-from fed_learn.aggregation.mean import Output
+from fed_learn.aggregation.outputs import Output
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.model_meta import FLContext
 from fed_learn.weights import FrozenWeights, Schema, WeightDict

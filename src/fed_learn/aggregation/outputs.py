@@ -1,0 +1,298 @@
+"""Where results go: new memory, the arrays or tensors of `out=`, or what a stack writes its messages from."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+
+from fed_learn.adapters.base import Resident
+from fed_learn.adapters.overlaps import overlaps_itself
+from fed_learn.adapters.tensors import hold_tensors, plain
+from fed_learn.aggregation.arrays import Columns, bounds_of, contiguous
+from fed_learn.aggregation.tensors import Opened, Place, Tensors, as_tensors, opened
+from fed_learn.errors import OutputError
+from fed_learn.kernels.memory import Table, addresses
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
+
+ALIGNMENT = 64
+"""Bytes of a cache line, at which the arrays of a slab begin."""
+SMALLEST_SLAB = 1 << 20
+"""Bytes of a model from which on its new arrays share a slab."""
+
+
+class Output(Protocol):
+    """Where a result goes."""
+
+    @property
+    def arrays(self) -> Mapping[str, Any]:
+        """What a kernel writes to, by name: contiguous arrays, or tensors of its own."""
+
+    def finish(self) -> WeightDict:
+        """The result, once all of it has been written."""
+
+
+def outputs_for(
+    schema: Schema,
+    place: Place | None,
+    out: Any,
+    *,
+    kernel: str | None = None,
+    columns: Columns | None = None,
+    tensors: Sequence[Any] = (),
+) -> Output:
+    """Where a result goes.
+
+    Args:
+        schema: Names, shapes and dtypes of the result.
+        place: Where tensors are to lie; None for arrays.
+        out: A weight dict to write to, or None.
+        kernel: The kernel, if it writes to tensors of its own; None: it writes to arrays.
+        columns: Arrays that must not be written to.
+        tensors: Tensors that must not be.
+
+    Raises:
+        ContributionError: `out` has other names, shapes or dtypes (one of its children).
+        OutputError: It cannot be written to.
+    """
+    if place is None and not tensors and not hold_tensors(out):
+        return ArrayOutputs(schema, out, columns)
+    if (
+        place is not None
+        and kernel is not None
+        and (out is None or place.device != "cpu" or opened(out, "out").resident(kernel) is not None)
+    ):
+        return TensorOutputs(schema, place, out, tensors)
+    return ViewOutputs(schema, place, out, columns, tensors)
+
+
+class ArrayOutputs:
+    """Where results go: fresh arrays, or those of `out=`.
+
+    Args:
+        schema: Names, shapes and dtypes of the result.
+        out: A weight dict to write to, or None.
+        inputs: What must not be written to.
+
+    Raises:
+        ContributionError: `out` has other names, shapes or dtypes (one of its children).
+        OutputError: An array of `out` cannot be written to, or shares memory with an input, another or itself.
+
+    Attributes:
+        weights: The result, in the order of the schema; `out` itself where it was given.
+        arrays: A contiguous array per name for the kernel to write to.
+        table: Where those lie, and the inputs.
+    """
+
+    def __init__(self, schema: Schema, out: WeightDict | None, inputs: Columns | None = None) -> None:
+        self.weights: WeightDict = new_arrays(schema) if out is None else out
+        self.table = Table(schema, 0) if inputs is None else inputs.table
+        own = dict(self.weights) if type(self.weights) is dict else {}  # holds the arrays, whatever becomes of `out`
+        usual = self.table.gather([own], 0) and all(array.flags.writeable for array in own.values())
+        self.arrays: WeightDict = own if usual else self._checked(schema)
+        if not usual:
+            self.table.addresses[:, 0] = addresses(list(self.arrays.values()))
+        self._in_place = usual or all(self.weights[name] is array for name, array in self.arrays.items())
+        if out is not None:
+            self._refuse_overlap(inputs)
+
+    def _checked(self, schema: Schema) -> WeightDict:
+        schema.check(as_weight_dict(self.weights, "out"), "out")
+        for name, array in self.weights.items():
+            if not isinstance(array, np.ndarray):
+                raise OutputError(f"out: {name!r} is a scalar, not an array", name=name)
+            if not array.flags.writeable:
+                raise OutputError(f"out: {name!r} is read-only", name=name)
+            if overlaps_itself(array.shape, array.strides, array.itemsize):
+                raise OutputError(f"out: {name!r} overlaps itself: its elements share memory", name=name)
+        # What a kernel cannot write to in place is filled by way of a copy.
+        return {name: contiguous(self.weights[name]) for name in schema}
+
+    def finish(self) -> WeightDict:
+        """The result, once the arrays have been written."""
+        for name, array in () if self._in_place else self.arrays.items():
+            if array is not self.weights[name]:
+                self.weights[name][...] = array
+        return self.weights
+
+    def _refuse_overlap(self, inputs: Columns | None) -> None:
+        copied = inputs is not None and inputs.copied
+        if self._in_place and not copied and not self.table.may_overlap():
+            return
+        names = list(self.arrays)
+        sizes = np.array([array.nbytes for array in self.arrays.values()], np.uintp)
+        if self._in_place:
+            starts, stops = self.table.addresses[:, 0], self.table.addresses[:, 0] + sizes
+        else:
+            starts, stops = bounds_of([self.weights[name] for name in names])
+        order = np.argsort(starts)
+        order = order[stops[order] > starts[order]]
+        starts, stops = starts[order], stops[order]
+        for i in np.flatnonzero(stops[:-1] > starts[1:]):
+            one, other = names[order[i]], names[order[i + 1]]
+            raise OutputError(f"out: {one!r} and {other!r} overlap in memory or interleave", name=one)
+        if inputs is None or not order.size:
+            return
+        lows, highs = inputs.bounds(sizes)
+        # The last output that begins before the input ends is the one that could reach into it.
+        nearest = np.searchsorted(starts, highs) - 1
+        for i in np.flatnonzero((nearest >= 0) & (stops[nearest] > lows) & (highs > lows)):
+            name = names[order[nearest[i]]]
+            raise OutputError(
+                f"out: {name!r} overlaps an input in memory or interleaves with it, and inputs are never changed",
+                name=name,
+            )
+
+
+def new_arrays(schema: Schema) -> dict[str, Array]:
+    """New arrays. Large models lie in one piece of memory: many arrays would cost several times its page faults."""
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in schema.items()}
+    if sum(sizes.values()) < SMALLEST_SLAB:
+        return {name: np.empty(shape, dtype) for name, (shape, dtype) in schema.items()}
+    ends = list(accumulate(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes.values()))
+    slab = np.empty(ends[-1] + ALIGNMENT, np.uint8)
+    slab = slab[-slab.ctypes.data % ALIGNMENT :]
+    return {
+        name: slab[start : start + sizes[name]].view(dtype).reshape(shape)
+        for start, (name, (shape, dtype)) in zip([0, *ends], schema.items(), strict=False)
+    }
+
+
+def _check_output(target: Opened, device: str) -> None:
+    """Refuses tensors of `out=` that cannot be written to, or lie elsewhere than the result.
+
+    Raises:
+        OutputError: Names the variable.
+    """
+    if target.device != device:
+        name = next(iter(target.weights), None)
+        raise OutputError(f"out: {name!r} is on {target.device}, the result on {device}", name=name)
+    for name, tensor in target.tensors.items():
+        problem = target.owners[name].unwritable(tensor)
+        if problem is not None:
+            raise OutputError(f"out: {name!r} {problem}", name=name)
+
+
+class TensorOutputs:
+    """`ArrayOutputs` for results that a kernel writes to as tensors.
+
+    Args:
+        schema: Names, shapes and dtypes of the result.
+        place: Where it is to lie; of a framework that is `Resident`.
+        out: A dict of tensors to write to, or None.
+        inputs: Tensors that must not be written to.
+
+    Raises:
+        ContributionError: `out` has other names, shapes or dtypes (one of its children).
+        OutputError: It lies elsewhere, or a tensor of it cannot be written to, or shares memory with an input or
+            another.
+    """
+
+    def __init__(self, schema: Schema, place: Place, out: Any, inputs: Iterable[Any] = ()) -> None:
+        framework = place.framework.resident
+        assert framework is not None
+        self._framework = framework
+        if out is None:
+            self.weights = {name: framework.empty(*item, place.device) for name, item in schema.items()}
+        else:
+            target = opened(out, "out")
+            _check_output(target, place.device)
+            schema.check(target.weights, "out")
+            _refuse_overlap_of_tensors(framework, target.tensors, inputs)
+            self.weights = out
+        self.arrays: Tensors = {name: framework.contiguous(plain(self.weights[name])) for name in schema}
+
+    def finish(self) -> WeightDict:
+        """The result, once the tensors have been written."""
+        for name, values in self.arrays.items():
+            target = plain(self.weights[name])
+            if values.data_ptr() != target.data_ptr():
+                self._framework.write(target, values)
+        return self.weights
+
+
+class _Target:
+    """What `out=` stands for where arrays are written to: its own memory, or that of arrays to be copied into it.
+
+    Args:
+        out: What should be a weight dict of arrays and tensors.
+        device: Where the result lies.
+        inputs: Tensors that must not be written to, as far as arrays do not share their memory.
+
+    Raises:
+        OutputError: It cannot be written to.
+
+    Attributes:
+        arrays: What to write to; those of `out` itself, as far as it can be written to as arrays.
+    """
+
+    def __init__(self, out: Any, device: str, inputs: Iterable[Any] = ()) -> None:
+        found = opened(out, "out")
+        _check_output(found, device)
+        inputs = list(inputs)
+        framework = next(iter(found.owners.values())).resident if device != "cpu" else None
+        if framework is not None:
+            _refuse_overlap_of_tensors(framework, found.tensors, inputs)
+        own, seen = set(map(id, inputs)), dict[int, str]()
+        copied = {n: t for n, t in found.tensors.items() if device != "cpu" or not found.weights[n].flags.writeable}
+        for name, tensor in copied.items():
+            if id(tensor) in own:
+                raise OutputError(f"out: {name!r} is an input as well, and inputs are never changed", name=name)
+            first = seen.setdefault(id(tensor), name)
+            if first != name:
+                raise OutputError(f"out: {first!r} and {name!r} are one variable", name=first)
+        self._out, self._copied = out, {name: (found.owners[name], tensor) for name, tensor in copied.items()}
+        self.arrays = found.weights
+        if copied:
+            self.arrays = found.weights | new_arrays(Schema.of({name: found.weights[name] for name in copied}))
+
+    def finish(self) -> WeightDict:
+        """`out`, once the arrays have been written."""
+        for name, (owner, tensor) in self._copied.items():
+            owner.write(tensor, self.arrays[name])
+        weights: WeightDict = self._out
+        return weights
+
+
+class ViewOutputs(ArrayOutputs):
+    """`ArrayOutputs` for results that are written to as arrays, where they or those of `out=` are tensors.
+
+    Args:
+        schema: Names, shapes and dtypes of the result.
+        place: Where tensors are to lie; None for arrays.
+        out: What to write to, or None.
+        columns: Arrays that must not be written to.
+        tensors: Tensors that must not be.
+    """
+
+    def __init__(
+        self, schema: Schema, place: Place | None, out: Any, columns: Columns | None, tensors: Sequence[Any]
+    ) -> None:
+        self._place = place
+        self._target = None if out is None else _Target(out, "cpu" if place is None else place.device, tensors)
+        super().__init__(schema, None if self._target is None else self._target.arrays, columns)
+
+    def finish(self) -> WeightDict:
+        """The result, once the arrays have been written."""
+        arrays = super().finish()
+        if self._target is not None:
+            return self._target.finish()
+        return arrays if self._place is None else as_tensors(arrays, self._place)
+
+
+def _refuse_overlap_of_tensors(framework: Resident, out: Tensors, inputs: Iterable[Any]) -> None:
+    spans = [(*framework.span(tensor), True, name) for name, tensor in out.items()]
+    spans += [(*framework.span(tensor), False, "") for tensor in inputs]
+    written = read = 0  # up to where the outputs and inputs reach that begin before
+    last = ""
+    for start, stop, is_output, name in sorted(span for span in spans if span[1] > span[0]):
+        if is_output and start < written:
+            raise OutputError(f"out: {last!r} and {name!r} overlap in memory", name=last)
+        if start < (read if is_output else written):
+            name = name if is_output else last
+            raise OutputError(f"out: {name!r} overlaps an input in memory, and inputs are never changed", name=name)
+        if is_output:
+            written, last = stop, name
+        else:
+            read = max(read, stop)
