@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from fed_learn import kernels
 from fed_learn.aggregation.batch import checked_batch
 from fed_learn.aggregation.mean import counting, mean
-from fed_learn.aggregation.rules import Given, Rule, find
+from fed_learn.aggregation.rules import Given, Rule, combined, find
 from fed_learn.contribution import Contribution
 from fed_learn.weights import WeightDict
 
@@ -89,6 +89,7 @@ def aggregate(
     Raises:
         ContributionError: Something is wrong with one of them; the class says what, the attributes who and where.
         EmptyAggregationError: There are no contributions, or none counts by more than 0.
+        AggregatorError: A rule of a user's own failed.
         ValueError: There is no such rule, or it makes a model by the state of a job.
 
     Example:
@@ -100,4 +101,4 @@ def aggregate(
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
     kernels.requested(kernel)
     schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like)
-    return how.combine(Given(counting(rows), schema, exact=exact, kernel=kernel, out=out))
+    return combined(how, Given(counting(rows), schema, exact=exact, kernel=kernel, out=out))

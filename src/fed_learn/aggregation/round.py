@@ -19,7 +19,7 @@ from fed_learn.aggregation.accumulator import Accumulator
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.outputs import Output
-from fed_learn.aggregation.rules import Given
+from fed_learn.aggregation.rules import Given, combined
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import Opened, placeholder, schema_of, without_tensors
 from fed_learn.aggregation.told import Told
@@ -219,13 +219,13 @@ class Round:
                 seen[row.contributor] = _Seen(contribution, replace(row, scanned=True), said)
         rows = [seen[name].row for name in sorted(seen)]
         try:
-            combined = self._combined(rows, rows, output, None) if rows else None
+            made = self._combined(rows, rows, output, None) if rows else None
         except NonFiniteError:
             return False
         except (ContributionError, *UNUSABLE):
             return True
         self._seen = {id(one.sent): one for one in seen.values()}
-        self._foreseen = rows, combined, time.perf_counter() - started
+        self._foreseen = rows, made, time.perf_counter() - started
         return True
 
     def receive(self, sent: Contribution) -> Contribution:
@@ -366,9 +366,9 @@ class Round:
             raise EmptyAggregationError(
                 "no contribution counts by more than 0 examples" if chosen else "no contributions to average"
             )
-        foreseen, combined, before = self._foreseen
-        if combined is None or len(rows) != len(foreseen) or not all(map(is_, rows, foreseen)):
-            combined, before = self._combined(chosen, rows, output, ctx), 0.0
+        foreseen, made, before = self._foreseen
+        if made is None or len(rows) != len(foreseen) or not all(map(is_, rows, foreseen)):
+            made, before = self._combined(chosen, rows, output, ctx), 0.0
         self._foreseen = [], None, 0.0
         self._report = replace(
             self._report,
@@ -376,9 +376,9 @@ class Round:
             accepted=tuple(row.contributor for row in chosen),
             total_weight=float(sum(row.aggregation_weight for row in chosen)),
             aggregation_seconds=before + time.perf_counter() - started,
-            aggregation_bytes=len(chosen) * sum(int(value.nbytes) for value in combined.mean.values()),
+            aggregation_bytes=len(chosen) * sum(int(value.nbytes) for value in made.mean.values()),
         )
-        return combined
+        return made
 
     def _combined(
         self,
@@ -398,7 +398,7 @@ class Round:
             ctx=ctx,
         )
         if settings.how.makes_model:
-            return Combined(settings.how.combine(given), {}, names)
+            return Combined(combined(settings.how, given), {}, names)
         if settings.stream:
             if len(chosen) < len(self._rows):
                 raise ValueError("a handler took contributions out, but with stream=True they are added up already")
@@ -437,7 +437,7 @@ class Round:
         if not names:
             return {}
         schema = Schema({name: given.schema[name] for name in names})
-        return self.settings.how.combine(replace(given, rows=[row.only(names) for row in rows], schema=schema))
+        return combined(self.settings.how, replace(given, rows=[row.only(names) for row in rows], schema=schema))
 
     def _combined_each(self, given: Given) -> WeightDict:
         """What the rule makes of each variable, of those who sent it."""

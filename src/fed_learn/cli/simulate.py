@@ -70,6 +70,7 @@ def simulate(
             help="What clients send: full weights or differences.", show_default="full; diff with an aggregator"
         ),
     ] = None,
+    rule: Annotated[str, typer.Option(help="How contributions are combined: mean.")] = "mean",
     kernel: Annotated[str, typer.Option(help="What averages: auto, native or numpy.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the aggregation.", show_default="all processors")
@@ -147,6 +148,7 @@ def simulate(
             on_bad_contribution="reject",
             exact=exact and not getattr(aggregator, "exact", False),
             kernel=None if kernel == "auto" else kernel,
+            rule=rule,
             aggregator=aggregator,
         )
     )
@@ -162,6 +164,7 @@ def simulate(
         "seed": seed,
         "local_epochs": local_epochs,
         "kind": kind.value,
+        "rule": rule,
         "kernel": demo.server.settings.aggregation.kernel,
         "threads": kernels.get_num_threads(),
         "exact": exact,

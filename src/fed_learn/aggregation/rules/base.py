@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from fed_learn.aggregation.batch import Checked
-from fed_learn.aggregation.outputs import Output
+from fed_learn.aggregation.outputs import Output, outputs_for
+from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.contribution import Contribution, Kind
+from fed_learn.errors import AggregatorError, FedLearnError, described, text_of
 from fed_learn.model_meta import FLContext
-from fed_learn.weights import FrozenWeights, Schema, WeightDict
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +45,15 @@ class Rule(ABC):
     A rule is given contributions that have been checked, and makes of full weights full weights, of differences a
     difference; it changes none of them, and its result does not depend on their order of arrival.
 
+    What a rule of a user's own makes is checked: it has just the variables that it was given, finite, and is rounded to
+    their dtypes where it has wider ones. If it raises, or makes anything else, `AggregatorError` is raised, and a round
+    of a job fails.
+
     Attributes:
         name: By which settings and the command find it.
         streams: Whether contributions can be added up one by one and dropped (`stream=True`).
         shows_not_finite: Whether its result would not be finite, and `NonFiniteError` be raised, if a value were not.
+        keeps_schema: Whether what it makes has the schema for certain and goes where it is told, and needs no check.
         makes_model: Whether what it makes is the new global model itself, rather than a mean or a difference.
 
     Example:
@@ -62,6 +69,7 @@ class Rule(ABC):
     name: ClassVar[str]
     streams: ClassVar[bool] = False
     shows_not_finite: ClassVar[bool] = False
+    keeps_schema: ClassVar[bool] = False
     makes_model: ClassVar[bool] = False
 
     def check_settings(self, *, kind: Kind, partial: str, exact: bool, stream: bool) -> None:
@@ -91,14 +99,40 @@ class Rule(ABC):
         """Combines contributions.
 
         Returns:
-            New arrays or tensors of the variables of `given.schema`; or `given.out`, or what `given.output` made.
-
-        Raises:
-            ContributionError: The result leaves the range of a dtype.
+            Arrays of the variables of `given.schema`.
         """
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
+
+
+def combined(rule: Rule, given: Given) -> WeightDict:
+    """What a rule makes, in the dtypes of the schema.
+
+    Returns:
+        New arrays, tensors where the first contribution has them; or `given.out`, or what `given.output` made.
+
+    Raises:
+        AggregatorError: A rule of a user's own raised, or made something else.
+        ContributionError: The result leaves the range of a dtype.
+    """
+    if rule.keeps_schema or rule.makes_model:
+        return rule.combine(given)
+    who, schema = f"rule {rule.name!r}", given.schema
+    try:
+        made = as_weight_dict(without_tensors(rule.combine(given), who), who)
+        fit, _ = schema.fit(made, who)
+        if len(fit) < len(schema):
+            raise schema.names_error(fit, who)
+        check_finite(fit, who)
+    except Exception as error:
+        cause = text_of(error) if isinstance(error, FedLearnError) else described(error)
+        raise AggregatorError(f"{who}: {cause.removeprefix(f'{who}: ')}") from error
+    place = given.rows[0].held.place
+    outputs = outputs_for(schema, place, given.out) if given.output is None else given.output(schema)
+    for name, array in fit.items():
+        outputs.arrays[name][...] = array
+    return outputs.finish()
 
 
 R = TypeVar("R", bound=type[Rule])
