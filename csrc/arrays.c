@@ -19,7 +19,8 @@ static const size_t FL_ITEMSIZES[FL_DTYPES] = {
 
 /* Writes where an array lies; returns whether it has this shape and dtype and lies as a kernel takes it. Its dtype is
  * asked for by itself: numpy would compose a format anew for each buffer, and has none for bfloat16. */
-static int fl_take(PyObject *array, PyObject *dtype_name, PyObject *shape, PyObject *dtype, uintptr_t *address)
+static int fl_take(PyObject *array, PyObject *dtype_name, PyObject *shape, PyObject *dtype, int flags,
+                   uintptr_t *address)
 {
     Py_buffer view;
     PyObject *found = PyObject_GetAttr(array, dtype_name);
@@ -27,7 +28,7 @@ static int fl_take(PyObject *array, PyObject *dtype_name, PyObject *shape, PyObj
         return 0;
     int same = found == dtype || PyObject_RichCompareBool(found, dtype, Py_EQ) == 1; /* unpickled dtypes are copies */
     Py_DECREF(found);
-    if (!same || PyObject_GetBuffer(array, &view, PyBUF_ND) != 0)
+    if (!same || PyObject_GetBuffer(array, &view, flags) != 0)
         return 0;
     *address = (uintptr_t)view.buf;
     same = view.ndim == PyTuple_Size(shape) && *address % (uintptr_t)view.itemsize == 0;
@@ -43,7 +44,7 @@ static int fl_same_name(PyObject *one, PyObject *other)
            (PyUnicode_CheckExact(one) && PyUnicode_CheckExact(other) && PyUnicode_Compare(one, other) == 0);
 }
 
-static int fl_gather_row(PyObject *schema, PyObject *row, PyObject *dtype_name, PyTypeObject *array_class,
+static int fl_gather_row(PyObject *schema, PyObject *row, PyObject *dtype_name, PyTypeObject *array_class, int flags,
                          size_t n_columns, uintptr_t *addresses)
 {
     PyObject *name, *expected, *own_name, *array;
@@ -53,7 +54,7 @@ static int fl_gather_row(PyObject *schema, PyObject *row, PyObject *dtype_name, 
     for (; PyDict_Next(schema, &at, &name, &expected); addresses += n_columns) {
         PyObject *shape = PyTuple_GetItem(expected, 0), *dtype = PyTuple_GetItem(expected, 1);
         if (!PyDict_Next(row, &own_at, &own_name, &array) || !fl_same_name(own_name, name) ||
-            Py_TYPE(array) != array_class || !fl_take(array, dtype_name, shape, dtype, addresses))
+            Py_TYPE(array) != array_class || !fl_take(array, dtype_name, shape, dtype, flags, addresses))
             return 0;
     }
     return 1;
@@ -96,15 +97,17 @@ size_t fl_measure(uintptr_t schema, uintptr_t codes_of, size_t *counts, size_t *
     return total;
 }
 
-int fl_gather(uintptr_t schema, uintptr_t rows, uintptr_t array_class, size_t n_columns, uintptr_t *addresses)
+int fl_gather(uintptr_t schema, uintptr_t rows, uintptr_t array_class, int writeable, size_t n_columns,
+              uintptr_t *addresses)
 {
+    int flags = writeable ? PyBUF_ND | PyBUF_WRITABLE : PyBUF_ND;
     PyGILState_STATE state = PyGILState_Ensure();
     PyObject *dtype_name = PyUnicode_InternFromString("dtype");
     Py_ssize_t n = PyList_Size((PyObject *)rows);
     int same = dtype_name != NULL;
     for (Py_ssize_t k = 0; k < n && same; k++)
         same = fl_gather_row((PyObject *)schema, PyList_GetItem((PyObject *)rows, k), dtype_name,
-                             (PyTypeObject *)array_class, n_columns, addresses + k);
+                             (PyTypeObject *)array_class, flags, n_columns, addresses + k);
     Py_XDECREF(dtype_name);
     PyErr_Clear();
     PyGILState_Release(state);

@@ -16,10 +16,11 @@ int fl_hold_only(uintptr_t rows, uintptr_t array_class);
 size_t fl_measure(uintptr_t schema, uintptr_t codes_of, size_t *counts, size_t *sizes, int32_t *codes);
 
 /* The addresses of all arrays of weight dicts, if each is as a kernel takes it: of just the names of the schema in its
- * order, of its shapes and dtypes, of the very class `array_class`, C-contiguous and aligned.
+ * order, of its shapes and dtypes, of the very class `array_class`, C-contiguous and aligned, and `writeable` if asked for.
  * rows: a list of weight dicts. Address k of variable v goes to addresses[v * n_columns + k].
  * Returns 1; 0 where anything is different, and the addresses are undefined then. */
-int fl_gather(uintptr_t schema, uintptr_t rows, uintptr_t array_class, size_t n_columns, uintptr_t *addresses);
+int fl_gather(uintptr_t schema, uintptr_t rows, uintptr_t array_class, int writeable, size_t n_columns,
+              uintptr_t *addresses);
 
 /* The addresses of a list of arrays. Returns 1; 0 where one is not C-contiguous. */
 int fl_addresses(uintptr_t arrays, uintptr_t *addresses);

@@ -293,16 +293,19 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
             DtypeError: For a dtype that cannot be averaged (complex, float8, strings, objects, void …).
         """
         schema = cls()
+        last: np.dtype[Any] | None = None
         for name, array in weights.items():
-            dtype = native_dtype(array.dtype)
-            if dtype not in SUPPORTED_DTYPES:
-                raise DtypeError(
-                    f"{about(contributor, name)}has dtype {array.dtype}, which cannot be averaged",
-                    contributor=contributor,
-                    name=name,
-                    dtype=array.dtype,
-                    expected=None,
-                )
+            if array.dtype is not last:  # mostly all are of one dtype
+                last = array.dtype
+                dtype = native_dtype(last)
+                if dtype not in SUPPORTED_DTYPES:
+                    raise DtypeError(
+                        f"{about(contributor, name)}has dtype {array.dtype}, which cannot be averaged",
+                        contributor=contributor,
+                        name=name,
+                        dtype=array.dtype,
+                        expected=None,
+                    )
             schema[name] = (array.shape, dtype)
         return schema
 

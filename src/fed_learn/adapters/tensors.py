@@ -61,8 +61,6 @@ def hold_tensors(*weights: object) -> bool:
         >>> hold_tensors({"w": np.zeros(2)}, None)
         False
     """
-    if all(framework.tensor_type() is None for framework in FRAMEWORKS):
-        return False
     kinds: set[type] = set()
     for one in weights:
         try:
@@ -71,4 +69,4 @@ def hold_tensors(*weights: object) -> bool:
         except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
             as_failure(error)
     kinds.discard(np.ndarray)
-    return any(framework_of(kind) is not None or _is_keras(kind) for kind in kinds)
+    return bool(kinds) and any(framework_of(kind) is not None or _is_keras(kind) for kind in kinds)

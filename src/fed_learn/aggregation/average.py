@@ -57,7 +57,8 @@ def weighted_average(
         >>> weighted_average([hospital_a, hospital_b], [300, 100])
         {'w': array([1., 1.], dtype=float32)}
     """
-    kernels.requested(kernel)
+    if kernel is not None:
+        kernels.requested(kernel)  # what is wrong with it is said before anything is looked at
     schema, rows, table = checked_batch(list(contributions), aggregation_weights, like)
     return mean(rows, schema, out=out, exact=exact, kernel=kernel, table=table)
 
@@ -99,6 +100,7 @@ def aggregate(
     how = find(rule)
     if how.makes_model:
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
-    kernels.requested(kernel)
+    if kernel is not None:
+        kernels.requested(kernel)
     schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like)
     return combined(how, Given(counting(rows), schema, exact=exact, kernel=kernel, out=out))

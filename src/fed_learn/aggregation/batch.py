@@ -60,9 +60,9 @@ Tell = Callable[[str], None]
 """Takes a sentence on what is accepted although it is not as the global model has it."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)  # frozen ones take ten times as long to make
 class Checked:
-    """A contribution that has been opened and has passed every check.
+    """A contribution that has been opened and has passed every check; left as it is from then on.
 
     Attributes:
         contributor: Whose it is.
@@ -399,12 +399,13 @@ def _checked_weight_dicts(
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
     schema = schema_of(batch[0], labels[0]) if schema is None else schema
-    scalars = [check_aggregation_weight(a, label) for a, label in zip(aggregation_weights, labels, strict=True)]
+    scalars = list(map(check_aggregation_weight, aggregation_weights, labels))
     if plain:  # the usual case is soon told
         own, table = [dict(item) for item in batch], Table(schema, len(batch))
         if table.gather(own, 1):
-            held = [Opened(weights, {}, {}) for weights in own]
-            return schema, [Checked(*row) for row in zip(labels, scalars, held, strict=True)], table
+            nothing: dict[str, Any] = {}
+            held = [Opened(weights, nothing, nothing) for weights in own]
+            return schema, list(map(Checked, labels, scalars, held)), table
     terms = Terms(schema)
     return schema, [terms.check_weights(*row) for row in zip(batch, scalars, labels, strict=True)], None
 

@@ -74,9 +74,9 @@ def mean(
     place, inputs = held.place, [tensor for row in rows for tensor in row.held.tensors.values()]
     framework = None if exact or output is not None else _framework(chosen, rows, out)
     counted = counting(rows, framework)
-    if framework is not None and far_apart(counted):
-        framework = None
-    if framework is not None:
+    scalars = [row.aggregation_weight for row in counted]
+    far = far_apart(scalars)
+    if framework is not None and not far:
         outputs = outputs_for(schema, place, out, kernel=chosen.name, tensors=inputs)
         tensors = {name: [row.held.tensors[name] for row in counted] for name in schema}
         _mean(chosen, framework, counted, tensors, outputs.arrays)
@@ -87,7 +87,7 @@ def mean(
     outputs = outputs_for(schema, place, out, columns=columns, tensors=inputs) if output is None else output(schema)
     if exact:
         _exact_mean(chosen, counted, dict(columns), outputs.arrays)
-    elif far_apart(counted):
+    elif far:
         _mean_far_apart(chosen, schema, counted, columns, outputs.arrays)
     else:
         known = isinstance(outputs, ArrayOutputs) or columns.table.gather([dict(outputs.arrays)], 0)
@@ -107,9 +107,8 @@ def usual_scale(aggregation_weights: Sequence[float]) -> int:
     return 880 - math.frexp(max(aggregation_weights))[1]
 
 
-def far_apart(rows: Sequence[Checked]) -> bool:
+def far_apart(aggregation_weights: Sequence[float]) -> bool:
     """Whether aggregation weights are so far apart that products with the smallest of them could lose bits."""
-    aggregation_weights = [row.aggregation_weight for row in rows]
     return min(aggregation_weights) < FARTHEST * max(aggregation_weights)
 
 

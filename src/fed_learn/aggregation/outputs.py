@@ -89,7 +89,7 @@ class ArrayOutputs:
         self.weights: WeightDict = new_arrays(schema) if out is None else out
         self.table = Table(schema, 0) if inputs is None else inputs.table
         own = dict(self.weights) if type(self.weights) is dict else {}  # holds the arrays, whatever becomes of `out`
-        usual = self.table.gather([own], 0) and all(array.flags.writeable for array in own.values())
+        usual = self.table.gather([own], 0)
         self.arrays: WeightDict = own if usual else self._checked(schema)
         if not usual:
             self.table.addresses[:, 0] = addresses(list(self.arrays.values()))

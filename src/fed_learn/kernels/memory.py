@@ -81,7 +81,7 @@ class Table:
 
         Args:
             rows: Weight dicts that nobody else changes. The caller keeps them alive.
-            first: Their first column.
+            first: Their first column; 0 for that of the outputs, which have to be writeable.
 
         Returns:
             Whether all hold plain arrays, C-contiguous and aligned, of just the names, shapes and dtypes of the schema
@@ -90,7 +90,7 @@ class Table:
         if EXTENSION is None:
             return False
         at, n_columns = _pointer(self.addresses) + first, self.addresses.shape[1]
-        return bool(EXTENSION.lib.fl_gather(id(self._schema), id(rows), id(np.ndarray), n_columns, at))
+        return bool(EXTENSION.lib.fl_gather(id(self._schema), id(rows), id(np.ndarray), first == 0, n_columns, at))
 
     def may_overlap(self) -> bool:
         """Whether outputs share memory with one another or with an input; without the extension they may."""
