@@ -373,10 +373,10 @@ class Round:
         self._report = replace(
             self._report,
             error=None,  # of an attempt before, with fewer
-            accepted=tuple(row.contributor for row in chosen),
-            total_weight=float(sum(row.aggregation_weight for row in chosen)),
+            accepted=tuple([row.contributor for row in chosen]),
+            total_weight=float(sum([row.aggregation_weight for row in chosen])),
             aggregation_seconds=before + time.perf_counter() - started,
-            aggregation_bytes=len(chosen) * sum(int(value.nbytes) for value in made.mean.values()),
+            aggregation_bytes=len(chosen) * sum([int(value.nbytes) for value in made.mean.values()]),
         )
         return made
 

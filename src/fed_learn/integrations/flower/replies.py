@@ -184,12 +184,12 @@ class Reply:
                 stated = record
         return arrays, metrics, stated
 
-    @property
+    @cached_property
     def arrays(self) -> dict[str, ArrayRecord]:
         """Its `ArrayRecord`s by key."""
         return self._records[0]
 
-    @property
+    @cached_property
     def stated(self) -> Mapping[str, Any]:
         """What `ClientMod` states in it."""
         return self._records[2]
