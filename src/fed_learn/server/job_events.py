@@ -1,6 +1,6 @@
-"""`JobEvents`: the events of a job on its context, and the record of the handlers that failed."""
+"""`JobEvents`: the events of a job on its context, its clients, and the record of what failed."""
 
-from bisect import bisect
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,11 +8,21 @@ from typing import Any
 
 from fed_learn.arguments import check_choice
 from fed_learn.components.direction import MODES
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, Contribution, RoundReport
-from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError, text_of
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, RoundReport, check_contributor
+from fed_learn.errors import (
+    HandlerError,
+    HandlerFailure,
+    NothingAggregatedError,
+    described,
+    printable,
+    text_of,
+    without_tracebacks,
+)
 from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.model_meta import ContextKey, JobContext, ModelData, frozen_model
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
+
+logger = logging.getLogger(__name__)
 
 
 class JobEvents:
@@ -26,6 +36,8 @@ class JobEvents:
         ctx: The context.
         reports: One report per round that ended.
         handler_failures: Every handler that raised, in order.
+        clients: Names of the clients that have registered and not quit.
+        quits: Clients that left because they failed, and why.
     """
 
     def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str = "raise") -> None:
@@ -34,8 +46,8 @@ class JobEvents:
         self.ctx = JobContext({ContextKey.HANDLERS: self.handlers})
         self.reports: list[RoundReport] = []
         self.handler_failures: list[HandlerFailure] = []
-        self._listed: tuple[Contribution, ...] = ()
-        self._names: tuple[str, ...] = ()
+        self.clients: dict[str, None] = {}
+        self.quits: list[ClientFailure] = []
 
     def declare_score(self, metric: str | None, mode: str | None) -> None:
         """Tells handlers, before STARTUP or the first score, by which metric models are selected, and what is better.
@@ -59,14 +71,36 @@ class JobEvents:
         """Binds a report with some fields replaced."""
         self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
 
-    def drop_weights(self) -> None:
-        """Binds the contributions of the round without their weights, which would take memory until the next one."""
-        last: Contribution | None = self.ctx.get_prop(ContextKey.CONTRIBUTION)
-        listed: Sequence[Contribution] = self.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())
-        light = {id(one): one.without_weights() for one in (*listed, last) if one is not None}
-        if last is not None:
-            self.ctx.set_prop(ContextKey.CONTRIBUTION, light[id(last)])
-        self.ctx.set_prop(ContextKey.CONTRIBUTIONS, tuple([light[id(one)] for one in listed]))
+    def register(self, name: str) -> None:
+        """CLIENT_REGISTER: a client takes part from now on.
+
+        Raises:
+            UnknownContributorError: That cannot be the name of a client.
+            HandlerError: With `on_handler_error="raise"`, here and in all that follow.
+        """
+        self.clients[check_contributor(name)] = None
+        self.fire(EventType.CLIENT_REGISTER, name)
+
+    def quit(self, name: str, error: Exception | None = None) -> None:
+        """CLIENT_QUIT: a client leaves, because it is done (no error) or because it failed."""
+        if error is not None:
+            self.note_failure(name, error, "leaves the job")
+        self.clients.pop(name, None)
+        self.fire(EventType.CLIENT_QUIT, name)
+
+    def note_failure(self, name: str, error: Exception, what: str) -> None:
+        """Logs and records that a client failed, without an event."""
+        self.log_failure(name, error, what)
+        failure = ClientFailure(name, without_tracebacks(error))
+        self.quits.append(failure)
+        if ContextKey.REPORT in self.ctx:
+            self.update_report(quits=(*self.report.quits, failure))
+        if isinstance(error, HandlerError):
+            self.record(error.failures)
+
+    def log_failure(self, name: str, error: Exception, what: str) -> None:
+        """Logs that a client failed. A stack that has said so in its own words overrides this."""
+        logger.error("%s %s: %s", printable(name), what, described(error), exc_info=error)
 
     def record(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers for the report and the result, each without what its traceback would keep alive.
@@ -93,38 +127,6 @@ class JobEvents:
         model = self.ctx.get_model()
         self._fire(event, contributor)
         self.ctx.set_model(model)
-
-    def fire_contribution(self, name: str, contribution: Contribution | None, refusal: Exception | None) -> None:
-        """RECEIVE_CONTRIBUTION, with what a client sent in the context and in the report.
-
-        Args:
-            name: The client.
-            contribution: What it sent; None if that was none.
-            refusal: Why it is refused; None: it is accepted.
-
-        Raises:
-            HandlerError: As in `fire`.
-        """
-        accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
-        # Unless a handler has bound others, only one is new: with many clients, to go through all takes long.
-        names = self._names if accepted is self._listed else tuple(c.contributor for c in accepted)
-        rejected = self.report.rejected
-        if refusal is not None:
-            rejected = (*rejected, ClientFailure(name, refusal))
-        elif contribution is not None:
-            place = bisect(names, contribution.contributor)
-            accepted = (*accepted[:place], contribution, *accepted[place:])
-            names = (*names[:place], contribution.contributor, *names[place:])
-        self._listed, self._names = accepted, names
-        self.ctx.set_props(
-            {
-                ContextKey.CONTRIBUTION: contribution,
-                ContextKey.CONTRIBUTIONS: accepted,
-                ContextKey.REJECTION: refusal,
-            }
-        )
-        self.update_report(accepted=names, rejected=rejected)
-        self.fire(EventType.RECEIVE_CONTRIBUTION, name)
 
     def fire_for_model(
         self, event: str, schema: Schema | None, constants: WeightDict | None = None
