@@ -82,7 +82,7 @@ class TorchTensors:
         try:
             plain = tensor.detach() if tensor.requires_grad else tensor
             plain = plain if plain.is_cpu else plain.cpu()
-            if _dtype(plain.dtype) is BFLOAT16:  # which numpy does not know
+            if plain.dtype is _bfloat16():  # which numpy does not know
                 bits: Array = plain.view(_torch().int16).numpy()
                 return bits.view(BFLOAT16)
             array: Array = plain.numpy()
@@ -392,6 +392,11 @@ def _plain_kinds() -> tuple[type, type]:
 @functools.cache
 def _strided() -> Any:
     return _torch().strided
+
+
+@functools.cache
+def _bfloat16() -> Any:
+    return _torch().bfloat16
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""`JobEvents`: the events of a job on its context, its clients, and the record of what failed."""
+"""`JobEvents`: the events of a job on its context, its global model and clients, and the record of what failed."""
 
 import logging
 from collections import Counter
@@ -20,7 +20,8 @@ from fed_learn.errors import (
 )
 from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.model_meta import ContextKey, JobContext, ModelData, frozen_model
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
+from fed_learn.server.settings import checked_model
+from fed_learn.weights import FrozenWeights, Schema
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ class JobEvents:
     Args:
         handlers: The handlers.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
+        weights: The initial global model.
 
     Attributes:
         ctx: The context.
@@ -40,7 +42,7 @@ class JobEvents:
         quits: Clients that left because they failed, and why.
     """
 
-    def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str = "raise") -> None:
+    def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str, weights: FrozenWeights) -> None:
         self.handlers = tuple(handlers)
         self.on_handler_error = on_handler_error
         self.ctx = JobContext({ContextKey.HANDLERS: self.handlers})
@@ -48,6 +50,22 @@ class JobEvents:
         self.handler_failures: list[HandlerFailure] = []
         self.clients: dict[str, None] = {}
         self.quits: list[ClientFailure] = []
+        self._schema = Schema.of(weights)
+        self._adopt(weights)
+
+    @property
+    def weights(self) -> FrozenWeights:
+        """The global model."""
+        return self._weights
+
+    @property
+    def schema(self) -> Schema:
+        """Names, shapes and dtypes of the global model; empty until they are known."""
+        return self._schema
+
+    def change_schema(self, schema: Schema) -> None:
+        """From the next round on the global model, which `start_round` is given, has other names, shapes or dtypes."""
+        self._schema = schema
 
     def declare_score(self, metric: str | None, mode: str | None) -> None:
         """Tells handlers, before STARTUP or the first score, by which metric models are selected, and what is better.
@@ -128,31 +146,30 @@ class JobEvents:
         self._fire(event, contributor)
         self.ctx.set_model(model)
 
-    def fire_for_model(
-        self, event: str, schema: Schema | None, constants: WeightDict | None = None
-    ) -> FrozenWeights | None:
-        """Fires an event in which a handler may replace the global model.
+    def _adopt(self, weights: FrozenWeights) -> None:
+        """Replaces the global model, in the context too."""
+        self._schema = self._schema or Schema.of(weights)
+        self._weights = weights
+        self._model: ModelData | None = ModelData(weights)
+        self.ctx.set_model(self._model)
 
-        Args:
-            event: The event.
-            schema: What a model must have; None or empty: nobody knows yet.
-            constants: See `checked_model`.
-
-        Returns:
-            What it was replaced by, checked and in the order of the schema; None if it was not.
+    def _fire_and_adopt(self, event: str) -> None:
+        """Fires an event in which a handler may replace the global model; keeps what it put there.
 
         Raises:
             HandlerError: As in `fire`; so it is where what a handler put there is not a model of the schema.
         """
         before, who = self.ctx.get_model(), f"model set by a handler at {event}"
-        self.ctx.adopt = lambda given: ModelData(checked_model(given.weights, schema, who, constants=constants))
+        self.ctx.adopt = lambda model: ModelData(
+            checked_model(model.weights, self.schema, who, constants=self._weights)
+        )
         try:
             self._fire(event, None)
         finally:
             self.ctx.adopt = frozen_model
         after: Any = self.ctx.get_model()
-        replaced: FrozenWeights | None = None if after is before else after.weights
-        return replaced
+        if after is not before:
+            self._adopt(after.weights)
 
     def _fire(self, event: str, contributor: str | None) -> None:
         if contributor is None:
@@ -165,28 +182,6 @@ class JobEvents:
             self.record(error.failures)
             if self.on_handler_error == "raise":
                 raise
-
-
-def checked_model(
-    weights: object, schema: Schema | None, who: str, *, constants: WeightDict | None = None
-) -> FrozenWeights:
-    """A global model that comes from outside, in the order of the schema. Copied, unless it is frozen.
-
-    Args:
-        weights: Should be a weight dict.
-        schema: What it must have; None or empty: nobody knows.
-        who: Whose it is, for the error.
-        constants: The global model before; what is not finite in it may stay as it is.
-
-    Raises:
-        ContributionError: It is no such model, or not finite.
-    """
-    arrays = as_weight_dict(weights, who)
-    if schema:
-        schema.check(arrays, who)
-    check_finite(arrays, who, constants=constants or None)
-    ordered = {name: arrays[name] for name in schema or arrays}
-    return FrozenWeights.adopt(ordered) if type(weights) is FrozenWeights else FrozenWeights(ordered)
 
 
 def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError | None:

@@ -33,9 +33,9 @@ from fed_learn.errors import (
     without_tracebacks,
 )
 from fed_learn.events import EventType
-from fed_learn.model_meta import ContextKey, ModelData
-from fed_learn.server.job_events import JobEvents, checked_model
-from fed_learn.server.settings import JobSettings, initial_model
+from fed_learn.model_meta import ContextKey
+from fed_learn.server.job_events import JobEvents
+from fed_learn.server.settings import JobSettings, checked_model, initial_model
 from fed_learn.weights import FrozenDict, FrozenWeights, Schema, WeightDict
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class JobRounds(JobEvents):
     """
 
     def __init__(self, settings: JobSettings, weights: WeightDict, num_clients: int | None = None) -> None:
-        super().__init__(settings.handlers, settings.on_handler_error)
+        model = initial_model(weights, settings.aggregation.kind)
+        super().__init__(settings.handlers, settings.on_handler_error, model)
         self.settings = settings
         if settings.num_rounds is not None:
             self.ctx.set_prop(ContextKey.NUM_ROUNDS, settings.num_rounds)
@@ -72,20 +73,7 @@ class JobRounds(JobEvents):
         self._in_round = False
         self._aggregated = False
         self._unanswered = 0  # contributions of the round that no attempt to aggregate has met
-        model = initial_model(weights, settings.aggregation.kind)
-        self._schema = Schema.of(model)
-        self._adopt(model)
         self._begin(None)
-
-    @property
-    def weights(self) -> FrozenWeights:
-        """The global model."""
-        return self._weights
-
-    @property
-    def schema(self) -> Schema:
-        """Names, shapes and dtypes of the global model; empty until they are known."""
-        return self._schema
 
     @property
     def in_round(self) -> bool:
@@ -301,10 +289,6 @@ class JobRounds(JobEvents):
         """Gives up a round that an error has ended, with what was received; `start_round` begins it, or another."""
         self._in_round, self._unanswered = False, 0
 
-    def change_schema(self, schema: Schema) -> None:
-        """From the next round on the global model, which `start_round` is given, has other names, shapes or dtypes."""
-        self._schema = schema
-
     def _judged(self, name: str, sent: object) -> tuple[Contribution | None, Exception | None]:
         """The contribution, without its weights where it is refused or folded in; and why it is refused."""
         refusal: Exception
@@ -390,19 +374,6 @@ class JobRounds(JobEvents):
         if last is not None:
             self.ctx.set_prop(ContextKey.CONTRIBUTION, light[id(last)])
         self._list([light[id(one)] for one in listed], self._names)
-
-    def _adopt(self, weights: FrozenWeights) -> None:
-        """Replaces the global model, in the context too."""
-        self._schema = self._schema or Schema.of(weights)
-        self._weights = weights
-        self._model: ModelData | None = ModelData(weights)
-        self.ctx.set_model(self._model)
-
-    def _fire_and_adopt(self, event: str) -> None:
-        """Fires an event in which a handler may replace the global model; keeps what it put there."""
-        replaced = self.fire_for_model(event, self.schema, self._weights)
-        if replaced is not None:
-            self._adopt(replaced)
 
     def _check_in_round(self, what: str) -> None:
         if not self._in_round:
