@@ -80,7 +80,7 @@ class TorchTensors:
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
         """See `Framework.view`."""
         try:
-            plain = tensor.detach() if tensor.requires_grad else tensor
+            plain = tensor.detach()  # what the array keeps alive, whatever becomes of the tensor
             plain = plain if plain.is_cpu else plain.cpu()
             if plain.dtype is _bfloat16():  # which numpy does not know
                 bits: Array = plain.view(_torch().int16).numpy()
