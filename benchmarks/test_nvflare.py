@@ -26,7 +26,10 @@ pytest.importorskip("nvflare")
 
 from nvflare.apis.fl_context import FLContext
 from nvflare.app_common.abstract.fl_model import FLModel
+from nvflare.app_common.abstract.model import make_model_learnable
 from nvflare.app_common.aggregators.weighted_aggregation_helper import WeightedAggregationHelper
+from nvflare.app_common.app_constant import AppConstants
+from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.workflows.fedavg import FedAvg
 
 from fed_learn.integrations.nvflare import WeightedAverageAggregator
@@ -44,10 +47,15 @@ class Side:
 
     def run(self, models: list[FLModel]) -> dict[str, Any]:
         """What NVFlare's server does with the models of a round; returns the average."""
-        controller = FedAvg(num_clients=CLIENTS, aggregator=None if self.aggregator is None else self.aggregator())
+        aggregator = None if self.aggregator is None else self.aggregator()
+        controller = FedAvg(num_clients=CLIENTS, aggregator=aggregator)
         controller.fl_ctx, controller.current_round = FLContext(), 0
-        if self.aggregator is None:
+        if aggregator is None:
             controller._aggr_helper, controller._aggr_metrics_helper = (WeightedAggregationHelper() for _ in range(2))
+        else:  # as in a job, where it hears of the round and of the global model
+            controller.fl_ctx.set_prop(AppConstants.CURRENT_ROUND, 0)
+            controller.fl_ctx.set_prop(AppConstants.GLOBAL_MODEL, make_model_learnable(models[0].params, {}))
+            aggregator.handle_event(AppEventType.ROUND_STARTED, controller.fl_ctx)
         for model in models:
             controller._aggregate_one_result(model)
         averaged: dict[str, Any] = controller._get_aggregated_result().params

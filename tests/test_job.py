@@ -318,6 +318,41 @@ def test_after_a_validation_between_rounds_the_context_holds_the_global_model() 
     assert (best.round, best.metric, best.weights["w"].tolist()) == (1, 1.0, [1.0])
 
 
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_job_that_is_told_what_something_else_aggregated_fires_the_events_of_one_that_aggregates(
+    refused: bool,
+) -> None:
+    sent = [contribution("b", {"w": np.full(1, 3.0)}), contribution("a", {"w": np.full(1, 1.0)}, 3)]
+    sent += [contribution("c", {"v": np.ones(1)})] if refused else []
+    ours, told = Recorder(), Recorder()
+    settings = {"num_rounds": 1, "min_contributions": 1, "on_bad_contribution": "reject"}
+    model = {"w": np.zeros(1), **({"v": np.zeros(1)} if refused else {})}
+    for recorder in (ours, told):
+        with FederatedServer(model, handlers=[recorder], **settings).begin() as job:  # type: ignore[arg-type]
+            job.start_round(0)
+            if recorder is ours:
+                for one in sent:
+                    job.receive(one.contributor, one)
+                assert job.aggregate()
+            else:
+                for one in sent:
+                    job.note(one.contributor, one)
+                if refused:
+                    job.refuse("c", fl.NamesError("c: of another part", contributor="c"))
+                assert [one.contributor for one in job.before_aggregation()] == ["a", "b"]
+                job.note_aggregation(fl.RoundReport(0, ("a", "b"), total_weight=4.0))
+                job.end_aggregation(fl.weights.FrozenWeights({**model, "w": np.full(1, 1.5)}))
+            report = job.end_round()
+        assert (report.accepted, report.total_weight, job.weights["w"].tolist()) == (("a", "b"), 4.0, [1.5])
+        assert [failure.cause for failure in report.rejected] == ["NamesError"] * refused
+    assert told.with_contributors() == ours.with_contributors()
+    for ctx in (*ours.at(Event.RECEIVE_CONTRIBUTION)[-1:], *told.at(Event.RECEIVE_CONTRIBUTION)[-1:]):
+        assert [one.contributor for one in ctx[Key.CONTRIBUTIONS]] == ["a", "b"]
+        assert (ctx[Key.CONTRIBUTION].contributor, type(ctx[Key.REJECTION])) == (
+            ("c", fl.NamesError) if refused else ("a", type(None))
+        )
+
+
 def test_weights_that_are_frozen_already_are_not_copied() -> None:
     from fed_learn.weights import FrozenWeights
 

@@ -34,7 +34,7 @@ from nvflare.job_config.base_fed_job import BaseFedJob
 from fed_learn.contribution import ClientFailure
 from fed_learn.errors import HandlerError, NothingAggregatedError
 from fed_learn.integrations.nvflare import HandlerBridge, WeightedAverageAggregator, add_handlers, props
-from fed_learn.integrations.nvflare.mirror import Mirror
+from fed_learn.integrations.nvflare.followed_job import FollowedJob
 from fed_learn.server.job_events import nothing_aggregated
 
 W = {"w": np.zeros(2, np.float32)}
@@ -78,28 +78,28 @@ def contribution(name: str, accuracy: float, n_iter: int = 1) -> fl.Contribution
     return fl.Contribution(name, None, 10, n_iter=n_iter, round=0, metrics=metrics)
 
 
-def started(*handlers: fl.Handler, on_handler_error: str = "raise") -> Mirror:
-    mirror = Mirror(handlers, on_handler_error)
-    mirror.start()
+def started(*handlers: fl.Handler, on_handler_error: str = "raise") -> FollowedJob:
+    job = FollowedJob(handlers, on_handler_error)
+    job.start()
     for name in ("a", "b"):
-        mirror.register(name)
-    mirror.start_round(0, 2, W)
-    return mirror
+        job.register(name)
+    job.start_round(0, dict(W), num_rounds=2)
+    return job
 
 
 def test_a_round_in_which_one_is_refused_and_one_is_absent() -> None:
     log = Log()
-    mirror = started(log)
-    mirror.register("c")
+    job = started(log)
+    job.register("c")
     for name in ("a", "b", "c"):
-        mirror.send_model(name)
-    mirror.receive("b", contribution("b", 0.5), None)
-    mirror.receive("a", contribution("a", 0.5), fl.NonFiniteError("a: nan", contributor="a"))
-    assert mirror.before_aggregation() is None
-    mirror.note_aggregation(fl.RoundReport(0, ("b",), total_weight=10.0, kernel="numpy", aggregation_bytes=8))
-    mirror.end_aggregation({"w": np.ones(2, np.float32)})
-    mirror.end_round()
-    (report,) = mirror.reports
+        job.send_model(name)
+    job.note("b", contribution("b", 0.5))
+    job.note("a", contribution("a", 0.5), fl.NonFiniteError("a: nan", contributor="a"))
+    assert [c.contributor for c in job.before_aggregation()] == ["b"]
+    job.note_aggregation(fl.RoundReport(0, ("b",), total_weight=10.0, kernel="numpy", aggregation_bytes=8))
+    job.end_aggregation({"w": np.ones(2, np.float32)})
+    job.end_round()
+    (report,) = job.reports
     assert (report.accepted, report.absent, report.total_weight, report.kernel) == (("b",), ("c",), 10.0, "numpy")
     assert [(r.contributor, r.cause) for r in report.rejected] == [("a", "NonFiniteError")]
     last = [event for event, _ in log.seen][-4:]
@@ -112,26 +112,28 @@ def test_a_round_in_which_one_is_refused_and_one_is_absent() -> None:
 
 def test_a_round_that_failed_has_no_end_of_aggregation() -> None:
     log = Log()
-    mirror = started(log)
-    mirror.receive("a", contribution("a", 0.5), None)
-    mirror.before_aggregation()
-    mirror.note_aggregation(fl.RoundReport(0, ("a",), error=fl.TooFewContributionsError("1 of 2")))
-    assert mirror.end_aggregation(W) is None
-    mirror.end_round()
+    job = started(log)
+    job.note("a", contribution("a", 0.5))
+    job.before_aggregation()
+    job.note_aggregation(fl.RoundReport(0, ("a",), error=fl.TooFewContributionsError("1 of 2")))
+    job.end_aggregation({"w": np.ones(2, np.float32)})
+    assert job.weights["w"].tolist() == [0, 0]
+    job.end_round()
     assert [event for event, _ in log.seen][-2:] == ["_beforeAggregation", "_endRound"]
-    assert str(mirror.reports[0].error) == "1 of 2"
+    assert str(job.reports[0].error) == "1 of 2"
 
 
 @pytest.mark.parametrize("event", [fl.EventType.END_AGGREGATION, fl.EventType.END_ROUND])
 def test_a_handler_replaces_the_global_model(event: str) -> None:
-    mirror = started(Sets(event, {"w": np.full(2, 7, np.float32)}))
-    mirror.receive("a", contribution("a", 0.5), None)
-    mirror.before_aggregation()
-    replaced = [mirror.end_aggregation(W), mirror.end_round()]
-    found = replaced[event == fl.EventType.END_ROUND]
-    assert found is not None
-    assert found["w"].tolist() == [7, 7]
-    assert replaced[event != fl.EventType.END_ROUND] is None
+    job = started(Sets(event, {"w": np.full(2, 7, np.float32)}))
+    job.note("a", contribution("a", 0.5))
+    job.before_aggregation()
+    theirs = {"w": np.ones(2, np.float32)}
+    job.end_aggregation(theirs)
+    assert theirs["w"].tolist() == ([7, 7] if event == fl.EventType.END_AGGREGATION else [1, 1])
+    job.end_round()
+    assert theirs["w"].tolist() == [7, 7]
+    assert job.weights["w"].tolist() == [7, 7]
 
 
 @pytest.mark.parametrize(
@@ -157,60 +159,70 @@ def test_a_handler_that_does_more_than_take_contributions_out_is_not_ignored(cha
             }
             ctx[fl.ContextKey.CONTRIBUTIONS] = (one, changed[change])
 
-    mirror = started(Changes())
+    job = started(Changes())
     for name in ("a", "b"):
-        mirror.receive(name, contribution(name, 0.5), None)
+        job.note(name, contribution(name, 0.5))
     with pytest.raises(fl.FedLearnError, match="changed or added contributions"):
-        mirror.before_aggregation()
+        job.before_aggregation()
 
 
 def test_other_events_cannot_replace_the_model() -> None:
-    mirror = started(Sets(fl.EventType.SEND_MODEL, {"w": np.ones(2, np.float32)}))
-    mirror.send_model("a")
-    assert mirror.ctx.model is not None
-    assert mirror.ctx.model.weights is not None
-    assert mirror.ctx.model.weights["w"].tolist() == [0, 0]
+    job = started(Sets(fl.EventType.SEND_MODEL, {"w": np.ones(2, np.float32)}))
+    job.send_model("a")
+    assert job.ctx.model is not None
+    assert job.ctx.model.weights is not None
+    assert job.ctx.model.weights["w"].tolist() == [0, 0]
 
 
 def test_the_context_holds_copies() -> None:
     weights = {"w": np.zeros(2, np.float32)}
-    mirror = Mirror([])
-    mirror.start_round(0, 1, weights)
+    job = FollowedJob([])
+    job.start_round(0, weights, num_rounds=1)
     weights["w"][:] = 5
-    assert mirror.ctx.model is not None
-    assert mirror.ctx.model.weights is not None
-    assert mirror.ctx.model.weights["w"].tolist() == [0, 0]
+    assert job.ctx.model is not None
+    assert job.ctx.model.weights is not None
+    assert job.ctx.model.weights["w"].tolist() == [0, 0]
     assert weights["w"].flags.writeable
 
 
 def test_handlers_that_raise_are_recorded_and_raised_or_not() -> None:
     with pytest.raises(HandlerError, match="on purpose"):
         started(Fails(fl.EventType.START_ROUND))
-    mirror = started(Fails(fl.EventType.START_ROUND), on_handler_error="log")
-    mirror.end_round()
-    assert [str(failure.exception) for failure in mirror.reports[0].handler_failures] == ["on purpose"]
-    assert len(mirror.handler_failures) == 1
+    job = started(Fails(fl.EventType.START_ROUND), on_handler_error="log")
+    job.end_round()
+    assert [str(failure.exception) for failure in job.reports[0].handler_failures] == ["on purpose"]
+    assert len(job.handler_failures) == 1
 
 
 def test_all_handlers_are_shut_down_whatever_fails() -> None:
     log = Log()
-    mirror = started(log, Fails(fl.EventType.CLIENT_QUIT), Fails(fl.EventType.SHUTDOWN))
+    job = started(log, Fails(fl.EventType.CLIENT_QUIT), Fails(fl.EventType.SHUTDOWN))
     with pytest.raises(HandlerError) as raised:
-        mirror.shut_down()
+        job.shut_down()
     assert len(raised.value.failures) == 3  # two clients that quit, and the last
     assert [event for event, _ in log.seen][-3:] == ["_clientQuit", "_clientQuit", "_shutdown"]
-    mirror.shut_down()  # once is enough
+    job.shut_down()  # once is enough
     assert len(log.seen) == 7
+
+
+def test_handlers_that_a_failed_startup_has_shut_down_are_not_shut_down_again() -> None:
+    log = Log()
+    job = FollowedJob([log, Fails(fl.EventType.STARTUP)])
+    with pytest.raises(HandlerError, match="on purpose"):
+        job.start()
+    job.shut_down()
+    assert [event for event, _ in log.seen] == ["_startup", "_shutdown"]
+    assert [str(failure.exception) for failure in job.handler_failures] == ["on purpose"]
 
 
 def test_a_client_that_is_gone_quits_once() -> None:
     log = Log()
-    mirror = started(log)
-    mirror.quit("a", fl.ClientQuitError("a: disconnected", contributor="a"))
-    mirror.quit("a")
-    mirror.shut_down()
+    job = started(log)
+    job.quit("a", fl.ClientQuitError("a: disconnected", contributor="a"))
+    job.quit("a")
+    job.shut_down()
     assert [ctx[fl.ContextKey.CONTRIBUTOR] for event, ctx in log.seen if event == "_clientQuit"] == ["a", "b"]
-    assert [quit.cause for quit in mirror.report.quits] == ["ClientQuitError"]
+    assert [quit.cause for quit in job.report.quits] == ["ClientQuitError"]
 
 
 def test_a_wish_to_stop_is_not_silently_ignored() -> None:
@@ -225,32 +237,32 @@ def test_a_wish_to_stop_is_not_silently_ignored() -> None:
 
 def test_the_final_model_competes_with_those_before() -> None:
     for final, best in ((0.9, 1), (0.3, 0)):
-        mirror = started(fl.ModelSelectionHandler(weigh_by_local_iter=True))
+        job = started(fl.ModelSelectionHandler(weigh_by_local_iter=True))
         for name in ("a", "b"):
-            mirror.receive(name, contribution(name, 0.5, n_iter=3), None)
-        mirror.before_aggregation()
-        mirror.end_aggregation(W)
-        mirror.end_round()
-        mirror.begin_final({"w": np.ones(2, np.float32)})
+            job.note(name, contribution(name, 0.5, n_iter=3))
+        job.before_aggregation()
+        job.end_aggregation(W)
+        job.end_round()
+        job.begin_final({"w": np.ones(2, np.float32)})
         for name in ("a", "b"):
-            mirror.receive_result(name, {"initial_validation_metric": final})
-        assert mirror.best is not None
-        assert mirror.best.round == best
-        assert mirror.best.weights["w"].tolist() == [best, best]
+            job.receive_result(name, {"initial_validation_metric": final})
+        assert job.ctx.best_model is not None
+        assert job.ctx.best_model.round == best
+        assert job.ctx.best_model.weights["w"].tolist() == [best, best]
 
 
 def test_results_on_other_models_come_without_a_model_and_select_nothing() -> None:
     log = Log()
-    mirror = started(fl.ModelSelectionHandler(), log)
-    mirror.end_round()
-    mirror.receive_result("a", {"initial_validation_metric": 0.9}, "SRV_FL_global_model.pt")
+    job = started(fl.ModelSelectionHandler(), log)
+    job.end_round()
+    job.receive_result("a", {"initial_validation_metric": 0.9}, "SRV_FL_global_model.pt")
     event, ctx = log.seen[-1]
     assert event == "_receiveValidationResults"
     (result,) = ctx[fl.ContextKey.VALIDATION_RESULTS]
     assert (result.contributor, result.model) == ("a", "SRV_FL_global_model.pt")
     assert ctx.model is None
-    assert mirror.ctx.model is not None
-    assert mirror.best is None
+    assert job.ctx.model is not None
+    assert job.ctx.best_model is None
 
 
 class Engine:
@@ -351,8 +363,8 @@ def test_contributions_to_another_aggregator_are_told_of() -> None:
     assert (sent.contributor, sent.aggregation_weight, sent.n_iter, sent.weights) == ("a", 4, 4, None)
     assert sent.metrics == {"loss": 0.5, "initial_validation_metric": 0.5}
     assert str(other[fl.ContextKey.REJECTION]) == "b: not accepted; the log of NVFlare says why"
-    assert bridge.mirror is not None
-    assert bridge.mirror.report.accepted == ("a",)
+    assert bridge.job is not None
+    assert bridge.job.report.accepted == ("a",)
 
 
 @pytest.mark.parametrize(
@@ -370,8 +382,8 @@ def test_steps_of_a_client_cannot_end_the_job(steps: Any, weight: float, n_iter:
     contributed(ear, fl_ctx, "a", steps=steps)
     ear.fire_event(AppEventType.BEFORE_AGGREGATION, fl_ctx)
     assert EventType.FATAL_SYSTEM_ERROR not in [event for event, _ in ear.heard]
-    assert bridge.mirror is not None
-    (sent,) = bridge.mirror.ctx[fl.ContextKey.CONTRIBUTIONS]
+    assert bridge.job is not None
+    (sent,) = bridge.job.ctx[fl.ContextKey.CONTRIBUTIONS]
     assert (sent.aggregation_weight, sent.n_iter) == (weight, n_iter)
 
 
@@ -429,14 +441,14 @@ def test_a_handler_that_garbles_the_context_has_failed_and_the_round_goes_on() -
         def before_aggregation(self, ctx: fl.FLContext) -> None:
             ctx.clear()
 
-    mirror = started(Tidy(), on_handler_error="log")
-    mirror.receive("a", contribution("a", 0.5), None)
-    assert mirror.before_aggregation() is None
-    mirror.note_aggregation(fl.RoundReport(0, ("a",)))
-    mirror.end_aggregation(W)
-    mirror.end_round()
-    assert mirror.reports[0].accepted == ("a",)
-    (failure,) = mirror.reports[0].handler_failures
+    job = started(Tidy(), on_handler_error="log")
+    job.note("a", contribution("a", 0.5))
+    assert [c.contributor for c in job.before_aggregation()] == ["a"]
+    job.note_aggregation(fl.RoundReport(0, ("a",)))
+    job.end_aggregation(W)
+    job.end_round()
+    assert job.reports[0].accepted == ("a",)
+    (failure,) = job.reports[0].handler_failures
     assert isinstance(failure.exception, fl.ContextError)
     assert failure.exception.__traceback__ is None
 
@@ -471,8 +483,8 @@ def test_a_client_that_nvflare_loses_quits() -> None:
     for event in (EventType.CLIENT_DISCONNECTED, EventType.END_RUN):
         ear.fire_event(event, fl_ctx)
     assert [ctx[fl.ContextKey.CONTRIBUTOR] for event, ctx in log.seen if event == "_clientQuit"] == ["b", "a"]
-    assert bridge.mirror is not None
-    assert [str(quit.error) for quit in bridge.mirror.report.quits] == ["b: disconnected"]
+    assert bridge.job is not None
+    assert [str(quit.error) for quit in bridge.job.report.quits] == ["b: disconnected"]
 
 
 def test_nvflare_is_told_of_a_new_best_model_when_it_holds_it() -> None:
@@ -553,8 +565,8 @@ def test_numbers_of_steps_may_be_of_numpy(steps: Any) -> None:
     for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
         ear.fire_event(event, fl_ctx)
     contributed(ear, fl_ctx, "a", steps=steps)
-    assert bridge.mirror is not None
-    (sent,) = bridge.mirror.ctx[fl.ContextKey.CONTRIBUTIONS]
+    assert bridge.job is not None
+    (sent,) = bridge.job.ctx[fl.ContextKey.CONTRIBUTIONS]
     assert (sent.aggregation_weight, sent.n_iter) == (4, 4)
 
 
@@ -565,8 +577,8 @@ def test_a_result_without_weights_is_refused_by_name(params: Any) -> None:
     for event in (EventType.START_RUN, AppEventType.ROUND_STARTED):
         ear.fire_event(event, fl_ctx)
     contributed(ear, fl_ctx, "a", accepted=False, params=params)
-    assert bridge.mirror is not None
-    assert [str(failure.error) for failure in bridge.mirror.report.rejected] == ["a: sent no weights"]
+    assert bridge.job is not None
+    assert [str(failure.error) for failure in bridge.job.report.rejected] == ["a: sent no weights"]
 
 
 def ended(*accepted: bool, fatal: bool = False) -> list[str]:

@@ -46,16 +46,16 @@ class TorchTensors:
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
         """See `Framework.check`."""
-        problem, dtype = None, _dtype(tensor.dtype)
-        if _is_uninitialized(tensor):  # which answers hardly any question
+        dtype, problem, plain = _dtype(tensor.dtype), None, type(tensor) in _plain_kinds()
+        if not plain and _is_uninitialized(tensor):  # which answers hardly any question
             problem = "is not initialized yet: run one batch through its lazy module first"
-        elif tensor.layout is not _torch().strided or tensor.is_nested:
+        elif tensor.layout is not _strided() or tensor.is_nested:
             problem = f"is a {'nested' if tensor.is_nested else str(tensor.layout)} tensor, not a dense one"
         elif tensor.is_meta:
             problem = "is a tensor on the meta device, which has no values"
         elif dtype is not None and tensor.is_neg():
             problem = "is a tensor whose values are negated lazily; resolve_neg() makes them real"
-        elif type(tensor) not in _plain_kinds() and not _has_memory(tensor):
+        elif not plain and not _has_memory(tensor):
             problem = f"is {a_type(type(tensor))}, which has no memory of its own"
             if hasattr(tensor, "full_tensor"):
                 problem = f"is {a_type(type(tensor))}, sharded over processes; full_tensor() gathers it"
@@ -79,11 +79,11 @@ class TorchTensors:
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
         """See `Framework.view`."""
-        torch = _torch()
         try:
-            plain = tensor.detach().cpu()
-            if plain.dtype == torch.bfloat16:  # which numpy does not know
-                bits: Array = plain.view(torch.int16).numpy()
+            plain = tensor.detach()  # what the array keeps alive, whatever becomes of the tensor
+            plain = plain if plain.is_cpu else plain.cpu()
+            if plain.dtype is _bfloat16():  # which numpy does not know
+                bits: Array = plain.view(_torch().int16).numpy()
                 return bits.view(BFLOAT16)
             array: Array = plain.numpy()
         except (RuntimeError, TypeError) as error:  # a subclass without memory of its own
@@ -387,6 +387,16 @@ def _is_uninitialized(tensor: Any) -> bool:
 @functools.cache
 def _plain_kinds() -> tuple[type, type]:
     return _torch().Tensor, _torch().nn.Parameter
+
+
+@functools.cache
+def _strided() -> Any:
+    return _torch().strided
+
+
+@functools.cache
+def _bfloat16() -> Any:
+    return _torch().bfloat16
 
 
 @functools.cache

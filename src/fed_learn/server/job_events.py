@@ -1,6 +1,6 @@
-"""`JobEvents`: the events of a job on its context, and the record of the handlers that failed."""
+"""`JobEvents`: the events of a job on its context, its global model and clients, and the record of what failed."""
 
-from bisect import bisect
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,11 +8,22 @@ from typing import Any
 
 from fed_learn.arguments import check_choice
 from fed_learn.components.direction import MODES
-from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, Contribution, RoundReport
-from fed_learn.errors import HandlerError, HandlerFailure, NothingAggregatedError, text_of
+from fed_learn.contribution import INITIAL_VALIDATION_METRIC, ClientFailure, RoundReport, check_contributor
+from fed_learn.errors import (
+    HandlerError,
+    HandlerFailure,
+    NothingAggregatedError,
+    described,
+    printable,
+    text_of,
+    without_tracebacks,
+)
 from fed_learn.events import EventHandler, EventType, fire_event
 from fed_learn.model_meta import ContextKey, JobContext, ModelData, frozen_model
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, check_finite
+from fed_learn.server.settings import checked_model
+from fed_learn.weights import FrozenWeights, Schema
+
+logger = logging.getLogger(__name__)
 
 
 class JobEvents:
@@ -21,21 +32,40 @@ class JobEvents:
     Args:
         handlers: The handlers.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
+        weights: The initial global model.
 
     Attributes:
         ctx: The context.
         reports: One report per round that ended.
         handler_failures: Every handler that raised, in order.
+        clients: Names of the clients that have registered and not quit.
+        quits: Clients that left because they failed, and why.
     """
 
-    def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str = "raise") -> None:
+    def __init__(self, handlers: Sequence[EventHandler], on_handler_error: str, weights: FrozenWeights) -> None:
         self.handlers = tuple(handlers)
         self.on_handler_error = on_handler_error
         self.ctx = JobContext({ContextKey.HANDLERS: self.handlers})
         self.reports: list[RoundReport] = []
         self.handler_failures: list[HandlerFailure] = []
-        self._listed: tuple[Contribution, ...] = ()
-        self._names: tuple[str, ...] = ()
+        self.clients: dict[str, None] = {}
+        self.quits: list[ClientFailure] = []
+        self._schema = Schema.of(weights)
+        self._adopt(weights)
+
+    @property
+    def weights(self) -> FrozenWeights:
+        """The global model."""
+        return self._weights
+
+    @property
+    def schema(self) -> Schema:
+        """Names, shapes and dtypes of the global model; empty until they are known."""
+        return self._schema
+
+    def change_schema(self, schema: Schema) -> None:
+        """From the next round on the global model, which `start_round` is given, has other names, shapes or dtypes."""
+        self._schema = schema
 
     def declare_score(self, metric: str | None, mode: str | None) -> None:
         """Tells handlers, before STARTUP or the first score, by which metric models are selected, and what is better.
@@ -59,14 +89,36 @@ class JobEvents:
         """Binds a report with some fields replaced."""
         self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
 
-    def drop_weights(self) -> None:
-        """Binds the contributions of the round without their weights, which would take memory until the next one."""
-        last: Contribution | None = self.ctx.get_prop(ContextKey.CONTRIBUTION)
-        listed: Sequence[Contribution] = self.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())
-        light = {id(one): one.without_weights() for one in (*listed, last) if one is not None}
-        if last is not None:
-            self.ctx.set_prop(ContextKey.CONTRIBUTION, light[id(last)])
-        self.ctx.set_prop(ContextKey.CONTRIBUTIONS, tuple([light[id(one)] for one in listed]))
+    def register(self, name: str) -> None:
+        """CLIENT_REGISTER: a client takes part from now on.
+
+        Raises:
+            UnknownContributorError: That cannot be the name of a client.
+            HandlerError: With `on_handler_error="raise"`, here and in all that follow.
+        """
+        self.clients[check_contributor(name)] = None
+        self.fire(EventType.CLIENT_REGISTER, name)
+
+    def quit(self, name: str, error: Exception | None = None) -> None:
+        """CLIENT_QUIT: a client leaves, because it is done (no error) or because it failed."""
+        if error is not None:
+            self.note_failure(name, error, "leaves the job")
+        self.clients.pop(name, None)
+        self.fire(EventType.CLIENT_QUIT, name)
+
+    def note_failure(self, name: str, error: Exception, what: str) -> None:
+        """Logs and records that a client failed, without an event."""
+        self.log_failure(name, error, what)
+        failure = ClientFailure(name, without_tracebacks(error))
+        self.quits.append(failure)
+        if ContextKey.REPORT in self.ctx:
+            self.update_report(quits=(*self.report.quits, failure))
+        if isinstance(error, HandlerError):
+            self.record(error.failures)
+
+    def log_failure(self, name: str, error: Exception, what: str) -> None:
+        """Logs that a client failed. A stack that has said so in its own words overrides this."""
+        logger.error("%s %s: %s", printable(name), what, described(error), exc_info=error)
 
     def record(self, failures: Sequence[HandlerFailure]) -> None:
         """Keeps failures of handlers for the report and the result, each without what its traceback would keep alive.
@@ -94,63 +146,30 @@ class JobEvents:
         self._fire(event, contributor)
         self.ctx.set_model(model)
 
-    def fire_contribution(self, name: str, contribution: Contribution | None, refusal: Exception | None) -> None:
-        """RECEIVE_CONTRIBUTION, with what a client sent in the context and in the report.
+    def _adopt(self, weights: FrozenWeights) -> None:
+        """Replaces the global model, in the context too."""
+        self._schema = self._schema or Schema.of(weights)
+        self._weights = weights
+        self._model: ModelData | None = ModelData(weights)
+        self.ctx.set_model(self._model)
 
-        Args:
-            name: The client.
-            contribution: What it sent; None if that was none.
-            refusal: Why it is refused; None: it is accepted.
-
-        Raises:
-            HandlerError: As in `fire`.
-        """
-        accepted: tuple[Contribution, ...] = self.ctx[ContextKey.CONTRIBUTIONS]
-        # Unless a handler has bound others, only one is new: with many clients, to go through all takes long.
-        names = self._names if accepted is self._listed else tuple(c.contributor for c in accepted)
-        rejected = self.report.rejected
-        if refusal is not None:
-            rejected = (*rejected, ClientFailure(name, refusal))
-        elif contribution is not None:
-            place = bisect(names, contribution.contributor)
-            accepted = (*accepted[:place], contribution, *accepted[place:])
-            names = (*names[:place], contribution.contributor, *names[place:])
-        self._listed, self._names = accepted, names
-        self.ctx.set_props(
-            {
-                ContextKey.CONTRIBUTION: contribution,
-                ContextKey.CONTRIBUTIONS: accepted,
-                ContextKey.REJECTION: refusal,
-            }
-        )
-        self.update_report(accepted=names, rejected=rejected)
-        self.fire(EventType.RECEIVE_CONTRIBUTION, name)
-
-    def fire_for_model(
-        self, event: str, schema: Schema | None, constants: WeightDict | None = None
-    ) -> FrozenWeights | None:
-        """Fires an event in which a handler may replace the global model.
-
-        Args:
-            event: The event.
-            schema: What a model must have; None or empty: nobody knows yet.
-            constants: See `checked_model`.
-
-        Returns:
-            What it was replaced by, checked and in the order of the schema; None if it was not.
+    def _fire_and_adopt(self, event: str) -> None:
+        """Fires an event in which a handler may replace the global model; keeps what it put there.
 
         Raises:
             HandlerError: As in `fire`; so it is where what a handler put there is not a model of the schema.
         """
         before, who = self.ctx.get_model(), f"model set by a handler at {event}"
-        self.ctx.adopt = lambda given: ModelData(checked_model(given.weights, schema, who, constants=constants))
+        self.ctx.adopt = lambda model: ModelData(
+            checked_model(model.weights, self.schema, who, constants=self._weights)
+        )
         try:
             self._fire(event, None)
         finally:
             self.ctx.adopt = frozen_model
         after: Any = self.ctx.get_model()
-        replaced: FrozenWeights | None = None if after is before else after.weights
-        return replaced
+        if after is not before:
+            self._adopt(after.weights)
 
     def _fire(self, event: str, contributor: str | None) -> None:
         if contributor is None:
@@ -163,28 +182,6 @@ class JobEvents:
             self.record(error.failures)
             if self.on_handler_error == "raise":
                 raise
-
-
-def checked_model(
-    weights: object, schema: Schema | None, who: str, *, constants: WeightDict | None = None
-) -> FrozenWeights:
-    """A global model that comes from outside, in the order of the schema. Copied, unless it is frozen.
-
-    Args:
-        weights: Should be a weight dict.
-        schema: What it must have; None or empty: nobody knows.
-        who: Whose it is, for the error.
-        constants: The global model before; what is not finite in it may stay as it is.
-
-    Raises:
-        ContributionError: It is no such model, or not finite.
-    """
-    arrays = as_weight_dict(weights, who)
-    if schema:
-        schema.check(arrays, who)
-    check_finite(arrays, who, constants=constants or None)
-    ordered = {name: arrays[name] for name in schema or arrays}
-    return FrozenWeights.adopt(ordered) if type(weights) is FrozenWeights else FrozenWeights(ordered)
 
 
 def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError | None:

@@ -1,4 +1,4 @@
-"""`JobSettings`: the settings of a job, frozen and checked when they are made; and the check of its first model."""
+"""`JobSettings`: the settings of a job, frozen and checked when they are made; and the checks of its models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,3 +71,25 @@ def initial_model(weights: WeightDict, kind: Kind) -> FrozenWeights:
     if not any(finite_elements(array).any() for array in arrays.values() if array.size):
         check_finite(arrays, "global model")
     return FrozenWeights.adopt(arrays) if type(weights) is FrozenWeights else FrozenWeights(arrays)
+
+
+def checked_model(
+    weights: object, schema: Schema | None, who: str, *, constants: WeightDict | None = None
+) -> FrozenWeights:
+    """A global model that comes from outside, in the order of the schema. Copied, unless it is frozen.
+
+    Args:
+        weights: Should be a weight dict.
+        schema: What it must have; None or empty: nobody knows.
+        who: Whose it is, for the error.
+        constants: The global model before; what is not finite in it may stay as it is.
+
+    Raises:
+        ContributionError: It is no such model, or not finite.
+    """
+    arrays = as_weight_dict(weights, who)
+    if schema:
+        schema.check(arrays, who)
+    check_finite(arrays, who, constants=constants or None)
+    ordered = {name: arrays[name] for name in schema or arrays}
+    return FrozenWeights.adopt(ordered) if type(weights) is FrozenWeights else FrozenWeights(ordered)

@@ -5,9 +5,8 @@
     recipe = FedAvgRecipe(..., aggregator=WeightedAverageAggregator(), key_metric="")
     add_handlers(recipe, [ModelSelectionHandler()])
 
-- `intake`: the contributions of one round, checked and averaged
 - `aggregators`: `WeightedAverageAggregator`, `WeightedAverageDXOAggregator`
-- `mirror`: our context of a job that NVFlare runs
+- `followed_job`: `FollowedJob`, a job that NVFlare runs and aggregates, with our context
 - `bridge`: `HandlerBridge`
 - `final_validation`: `FinalValidation`, a workflow in which clients score the final model
 - `jobs`: `add_handlers`

@@ -15,7 +15,6 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from fed_learn.aggregation.tensors import as_tensors, opened
 from fed_learn.arguments import check_choice
 from fed_learn.contribution import (
     FINAL_MODEL,
@@ -39,11 +38,10 @@ from fed_learn.errors import (
 )
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.integrations.nvflare import props
-from fed_learn.integrations.nvflare.mirror import Mirror
+from fed_learn.integrations.nvflare.followed_job import FollowedJob
 from fed_learn.model_meta import ContextKey
 from fed_learn.server.job_events import nothing_aggregated
 from fed_learn.values import whole_number_of
-from fed_learn.weights import WeightDict
 
 
 class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type information
@@ -77,7 +75,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         ValueError: For another `on_handler_error` or `mode`.
 
     Attributes:
-        mirror: The context, the reports and the failures of the job that runs or ran last; None before.
+        job: The job that runs or ran last, with its context, reports and failures; None before.
     """
 
     def __init__(
@@ -96,14 +94,14 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         self.key_metric = key_metric
         self.on_handler_error = on_handler_error
         self.mode = mode
-        self.mirror: Mirror | None = None
+        self.job: FollowedJob | None = None
         self._lock = threading.RLock()
         self._first_round: int | None = None
         self._num_rounds: int | None = None
         self._announced: BestModel | None = None
         self._failed = False
         self._settle: Callable[[], Sequence[tuple[str, Exception]]] = tuple
-        self._actions: dict[str, Callable[[Mirror, FLContext], None]] = {
+        self._actions: dict[str, Callable[[FollowedJob, FLContext], None]] = {
             EventType.START_WORKFLOW: self._start_workflow,
             AppEventType.ROUND_STARTED: self._start_round,
             AppEventType.BEFORE_TRAIN_TASK: self._send_model,
@@ -141,8 +139,8 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
                     self._start(fl_ctx)
                 elif event_type == EventType.END_RUN:
                     self._shut_down()
-                elif event_type in self._actions and self.mirror is not None and not self._failed:
-                    self._actions[event_type](self.mirror, fl_ctx)
+                elif event_type in self._actions and self.job is not None and not self._failed:
+                    self._actions[event_type](self.job, fl_ctx)
                     announce = self._best_changed(event_type)
         except NothingAggregatedError as error:
             self._failed = True
@@ -168,40 +166,39 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
                 raise FedLearnError(f"the job has no component {handler!r}, which should be a handler")
             found.append(component)
         self._failed, self._announced = False, None
-        self.mirror = Mirror(check_handlers(found), self.on_handler_error)
-        self.mirror.declare_score(self.key_metric or None, self.mode)
-        self.mirror.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with a validation, if not with the contributions
-        self.mirror.start()
+        self.job = FollowedJob(found, self.on_handler_error)
+        self.job.declare_score(self.key_metric or None, self.mode)
+        self.job.ctx.set_prop(ContextKey.SCORES_LATE, True)  # with a validation, if not with the contributions
+        self.job.start()
 
     def _shut_down(self) -> None:
-        if self.mirror is not None:
-            self.mirror.shut_down()
+        if self.job is not None:
+            self.job.shut_down()
 
-    def _start_workflow(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+    def _start_workflow(self, job: FollowedJob, fl_ctx: FLContext) -> None:
         self._first_round = self._num_rounds = None
 
-    def _start_round(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+    def _start_round(self, job: FollowedJob, fl_ctx: FLContext) -> None:
         number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         if self._first_round is None:
             # From the second round on, FedAvg fires this event on a context that knows the number of rounds no more.
             self._first_round, count = number, fl_ctx.get_prop(AppConstants.NUM_ROUNDS)
             self._num_rounds = None if count is None else number + count
         for client in fl_ctx.get_engine().get_clients():
-            mirror.register(client.name)
-        weights = props.global_weights(fl_ctx)
-        _put_into(weights, mirror.start_round(number, self._num_rounds, weights))
+            job.register(client.name)
+        job.start_round(number, props.global_weights(fl_ctx), num_rounds=self._num_rounds)
 
-    def _send_model(self, mirror: Mirror, fl_ctx: FLContext) -> None:
-        if not mirror.in_round:
+    def _send_model(self, job: FollowedJob, fl_ctx: FLContext) -> None:
+        if not job.in_round:
             return
-        if mirror.ctx.get_model() is None:  # a workflow that was given its model has it nowhere else in the first round
-            mirror.show(FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params)
+        if job.ctx.get_model() is None:  # a workflow that was given its model has it nowhere else in the first round
+            job.show(FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params)
         name = _peer(fl_ctx)
-        mirror.register(name)
-        mirror.send_model(name)
+        job.register(name)
+        job.send_model(name)
 
-    def _receive(self, mirror: Mirror, fl_ctx: FLContext) -> None:
-        if not mirror.in_round:
+    def _receive(self, job: FollowedJob, fl_ctx: FLContext) -> None:
+        if not job.in_round:
             return
         accepted = bool(fl_ctx.get_prop(AppConstants.AGGREGATION_ACCEPTED))
         outcome: props.Outcome | None = props.taken(fl_ctx, props.OUTCOME)
@@ -215,39 +212,40 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             refusal = _why_not(name, result)
         if contribution is not None:
             contribution = replace(contribution, metrics=self._named(contribution.metrics))
-        mirror.receive(name, contribution, refusal)
+        job.note(name, contribution, refusal)
 
-    def _before_aggregation(self, mirror: Mirror, fl_ctx: FLContext) -> None:
-        if mirror.in_round:
+    def _before_aggregation(self, job: FollowedJob, fl_ctx: FLContext) -> None:
+        if job.in_round:
             settle, self._settle = self._settle, tuple
             for name, refusal in settle():
-                mirror.refuse(name, refusal)
-            props.put(fl_ctx, props.CONTRIBUTORS, mirror.before_aggregation())
+                job.refuse(name, refusal)
+            count = len(job.ctx[ContextKey.CONTRIBUTIONS])
+            chosen = [one.contributor for one in job.before_aggregation()]
+            props.put(fl_ctx, props.CONTRIBUTORS, chosen if len(chosen) < count else None)
 
-    def _after_aggregation(self, mirror: Mirror, fl_ctx: FLContext) -> None:
-        if not mirror.in_round:
+    def _after_aggregation(self, job: FollowedJob, fl_ctx: FLContext) -> None:
+        if not job.in_round:
             return
         report = props.taken(fl_ctx, props.REPORT)
         if report is not None:
-            mirror.note_aggregation(report)
+            job.note_aggregation(report)
         elif props.taken(fl_ctx, props.CONTRIBUTORS) is not None:
             raise FedLearnError("a handler took contributions out, which this aggregator does not know of")
 
-    def _end_round(self, mirror: Mirror, fl_ctx: FLContext) -> None:
-        if not mirror.in_round:
+    def _end_round(self, job: FollowedJob, fl_ctx: FLContext) -> None:
+        if not job.in_round:
             return
-        weights = props.global_weights(fl_ctx)
-        _put_into(weights, mirror.end_aggregation(weights))
-        _put_into(weights, mirror.end_round())
+        job.end_aggregation(props.global_weights(fl_ctx))
+        job.end_round()
 
-    def _send_for_validation(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+    def _send_for_validation(self, job: FollowedJob, fl_ctx: FLContext) -> None:
         if fl_ctx.get_prop(AppConstants.MODEL_OWNER) != FINAL_MODEL:
             return
-        if mirror.ctx.get_prop(ContextKey.REPORT) is not None:  # the first client
-            mirror.begin_final(props.global_weights(fl_ctx))
-        mirror.send_model(_peer(fl_ctx))
+        if job.ctx.get_prop(ContextKey.REPORT) is not None:  # the first client
+            job.begin_final(props.global_weights(fl_ctx))
+        job.send_model(_peer(fl_ctx))
 
-    def _receive_result(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+    def _receive_result(self, job: FollowedJob, fl_ctx: FLContext) -> None:
         name, model = fl_ctx.get_prop(AppConstants.DATA_CLIENT), fl_ctx.get_prop(AppConstants.MODEL_OWNER)
         result: Shareable = fl_ctx.get_prop(AppConstants.VALIDATION_RESULT)
         try:
@@ -256,24 +254,24 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             text = printable(f"{name}: no validation result on {model!r}: {text_of(error)}")
             self.log_warning(fl_ctx, text, fire_event=False)
             return
-        mirror.receive_result(name, self._named(metrics), model)
+        job.receive_result(name, self._named(metrics), model)
 
-    def _disconnected(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+    def _disconnected(self, job: FollowedJob, fl_ctx: FLContext) -> None:
         name = fl_ctx.get_prop(FLContextKey.DISCONNECTED_CLIENT_NAME)
-        mirror.quit(name, ClientQuitError(f"{name}: disconnected", contributor=name))
+        job.quit(name, ClientQuitError(f"{name}: disconnected", contributor=name))
 
-    def _end_workflow(self, mirror: Mirror, fl_ctx: FLContext) -> None:
+    def _end_workflow(self, job: FollowedJob, fl_ctx: FLContext) -> None:
         """Ends the job if its training was in vain, unless it ends with an error already.
 
         It is also a moment at which the best model may have changed: when all have scored the final model.
         """
-        error = nothing_aggregated(mirror.reports)
+        error = nothing_aggregated(job.reports)
         if error is not None and not fl_ctx.get_prop(FLContextKey.FATAL_SYSTEM_ERROR):
             raise error
 
     def _best_changed(self, event_type: str) -> bool:
         """Whether to tell NVFlare of a new best model; at moments at which its global model is that model."""
-        best = None if self.mirror is None else self.mirror.best
+        best = None if self.job is None else self.job.ctx.best_model
         if best is None or best is self._announced:
             return False
         moments = (AppEventType.BEFORE_AGGREGATION, AppEventType.AFTER_SHAREABLE_TO_LEARNABLE, EventType.END_WORKFLOW)
@@ -323,14 +321,3 @@ def _why_not(name: str, result: Any) -> ContributionError:
     if empty:
         return WeightsTypeError(f"{name}: sent no weights", contributor=name)
     return ContributionError(f"{name}: not accepted; the log of NVFlare says why", contributor=name)
-
-
-def _put_into(weights: dict[str, Any] | None, replaced: WeightDict | None) -> None:
-    """Writes a model that a handler put in the place of the global one into NVFlare's own dict."""
-    if replaced is None:
-        return
-    if weights is None:
-        raise FedLearnError("a handler replaced the global model, which NVFlare does not hold where it could be put")
-    place = opened(weights, "global model").place
-    arrays = {name: array.copy() for name, array in replaced.items()}
-    weights.update(arrays if place is None else as_tensors(arrays, place))
