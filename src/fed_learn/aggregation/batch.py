@@ -184,7 +184,7 @@ class Terms:
         except BaseException as error:  # an object that raises wherever one looks
             as_failure(error)
             who = label_of(sent.contributor)
-            raise WeightsTypeError(f"{who}: sent what cannot be read: {described(error)}", contributor=who) from error
+            raise WeightsTypeError(f"{who}: sent something unreadable: {described(error)}", contributor=who) from error
         if sent.kind is Kind.DIFF:
             check_differences(self.schema or Schema.of(held.weights, who), who)
         return Checked(who, aggregation_weight, held, sent)
