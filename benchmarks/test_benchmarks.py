@@ -43,18 +43,18 @@ def _threads() -> Iterator[None]:
 @pytest.mark.parametrize(("case", "side"), SIDES)
 def test_averaging(benchmark: BenchmarkFixture, pytestconfig: pytest.Config, case: Case, side: Side) -> None:
     inputs, expected = inputs_of(case, pytestconfig.getoption("--full"))
-    job = side.prepare(inputs)
-    job.before()
-    returned = job.run()
-    if job.result is not None:
-        error = largest_error(job.result(returned), expected)
+    run = side.prepare(inputs)
+    run.before()
+    returned = run.call()
+    if run.result is not None:
+        error = largest_error(run.result(returned), expected)
         bound = OUR_BOUND if side.ours else bound_of_peers(case.clients, case.dtype)
         if not side.ours and not error <= bound:
             pytest.skip(f"{side.name} is off by {error:.3g} ulp")
         assert error <= bound
     del returned
     if case.streams:
-        job.run()  # a peer that has given its result makes new sums
+        run.call()  # a peer that has given its result makes new sums
     benchmark.group = case.name
     benchmark.extra_info["bytes"] = inputs.nbytes
-    benchmark(job.run)
+    benchmark(run.call)

@@ -33,7 +33,7 @@ from fed_learn.benchmark.inputs import LAYOUTS, Inputs, make_inputs, resnet50
 from fed_learn.benchmark.memory import Peak
 from fed_learn.benchmark.peers import BATCH
 from fed_learn.benchmark.plot import plot_results
-from fed_learn.benchmark.sides import Job, Side
+from fed_learn.benchmark.sides import Run, Side
 from fed_learn.benchmark.stream_peers import STREAM
 
 measuring = importlib.import_module("fed_learn.benchmark.measure")
@@ -56,11 +56,11 @@ def _default_threads() -> Iterator[None]:
 
 
 def error_of(side: Side, inputs: Inputs, *, exact: bool = False) -> float:
-    job = side.prepare(inputs)
-    job.before()
-    returned = job.run()
-    assert job.result is not None
-    return largest_error(job.result(returned), reference(inputs, exact=exact))
+    run = side.prepare(inputs)
+    run.before()
+    returned = run.call()
+    assert run.result is not None
+    return largest_error(run.result(returned), reference(inputs, exact=exact))
 
 
 # Sides
@@ -71,15 +71,15 @@ def error_of(side: Side, inputs: Inputs, *, exact: bool = False) -> float:
 def test_every_side_of_every_case_is_right(case: Case, side: Side) -> None:
     inputs = case.inputs(TINY)
     copies = [{name: array.copy() for name, array in client.items()} for client in inputs.clients]
-    job = side.prepare(inputs)
-    if job.result is None:
+    run = side.prepare(inputs)
+    if run.result is None:
         assert side.name.startswith(("bare read", "add_difference"))
         return
     bound = OUR_BOUND if side.ours else bound_of_peers(case.clients, case.dtype)
     expected = reference(inputs, exact="exact" in case.variant)
     for _ in range(3):  # again, in memory that has been used
-        job.before()
-        assert largest_error(job.result(job.run()), expected) <= bound
+        run.before()
+        assert largest_error(run.result(run.call()), expected) <= bound
     for client, copy in zip(inputs.clients, copies, strict=True):
         for name, array in client.items():
             assert array.tobytes() == copy[name].tobytes()
@@ -100,9 +100,9 @@ def test_sums_that_overflow_are_found_wrong_or_raise(name: str) -> None:
 )
 def test_a_peer_writes_to_the_memory_that_it_has_and_to_no_other(name: str) -> None:
     for reuse in (True, False):
-        job = BATCH[name].prepare(replace_reuse(CASES["resnet50"].inputs(TINY), reuse))
-        assert job.result is not None
-        first, second = job.result(job.run()), job.result(job.run())  # both alive, so new memory lies elsewhere
+        run = BATCH[name].prepare(replace_reuse(CASES["resnet50"].inputs(TINY), reuse))
+        assert run.result is not None
+        first, second = run.result(run.call()), run.result(run.call())  # both alive, so new memory lies elsewhere
         same = [addresses_of(first[variable]) == addresses_of(second[variable]) for variable in first]
         assert set(same) == {reuse}
 
@@ -121,11 +121,11 @@ def test_a_peer_of_streams_goes_on_with_its_sums(name: str) -> None:
     if peers_module.why_not(side, np.dtype("float32")) is not None:
         pytest.skip("not installed")
     inputs = CASES["streaming"].inputs(TINY)
-    job = side.prepare(inputs)
+    run = side.prepare(inputs)
     for _ in range(3):
-        job.run()
-    assert job.result is not None
-    assert largest_error(job.result(job.run()), reference(inputs)) <= bound_of_peers(40, inputs.dtype)
+        run.call()
+    assert run.result is not None
+    assert largest_error(run.result(run.call()), reference(inputs)) <= bound_of_peers(40, inputs.dtype)
 
 
 def test_what_is_borrowed_is_added_at_the_end_of_each_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,19 +147,19 @@ def test_what_is_borrowed_is_added_at_the_end_of_each_pass(monkeypatch: pytest.M
     monkeypatch.setattr(sides, "Accumulator", Lender)
     assert sides.can_borrow()
     inputs = make_inputs({"w": (3,)}, "float32", 3)
-    job = sides.stream("numpy", borrow=True).prepare(inputs)
-    job.run()
-    job.run()
+    run = sides.stream("numpy", borrow=True).prepare(inputs)
+    run.call()
+    run.call()
     assert calls == [True, True, True, "flush"] * 2
     calls.clear()
-    sides.stream("numpy").prepare(inputs).run()
+    sides.stream("numpy").prepare(inputs).call()
     assert calls == [False] * 3
 
 
 def test_a_side_on_some_threads_has_started_them_before_it_runs() -> None:
     before = {thread.name for thread in threading.enumerate()}
-    job = sides.on_threads(sides.average("numpy"), 3).prepare(make_inputs({"w": (3,)}, "float32", 2))
-    job.before()
+    run = sides.on_threads(sides.average("numpy"), 3).prepare(make_inputs({"w": (3,)}, "float32", 2))
+    run.before()
     assert kernels.get_num_threads() == 3
     started = {thread.name for thread in threading.enumerate()} - before
     assert len([name for name in started if name.startswith("fed_learn-kernel")]) == 2
@@ -169,7 +169,7 @@ def test_a_side_on_some_threads_has_started_them_before_it_runs() -> None:
 
 
 def constant(result: Mapping[str, Any]) -> Side:
-    return Side("peer", lambda inputs: Job(lambda: result))
+    return Side("peer", lambda inputs: Run(lambda: result))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int64", "uint8"])
@@ -183,7 +183,7 @@ def test_a_mean_without_weights_is_found_wrong(dtype: str) -> None:
 
 def test_a_single_wrong_value_a_shape_and_a_name_are_found_wrong() -> None:
     inputs = make_inputs({"w": (300,), "b": ()}, "float32", 3)
-    right = sides.average("numpy").prepare(inputs).run()
+    right = sides.average("numpy").prepare(inputs).call()
     assert error_of(constant(right), inputs) <= OUR_BOUND
 
     def error_with(**changed: Any) -> float:
@@ -316,7 +316,7 @@ def test_peers_that_cannot_take_part_are_named_with_the_reason(monkeypatch: pyte
 
 
 def test_a_peer_that_raises_is_named_and_ours_raises() -> None:
-    def broken(inputs: Inputs) -> Job:
+    def broken(inputs: Inputs) -> Run:
         raise OverflowError("too much")
 
     case = CASES["small"]
@@ -334,15 +334,15 @@ def test_a_peer_that_fails_in_a_later_turn_is_named_and_ours_raises() -> None:
         nonlocal turn
         turn = int(text.split()[1]) if text.startswith("turn") else 0
 
-    def prepare(inputs: Inputs) -> Job:
-        job = sides.average("numpy").prepare(inputs)
+    def prepare(inputs: Inputs) -> Run:
+        ours = sides.average("numpy").prepare(inputs)
 
         def run() -> Any:
             if turn == 2:
                 raise MemoryError("no more")
-            return job.run()
+            return ours.call()
 
-        return Job(run)
+        return Run(run)
 
     case = CASES["small"]
     result = measure(case, TINY, 3, others=[Side("weak", prepare)], progress=tell)
@@ -358,8 +358,8 @@ def test_a_peer_that_fails_in_a_later_turn_is_named_and_ours_raises() -> None:
 
 
 def test_a_measured_case_has_samples_of_every_turn_and_says_who_is_wrong() -> None:
-    def wrong(inputs: Inputs) -> Job:
-        return Job(lambda: {name: np.zeros(array.shape, np.float64) for name, array in inputs.clients[0].items()})
+    def wrong(inputs: Inputs) -> Run:
+        return Run(lambda: {name: np.zeros(array.shape, np.float64) for name, array in inputs.clients[0].items()})
 
     case = CASES["clients-2"]
     others = [Side("zeros", wrong), BATCH["numpy.average"]]
@@ -397,15 +397,15 @@ def test_a_slow_peer_rests_until_its_time_has_come_together(monkeypatch: pytest.
     now = 0.0
 
     def side(name: str, seconds: float, **options: Any) -> Side:
-        def prepare(inputs: Inputs) -> Job:
-            job = sides.average("numpy").prepare(inputs)
+        def prepare(inputs: Inputs) -> Run:
+            ours = sides.average("numpy").prepare(inputs)
 
             def run() -> Any:
                 nonlocal now
                 now += seconds
-                return job.run()
+                return ours.call()
 
-            return Job(run)
+            return Run(run)
 
         return Side(name, prepare, **options)
 
@@ -428,7 +428,7 @@ def test_no_timed_pass_of_a_stream_makes_the_sums() -> None:
         nonlocal doing
         doing = text
 
-    def prepare(inputs: Inputs) -> Job:
+    def prepare(inputs: Inputs) -> Run:
         sums: dict[str, Any] = {}
 
         def run() -> None:
@@ -444,7 +444,7 @@ def test_no_timed_pass_of_a_stream_makes_the_sums() -> None:
             sums.clear()
             return mean
 
-        return Job(run, result)
+        return Run(run, result)
 
     result = measure(CASES["streaming"], TINY, 3, others=[Side("forgetful", prepare)], progress=tell)
     assert not result.side("forgetful").wrong

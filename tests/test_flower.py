@@ -21,8 +21,8 @@ from fed_learn.integrations.flower import (
     FedAvg,
     LocalGrid,
     WithHandlers,
-    exchange,
     mean_metrics,
+    messages,
     to_record,
     to_weights,
 )
@@ -559,7 +559,7 @@ def test_streaming_gives_the_mean_in_the_order_of_arrival_and_keeps_no_weights()
 
 def test_replies_are_taken_one_by_one_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     # The client of the next node works only after the reply of the last one was received.
-    monkeypatch.setattr(exchange, "IN_FLIGHT_BYTES", 0)  # as for a large model
+    monkeypatch.setattr(messages, "IN_FLIGHT_BYTES", 0)  # as for a large model
     order: list[str] = []
 
     class Received(fl.Handler):
@@ -920,7 +920,7 @@ def test_the_mean_of_the_largest_metrics_and_weights_is_right() -> None:
 
 def test_a_streaming_server_frees_each_reply_as_soon_as_it_is_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # At once, and not when Python next looks for reference cycles: replies are as large as models.
-    monkeypatch.setattr(exchange, "IN_FLIGHT_BYTES", 0)  # as for a large model
+    monkeypatch.setattr(messages, "IN_FLIGHT_BYTES", 0)  # as for a large model
     weights = {"w": np.ones(3, np.float32)}
     alive: list[weakref.ref[RecordDict]] = []
     most = 0

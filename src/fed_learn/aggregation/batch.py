@@ -19,7 +19,7 @@ import numpy as np
 from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.outputs import new_arrays
-from fed_learn.aggregation.tensors import Opened, label_of, opened, schema_of, without_tensors
+from fed_learn.aggregation.tensors import OpenedWeights, label_of, opened, schema_of, without_tensors
 from fed_learn.contribution import (
     Contribution,
     Kind,
@@ -80,7 +80,7 @@ class Checked:
 
     contributor: str
     aggregation_weight: float
-    held: Opened
+    held: OpenedWeights
     contribution: Contribution | None = None
     scanned: bool = False
     constants: Mapping[str, Array] = field(default_factory=dict)
@@ -124,11 +124,11 @@ class Checked:
 
     def on_host(self) -> Self:
         """The same with arrays in the memory of the host alone."""
-        return self if not self.held.owners else replace(self, held=Opened(self.held.on_host(), {}, {}))
+        return self if not self.held.owners else replace(self, held=OpenedWeights(self.held.on_host(), {}, {}))
 
     def owned(self) -> Self:
         """The same with copies of arrays, which nobody else can change."""
-        held = Opened({name: array.copy() for name, array in self.arrays.items()}, {}, {})
+        held = OpenedWeights({name: array.copy() for name, array in self.arrays.items()}, {}, {})
         return replace(self, held=held, scanned=False)
 
 
@@ -202,7 +202,7 @@ class Terms:
         """
         return Checked(who, aggregation_weight, self._strictly(weights, who))
 
-    def _strictly(self, weights: Any, who: str) -> Opened:
+    def _strictly(self, weights: Any, who: str) -> OpenedWeights:
         schema, held = self.schema, opened(weights, who)
         found = held.weights
         if schema is not None and type(found) in PLAIN and schema.describes(found):
@@ -218,7 +218,7 @@ class Terms:
             check_differences(self.schema or Schema.of(held.weights, who), who)
         flagged: list[str] | None = None
         if self.own:
-            held, weights, flagged = self._owned(Opened(held.on_host(), {}, {}), sent.weights)
+            held, weights, flagged = self._owned(OpenedWeights(held.on_host(), {}, {}), sent.weights)
         else:
             weights = held.as_sent(sent.weights)
         contribution = sent.settled(
@@ -231,7 +231,7 @@ class Terms:
         checked = Checked(who, aggregation_weight, held, contribution, form=self._form(held.weights))
         return checked if self.kernel is None else self._scanned(checked, self.kernel, flagged)
 
-    def _fitted(self, held: Opened, who: str, tell: Tell) -> Opened:
+    def _fitted(self, held: OpenedWeights, who: str, tell: Tell) -> OpenedWeights:
         """The weights in native byte order, in the dtypes and the order of the global model."""
         schema = self.schema
         if schema and type(held.weights) in PLAIN and schema.describes(held.weights):
@@ -250,7 +250,7 @@ class Terms:
             tell(f"{who}: {listed(names)} came as {came} and is rounded to {expected}, as the global model has it")
         return held.replaced(fit, host)
 
-    def _owned(self, held: Opened, sent: Any) -> tuple[Opened, FrozenWeights, list[str] | None]:
+    def _owned(self, held: OpenedWeights, sent: Any) -> tuple[OpenedWeights, FrozenWeights, list[str] | None]:
         """A copy, unless what was sent is frozen already; and which variables are not finite, if that was looked for.
 
         Shapes are right, so it is no larger than a model.
@@ -258,7 +258,7 @@ class Terms:
         arrays: dict[str, Array] = held.weights
         if type(sent) is FrozenWeights and all(map(is_, map(sent.get, arrays), arrays.values())):
             frozen = sent if list(sent) == list(arrays) else FrozenWeights.adopt(arrays)
-            return held if frozen is sent else Opened(dict(frozen), {}, {}), frozen, None
+            return held if frozen is sent else OpenedWeights(dict(frozen), {}, {}), frozen, None
         copies, flagged = new_arrays(Schema.of(arrays)), None
         if self.kernel is None:
             for name, copied in copies.items():
@@ -267,7 +267,7 @@ class Terms:
             flags = self.kernel.copy([contiguous(array) for array in arrays.values()], list(copies.values()))
             flagged = [name for name, flag in zip(arrays, flags, strict=True) if flag]
         frozen = FrozenWeights.adopt(copies)
-        return Opened(dict(frozen), {}, {}), frozen, flagged
+        return OpenedWeights(dict(frozen), {}, {}), frozen, flagged
 
     def _scanned(self, checked: Checked, kernel: Kernel, flagged: list[str] | None) -> Checked:
         """The same, once there is no NaN and no infinity in it but for constants, and all lies in the domain.
@@ -404,7 +404,7 @@ def _checked_weight_dicts(
         own, table = [dict(item) for item in batch], Table(schema, len(batch))
         if table.gather(own, 1):
             nothing: dict[str, Any] = {}
-            held = [Opened(weights, nothing, nothing) for weights in own]
+            held = [OpenedWeights(weights, nothing, nothing) for weights in own]
             return schema, list(map(Checked, labels, scalars, held)), table
     terms = Terms(schema)
     return schema, [terms.check_weights(*row) for row in zip(batch, scalars, labels, strict=True)], None

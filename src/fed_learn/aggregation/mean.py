@@ -19,7 +19,7 @@ from fed_learn.aggregation.batch import Checked
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import integer_mean, large_integer_mean, too_large
 from fed_learn.aggregation.outputs import ArrayOutputs, Output, outputs_for
-from fed_learn.aggregation.tensors import Opened, opened, refuse_devices
+from fed_learn.aggregation.tensors import OpenedWeights, opened, refuse_devices
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import EmptyAggregationError
@@ -117,7 +117,7 @@ def _framework(kernel: Kernel, rows: Sequence[Checked], out: Any) -> Resident | 
     framework = rows[0].held.resident(kernel.name)
     if framework is None or rows[0].held.device != "cpu":
         return framework
-    held: list[Opened] = [row.held for row in rows[1:]]
+    held: list[OpenedWeights] = [row.held for row in rows[1:]]
     if out is not None:
         held.append(opened(out, "out"))
     return framework if all(one.resident(kernel.name) is not None for one in held) else None

@@ -11,7 +11,7 @@ from fed_learn.adapters.base import Resident
 from fed_learn.adapters.overlaps import overlaps_itself
 from fed_learn.adapters.tensors import hold_tensors, plain
 from fed_learn.aggregation.arrays import Columns, bounds_of, contiguous
-from fed_learn.aggregation.tensors import Opened, Place, Tensors, as_tensors, opened
+from fed_learn.aggregation.tensors import OpenedWeights, Place, Tensors, as_tensors, opened
 from fed_learn.errors import OutputError
 from fed_learn.kernels.memory import Table, addresses
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
@@ -159,7 +159,7 @@ def new_arrays(schema: Schema) -> dict[str, Array]:
     }
 
 
-def _check_output(target: Opened, device: str) -> None:
+def _check_output(target: OpenedWeights, device: str) -> None:
     """Refuses tensors of `out=` that cannot be written to, or lie elsewhere than the result.
 
     Raises:

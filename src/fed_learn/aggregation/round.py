@@ -21,7 +21,7 @@ from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.outputs import Output
 from fed_learn.aggregation.rules import Given, combined
 from fed_learn.aggregation.settings import AggregationSettings
-from fed_learn.aggregation.tensors import Opened, placeholder, schema_of, without_tensors
+from fed_learn.aggregation.tensors import OpenedWeights, placeholder, schema_of, without_tensors
 from fed_learn.aggregation.told import Told
 from fed_learn.contribution import (
     ClientFailure,
@@ -466,7 +466,7 @@ class Round:
         self._streams[key] = stream
         kept = {name: placeholder(array.shape, array.dtype) for name, array in row.arrays.items()}
         filled = dict.fromkeys(row.filled, np.empty(0))
-        return replace(row, contribution=row.sent.without_weights(), held=Opened(kept, {}, {}), filled=filled)
+        return replace(row, contribution=row.sent.without_weights(), held=OpenedWeights(kept, {}, {}), filled=filled)
 
     def _forget_streams(self) -> None:
         """Drops the sums whose contributions have been refused: those of one sum are refused all or none."""

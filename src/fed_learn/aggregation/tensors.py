@@ -79,7 +79,7 @@ class Place:
 
 
 @dataclass(eq=False)  # frozen ones take ten times as long to make
-class Opened:
+class OpenedWeights:
     """A weight dict as the checks take it; left as it is from then on.
 
     Attributes:
@@ -117,15 +117,15 @@ class Opened:
             return self.weights
         return self.weights | {name: self.owners[name].view(tensor) for name, tensor in self.tensors.items()}
 
-    def only(self, names: Collection[str]) -> "Opened":
+    def only(self, names: Collection[str]) -> "OpenedWeights":
         """Some of the weights, or all of them in another order."""
         if list(names) == list(self.weights):
             return self
         tensors = {name: self.tensors[name] for name in names if name in self.tensors}
         owners = {name: self.owners[name] for name in tensors}
-        return Opened({name: self.weights[name] for name in names}, tensors, owners, self.device)
+        return OpenedWeights({name: self.weights[name] for name in names}, tensors, owners, self.device)
 
-    def replaced(self, arrays: Mapping[str, Array], given: Any = None) -> "Opened":
+    def replaced(self, arrays: Mapping[str, Array], given: Any = None) -> "OpenedWeights":
         """Weights of some of these variables, in which some arrays are others.
 
         Args:
@@ -145,7 +145,7 @@ class Opened:
         for name in made:
             array = changed[name]
             weights[name] = array if self.device == "cpu" else placeholder(array.shape, array.dtype)
-        return Opened(weights, held.tensors | made, held.owners, self.device)
+        return OpenedWeights(weights, held.tensors | made, held.owners, self.device)
 
     def as_sent(self, sent: Any) -> Any:
         """The weights in the form in which they came: what was sent itself, if nothing of it has been changed."""
@@ -162,7 +162,7 @@ class Opened:
         return [name for name, flag in zip(self.weights, flags, strict=True) if flag]
 
 
-def opened(weights: object, who: str) -> Opened:
+def opened(weights: object, who: str) -> OpenedWeights:
     """Opens what should be a weight dict: arrays, tensors, or references with a method `materialize()` that loads one.
 
     Raises:
@@ -171,10 +171,10 @@ def opened(weights: object, who: str) -> Opened:
         NamesError: There are more variables, or longer names, than any model has.
     """
     if not isinstance(weights, Mapping):
-        return Opened(weights, {}, {})
+        return OpenedWeights(weights, {}, {})
     arrays = weights if type(weights) in PLAIN else items_of(weights, who)  # read once: what is checked is what is kept
     if set(map(type, arrays.values())) <= {np.ndarray}:  # the usual case
-        return Opened(arrays, {}, {})
+        return OpenedWeights(arrays, {}, {})
     arrays = items_of(arrays, who)
     tensors: Tensors = {}
     owners: dict[str, Framework] = {}
@@ -202,7 +202,7 @@ def opened(weights: object, who: str) -> Opened:
     if device != "cpu" and len(owners) < len(arrays):
         name = next(name for name in arrays if name not in owners)
         refuse_devices(f"{who}: {name!r} is", who, name, "cpu", device)
-    return Opened(arrays, tensors, owners, device)
+    return OpenedWeights(arrays, tensors, owners, device)
 
 
 def as_tensors(weights: WeightDict, place: Place) -> Tensors:

@@ -15,7 +15,7 @@ from fed_learn.benchmark.cases import Case, Sizes
 from fed_learn.benchmark.check import OUR_BOUND, Expected, bound_of_peers, largest_error, reference
 from fed_learn.benchmark.inputs import Inputs
 from fed_learn.benchmark.memory import Peak, release
-from fed_learn.benchmark.sides import Job, Side
+from fed_learn.benchmark.sides import Run, Side
 
 SHORTEST_SAMPLE = 0.003
 """Seconds; what is faster is called several times per sample, so that the clock's steps do not matter."""
@@ -178,25 +178,25 @@ def measure(
 
 
 class _Measured:
-    """A side at work: its job, and what is found out about it."""
+    """A side at work: its run, and what is found out about it."""
 
-    def __init__(self, result: SideResult, job: Job, first: float = 0.0) -> None:
+    def __init__(self, result: SideResult, run: Run, first: float = 0.0) -> None:
         self.result = result
-        self.job = job
+        self.run = run
         self.first = first
         self.spent = 0.0
 
     def time(self, calls: int) -> float:
-        self.job.before()
+        self.run.before()
         _wait_for_threads()
         started = time.perf_counter()
         if calls == 1:
-            kept = self.job.run()
+            kept = self.run.call()
             elapsed = time.perf_counter() - started
             del kept  # freed when the clock has stopped
             return elapsed
         for _ in range(calls):
-            self.job.run()
+            self.run.call()
         return (time.perf_counter() - started) / calls
 
     def choose_calls(self) -> None:
@@ -233,24 +233,24 @@ def _what_it_raised(error: Exception) -> str:
 def _prepare(side: Side, case: Case, inputs: Inputs, expected: dict[str, Expected]) -> _Measured:
     """Checks a side, measures its memory, and makes it ready."""
     result = SideResult(side.name, side.ours)
-    side.prepare(_tiny(inputs)).run()  # imports and compilation are no part of what is measured
+    side.prepare(_tiny(inputs)).call()  # imports and compilation are no part of what is measured
     peak = Peak()
-    job = side.prepare(inputs)
-    job.before()
+    run = side.prepare(inputs)
+    run.before()
     _wait_for_threads()
     started = time.perf_counter()
-    returned = job.run()
+    returned = run.call()
     first = time.perf_counter() - started
     result.peak = peak.beyond()
-    if job.result is not None:
-        values = job.result(returned)
+    if run.result is not None:
+        values = run.result(returned)
         result.error = largest_error(values, expected)
         result.bound = OUR_BOUND if side.ours else bound_of_peers(case.clients, case.dtype)
         dtypes = {np.asarray(value).dtype.name for value in values.values()}
         result.dtype = dtypes.pop() if len(dtypes) == 1 else "mixed"
         del values
     del returned
-    measured = _Measured(result, job, first)
+    measured = _Measured(result, run, first)
     if case.streams:
         measured.time(1)  # a peer that has given its result makes new sums, which is not to be timed
     if first < SHORTEST_SAMPLE:

@@ -1,4 +1,4 @@
-"""Other ways to the mean of a batch, each a small function that makes a `Job`. `stream_peers` has those of streams.
+"""Other ways to the mean of a batch, each a small function that makes a `Run`. `stream_peers` has those of streams.
 
 A peer runs where the modules that it needs are installed; they are imported when it is prepared, not before. Inputs are
 turned into the peer's own types beforehand, without being timed. Peers use as many threads as the kernels may, and
@@ -17,7 +17,7 @@ import numpy as np
 
 from fed_learn.benchmark import frameworks
 from fed_learn.benchmark.inputs import Inputs
-from fed_learn.benchmark.sides import Job, Side
+from fed_learn.benchmark.sides import Run, Side
 from fed_learn.weights import Array
 
 BATCH: dict[str, Side] = {}
@@ -29,7 +29,7 @@ INTEGERS = ("int64", "int32", "int16", "uint8")
 SLOW_TO_START = ("flwr", "nvflare", "numba")
 """Modules that take seconds to import, or to compile for a dtype."""
 
-Prepare = Callable[[Inputs], Job]
+Prepare = Callable[[Inputs], Run]
 
 
 def peer(
@@ -69,7 +69,7 @@ def why_not(side: Side, dtype: np.dtype[Any], *, quick: bool = False) -> str | N
 
 
 @peer(BATCH, "numpy running sum")
-def running_sum(inputs: Inputs) -> Job:
+def running_sum(inputs: Inputs) -> Run:
     """What NVFlare does to numpy arrays and most loops do: one running sum of w·x in the dtype of the arrays."""
     total = sum(inputs.aggregation_weights)
 
@@ -82,11 +82,11 @@ def running_sum(inputs: Inputs) -> Job:
             result[name] = acc * (1 / total)
         return result
 
-    return Job(run)
+    return Run(run)
 
 
 @peer(BATCH, "numpy in place", dtypes=NUMPY_FLOATS)
-def running_sum_in_place(inputs: Inputs) -> Job:
+def running_sum_in_place(inputs: Inputs) -> Run:
     """The most that one gets out of numpy: `acc += x * share` without new memory, in the dtype of the arrays."""
     total = sum(inputs.aggregation_weights)
     memory = {name: np.empty_like(x) for name, x in inputs.clients[0].items()} if inputs.reuse else {}
@@ -102,11 +102,11 @@ def running_sum_in_place(inputs: Inputs) -> Job:
             result[name] = acc
         return result
 
-    return Job(run)
+    return Run(run)
 
 
 @peer(BATCH, "numpy reduce")
-def scaled_copies(inputs: Inputs) -> Job:
+def scaled_copies(inputs: Inputs) -> Run:
     """What Flower's older strategies do: a scaled copy of every model, then `reduce(np.add, …)`."""
     total = sum(inputs.aggregation_weights)
 
@@ -120,11 +120,11 @@ def scaled_copies(inputs: Inputs) -> Job:
             for name, column in zip(inputs.clients[0], zip(*scaled, strict=True), strict=True)
         }
 
-    return Job(run)
+    return Run(run)
 
 
 @peer(BATCH, "numpy.average")
-def numpy_average(inputs: Inputs) -> Job:
+def numpy_average(inputs: Inputs) -> Run:
     """`numpy.average` over a stacked copy, the first thing that a search finds."""
 
     def run() -> dict[str, Any]:
@@ -133,11 +133,11 @@ def numpy_average(inputs: Inputs) -> Job:
             for name in inputs.clients[0]
         }
 
-    return Job(run)
+    return Run(run)
 
 
 @peer(BATCH, "numpy tensordot", dtypes=NUMPY_FLOATS)
-def numpy_tensordot(inputs: Inputs) -> Job:
+def numpy_tensordot(inputs: Inputs) -> Run:
     """A stacked copy times a vector of normalised weights, by BLAS; `np.dot` is what `np.tensordot` calls."""
     a = np.array(inputs.aggregation_weights)
     share = (a / a.sum()).astype(inputs.dtype)
@@ -152,11 +152,11 @@ def numpy_tensordot(inputs: Inputs) -> Job:
             result[name] = memory[name] if name in memory else np.tensordot(share, stacked, axes=1)
         return result
 
-    return Job(run)
+    return Run(run)
 
 
 @peer(BATCH, "torch._foreach_add_", "torch", dtypes=FLOATS)
-def torch_foreach(inputs: Inputs) -> Job:
+def torch_foreach(inputs: Inputs) -> Run:
     """Torch's operations on lists of tensors: sums of normalised terms in the dtype of the tensors."""
     torch = frameworks.torch()
     total = sum(inputs.aggregation_weights)
@@ -173,11 +173,11 @@ def torch_foreach(inputs: Inputs) -> Job:
             torch._foreach_add_(acc, model, alpha=share)
         return list(acc)
 
-    return Job(run, functools.partial(frameworks.weight_dict, inputs))
+    return Run(run, functools.partial(frameworks.weight_dict, inputs))
 
 
 @peer(BATCH, "torch add_", "torch", dtypes=FLOATS)
-def torch_add(inputs: Inputs) -> Job:
+def torch_add(inputs: Inputs) -> Run:
     """What NVFlare does to tensors: `add_(alpha=)` tensor by tensor, one division in place at the end."""
     torch = frameworks.torch()
     total = sum(inputs.aggregation_weights)
@@ -193,20 +193,20 @@ def torch_add(inputs: Inputs) -> Job:
             sums.div_(total)
         return acc
 
-    return Job(run, functools.partial(frameworks.weight_dict, inputs))
+    return Run(run, functools.partial(frameworks.weight_dict, inputs))
 
 
 @peer(BATCH, "Flower aggregate", "flwr", dtypes=NUMPY_FLOATS + INTEGERS)
-def flower_aggregate(inputs: Inputs) -> Job:
+def flower_aggregate(inputs: Inputs) -> Run:
     """`flwr.server.strategy.aggregate.aggregate`, of Flower's older strategies."""
     aggregate = frameworks.flower("flwr.server.strategy.aggregate").aggregate
     counts = [int(a) for a in inputs.aggregation_weights]
     results = [(list(client.values()), n) for client, n in zip(inputs.clients, counts, strict=True)]
-    return Job(lambda: aggregate(results), lambda arrays: dict(zip(inputs.clients[0], arrays, strict=True)))
+    return Run(lambda: aggregate(results), lambda arrays: dict(zip(inputs.clients[0], arrays, strict=True)))
 
 
 @peer(BATCH, "Flower aggregate_arrayrecords", "flwr", dtypes=NUMPY_FLOATS)
-def flower_arrayrecords(inputs: Inputs) -> Job:
+def flower_arrayrecords(inputs: Inputs) -> Run:
     """Flower's Message API: its own function, on records that have their arrays ready.
 
     Reading them out of messages is left out; writing the result into a record is part of the function.
@@ -219,28 +219,28 @@ def flower_arrayrecords(inputs: Inputs) -> Job:
         )
         for client, a in zip(inputs.clients, inputs.aggregation_weights, strict=True)
     ]
-    return Job(
+    return Run(
         lambda: aggregate(records, "num-examples"),
         lambda record: {name: array.numpy() for name, array in record.items()},
     )
 
 
 @peer(BATCH, "NVFlare helper", "nvflare", dtypes=NUMPY_FLOATS + INTEGERS)
-def nvflare_helper(inputs: Inputs) -> Job:
+def nvflare_helper(inputs: Inputs) -> Run:
     """NVFlare's `WeightedAggregationHelper` on numpy arrays."""
     return _nvflare_batch(inputs, inputs.clients)
 
 
 @peer(BATCH, "NVFlare helper, torch", "nvflare", "torch", dtypes=FLOATS)
-def nvflare_helper_torch(inputs: Inputs) -> Job:
+def nvflare_helper_torch(inputs: Inputs) -> Run:
     """NVFlare's `WeightedAggregationHelper` on tensors."""
     models = [dict(zip(client, frameworks.tensors(client), strict=True)) for client in inputs.clients]
-    job = _nvflare_batch(inputs, models)
-    return Job(job.run, lambda result: frameworks.weight_dict(inputs, list(result.values())))
+    run = _nvflare_batch(inputs, models)
+    return Run(run.call, lambda result: frameworks.weight_dict(inputs, list(result.values())))
 
 
 @peer(BATCH, "numexpr", "numexpr", dtypes=("float32", "float64"))
-def numexpr_sums(inputs: Inputs) -> Job:
+def numexpr_sums(inputs: Inputs) -> Run:
     """Eight contributions per expression; the virtual machine works in tiles on several threads."""
     numexpr = frameworks.numexpr()
     shares = [inputs.dtype.type(a / sum(inputs.aggregation_weights)) for a in inputs.aggregation_weights]
@@ -261,11 +261,11 @@ def numexpr_sums(inputs: Inputs) -> Job:
                 result[name] = numexpr.evaluate("+".join(terms), names, {}, out=out)
         return result
 
-    return Job(run)
+    return Run(run)
 
 
 @peer(BATCH, "numba", "numba", dtypes=("float32", "float64", *INTEGERS))
-def numba_loop(inputs: Inputs) -> Job:
+def numba_loop(inputs: Inputs) -> Run:
     """A compiled loop over tiles on several threads, with sums in float64: what one would write by hand."""
     frameworks.numba()
     mean = _compiled()
@@ -279,7 +279,7 @@ def numba_loop(inputs: Inputs) -> Job:
             mean(column, a, a.sum(), result[name].reshape(-1))
         return result
 
-    return Job(run)
+    return Run(run)
 
 
 @functools.cache
@@ -303,7 +303,7 @@ def _compiled() -> Any:
     return mean
 
 
-def _nvflare_batch(inputs: Inputs, models: list[Any]) -> Job:
+def _nvflare_batch(inputs: Inputs, models: list[Any]) -> Run:
     helper = frameworks.nvflare_helper()
 
     def run() -> Any:
@@ -311,4 +311,4 @@ def _nvflare_batch(inputs: Inputs, models: list[Any]) -> Job:
             helper.add(model, a, f"site-{k}", 0)
         return helper.get_result()
 
-    return Job(run)
+    return Run(run)

@@ -27,16 +27,16 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
+class Run:
     """A side with its inputs, ready to be timed.
 
     Attributes:
-        run: What is timed: one batch, or one pass over the contributions of a stream.
-        result: Makes a weight dict of what `run` returned; not timed. None: there is no result to check.
+        call: What is timed: one batch, or one pass over the contributions of a stream.
+        result: Makes a weight dict of what `call` returned; not timed. None: there is no result to check.
         before: Called before each sample; not timed.
     """
 
-    run: Callable[[], Any]
+    call: Callable[[], Any]
     result: Callable[[Any], Mapping[str, Any]] | None = _same
     before: Callable[[], None] = _nothing
 
@@ -47,7 +47,7 @@ class Side:
 
     Attributes:
         name: As it is printed.
-        prepare: Makes the job, and everything that is in place before the work begins: views in the types of a
+        prepare: Makes the run, and everything that is in place before the work begins: views in the types of a
             framework, memory for the result where `Inputs.reuse` says so.
         ours: Whether it is this package.
         needs: Modules that must be installed.
@@ -55,7 +55,7 @@ class Side:
     """
 
     name: str
-    prepare: Callable[[Inputs], Job]
+    prepare: Callable[[Inputs], Run]
     ours: bool = False
     needs: tuple[str, ...] = ()
     dtypes: tuple[str, ...] | None = None
@@ -68,25 +68,25 @@ def limit() -> Side:
     return Side("bare read", _native_read)
 
 
-def _native_read(inputs: Inputs) -> Job:
+def _native_read(inputs: Inputs) -> Run:
     from fed_learn.kernels import native  # cannot be imported where the extension was not built
 
     arrays = inputs.arrays
-    return Job(lambda: native.read(arrays), None)
+    return Run(lambda: native.read(arrays), None)
 
 
-def _numpy_read(inputs: Inputs) -> Job:
+def _numpy_read(inputs: Inputs) -> Run:
     """Reads words of eight bytes; a tail of less than that is left out."""
     words = [array.view(np.uint8)[: array.nbytes // 8 * 8].view(np.uint64) for array in inputs.arrays]
-    return Job(lambda: [np.bitwise_xor.reduce(array) for array in words], None)
+    return Run(lambda: [np.bitwise_xor.reduce(array) for array in words], None)
 
 
 def average(kernel: str, *, exact: bool = False) -> Side:
     """`weighted_average` on a kernel."""
 
-    def prepare(inputs: Inputs) -> Job:
+    def prepare(inputs: Inputs) -> Run:
         out = {name: np.empty_like(a) for name, a in inputs.clients[0].items()} if inputs.reuse else None
-        return Job(
+        return Run(
             lambda: weighted_average(inputs.clients, inputs.aggregation_weights, out=out, exact=exact, kernel=kernel)
         )
 
@@ -99,7 +99,7 @@ def move(kernel: str) -> Side:
     It gives no mean, so there is nothing that could be compared with those of other sides.
     """
 
-    def prepare(inputs: Inputs) -> Job:
+    def prepare(inputs: Inputs) -> Run:
         base, diff = inputs.clients[:2]
         out = {name: np.empty_like(array) for name, array in base.items()} if inputs.reuse else None
 
@@ -107,7 +107,7 @@ def move(kernel: str) -> Side:
             with kernels.use(kernel):
                 return add_difference(base, diff, out=out)
 
-        return Job(run, None)
+        return Run(run, None)
 
     return Side(f"add_difference {kernel}", prepare, ours=True)
 
@@ -119,7 +119,7 @@ def stream(kernel: str, *, exact: bool = False, borrow: bool = False) -> Side:
     """
     options: dict[str, Any] = {"borrow": True} if borrow else {}
 
-    def prepare(inputs: Inputs) -> Job:
+    def prepare(inputs: Inputs) -> Run:
         accumulator = Accumulator(kernel=kernel, exact=exact)
         finish = getattr(accumulator, "flush", _nothing) if borrow else _nothing
 
@@ -129,7 +129,7 @@ def stream(kernel: str, *, exact: bool = False, borrow: bool = False) -> Side:
             finish()
             return accumulator
 
-        return Job(run, Accumulator.result)
+        return Run(run, Accumulator.result)
 
     kind = ", exact" if exact else ", borrow" if borrow else ""
     return Side(f"fed_learn {kernel}{kind}", prepare, ours=True)
@@ -152,7 +152,7 @@ def on_threads(side: Side, number: int) -> Side:
         # Whoever gets through the barrier got there with all others, so that many threads there are.
         threads.run(_wait, [Barrier(number)] * number)
 
-    def prepare(inputs: Inputs) -> Job:
+    def prepare(inputs: Inputs) -> Run:
         return replace(side.prepare(inputs), before=start)
 
     return replace(side, name=f"{side.name}, {number} thread{'s' if number > 1 else ''}", prepare=prepare)

@@ -16,7 +16,7 @@ from fed_learn.arguments import check_count
 from fed_learn.components import Learner, ModelEvaluator, TrainingResult
 from fed_learn.handlers.scoring import check_mode
 from fed_learn.integrations.batches import Mean, count_of, form_of, score_name, tensors_in
-from fed_learn.integrations.exchange import load, read, weights_in
+from fed_learn.integrations.loading import load, read, weights_in
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import Array, WeightDict
 

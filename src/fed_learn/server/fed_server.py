@@ -10,10 +10,10 @@ from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
 from fed_learn.events import EventHandler
 from fed_learn.model_meta import FLContext
+from fed_learn.server.client_pool import ClientPool, declared_score
 from fed_learn.server.job import Job
 from fed_learn.server.model_aggregator import Aggregator
 from fed_learn.server.result import JobResult
-from fed_learn.server.roster import Roster, declared_score
 from fed_learn.server.rounds import run_job
 from fed_learn.server.settings import JobSettings, initial_model
 from fed_learn.weights import WeightDict, size_text
@@ -130,21 +130,21 @@ class FederatedServer:
         Any `FedLearnError` that ends the job has what the job achieved so far, a `JobResult`, as its `result`.
         """
         required = self.settings.aggregation.min_contributions
-        with closing(Roster(clients, max_workers)) as roster:
-            if required is not None and required > len(roster):
-                raise ValueError(f"min_contributions is {required}, but there are {len(roster)} clients")
-            metric, mode = declared_score(roster.learners())
-            with self.begin(len(roster), validation_metric=metric, mode=mode) as job:
+        with closing(ClientPool(clients, max_workers)) as pool:
+            if required is not None and required > len(pool):
+                raise ValueError(f"min_contributions is {required}, but there are {len(pool)} clients")
+            metric, mode = declared_score(pool.learners())
+            with self.begin(len(pool), validation_metric=metric, mode=mode) as job:
                 try:
-                    run_job(job, roster)
+                    run_job(job, pool)
                 finally:
-                    roster.stop(job.record_late)
+                    pool.stop(job.record_late)
             return job.result()
 
     def begin(
         self, num_clients: int | None = None, *, validation_metric: str | None = None, mode: str | None = None
     ) -> Job:
-        """STARTUP of a job whose messages something else carries: another stack, a loop of one's own.
+        """STARTUP of a job that is driven by your own loop, or by another stack.
 
         Args:
             num_clients: How many contributions a round needs if `min_contributions` is None; None: one of each client

@@ -1,4 +1,4 @@
-"""`Job`: one run of a server, event by event, whatever carries the messages.
+"""`Job`: one run of a server, event by event, driven by our server, by your own loop or by another stack.
 
 Its rounds are those of `JobRounds`; here are its beginning, the validation of models, and its end.
 """
@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 class Job(JobRounds):
     """One run of a server: the context, the global model, the contributions of the round, and the record of it all.
 
-    `FederatedServer.begin` makes one. Who carries the messages calls its methods at the moments they are named
-    after, and each fires the event of that moment. As a context manager it shuts the handlers down, whatever fails.
+    `FederatedServer.begin` makes one. Its driver (our server, your own loop, another stack) calls each method at the
+    moment that the method is named after, and the method fires the event of that moment. As a context manager a job
+    shuts the handlers down, whatever fails.
 
     Args:
         settings: What it is told.

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class JobEvents:
-    """What every job has, whoever averages and carries its messages.
+    """What every job has, whether it is driven by our server, by your own loop or by another stack.
 
     Args:
         handlers: The handlers.

@@ -6,14 +6,14 @@ from typing import Any
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
 from fed_learn.errors import as_failure, is_error, text_of
+from fed_learn.server.client_pool import ClientPool
 from fed_learn.server.job import Job
-from fed_learn.server.roster import Roster
 from fed_learn.weights import FrozenWeights, as_weight_dict, check_finite
 
 logger = logging.getLogger(__name__)
 
 
-def run_job(job: Job, roster: Roster) -> None:
+def run_job(job: Job, clients: ClientPool) -> None:
     """Every moment of a job that has begun, up to the last CLIENT_QUIT.
 
     Raises:
@@ -22,37 +22,37 @@ def run_job(job: Job, roster: Roster) -> None:
         TooFewContributionsError: Too few clients are left for another round.
         NothingAggregatedError: No round made a new global model.
     """
-    _register(job, roster)
+    _register(job, clients)
     num_rounds = job.settings.num_rounds or 1
     for number in range(num_rounds):
-        _run_round(job, roster, number)
+        _run_round(job, clients, number)
         if job.stopped:
             break
-    _score_final_model(job, roster)
+    _score_final_model(job, clients)
     try:
         job.finish()
     finally:
-        for name in roster:
+        for name in clients:
             job.quit(name)
-            job.record(roster.dismiss(name))
+            job.record(clients.dismiss(name))
 
 
-def _register(job: Job, roster: Roster) -> None:
-    for name, answer in roster.ask(lambda client: client.start(job.settings.num_rounds or 1)):
+def _register(job: Job, clients: ClientPool) -> None:
+    for name, answer in clients.ask(lambda client: client.start(job.settings.num_rounds or 1)):
         if is_error(answer):
             job.note_failure(name, as_failure(answer), "could not start")
-            job.record(roster.dismiss(name))
+            job.record(clients.dismiss(name))
         else:
             job.register(name)
     job.check_enough_clients()
 
 
-def _run_round(job: Job, roster: Roster, number: int) -> None:
+def _run_round(job: Job, clients: ClientPool, number: int) -> None:
     job.start_round(number)
     weights = job.weights
-    for name in roster:
+    for name in clients:
         job.send_model(name)
-    for name, answer in roster.ask(lambda client: client.train_round(number, lambda: weights)):
+    for name, answer in clients.ask(lambda client: client.train_round(number, lambda: weights)):
         # Clients send one contribution; what a faulty one sends on top is received and refused.
         given: Any = answer
         sent = list(given) if type(given) in (list, tuple) else [given] if given is not None else []
@@ -60,39 +60,39 @@ def _run_round(job: Job, roster: Roster, number: int) -> None:
             job.absent(name)
         for contribution in sent:
             job.receive(name, contribution)
-        _stop_if_it_left(job, roster, name)
+        _stop_if_it_left(job, clients, name)
     job.aggregate()
     job.end_round()
     job.check_enough_clients()
 
 
-def _stop_if_it_left(job: Job, roster: Roster, name: str) -> None:
+def _stop_if_it_left(job: Job, clients: ClientPool, name: str) -> None:
     if name not in job.clients:
-        job.record(roster.dismiss(name))
+        job.record(clients.dismiss(name))
 
 
-def _score_final_model(job: Job, roster: Roster) -> None:
+def _score_final_model(job: Job, clients: ClientPool) -> None:
     """The clients score the final model, then each other's best and the job's best."""
     # Clients offer their local bests first: they are asked for before anything is validated.
     job.begin_validation(FINAL_MODEL)
-    models = _local_bests(job, roster)
-    for name in roster:
+    models = _local_bests(job, clients)
+    for name in clients:
         job.send_model(name)
-    _validate_everywhere(job, roster, FINAL_MODEL, job.weights)
+    _validate_everywhere(job, clients, FINAL_MODEL, job.weights)
     best = job.ctx.best_model
     if best is not None:
         models[GLOBAL_BEST] = best.weights
     for model, weights in models.items():
         job.begin_validation(model, weights)
-        _validate_everywhere(job, roster, model, weights)
+        _validate_everywhere(job, clients, model, weights)
 
 
-def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
+def _local_bests(job: Job, clients: ClientPool) -> dict[str, FrozenWeights]:
     bests: dict[str, FrozenWeights] = {}
-    for name, answer in roster.ask(lambda client: client.submit_best_model()):
+    for name, answer in clients.ask(lambda client: client.submit_best_model()):
         if is_error(answer):
             job.quit(name, as_failure(answer))
-            _stop_if_it_left(job, roster, name)
+            _stop_if_it_left(job, clients, name)
         elif answer is not None:
             try:
                 weights = as_weight_dict(without_tensors(answer, name), name)
@@ -107,7 +107,7 @@ def _local_bests(job: Job, roster: Roster) -> dict[str, FrozenWeights]:
     return bests
 
 
-def _validate_everywhere(job: Job, roster: Roster, model: str, weights: FrozenWeights) -> None:
-    for name, answer in roster.ask(lambda client: client.validate_model(model, weights)):
+def _validate_everywhere(job: Job, clients: ClientPool, model: str, weights: FrozenWeights) -> None:
+    for name, answer in clients.ask(lambda client: client.validate_model(model, weights)):
         job.receive_validation_result(name, answer)
-        _stop_if_it_left(job, roster, name)
+        _stop_if_it_left(job, clients, name)

@@ -21,10 +21,10 @@ from fed_learn.weights import (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class JobSettings:
-    """What a job is told, whoever carries its messages.
+    """The settings of a job: its rounds, its handlers, how it aggregates.
 
     Attributes:
-        num_rounds: Rounds to run, at least 1; None: nobody knows.
+        num_rounds: Rounds to run, at least 1; None: not known beforehand.
         handlers: The server's handlers.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
         aggregation: How contributions are aggregated.

@@ -11,7 +11,7 @@ import numpy as np
 
 from fed_learn.components import Learner, ModelEvaluator, TrainingResult
 from fed_learn.integrations.batches import Mean, shuffled
-from fed_learn.integrations.exchange import weights_in
+from fed_learn.integrations.loading import weights_in
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.simulation.datasets import Part
 from fed_learn.simulation.network import BATCH_SIZE, DECAY, EPSILON, LEARNING_RATE, MOMENTUM, Architecture

@@ -9,7 +9,7 @@ from fed_learn.adapters import get_weights
 from fed_learn.adapters.layout import LayoutMap
 from fed_learn.components import Learner, ModelEvaluator
 from fed_learn.integrations.components import FrameworkEvaluator, FrameworkLearner
-from fed_learn.integrations.exchange import load
+from fed_learn.integrations.loading import load
 from fed_learn.simulation.datasets import Part
 from fed_learn.simulation.network import BATCH_SIZE, Architecture
 from fed_learn.weights import Array, WeightDict

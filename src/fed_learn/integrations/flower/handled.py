@@ -20,7 +20,7 @@ from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import FedLearnError
 from fed_learn.events import EventHandler, check_handlers
 from fed_learn.handlers.model_selection import by_likeness
-from fed_learn.integrations.flower.exchange import gathers, log_replies, noted, replies_to
+from fed_learn.integrations.flower.messages import gathers, log_replies, noted, replies_to
 from fed_learn.integrations.flower.names import NodeNames, in_one_line
 from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import to_weights

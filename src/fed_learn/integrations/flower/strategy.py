@@ -16,8 +16,8 @@ from fed_learn.aggregation.rules import Rule
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import AggregatorError, IntegerRangeError, described, printable
 from fed_learn.events import EventHandler
-from fed_learn.integrations.flower.exchange import log_replies
 from fed_learn.integrations.flower.handled import Handled
+from fed_learn.integrations.flower.messages import log_replies
 from fed_learn.integrations.flower.metrics import mean_by_name, mean_metrics
 from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.records import RecordWriter, to_weights

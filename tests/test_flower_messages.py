@@ -12,13 +12,13 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg as FlowerFedAvg
 
-from fed_learn.integrations.flower import FedAvg, LocalGrid, WithHandlers, exchange
+from fed_learn.integrations.flower import FedAvg, LocalGrid, WithHandlers, messages
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(exchange, "time", made)
+    monkeypatch.setattr(messages, "time", made)
     return made
 
 
@@ -35,7 +35,7 @@ REQUESTS = {0: 1, 0.1: 2, 1: 4, 10: 9, 60: 21, 300: 81, 3600: 906}
 @pytest.mark.parametrize("seconds", REQUESTS)
 def test_a_long_round_takes_no_more_requests_than_with_flower(clock: Clock, seconds: float, nodes: int) -> None:
     grid = Busy(clock, nodes, lambda number: seconds * number / nodes)
-    replies = list(exchange.replies_to(grid, sent(grid), timeout=3600 * 24, poll_interval=0.25))
+    replies = list(messages.replies_to(grid, sent(grid), timeout=3600 * 24, poll_interval=0.25))
     assert len(replies) == nodes
     assert len(grid.requests) == REQUESTS[seconds]
     assert seconds < 60 or len(grid.requests) <= requests_of_flower(seconds)
@@ -46,11 +46,11 @@ def test_a_long_round_takes_no_more_requests_than_with_flower(clock: Clock, seco
 def test_a_stream_asks_for_few_large_replies_at_once_and_backs_off_too(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for room, at_once in ((0, exchange.IN_FLIGHT), (exchange.IN_FLIGHT_BYTES, 400)):
-        monkeypatch.setattr(exchange, "IN_FLIGHT_BYTES", room)
+    for room, at_once in ((0, messages.IN_FLIGHT), (messages.IN_FLIGHT_BYTES, 400)):
+        monkeypatch.setattr(messages, "IN_FLIGHT_BYTES", room)
         clock.now = 0
         grid = Busy(clock, 400, lambda number: 60.0)
-        replies = exchange.replies_to(grid, sent(grid), timeout=None, poll_interval=0.25, stream=True)
+        replies = messages.replies_to(grid, sent(grid), timeout=None, poll_interval=0.25, stream=True)
         assert len(list(replies)) == 400
         assert {count for _, count in grid.requests} == {at_once}
         assert grid.most == at_once
@@ -59,7 +59,7 @@ def test_a_stream_asks_for_few_large_replies_at_once_and_backs_off_too(
 
 def test_what_has_not_come_in_time_is_looked_for_once_more_at_the_end(clock: Clock) -> None:
     grid = Busy(clock, 3, lambda number: 5.0 * number)
-    replies = list(exchange.replies_to(grid, sent(grid), timeout=10.0, poll_interval=0.25))
+    replies = list(messages.replies_to(grid, sent(grid), timeout=10.0, poll_interval=0.25))
     assert len(replies) == 2
     assert clock.now == grid.requests[-1][0] == 10.0
 
@@ -67,13 +67,13 @@ def test_what_has_not_come_in_time_is_looked_for_once_more_at_the_end(clock: Clo
 def test_a_grid_in_this_process_is_asked_as_often_as_it_says(clock: Clock) -> None:
     grid = Busy(clock, 3, lambda number: 60.0)
     grid.pull_interval = 0.1  # type: ignore[attr-defined] # as Flower's in-memory grid has it
-    assert len(list(exchange.replies_to(grid, sent(grid), timeout=None, poll_interval=0.25))) == 3
+    assert len(list(messages.replies_to(grid, sent(grid), timeout=None, poll_interval=0.25))) == 3
     assert clock.now == pytest.approx(60.0, abs=0.11)
 
 
 def test_a_longer_first_wait_is_kept(clock: Clock) -> None:
     grid = Busy(clock, 3, lambda number: 60.0)
-    assert len(list(exchange.replies_to(grid, sent(grid), timeout=None, poll_interval=20.0))) == 3
+    assert len(list(messages.replies_to(grid, sent(grid), timeout=None, poll_interval=20.0))) == 3
     assert [now for now, _ in grid.requests] == [0, 20, 40, 60]
 
 
@@ -107,14 +107,14 @@ def test_whose_send_and_receive_is_used() -> None:
             return super().pull_messages(message_ids)
 
     patched = LocalGrid(adding, 2)
-    assert not exchange.gathers(patched)
+    assert not messages.gathers(patched)
     patched.send_and_receive = lambda messages, *, timeout=None: []  # type: ignore[method-assign]
-    assert exchange.gathers(patched)
-    assert exchange.gathers(Retrying(adding, 2))
-    assert not exchange.gathers(Pulling(adding, 2))
-    assert exchange.gathers(Duck(LocalGrid(adding, 2)))
-    assert exchange.gathers(Mock(spec=Grid))
-    assert exchange.gathers(Mock())
+    assert messages.gathers(patched)
+    assert messages.gathers(Retrying(adding, 2))
+    assert not messages.gathers(Pulling(adding, 2))
+    assert messages.gathers(Duck(LocalGrid(adding, 2)))
+    assert messages.gathers(Mock(spec=Grid))
+    assert messages.gathers(Mock())
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -152,7 +152,7 @@ def test_a_grid_that_gives_none_gives_no_replies() -> None:
         def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Any:
             return None
 
-    assert exchange.replies_to(Nothing(adding, 2), [], timeout=None, poll_interval=1.0) == []
+    assert messages.replies_to(Nothing(adding, 2), [], timeout=None, poll_interval=1.0) == []
 
 
 def test_a_reply_that_the_grid_says_is_lost_is_its_nodes() -> None:
@@ -175,6 +175,6 @@ def test_a_reply_that_the_grid_says_is_lost_is_its_nodes() -> None:
 
 def test_a_message_without_arrays_is_small(clock: Clock) -> None:
     grid = Busy(clock, 3, lambda number: 0.0, app=lambda message, context: Message(content(1.0), reply_to=message))
-    messages = [Message(RecordDict({}), node, "query") for node in grid.get_node_ids()]
-    assert len(list(exchange.replies_to(grid, messages, timeout=None, poll_interval=1.0, stream=True))) == 3
+    queries = [Message(RecordDict({}), node, "query") for node in grid.get_node_ids()]
+    assert len(list(messages.replies_to(grid, queries, timeout=None, poll_interval=1.0, stream=True))) == 3
     assert len(grid.requests) == 1

@@ -1,4 +1,4 @@
-"""The clients of a running job, and the pool in which they work side by side."""
+"""`ClientPool`: the clients of a running job, and the threads on which they work. Rounds are left to `rounds`."""
 
 import contextvars
 import logging
@@ -20,8 +20,8 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class Roster:
-    """The clients that take part, in the order in which they were given.
+class ClientPool:
+    """The clients that take part in a job, in the order in which they were given.
 
     Args:
         clients: The clients.
@@ -56,9 +56,9 @@ class Roster:
         return {name: client.learner for name, client in self._clients.items()}
 
     def ask(self, question: Callable[[FederatedClient], T]) -> Iterator[tuple[str, T | Exception]]:
-        """Asks every client at once; yields name and answer, or the exception, in the order of the roster.
+        """Asks all clients at once, and yields the name of each with its answer, or with the exception that it raised.
 
-        That order, rather than who is first, keeps a job the same from run to run.
+        Answers are in the order of the clients, not in that of arrival, so that a job is the same from run to run.
         """
         futures = {
             # In the caller's context, so that a kernel chosen by kernels.use holds for learners too.
@@ -77,7 +77,7 @@ class Roster:
             yield name, answer
 
     def dismiss(self, name: str) -> tuple[HandlerFailure, ...]:
-        """Takes a client off the roster and stops it; returns what failed, which has been logged."""
+        """Removes a client and stops it. Returns which of its handlers failed; they have been logged."""
         client = self._clients.pop(name)
         try:
             return client.stop()
@@ -88,10 +88,10 @@ class Roster:
             return (failure.without_tracebacks(),)
 
     def stop(self, record: Callable[[Sequence[HandlerFailure]], None]) -> None:
-        """Ends the pool and stops the clients that are left, whatever fails in between.
+        """Waits for the threads, then stops the clients that are left, the last one first, whatever fails in between.
 
         Args:
-            record: Is given the handlers that failed.
+            record: Called with the handlers that failed, for each client.
         """
         with ExitStack() as last_first:  # goes on whatever is raised, an interrupt included
             for name in reversed(tuple(self)):
@@ -99,15 +99,15 @@ class Roster:
             last_first.callback(self.close)
 
     def close(self) -> None:
-        """Waits for what is running, which nothing can interrupt in a thread, and drops what is not."""
+        """Waits for the clients that work, since a thread cannot be interrupted, and drops questions not yet begun."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
 def declared_score(learners: Mapping[str, Learner]) -> tuple[str, str | None]:
-    """By which metric the clients of a job have models selected, and what is better of it if one of them declares it.
+    """The metric by which the clients' learners have models selected, and its mode if one of them declares it.
 
     Raises:
-        ValueError: Two of them disagree, so that their mean would say nothing.
+        ValueError: Two learners disagree, so that the mean of their metrics would say nothing.
     """
     first, *others = learners
     metric, mode = metric_and_mode(learners[first])
