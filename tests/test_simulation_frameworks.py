@@ -15,7 +15,8 @@ from threadpoolctl import threadpool_limits
 import fed_learn as fl
 from fed_learn.handlers.json_lines import JsonLinesHandler
 from fed_learn.simulation import Demo, Framework, UpdateNormHandler, build_demo, load_split
-from fed_learn.simulation.frameworks import Network, networks
+from fed_learn.simulation.frameworks import networks
+from fed_learn.simulation.network import Network
 from fed_learn.simulation.plot import plot_job
 from fed_learn.simulation.summary import summarize
 

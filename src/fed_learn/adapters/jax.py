@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fed_learn.adapters.base import Variable, averageable, checked, given, not_averageable
+from fed_learn.adapters.base import Adapter, Framework, Variable, averageable, checked, given, not_averageable
 from fed_learn.errors import FedLearnError, ModelError, WeightsTypeError
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
 
-class JaxTensors:
+class JaxTensors(Framework):
     """`Framework` for JAX: concrete arrays, also those that are sharded over several devices of this process.
 
     Arrays on one CPU device share their memory with numpy's, both ways; of all others numpy gets a copy. Nobody can
@@ -34,7 +34,6 @@ class JaxTensors:
     resident = None
 
     def tensor_type(self) -> tuple[type, ...] | None:
-        """See `Framework.tensor_type`."""
         jax = sys.modules.get("jax")
         # While JAX is being imported, it is in sys.modules without its names.
         array, tracer = getattr(jax, "Array", None), getattr(getattr(jax, "core", None), "Tracer", None)
@@ -42,7 +41,6 @@ class JaxTensors:
         return None if array is None or tracer is None or struct is None else (array, tracer, struct)
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
-        """See `Framework.check`."""
         problem = None
         if isinstance(tensor, _jax().ShapeDtypeStruct):
             problem = "has no values: it is what eval_shape tells of an array"
@@ -62,19 +60,16 @@ class JaxTensors:
         return dtype
 
     def dtype(self, tensor: Any) -> np.dtype[Any] | None:
-        """See `Framework.dtype`."""
         return tensor.dtype if tensor.dtype in SUPPORTED_DTYPES else None
 
     def device(self, tensor: Any) -> str:
-        """See `Framework.device`."""
         return "cpu"
 
     def placement(self, tensor: Any) -> Any:
-        """See `Framework.placement`: a sharding; a device, if JAX may move the array away from it."""
+        """Its sharding; or its device, if JAX may move the array away from there."""
         return tensor.sharding if tensor.committed else tensor.device
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
-        """See `Framework.view`."""
         shared = _on_cpu(tensor)
         if shared is not None:
             return shared
@@ -86,7 +81,6 @@ class JaxTensors:
         return gathered
 
     def tensor(self, array: Array, placement: Any = None) -> Any:
-        """See `Framework.tensor`."""
         jax, movable = _jax(), None
         if isinstance(placement, jax.Device):
             movable, placement = placement, None
@@ -98,15 +92,14 @@ class JaxTensors:
             return jax.device_put(array, placement)
 
     def unwritable(self, tensor: Any) -> str | None:
-        """See `Framework.unwritable`."""
         return "is a JAX array, which cannot be changed; use what is returned"
 
     def write(self, target: Any, source: Any) -> None:
-        """See `Framework.write`: never, for it is `unwritable`."""
+        """Raises a TypeError, since no JAX array can be written to."""
         raise TypeError(self.unwritable(target))
 
 
-class JaxModels:
+class JaxModels(Adapter):
     """`Adapter` for JAX pytrees: dicts, Flax linen and nnx, Equinox; by their key paths.
 
     Variables are the arrays, also numpy's. Left out are functions, Python's numbers, typed random keys and the
@@ -121,7 +114,6 @@ class JaxModels:
         self._tensors = JaxTensors()
 
     def accepts(self, model: object) -> bool:
-        """See `Adapter.accepts`."""
         jax = sys.modules.get("jax")
         tree, array = getattr(jax, "tree_util", None), getattr(jax, "Array", None)
         if tree is None or array is None:  # not imported, or not yet whole
@@ -136,7 +128,6 @@ class JaxModels:
         return any(isinstance(leaf, kinds) for leaf in leaves if leaf is not model)
 
     def variables(self, model: Any) -> list[Variable]:
-        """See `Adapter.variables`."""
         tree, _ = _opened(model)
         found = []
         for name, (path, leaf, box) in _held(tree).items():
@@ -146,7 +137,7 @@ class JaxModels:
         return found
 
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
-        """See `Adapter`."""
+        """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
         held = _held(_opened(model)[0])
         kinds, views = (np.ndarray, _jax().Array), {}
         for name in held if chosen is None else filter(chosen, held):
@@ -163,15 +154,16 @@ class JaxModels:
         return views
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
-        """See `Adapter.get`. Without a copy the memory of the array, which JAX neither changes nor donates; of one that
-        is not on one CPU device a copy.
+        """The value of a variable, as a read-only view or a copy.
+
+        A view has the memory of the array, which JAX neither changes nor donates. An array that is not on one CPU
+        device is copied in any case.
         """
         leaf = variable.tensor
         array = leaf if isinstance(leaf, np.ndarray) else self._tensors.view(leaf, "model", variable.name)
         return given(array, copy=copy)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
-        """See `Adapter.load`."""
         jax = _jax()
         tree, closed = _opened(model)
         leaves, structure = jax.tree_util.tree_flatten(tree)

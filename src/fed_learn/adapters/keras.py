@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Framework, Variable, averageable, checked, given
+from fed_learn.adapters.base import Adapter, Framework, Variable, averageable, checked, given
 from fed_learn.adapters.jax import JaxTensors, copied_like
 from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchModels, TorchTensors, plain_views
@@ -21,7 +21,7 @@ TENSORS: dict[str, Framework] = {"tensorflow": TensorFlowTensors(), "jax": JaxTe
 NUMBER = re.compile(r"_\d+(?=/|$)")
 
 
-class KerasModels:
+class KerasModels(Adapter):
     """`Adapter` for `keras.Model`, `keras.Layer` and lists of `keras.Variable`, by `variable.path`.
 
     What `model.weights` has: not the state of metrics, random seeds and optimizers. In mixed precision values have the
@@ -35,7 +35,6 @@ class KerasModels:
         self._torch = TorchModels()
 
     def accepts(self, model: object) -> bool:
-        """See `Adapter.accepts`."""
         keras = sys.modules.get("keras")
         layer, variable = getattr(keras, "Layer", None), getattr(keras, "Variable", None)
         if layer is None or variable is None:  # not imported, or not yet whole
@@ -45,7 +44,6 @@ class KerasModels:
         return isinstance(model, layer)
 
     def variables(self, model: Any) -> list[Variable]:
-        """See `Adapter.variables`."""
         if isinstance(model, list | tuple):
             found = [_variable(one, one.trainable, None) for one in model]
         else:
@@ -60,7 +58,7 @@ class KerasModels:
         return list(paths.values())
 
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
-        """See `Adapter`."""
+        """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
         if isinstance(model, list | tuple):
             weights = model
         else:
@@ -81,8 +79,10 @@ class KerasModels:
         return views if all(view.dtype in SUPPORTED_DTYPES for view in views.values()) else None
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
-        """See `Adapter.get`. Without a copy a snapshot: a variable that is assigned to takes other memory. On the torch
-        back end as in `TorchModels`.
+        """The value of a variable, as a read-only view or a copy.
+
+        A view does not change with the model: a variable that is assigned to takes other memory. On the torch back end
+        it does, as in `TorchModels`.
         """
         backend = _backend()
         if backend == "torch":
@@ -96,7 +96,6 @@ class KerasModels:
         return np.asarray(variable.value)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
-        """See `Adapter.load`."""
         backend = _backend()
         if backend == "torch":
             inner = {name: (replace(v, tensor=v.tensor.value), value) for name, (v, value) in values.items()}
@@ -110,7 +109,7 @@ class KerasModels:
         return model
 
     def hint(self, missing: Sequence[str], extra: Sequence[str]) -> str:
-        """See `Adapter`.
+        """What to do when these names are missing and too many, in a sentence; empty where there is nothing to say.
 
         Example:
             >>> KerasModels().hint(["dense/kernel"], ["dense_3/kernel"])[:41]

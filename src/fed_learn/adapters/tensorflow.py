@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fed_learn.adapters.base import DTYPES, Variable, checked, given, not_averageable
+from fed_learn.adapters.base import DTYPES, Adapter, Framework, Variable, checked, given, not_averageable
 from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
 from fed_learn.weights import BFLOAT16, Array, native_dtype
 
@@ -16,7 +16,7 @@ MEMORY_ALIGNMENT = 64
 """Bytes at which memory must begin that TensorFlow is to use: its operations end the process over any other."""
 
 
-class TensorFlowTensors:
+class TensorFlowTensors(Framework):
     """`Framework` for TensorFlow: eager tensors, and `tf.Variable`s, which are read as they are at the moment.
 
     What comes back is an eager tensor, which `variable.assign` takes. Tensors on the CPU share their memory with
@@ -37,14 +37,12 @@ class TensorFlowTensors:
     resident = None
 
     def tensor_type(self) -> tuple[type, ...] | None:
-        """See `Framework.tensor_type`."""
         tensorflow = sys.modules.get("tensorflow")
         # While TensorFlow is being imported, it is in sys.modules without its names.
         kinds = [getattr(tensorflow, kind, None) for kind in ("Tensor", "Variable", "TensorSpec")]
         return None if None in kinds else (*filter(None, kinds),)
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
-        """See `Framework.check`."""
         problem = None
         if isinstance(tensor, _tensorflow().TensorSpec):
             problem = "is a TensorSpec, which has no values"
@@ -58,20 +56,16 @@ class TensorFlowTensors:
         return dtype
 
     def dtype(self, tensor: Any) -> np.dtype[Any] | None:
-        """See `Framework.dtype`."""
         return _dtype(tensor.dtype)
 
     def device(self, tensor: Any) -> str:
-        """See `Framework.device`."""
         return "cpu"
 
     def placement(self, tensor: Any) -> str | None:
-        """See `Framework.placement`."""
         device = str(tensor.device)
         return None if device.endswith("device:CPU:0") else device
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
-        """See `Framework.view`."""
         tensorflow = _tensorflow()
         value = tensor
         kind: Any = type(tensor)
@@ -95,7 +89,6 @@ class TensorFlowTensors:
         return array
 
     def tensor(self, array: Array, placement: Any = None) -> Any:
-        """See `Framework.tensor`."""
         tensorflow = _tensorflow()
         with tensorflow.device("CPU:0"):  # where there is a GPU, it would take what it is not kept from
             if array.ctypes.data % MEMORY_ALIGNMENT or not array.size:
@@ -111,17 +104,15 @@ class TensorFlowTensors:
             return tensorflow.identity(tensor)
 
     def unwritable(self, tensor: Any) -> str | None:
-        """See `Framework.unwritable`."""
         if isinstance(tensor, _tensorflow().Variable):
             return None
         return "is a TensorFlow tensor, which cannot be changed, as a tf.Variable can"
 
     def write(self, target: Any, source: Any) -> None:
-        """See `Framework.write`."""
         target.assign(self.tensor(source) if isinstance(source, np.ndarray) else source, read_value=False)
 
 
-class TensorFlowModels:
+class TensorFlowModels(Adapter):
     """`Adapter` for `tf.Module`s, by the paths of their attributes, and lists of `tf.Variable`, by index and name."""
 
     name = "tensorflow"
@@ -131,7 +122,6 @@ class TensorFlowModels:
         self._tensors = TensorFlowTensors()
 
     def accepts(self, model: object) -> bool:
-        """See `Adapter.accepts`."""
         tensorflow = sys.modules.get("tensorflow")
         module, variable = getattr(tensorflow, "Module", None), getattr(tensorflow, "Variable", None)
         if module is None or variable is None:  # not imported, or not yet whole
@@ -141,7 +131,6 @@ class TensorFlowModels:
         return isinstance(model, module)
 
     def variables(self, model: Any) -> list[Variable]:
-        """See `Adapter.variables`."""
         if isinstance(model, list | tuple):
             named = {f"{index}/{one.name.removesuffix(':0')}": one for index, one in enumerate(model)}
         else:
@@ -158,13 +147,13 @@ class TensorFlowModels:
         return Variable(name, known, dtype, variable, bool(variable.trainable), role, id(variable), problem)
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
-        """See `Adapter.get`. Without a copy a snapshot: a variable is not written to where a tensor read from it lies,
-        but takes other memory.
+        """The value of a variable, as a read-only view or a copy.
+
+        A view does not change with the model: a variable that is assigned to takes other memory.
         """
         return given(self._tensors.view(variable.tensor, "model", variable.name), copy=copy)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
-        """See `Adapter.load`."""
         # A tensor would be shared with the variable, and may have the memory of somebody's array.
         arrays = [
             (v.tensor, value if isinstance(value, np.ndarray) else self._tensors.view(value, "weights", v.name))

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from fed_learn.adapters.base import Variable, checked, given, not_averageable
+from fed_learn.adapters.base import Adapter, Resident, Variable, checked, given, not_averageable
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, overlaps_itself, refuse_contradictions, span_of
 from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
@@ -21,7 +21,7 @@ DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
 LARGEST = float(np.finfo(np.float64).max)
 
 
-class TorchTensors:
+class TorchTensors(Resident):
     """`Framework` and `Resident` for torch.
 
     Example:
@@ -36,16 +36,13 @@ class TorchTensors:
 
     @property
     def resident(self) -> Self:
-        """See `Framework.resident`."""
         return self
 
     def tensor_type(self) -> type | None:
-        """See `Framework.tensor_type`."""
         # While torch is being imported, it is in sys.modules without its names.
         return getattr(sys.modules.get("torch"), "Tensor", None)
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
-        """See `Framework.check`."""
         dtype, problem, plain = _dtype(tensor.dtype), None, type(tensor) in _plain_kinds()
         if not plain and _is_uninitialized(tensor):  # which answers hardly any question
             problem = "is not initialized yet: run one batch through its lazy module first"
@@ -66,19 +63,15 @@ class TorchTensors:
         return dtype
 
     def dtype(self, tensor: Any) -> np.dtype[Any] | None:
-        """See `Framework.dtype`."""
         return _dtype(tensor.dtype)
 
     def device(self, tensor: Any) -> str:
-        """See `Framework.device`."""
         return "cpu" if tensor.is_cpu else str(tensor.device)
 
     def placement(self, tensor: Any) -> str:
-        """See `Framework.placement`."""
         return self.device(tensor)
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
-        """See `Framework.view`."""
         try:
             plain = tensor.detach()  # what the array keeps alive, whatever becomes of the tensor
             plain = plain if plain.is_cpu else plain.cpu()
@@ -95,27 +88,22 @@ class TorchTensors:
         return array
 
     def tensor(self, array: Array, placement: Any = None) -> Any:
-        """See `Framework.tensor`."""
         torch, device = _torch(), placement or "cpu"
         if array.dtype == BFLOAT16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
         return torch.from_numpy(array).to(device)
 
     def unwritable(self, tensor: Any) -> str | None:
-        """See `Framework.unwritable`."""
         return "overlaps itself: its elements share memory" if self.overlaps_itself(tensor) else None
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
-        """See `Resident.empty`."""
         torch = _torch()
         return torch.empty(shape, dtype=getattr(torch, dtype.name), device=device)
 
     def contiguous(self, tensor: Any) -> Any:
-        """See `Resident.contiguous`."""
         return tensor.detach().contiguous()
 
     def write(self, target: Any, source: Any) -> None:
-        """See `Framework.write`."""
         target.detach().copy_(self.tensor(source) if isinstance(source, np.ndarray) else source)
 
     def overlaps_itself(self, tensor: Any) -> bool:
@@ -123,7 +111,6 @@ class TorchTensors:
         return not tensor.is_contiguous() and overlaps_itself(tensor.shape, tensor.stride())
 
     def span(self, tensor: Any) -> tuple[int, int]:
-        """See `Resident.span`."""
         start = int(tensor.data_ptr())
         if tensor.is_contiguous() or not tensor.numel():
             return start, start + int(tensor.nbytes)
@@ -131,7 +118,6 @@ class TorchTensors:
         return start, start + (last + 1) * int(tensor.element_size())
 
     def first_not_finite(self, tensor: Any) -> tuple[tuple[int, ...], float] | None:
-        """See `Resident.first_not_finite`."""
         if not tensor.is_floating_point():
             return None
         flat = tensor.detach().reshape(-1)
@@ -142,7 +128,6 @@ class TorchTensors:
         return tuple(int(i) for i in np.unravel_index(first, tuple(tensor.shape))), float(flat[first])
 
     def magnitude(self, tensor: Any) -> int:
-        """See `Resident.magnitude`."""
         if tensor.is_floating_point() or str(tensor.dtype) == "torch.bool" or not tensor.numel():
             return 0
         # Operations on the longer unsigned integers are few, so those are looked at on the host.
@@ -150,14 +135,13 @@ class TorchTensors:
         return max(-int(numbers.min()), int(numbers.max()))
 
     def overflowed(self, tensor: Any) -> Any:
-        """See `Resident.overflowed`."""
         doubtful = ~tensor.isfinite()
         if tensor.element_size() == 8:
             doubtful |= tensor.abs() == LARGEST
         return doubtful
 
 
-class TorchModels:
+class TorchModels(Adapter):
     """`Adapter` for `torch.nn.Module`s and plain `state_dict`s.
 
     Buffers that are not persistent are not in a `state_dict`, nor here; neither is "extra state" that is no tensor.
@@ -170,7 +154,6 @@ class TorchModels:
         self._tensors = TorchTensors()
 
     def accepts(self, model: object) -> bool:
-        """See `Adapter.accepts`."""
         tensor = self._tensors.tensor_type()
         if tensor is None:
             return False
@@ -180,7 +163,6 @@ class TorchModels:
         return module is not None and isinstance(model, module)
 
     def variables(self, model: Any) -> list[Variable]:
-        """See `Adapter.variables`."""
         found = _held(model)
         parameters = None if isinstance(model, Mapping) else set(map(id, model.parameters()))
         return [self._variable(name, tensor, parameters) for name, tensor in found.items()]
@@ -204,12 +186,12 @@ class TorchModels:
         )
 
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
-        """See `Adapter`."""
+        """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
         held = _held(model)
         return plain_views(held if chosen is None else {name: held[name] for name in held if chosen(name)})
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
-        """See `Adapter.get`. Tensors that are not on the CPU are given as tensors, where they are."""
+        """The value of a variable, as an array; as a tensor where it is not on the CPU, and it stays there."""
         tensor = variable.tensor.detach()
         if not tensor.is_cpu:
             there: Array = tensor.clone() if copy else tensor
@@ -217,7 +199,6 @@ class TorchModels:
         return given(self._tensors.view(tensor, "model", variable.name), copy=copy)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
-        """See `Adapter.load`."""
         for name, (variable, _) in values.items():
             if self._tensors.overlaps_itself(variable.tensor):
                 raise ModelError(f"model: {name!r} is expanded: its elements share memory", name=name)

@@ -73,16 +73,16 @@ def aggregate(
     exact: bool = False,
     kernel: str | None = None,
 ) -> WeightDict:
-    """What a rule makes of contributions.
+    """What a rule makes of contributions. `weighted_average` says more of all arguments but `rule`.
 
     Args:
-        contributions: As of `weighted_average`, like all but `rule`.
-        aggregation_weights: See there.
+        contributions: Weight dicts, or `Contribution`s.
+        aggregation_weights: One number ≥ 0 per weight dict; None: they count equally.
         rule: The name of a rule, one of `fed_learn.rules.available()`, or a `fed_learn.rules.Rule`.
-        like: See there.
-        out: See there.
-        exact: See there.
-        kernel: See there.
+        like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does.
+        out: A weight dict of the same schema to write the result to.
+        exact: Sum exactly.
+        kernel: Name of the kernel; None: the current one.
 
     Returns:
         A new dict in the order of `like`, or `out`.

@@ -135,7 +135,7 @@ class ServerHandler(Handler):
     """A handler that acts on events of a server alone: on a client it would do nothing, and says so when it starts."""
 
     def startup(self, ctx: FLContext) -> None:
-        """See `Handler.startup`.
+        """Refuses to start in a job on a client.
 
         Raises:
             ValueError: The job's context is that of a client.

@@ -54,7 +54,7 @@ class Score(Protocol):
         """The score over all batches."""
 
 
-class MeanScore:
+class MeanScore(Score):
     """`Score` of a function: its mean over all examples.
 
     Args:
@@ -77,7 +77,7 @@ class MeanScore:
         self._mean = Mean()
 
     def add(self, batch: Batch) -> None:
-        """See `Score.add`.
+        """Takes in a batch.
 
         Raises:
             ValueError: The function gives what has not the shape of one number, or of numbers for each example.
@@ -92,7 +92,6 @@ class MeanScore:
         self._mean.add(float(values.astype(np.float64).mean()), batch.size)
 
     def value(self) -> float:
-        """See `Score.value`."""
         return self._mean.value()
 
 
@@ -107,8 +106,8 @@ class KeptScore:
     """`Score` of a metric that itself keeps what it has seen.
 
     Attributes:
-        add: See `Score.add`.
-        value: See `Score.value`.
+        add: Takes in a batch.
+        value: The score over all batches.
     """
 
     add: Callable[[Batch], object]
@@ -174,7 +173,7 @@ class FrameworkEvaluator(ModelEvaluator):
         """Scores the model as it is, by the name of each metric."""
 
     def evaluate(self, ctx: FLContext) -> None:
-        """See `ModelEvaluator.evaluate`.
+        """Scores the model of the context and keeps the result for `get_metric`.
 
         Raises:
             ModelError: The context holds no model.
@@ -184,7 +183,7 @@ class FrameworkEvaluator(ModelEvaluator):
         self._score = self.score({self.metric_name: self.metric})[self.metric_name]
 
     def get_metric(self) -> float:
-        """See `ModelEvaluator.get_metric`; NaN before the first evaluation."""
+        """The score of the last evaluation; NaN before the first."""
         return self._score
 
 
@@ -239,7 +238,7 @@ class FrameworkLearner(Learner):
         """The batches of an epoch, in an order that `rng` draws where the data leave it open."""
 
     def train(self, weights: WeightDict, ctx: FLContext) -> TrainingResult:
-        """See `Learner.train`. The aggregation weight is the number of examples; `train_loss` their mean loss.
+        """Trains from `weights`. The aggregation weight is the number of examples; `train_loss` is their mean loss.
 
         Raises:
             NamesError, ShapeError, DtypeError: The global model does not fit the model.
@@ -258,6 +257,6 @@ class FrameworkLearner(Learner):
         return TrainingResult(trained, losses.count / self.epochs, steps, {"train_loss": train_loss})
 
     def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
-        """See `Learner.validate`: the metrics, each a mean over the validation data."""
+        """Scores `weights`: each metric over the validation data."""
         load(self.model, weights, self.layout)
         return self.score(self.named_metrics)

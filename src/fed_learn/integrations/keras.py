@@ -108,7 +108,6 @@ class KerasEvaluator(_NamesKept, FrameworkEvaluator):
         super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout, mode=mode)
 
     def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
-        """See `FrameworkEvaluator.score`."""
         return evaluate(self.model, self.data, metrics, loss=self.loss, batch_size=self.batch_size)
 
 
@@ -191,7 +190,6 @@ class KerasLearner(_NamesKept, FrameworkLearner):
         self._remember_optimizer()
 
     def begin(self) -> Step:
-        """See `FrameworkLearner.begin`."""
         self._renew_optimizer()
 
         def step(batch: tuple[Any, Any]) -> tuple[float, int]:
@@ -201,13 +199,11 @@ class KerasLearner(_NamesKept, FrameworkLearner):
         return step
 
     def epoch(self, rng: np.random.Generator) -> Iterator[tuple[Any, Any]]:
-        """See `FrameworkLearner.epoch`."""
         yield from _batches(self.data, self.batch_size, rng)
         if isinstance(self.data, keras.utils.PyDataset):
             self.data.on_epoch_end()
 
     def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
-        """See `FrameworkLearner.score`."""
         return evaluate(self.model, self.validation_data, metrics, batch_size=self.batch_size)
 
     def _remember_optimizer(self) -> None:

@@ -92,7 +92,6 @@ class TorchEvaluator(FrameworkEvaluator):
             model.to(device)
 
     def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
-        """See `FrameworkEvaluator.score`."""
         return evaluate(self.model, self.data, metrics, loss=self.loss, batch_size=self.batch_size)
 
 
@@ -182,7 +181,6 @@ class TorchLearner(FrameworkLearner):
             model.to(device)
 
     def begin(self) -> Step:
-        """See `FrameworkLearner.begin`."""
         device = _device_of(self.model)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.SGD(parameters, lr=0.01) if self.optimizer is None else self.optimizer(parameters)
@@ -199,11 +197,9 @@ class TorchLearner(FrameworkLearner):
         return step
 
     def epoch(self, rng: np.random.Generator) -> Iterator[Any]:
-        """See `FrameworkLearner.epoch`."""
         return _batches(self.data, self.batch_size, rng)
 
     def score(self, metrics: Mapping[str, Metric]) -> dict[str, float]:
-        """See `FrameworkLearner.score`."""
         return evaluate(self.model, self.validation_data, metrics, loss=self.loss, batch_size=self.batch_size)
 
 

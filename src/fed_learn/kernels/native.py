@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from fed_learn.errors import KernelNameError
 from fed_learn.kernels import threads
-from fed_learn.kernels.base import Segment
+from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import CODES, EXTENSION, PROBLEM, Addresses, Table, addresses
 from fed_learn.weights import Array
@@ -86,7 +86,7 @@ def current_set() -> str:
 
 @contextmanager
 def use_set(name: str) -> Iterator[None]:
-    """See `fed_learn.kernels.use_instruction_set`."""
+    """Within the `with` block the kernel uses this instruction set; one that is not usable is a KernelNameError."""
     token = _forced_set.set(name)
     try:
         current_set()
@@ -95,7 +95,7 @@ def use_set(name: str) -> Iterator[None]:
         _forced_set.reset(token)
 
 
-class NativeKernel:
+class NativeKernel(Kernel):
     """`Kernel` in C, in variants for several instruction sets that give the same bits."""
 
     name = "native"
@@ -107,7 +107,6 @@ class NativeKernel:
         total: float,
         table: Table | None = None,
     ) -> list[bool]:
-        """See `Kernel.weighted_mean`."""
         chosen = SETS[current_set()]
         a = np.ascontiguousarray(aggregation_weights, dtype=np.float64)
 
@@ -128,7 +127,6 @@ class NativeKernel:
         *,
         start: bool = False,
     ) -> None:
-        """See `Kernel.accumulate`."""
         chosen = SETS[current_set()]
         a = np.ascontiguousarray(aggregation_weights, dtype=np.float64)
 
@@ -139,7 +137,6 @@ class NativeKernel:
         _run(call, [(acc, *column) for acc, column in zip(sums, inputs, strict=True)])
 
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.divide`."""
         chosen = SETS[current_set()]
 
         def call(share: _Share) -> None:
@@ -155,7 +152,6 @@ class NativeKernel:
         inputs: Sequence[Sequence[Array]],
         aggregation_weights: Float64Array,
     ) -> list[bool]:
-        """See `Kernel.deposit`."""
         chosen = SETS[current_set()]
         high, low = (np.ascontiguousarray(half) for half in halves(aggregation_weights))
         rows = addresses(digits.rows)
@@ -184,7 +180,6 @@ class NativeKernel:
         return [any(flags[b] for flags in touched) for b in range(len(rows))]
 
     def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
-        """See `Kernel.exact_divide`."""
         chosen = SETS[current_set()]
         rows = addresses(digits.rows)
 
@@ -206,7 +201,6 @@ class NativeKernel:
         _run(call, [(output,) for output in outputs])
 
     def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
-        """See `Kernel.exact_mean`."""
         chosen = SETS[current_set()]
         high, low = (np.ascontiguousarray(half) for half in halves(aggregation_weights))
         top, bottom = digit_range({segment.output.dtype for segment in segments}, aggregation_weights)
@@ -232,7 +226,6 @@ class NativeKernel:
         _run(call, [(segment.output, *segment.inputs) for segment in segments])
 
     def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.add`."""
         chosen = SETS[current_set()]
 
         def call(share: _Share) -> None:
@@ -241,7 +234,6 @@ class NativeKernel:
         return _run(call, list(zip(outputs, bases, differences, strict=True)))
 
     def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.subtract`."""
         chosen = SETS[current_set()]
 
         def call(share: _Share) -> None:
@@ -250,7 +242,6 @@ class NativeKernel:
         return _run(call, list(zip(outputs, weights, bases, strict=True)))
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
-        """See `Kernel.not_finite`."""
         chosen = SETS[current_set()]
 
         def call(share: _Share) -> None:
@@ -259,7 +250,6 @@ class NativeKernel:
         return _run(call, [(array,) for array in arrays])
 
     def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
-        """See `Kernel.copy`."""
         chosen = SETS[current_set()]
 
         def call(share: _Share) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from fed_learn.environment import check_environment
-from fed_learn.kernels.base import Segment
+from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, as_float64, digit_range, halves
 from fed_learn.kernels.memory import Table
 from fed_learn.weights import Array, rounded
@@ -15,7 +15,7 @@ TILE = 1 << 16
 LARGEST = float(np.finfo(np.float64).max)
 
 
-class NumpyKernel:
+class NumpyKernel(Kernel):
     """`Kernel` in plain numpy, on one thread.
 
     Raises:
@@ -32,7 +32,6 @@ class NumpyKernel:
         total: float,
         table: Table | None = None,
     ) -> list[bool]:
-        """See `Kernel.weighted_mean`."""
         check_environment()
         flagged = []
         for segment in segments:
@@ -59,7 +58,6 @@ class NumpyKernel:
         *,
         start: bool = False,
     ) -> None:
-        """See `Kernel.accumulate`."""
         check_environment()
         for acc, column in zip((acc.reshape(-1) for acc in sums), inputs, strict=True):
             if start:
@@ -71,7 +69,6 @@ class NumpyKernel:
                         acc[tile] += a * x[tile].astype(np.float64)
 
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.divide`."""
         check_environment()
         flagged = []
         for acc, output in zip(sums, outputs, strict=True):
@@ -89,7 +86,6 @@ class NumpyKernel:
         inputs: Sequence[Sequence[Array]],
         aggregation_weights: Float64Array,
     ) -> list[bool]:
-        """See `Kernel.deposit`."""
         check_environment()
         touched = [False] * len(digits.rows)
         for first, column in zip(starts, inputs, strict=True):
@@ -102,7 +98,6 @@ class NumpyKernel:
         return touched
 
     def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
-        """See `Kernel.exact_divide`."""
         check_environment()
         for first, output in zip(starts, (output.reshape(-1) for output in outputs), strict=True):
             for start in range(0, output.size, TILE):
@@ -111,7 +106,6 @@ class NumpyKernel:
                 _finish(as_float64(Digits(digits.top, [row[here] for row in digits.rows])), total, tile)
 
     def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
-        """See `Kernel.exact_mean`."""
         for segment in segments:
             top, bottom = digit_range([segment.output.dtype], aggregation_weights)
             inputs, output = [x.reshape(-1) for x in segment.inputs], segment.output.reshape(-1)
@@ -122,23 +116,19 @@ class NumpyKernel:
                 self.exact_divide(digits, [0], total, [output[tile]])
 
     def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.add`."""
         check_environment()
         return [_combine(np.add, *arrays) for arrays in zip(bases, differences, outputs, strict=True)]
 
     def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.subtract`."""
         check_environment()
         return [_combine(np.subtract, *arrays) for arrays in zip(weights, bases, outputs, strict=True)]
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
-        """See `Kernel.not_finite`."""
         check_environment()
         with np.errstate(invalid="ignore"):  # a signalling NaN
             return [array.dtype.kind not in "biu" and not bool(np.isfinite(array).all()) for array in arrays]
 
     def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
-        """See `Kernel.copy`."""
         for array, copied in zip(arrays, copies, strict=True):
             copied[...] = array
         return self.not_finite(copies)

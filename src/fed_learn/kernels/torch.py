@@ -13,7 +13,7 @@ import torch
 
 from fed_learn.environment import check_environment
 from fed_learn.errors import FloatingPointEnvironmentError
-from fed_learn.kernels.base import Segment
+from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import Table
 from fed_learn.weights import BFLOAT16, Array
@@ -28,7 +28,7 @@ Tensor: TypeAlias = torch.Tensor
 Rows: TypeAlias = list[Tensor]
 
 
-class TorchKernel:
+class TorchKernel(Kernel):
     """`Kernel` in torch. Takes arrays, which it views as tensors, and tensors, which stay on their device.
 
     Raises:
@@ -45,7 +45,6 @@ class TorchKernel:
         total: float,
         table: Table | None = None,
     ) -> list[bool]:
-        """See `Kernel.weighted_mean`."""
         _check_environment()
         flagged = []
         for segment in segments:
@@ -68,7 +67,6 @@ class TorchKernel:
         *,
         start: bool = False,
     ) -> None:
-        """See `Kernel.accumulate`."""
         _check_environment()
         for acc, column in zip(map(_tensor, sums), inputs, strict=True):
             tensors = list(map(_tensor, column))
@@ -77,7 +75,6 @@ class TorchKernel:
                 acc[tile] = _sum(None if start else acc[tile], [x[tile] for x in tensors], aggregation_weights)
 
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.divide`."""
         _check_environment()
         flagged = []
         for acc, output in zip(map(_tensor, sums), map(_tensor, outputs), strict=True):
@@ -95,7 +92,6 @@ class TorchKernel:
         inputs: Sequence[Sequence[Array]],
         aggregation_weights: Float64Array,
     ) -> list[bool]:
-        """See `Kernel.deposit`."""
         _check_environment()
         touched = [False] * len(digits.rows)
         rows = list(map(_tensor, digits.rows))
@@ -109,7 +105,6 @@ class TorchKernel:
         return touched
 
     def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
-        """See `Kernel.exact_divide`."""
         _check_environment()
         rows = list(map(_tensor, digits.rows))
         for first, output in zip(starts, map(_tensor, outputs), strict=True):
@@ -119,7 +114,6 @@ class TorchKernel:
                 _finish(_as_float64([row[here] for row in rows], digits.units()), total, tile)
 
     def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
-        """See `Kernel.exact_mean`."""
         _check_environment()
         for segment in segments:
             top, bottom = digit_range([segment.output.dtype], aggregation_weights)
@@ -135,23 +129,19 @@ class TorchKernel:
                 _finish(_as_float64(rows, units), total, tile)
 
     def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.add`."""
         _check_environment()
         return [_combine(torch.add, *arrays) for arrays in zip(bases, differences, outputs, strict=True)]
 
     def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        """See `Kernel.subtract`."""
         _check_environment()
         return [_combine(torch.sub, *arrays) for arrays in zip(weights, bases, outputs, strict=True)]
 
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
-        """See `Kernel.not_finite`."""
         _check_environment()
         tensors = list(map(_tensor, arrays))
         return [x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in tensors]
 
     def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
-        """See `Kernel.copy`."""
         for array, copied in zip(arrays, copies, strict=True):
             _tensor(copied).copy_(_tensor(array))
         return self.not_finite(copies)
@@ -253,7 +243,11 @@ def _exact_products(x: Tensor, aggregation_weight: float) -> Iterable[Tensor]:
 
 
 def _deposit(products: Tensor, rows: Rows, units: Sequence[float], touched: list[bool]) -> None:
-    """See `fed_learn.kernels.numpy`."""
+    """Adds products to digits, exactly. `touched` has True for each row that was changed.
+
+    Raises:
+        DigitsError: The digits do not reach as far as a product.
+    """
     rest = products
     for b, (row, unit) in enumerate(zip(rows, units, strict=True)):
         if not bool(rest.any()):

@@ -14,7 +14,8 @@ from fed_learn.events import EventHandler
 from fed_learn.handlers import ModelSelectionHandler, ServerValidationHandler
 from fed_learn.server import FederatedServer, JobResult
 from fed_learn.simulation.datasets import Dataset, Split, load_split
-from fed_learn.simulation.frameworks import Network, networks
+from fed_learn.simulation.frameworks import networks
+from fed_learn.simulation.network import Network
 from fed_learn.weights import FrozenDict, WeightDict
 
 

@@ -2,18 +2,18 @@
 
 import enum
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 from fed_learn.arguments import check_member
 from fed_learn.components import Learner, ModelEvaluator
 from fed_learn.simulation.datasets import Dataset, Part, Split
 from fed_learn.simulation.mlp import Perceptron, PerceptronEvaluator, PerceptronLearner
-from fed_learn.simulation.network import Architecture
+from fed_learn.simulation.network import Architecture, Network
 from fed_learn.weights import Array, WeightDict
 
 
 class Framework(enum.StrEnum):
-    """In what the clients train."""
+    """The framework in which the clients train."""
 
     NUMPY = "numpy"
     TORCH = "torch"
@@ -23,30 +23,7 @@ class Framework(enum.StrEnum):
     """Clients with torch and with TensorFlow in turn; the global model has torch's names and layouts."""
 
 
-class Network(Protocol):
-    """The demo's network in one framework, as clients and server need it."""
-
-    framework: str
-
-    def init(self) -> dict[str, Array]:
-        """The initial global weights."""
-
-    def learner(self, train: Part, selection: Part, *, local_epochs: int, seed: int) -> Learner:
-        """A client's learner, with a model of its own."""
-
-    def evaluator(self, part: Part) -> ModelEvaluator:
-        """The server's evaluator."""
-
-    def score(self, weights: WeightDict, part: Part) -> dict[str, float]:
-        """Accuracy (0 to 1) and mean cross-entropy (nats) of global weights on some examples."""
-
-    def one_thread(self) -> AbstractContextManager[Any]:
-        """While it is entered, the framework computes on one thread for each client, so that they do not wait for each
-        other.
-        """
-
-
-class PerceptronNetwork:
+class PerceptronNetwork(Network):
     """`Network` of the perceptron in numpy."""
 
     framework = "numpy"
@@ -56,23 +33,19 @@ class PerceptronNetwork:
         self.seed = seed
 
     def init(self) -> dict[str, Array]:
-        """See `Network.init`."""
         return Perceptron(self.architecture.num_features, self.architecture.num_classes).init(self.seed)
 
     def learner(self, train: Part, selection: Part, *, local_epochs: int, seed: int) -> Learner:
-        """See `Network.learner`."""
         return PerceptronLearner(train, selection, local_epochs=local_epochs, seed=seed)
 
     def evaluator(self, part: Part) -> ModelEvaluator:
-        """See `Network.evaluator`."""
         return PerceptronEvaluator(part)
 
     def score(self, weights: WeightDict, part: Part) -> dict[str, float]:
-        """See `Network.score`."""
         return Perceptron.score(weights, part)
 
     def one_thread(self) -> AbstractContextManager[Any]:
-        """See `Network.one_thread`: numpy's is up to its BLAS library."""
+        """Does nothing: numpy's threads are up to its BLAS library."""
         return nullcontext()
 
 

@@ -14,15 +14,15 @@ from fed_learn.integrations.batches import Mean, shuffled
 from fed_learn.integrations.loading import weights_in
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.simulation.datasets import Part
-from fed_learn.simulation.network import BATCH_SIZE, DECAY, EPSILON, LEARNING_RATE, MOMENTUM, Architecture
+from fed_learn.simulation.network import BATCH_SIZE, DECAY, EPSILON, LEARNING_RATE, MOMENTUM, Architecture, Network
 from fed_learn.weights import Array, WeightDict
 
 Tree = dict[str, Any]
 STATISTICS = ("running_mean", "running_var")
 
 
-class JaxNetwork:
-    """See `fed_learn.simulation.frameworks.Network`."""
+class JaxNetwork(Network):
+    """The demo's network in plain JAX."""
 
     framework = "jax"
 
@@ -31,7 +31,7 @@ class JaxNetwork:
         self.seed = seed
 
     def init(self) -> dict[str, Array]:
-        """See `Network.init`: `conv1.kernel`, `norm1.scale`, …; the running statistics are leaves like the others."""
+        """The initial global weights: `conv1.kernel`, `norm1.scale`, …, the running statistics among them."""
         kernels = self.architecture.initial_kernels(self.seed)
         weights: dict[str, Array] = {}
         for number, (name, kernel) in enumerate(kernels.items(), start=1):
@@ -45,15 +45,12 @@ class JaxNetwork:
         return weights
 
     def learner(self, train: Part, selection: Part, *, local_epochs: int, seed: int) -> Learner:
-        """See `Network.learner`."""
         return JaxLearner(self, train, selection, local_epochs=local_epochs, seed=seed)
 
     def evaluator(self, part: Part) -> ModelEvaluator:
-        """See `Network.evaluator`."""
         return JaxEvaluator(self, part)
 
     def score(self, weights: WeightDict, part: Part) -> dict[str, float]:
-        """See `Network.score`."""
         tree = {name: jnp.asarray(array) for name, array in weights.items()}
         log_p = np.asarray(_predict(tree, self.architecture.shaped(part)))
         return {
@@ -62,7 +59,7 @@ class JaxNetwork:
         }
 
     def one_thread(self) -> AbstractContextManager[Any]:
-        """See `Network.one_thread`: JAX's threads are set for good when it starts, and do not change results."""
+        """Does nothing: JAX's threads are set for good when it starts, and do not change results."""
         return nullcontext()
 
 
@@ -89,7 +86,7 @@ class JaxLearner(Learner):
         self.seed = seed
 
     def train(self, weights: WeightDict, ctx: FLContext) -> TrainingResult:
-        """See `Learner.train`; the aggregation weight is the number of examples."""
+        """Trains from `weights`. The aggregation weight is the number of examples."""
         rng = np.random.default_rng([self.seed, ctx[ContextKey.ROUND]])
         x, y = self.network.architecture.shaped(self.training_part), self.training_part.y.astype(np.int32)
         tree = {name: jnp.asarray(array) for name, array in weights.items()}
@@ -104,7 +101,7 @@ class JaxLearner(Learner):
         return TrainingResult(trained, len(y), steps, {"train_loss": losses.value()})
 
     def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
-        """See `Learner.validate`: accuracy and loss on the selection part."""
+        """Accuracy and loss of `weights` on the selection part."""
         return self.network.score(weights, self.selection_part)
 
 
@@ -125,7 +122,6 @@ class JaxEvaluator(ModelEvaluator):
         self._metric = float("nan")
 
     def evaluate(self, ctx: FLContext) -> None:
-        """See `ModelEvaluator.evaluate`."""
         self._metric = self.network.score(weights_in(ctx), self.part)[self.metric_name]
 
     def get_metric(self) -> float:

@@ -18,8 +18,9 @@ if keras.backend.backend() != "tensorflow":
 
 
 class KerasNetwork(ModelNetwork):
-    """See `fed_learn.simulation.frameworks.Network`. TensorFlow's threads are set for good when it starts, and do not
-    change results.
+    """The demo's network in Keras.
+
+    Nothing is done to compute on one thread: TensorFlow's are set for good when it starts, and do not change results.
 
     Args:
         architecture: What the network takes and gives.
@@ -36,7 +37,7 @@ class KerasNetwork(ModelNetwork):
         self.layout = None if global_model is None else align(global_model, self.model())
 
     def model(self) -> Any:
-        """See `ModelNetwork.model`; compiled."""
+        """A new compiled model with the initial weights."""
         model = keras.Sequential(_layers(self.architecture), name="net")
         kernels = self.architecture.initial_kernels(self.seed)
         set_weights(model, {f"net/{name}/kernel": kernel for name, kernel in kernels.items()}, strict=False)
@@ -47,7 +48,6 @@ class KerasNetwork(ModelNetwork):
         return model
 
     def data(self, part: Part) -> tuple[Array, Array]:
-        """See `ModelNetwork.data`."""
         return np.ascontiguousarray(self.architecture.shaped(part)), part.y
 
 

@@ -123,7 +123,7 @@ class PerceptronLearner(Learner):
         self.seed = seed
 
     def train(self, weights: WeightDict, ctx: FLContext) -> TrainingResult:
-        """See `Learner.train`; the aggregation weight is the number of examples."""
+        """Trains from `weights`. The aggregation weight is the number of examples."""
         rng = np.random.default_rng([self.seed, ctx[ContextKey.ROUND]])
         part, rate, momentum = self.training_part, np.float32(self.learning_rate), np.float32(self.momentum)
         trained = {name: array.copy() for name, array in weights.items()}
@@ -141,7 +141,7 @@ class PerceptronLearner(Learner):
         return TrainingResult(trained, len(part), len(losses), {"train_loss": float(np.mean(losses))})
 
     def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
-        """See `Learner.validate`: accuracy and loss on the selection part."""
+        """Accuracy and loss of `weights` on the selection part."""
         return Perceptron.score(weights, self.selection_part)
 
 
@@ -160,7 +160,7 @@ class PerceptronEvaluator(ModelEvaluator):
         self._metric = float("nan")
 
     def evaluate(self, ctx: FLContext) -> None:
-        """See `ModelEvaluator.evaluate`."""
+        """Scores the model of the context and keeps its accuracy."""
         if ctx.model is None or ctx.model.weights is None:
             raise ValueError("the context holds no model to evaluate")
         self._metric = Perceptron.score(ctx.model.weights, self.part)[self.metric_name]

@@ -11,12 +11,12 @@ from fed_learn.components import Learner, ModelEvaluator
 from fed_learn.integrations.components import FrameworkEvaluator, FrameworkLearner
 from fed_learn.integrations.loading import load
 from fed_learn.simulation.datasets import Part
-from fed_learn.simulation.network import BATCH_SIZE, Architecture
+from fed_learn.simulation.network import BATCH_SIZE, Architecture, Network
 from fed_learn.weights import Array, WeightDict
 
 
-class ModelNetwork(ABC):
-    """See `fed_learn.simulation.frameworks.Network`.
+class ModelNetwork(Network, ABC):
+    """The demo's network in a framework whose models have an evaluator and a learner.
 
     Args:
         architecture: What the network takes and gives.
@@ -44,11 +44,9 @@ class ModelNetwork(ABC):
         """Examples as the evaluator and the learner take them."""
 
     def init(self) -> dict[str, Array]:
-        """See `Network.init`."""
         return get_weights(self.model())
 
     def learner(self, train: Part, selection: Part, *, local_epochs: int, seed: int) -> Learner:
-        """See `Network.learner`."""
         return self.learner_type(
             self.model(),
             self.data(train),
@@ -61,15 +59,12 @@ class ModelNetwork(ABC):
         )
 
     def evaluator(self, part: Part) -> ModelEvaluator:
-        """See `Network.evaluator`."""
         return self.evaluator_type(self.model(), self.data(part), layout=self.layout)
 
     def score(self, weights: WeightDict, part: Part) -> dict[str, float]:
-        """See `Network.score`."""
         evaluator = self.evaluator_type(self.model(), self.data(part))
         load(evaluator.model, weights, self.layout)
         return evaluator.score({"accuracy": "accuracy", "loss": "loss"})
 
     def one_thread(self) -> AbstractContextManager[Any]:
-        """See `Network.one_thread`."""
         return nullcontext()

@@ -1,15 +1,18 @@
-"""The demo's network for frameworks: its layers, and initial weights that are the same in every framework.
+"""The demo's network: what clients and server need of it, its layers, and the same initial weights in every framework.
 
 Images: convolution 3 × 3 (16) → BatchNorm → ReLU → convolution 3 × 3, stride 2 (32) → BatchNorm → ReLU → dense (64) →
 ReLU → dense (classes). Other features: dense (64) → BatchNorm → ReLU → dense (32) → BatchNorm → ReLU → dense (classes).
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 
+from fed_learn.components import Learner, ModelEvaluator
 from fed_learn.simulation.datasets import Part
-from fed_learn.weights import Array
+from fed_learn.weights import Array, WeightDict
 
 EPSILON = 1e-3
 """Of the normalizations."""
@@ -20,6 +23,29 @@ MOMENTUM = 0.9
 BATCH_SIZE = 32
 CHANNELS = 16, 32
 UNITS = 64, 32
+
+
+class Network(Protocol):
+    """The demo's network in one framework, as clients and server need it."""
+
+    framework: str
+
+    def init(self) -> dict[str, Array]:
+        """The initial global weights."""
+
+    def learner(self, train: Part, selection: Part, *, local_epochs: int, seed: int) -> Learner:
+        """A client's learner, with a model of its own."""
+
+    def evaluator(self, part: Part) -> ModelEvaluator:
+        """The server's evaluator."""
+
+    def score(self, weights: WeightDict, part: Part) -> dict[str, float]:
+        """Accuracy (0 to 1) and mean cross-entropy (nats) of global weights on some examples."""
+
+    def one_thread(self) -> AbstractContextManager[Any]:
+        """Within the `with` block the framework computes on one thread per client, so that clients do not wait for
+        one another.
+        """
 
 
 @dataclass(frozen=True)

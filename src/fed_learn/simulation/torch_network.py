@@ -24,7 +24,7 @@ def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 class TorchNetwork(ModelNetwork):
-    """See `fed_learn.simulation.frameworks.Network`.
+    """The demo's network in torch.
 
     The global model leaves out `num_batches_tracked`, which other frameworks do not have: it stays with each client.
     """
@@ -35,7 +35,6 @@ class TorchNetwork(ModelNetwork):
     learner_options: ClassVar = {"optimizer": sgd}
 
     def model(self) -> nn.Sequential:
-        """See `ModelNetwork.model`."""
         model = nn.Sequential(_layers(self.architecture))
         kernels = self.architecture.initial_kernels(self.seed)
         weights = {name: np.zeros_like(bias) for name, bias in get_weights(model, only=r"(dense|output).*bias").items()}
@@ -43,17 +42,14 @@ class TorchNetwork(ModelNetwork):
         return set_weights(model, weights, strict=False)
 
     def init(self) -> dict[str, Array]:
-        """See `Network.init`."""
         return get_weights(self.model(), only=lambda name: not name.endswith("num_batches_tracked"))
 
     def data(self, part: Part) -> TensorDataset:
-        """See `ModelNetwork.data`."""
         x = torch.from_numpy(self.architecture.shaped(part))
         return TensorDataset(x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x, torch.from_numpy(part.y))
 
     @contextmanager
     def one_thread(self) -> Iterator[None]:
-        """See `Network.one_thread`."""
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:

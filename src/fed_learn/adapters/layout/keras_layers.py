@@ -105,7 +105,10 @@ def _padding(layer: Any) -> Padding:
 
 
 def _cropping(layer: Any) -> tuple[tuple[int, int], ...]:
-    """See `CROPPING`: "valid" cuts nothing off, "same" comes to `stride` times the size where nothing else is said."""
+    """How much of each axis is cut off in front and behind (`CROPPING`).
+
+    "valid" cuts nothing off; "same" makes `stride` times the size unless `output_padding` says otherwise.
+    """
     more = layer.output_padding
     ends = []
     for i, (span, stride) in enumerate(zip(_spans(layer), layer.strides, strict=True)):

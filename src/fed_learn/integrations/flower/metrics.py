@@ -37,7 +37,7 @@ def mean_metrics(contents: list[RecordDict], weighted_by_key: str) -> MetricReco
 
 
 def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: str, told: Told) -> MetricRecord:
-    """See `mean_metrics`.
+    """`mean_metrics` of clients that have names, by which the log calls them.
 
     Args:
         contents: Clients' names, and what they sent.

@@ -278,7 +278,10 @@ class _Averaging:
         return 1.0
 
     def _settle(self) -> list[tuple[str, Exception]]:
-        """See `props.Outcome.settle`."""
+        """Closes the round: refuses those that cannot be averaged with the others, and returns who that is and why.
+
+        Calling it again does nothing more.
+        """
         with self._lock:
             return self._settle_begun()
 
