@@ -25,6 +25,7 @@ from fed_learn.weights import (
     FrozenDict,
     FrozenWeights,
     WeightDict,
+    about,
     as_weight_dict,
     size_text,
 )
@@ -155,8 +156,8 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     elif number == 0 and value != 0:
         problem = f"{brief(value)} is smaller than any float"
     if problem is not None or number is None:
-        who = f"{contributor}: " if contributor is not None else ""
-        raise AggregationWeightError(f"{who}aggregation weight {problem}", contributor=contributor, value=value)
+        text = f"{about(contributor)}aggregation weight {problem}"
+        raise AggregationWeightError(text, contributor=contributor, value=value)
     return number
 
 

@@ -1,6 +1,6 @@
-"""Which contributions of a round count together: of those that differ in rounds, variables or constants, the most.
+"""Which contributions of a round count together where they differ in rounds, variables or constants: the majority.
 
-Each function looks at all that were accepted, and gives those that are to be refused after all, and why.
+Each function looks at all accepted contributions, and returns those that are to be refused after all, and why.
 """
 
 from collections import Counter
@@ -16,11 +16,11 @@ from fed_learn.weights import SHAPE_AND_DTYPE, Schema, misses_and_adds
 Rows = Mapping[str, Checked]
 """The accepted contributions by name."""
 Refused = list[tuple[str, ContributionError]]
-"""Names, and why these contributions are refused."""
+"""Contributors, and why their contributions are refused."""
 
 
 def of_other_rounds(rows: Rows, number: int | None) -> Refused:
-    """Those that state another round than `number`, that of most."""
+    """Contributions that state another round than `number`, which is the round of most."""
     refused: Refused = []
     for name in sorted(rows):
         try:
@@ -31,18 +31,18 @@ def of_other_rounds(rows: Rows, number: int | None) -> Refused:
 
 
 def alone(rows: Rows) -> Refused:
-    """Those whose constants nobody else sent: then they are just values that are not finite."""
+    """Contributions whose constants nobody else sent: these are just values that are not finite."""
     counts = Counter(row.form for row in rows.values())
     return [(n, row.unless_alone) for n, row in rows.items() if row.unless_alone is not None and counts[row.form] == 1]
 
 
 def of_other_forms(rows: Rows, given_up: Callable[[Checked], bool], advise: bool) -> Refused:
-    """Those that are not of the commonest form; of equally common ones the largest counts.
+    """Contributions that are not of the commonest form; of equally common forms that with the most variables counts.
 
     Args:
-        rows: What was accepted.
-        given_up: Whether nothing is known of the sums of a form any more.
-        advise: Whether `partial="average"` is a way out.
+        rows: The accepted contributions.
+        given_up: Whether the sums that a contribution was added to have been dropped.
+        advise: Whether the error may advise `partial="average"`.
     """
     forms: dict[Hashable, list[str]] = {}
     for name, row in rows.items():
@@ -68,7 +68,7 @@ def of_other_forms(rows: Rows, given_up: Callable[[Checked], bool], advise: bool
 
 
 def of_other_variables(rows: Rows) -> Refused:
-    """Those in which a variable is another than in most that hold it: by shape, dtype or constants."""
+    """Contributions in which a variable has another shape, dtype or constant than in most that hold it."""
 
     def sort(name: str, row: Checked) -> tuple[Any, ...]:
         constant = row.constants.get(name)
@@ -90,7 +90,7 @@ def of_other_variables(rows: Rows) -> Refused:
 
 
 def of_other_constants(rows: Rows) -> Refused:
-    """The fewer of those that send numbers for a constant of the global model, and those that keep it."""
+    """The minority where some contributions change a constant of the global model to numbers, and others keep it."""
     refused: Refused = []
     left = dict(rows)
     for name in sorted({name for row in rows.values() for name in row.filled}):
@@ -107,7 +107,7 @@ def of_other_constants(rows: Rows) -> Refused:
 
 
 def of_another_part(rows: Sequence[Checked]) -> ContributionError | None:
-    """What is wrong with a contribution that a handler has made of other variables than the first one has."""
+    """The error for a contribution that a handler has made, with other variables than the first one; else None."""
     first = rows[0]
     for row in rows:
         if row.averaged.keys() != first.averaged.keys():
@@ -117,7 +117,7 @@ def of_another_part(rows: Sequence[Checked]) -> ContributionError | None:
 
 
 def _counting(rows: Rows, names: Sequence[str]) -> int:
-    """How many of these count by more than 0."""
+    """How many of these contributions have an aggregation weight above 0."""
     return sum(1 for name in names if rows[name].aggregation_weight)
 
 
@@ -146,7 +146,7 @@ def _other_form(who: str, row: Checked, usual: Checked, count: int, advise: bool
 def _other_variable(
     who: str, name: str, row: Checked, usual: tuple[Any, ...], count: int
 ) -> ShapeError | DtypeError | None:
-    """What is wrong with a variable that has another shape or dtype than in `count` other contributions."""
+    """The error for a variable with another shape or dtype than in `count` other contributions; else None."""
     (shape, dtype), found = usual, row.arrays[name]
     others = f"in {count} of the round's contributions"
     if found.shape != shape:

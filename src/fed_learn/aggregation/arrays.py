@@ -23,7 +23,7 @@ def contiguous(array: Array) -> Array:
 def is_frozen(array: Array) -> bool:
     """Whether nobody can change what an array holds: it is a view of bytes, or read-only like all that it is a view of.
 
-    Whoever made an array can make it writeable again; `FrozenWeights` and files that were read are not treated so.
+    The owner of an array could make it writeable again; nobody does so with `FrozenWeights` or files that were read.
 
     Example:
         >>> is_frozen(np.frombuffer(b"abcd", np.uint8)), is_frozen(np.zeros(1)[:])
@@ -40,7 +40,7 @@ def is_frozen(array: Array) -> bool:
 
 
 class _Arrays:
-    """What `fed_learn.adapters.base.Resident` tells of tensors, of arrays."""
+    """Methods of `fed_learn.adapters.base.Resident` for arrays, so that a mean treats arrays and tensors alike."""
 
     def first_not_finite(self, array: Array) -> tuple[tuple[int, ...], float] | None:
         """Index and value of the first NaN or infinity, if there is one."""
@@ -70,17 +70,17 @@ ARRAYS = _Arrays()
 
 
 class Columns(Mapping[str, Sequence[Array]]):
-    """Name → the arrays of all contributions, contiguous and aligned as a kernel takes them; listed when asked for.
+    """Name → the arrays of all contributions, contiguous and aligned as a kernel takes them, listed when asked for.
 
     Args:
         schema: Of all contributions.
         rows: Weights that were checked: in the order of the schema, in native byte order.
-        table: With the addresses of their arrays as inputs, if it is known already.
+        table: Holds the addresses of their arrays as inputs; None: they are looked up.
 
     Attributes:
         given: All weights as they came.
         table: Where the arrays lie.
-        copied: Whether any of them is not the one that came.
+        copied: Whether any array had to be copied.
 
     Example:
         >>> w = np.zeros(2)
@@ -112,7 +112,7 @@ class Columns(Mapping[str, Sequence[Array]]):
         return len(self._taken[0])
 
     def bounds(self, sizes: Addresses) -> tuple[Addresses, Addresses]:
-        """The addresses at which the memory begins and ends that the caller gave.
+        """The addresses at which each array that the caller gave begins and ends.
 
         Args:
             sizes: Bytes of each variable.

@@ -1,9 +1,9 @@
-"""Opens what a client sent and checks it, once and whole: `Checked` is what means, rules and rounds take.
+"""Opens and checks what a client sent, once and whole. Means, rules and rounds take the result, a `Checked`.
 
-`Terms` say what is expected. Strict ones, of `weighted_average` and `Accumulator`, want names, shapes and dtypes as
-they are. Those of a job accept what has one clear meaning even where it is not as the global model has it: numbers in
-any form, another width of floating-point numbers, a part of the model, constants that are not finite. Everything else
-is refused by an error that names who and what. Which of several parts counts is left to `agreement`.
+`Terms` say what is expected. Those of `weighted_average` and `Accumulator` are strict: names, shapes and dtypes must be
+the same. Those of a job also accept what differs from the global model and has one clear meaning: numbers in any form,
+another width of floating-point numbers, a part of the model, constants that are not finite. Everything else is refused
+by an error that names the contributor and the variable. Which of several parts counts is left to `agreement`.
 """
 
 import hashlib
@@ -57,24 +57,25 @@ from fed_learn.weights import (
 )
 
 Tell = Callable[[str], None]
-"""Takes a sentence on what is accepted although it is not as the global model has it."""
+"""Called with a sentence on what is accepted although it differs from the global model."""
 
 
 @dataclass(eq=False)  # frozen ones take ten times as long to make
 class Checked:
-    """A contribution that has been opened and has passed every check; left as it is from then on.
+    """A contribution that has been opened and has passed every check. It is not changed any more.
 
     Attributes:
-        contributor: Whose it is.
-        aggregation_weight: By which it counts.
+        contributor: The name of its client.
+        aggregation_weight: The number by which it counts.
         held: Its weights, in the order and the dtypes that are expected: arrays, and the tensors that they stand for.
         contribution: The contribution itself, with plain numbers; None for bare weights.
-        scanned: Whether its values have been looked at: they are finite, but for `filled` and `constants`, and with
-            exact sums in their domain.
-        constants: Variables that are not averaged: not finite, and the global model is not known.
-        filled: Variables that are not finite where the global model is not: what is averaged in their place, 0 there.
-        unchanged: Names of those that are as a whole what they are in the global model.
-        form: Equal for contributions of the same variables; None: all of the global model.
+        scanned: Whether its values have been checked: they are finite, but for `filled` and `constants`, and in the
+            domain of exact sums if those are wanted.
+        constants: Variables that are not averaged: they are not finite, and the global model is not known.
+        filled: Variables that are not finite in the same places as the global model, with 0 in these places. These
+            arrays are averaged in place of what was sent.
+        unchanged: Names of those among `filled` that leave the global model as it is.
+        form: Equal for contributions of the same variables; None: all variables of the global model.
         unless_alone: Why it is refused if nobody else sent one of this form.
     """
 
@@ -107,7 +108,7 @@ class Checked:
         return self.contribution
 
     def only(self, names: Sequence[str]) -> Self:
-        """Some of its variables, as they are averaged."""
+        """The contribution with some of its variables, in the form in which they are averaged."""
         if not self.filled and len(names) == len(self.arrays):
             return self
         held = self.held.only(names)
@@ -115,7 +116,7 @@ class Checked:
         return replace(self, held=held.replaced({**held.weights, **filled}) if filled else held)
 
     def completed(self, model: WeightDict) -> Contribution:
-        """A difference of all variables of the global model, with zeros for those of which nothing was sent."""
+        """The contribution, a difference, with zeros for the variables of the global model that were not sent."""
         if self.form is None and not self.filled:
             return self.sent
         zeros = {name: np.zeros_like(array) for name, array in model.items() if name not in self.arrays}
@@ -137,15 +138,15 @@ class Terms:
     """What contributions have to agree with.
 
     Attributes:
-        schema: Names, shapes and dtypes; None: nobody knows them yet, and what is checked sets its own.
+        schema: Names, shapes and dtypes; None: not known yet, and each contribution is checked by its own.
         kind: The kind that is expected, if any.
         round: The round that is expected, if any.
-        of_job: Whether they are those of a job, which are lenient where a meaning is clear, and refuse weights that no
-            number of examples is; what follows is for these alone.
+        of_job: Whether they are those of a job. These are lenient where a meaning is clear, and refuse aggregation
+            weights that are no number of examples. The attributes below are for these alone.
         model: The global model, for constants in it that are not finite; None: it is not at hand.
         parts: Whether a part of the variables may be sent.
         own: Whether the weights are copied, so that nobody else can change them.
-        kernel: Looks for values that are not finite; None: that is left to whoever sums.
+        kernel: The kernel that looks for values that are not finite; None: that is left to the sums.
         exact: Whether values have to lie in the domain of exact sums.
     """
 
@@ -165,7 +166,7 @@ class Terms:
         Args:
             sent: What a client sent. Untrusted.
             contributors: Names that have contributed already.
-            tell: Is told of what is accepted although it is not as the global model has it.
+            tell: Called with a sentence on what is accepted although it differs from the global model.
 
         Raises:
             ContributionError: One of its children, naming the contributor, the variable and the cause.
@@ -181,7 +182,7 @@ class Terms:
             held = self._strictly(sent.weights, who)
         except FedLearnError:
             raise
-        except BaseException as error:  # an object that raises wherever one looks
+        except BaseException as error:  # an object that raises at any access
             as_failure(error)
             who = label_of(sent.contributor)
             raise WeightsTypeError(f"{who}: sent something unreadable: {described(error)}", contributor=who) from error
@@ -190,12 +191,12 @@ class Terms:
         return Checked(who, aggregation_weight, held, sent)
 
     def check_weights(self, weights: object, aggregation_weight: float, who: str) -> Checked:
-        """The same for bare weights, strictly.
+        """Checks bare weights, strictly.
 
         Args:
             weights: Should be a weight dict.
-            aggregation_weight: By which they count.
-            who: What to call whoever sent them.
+            aggregation_weight: The number by which they count.
+            who: What errors call the sender.
 
         Raises:
             ContributionError: One of its children.
@@ -251,9 +252,9 @@ class Terms:
         return held.replaced(fit, host)
 
     def _owned(self, held: OpenedWeights, sent: Any) -> tuple[OpenedWeights, FrozenWeights, list[str] | None]:
-        """A copy, unless what was sent is frozen already; and which variables are not finite, if that was looked for.
+        """A copy, unless what was sent is frozen already; and which variables are not finite, if that was checked.
 
-        Shapes are right, so it is no larger than a model.
+        Shapes have been checked, so the copy is no larger than a model.
         """
         arrays: dict[str, Array] = held.weights
         if type(sent) is FrozenWeights and all(map(is_, map(sent.get, arrays), arrays.values())):
@@ -263,19 +264,19 @@ class Terms:
         if self.kernel is None:
             for name, copied in copies.items():
                 copied[...] = arrays[name]
-        else:  # in one sweep, so that what is said is said of the copy
+        else:  # in one pass, so that the flags are those of the copy
             flags = self.kernel.copy([contiguous(array) for array in arrays.values()], list(copies.values()))
             flagged = [name for name, flag in zip(arrays, flags, strict=True) if flag]
         frozen = FrozenWeights.adopt(copies)
         return OpenedWeights(dict(frozen), {}, {}), frozen, flagged
 
     def _scanned(self, checked: Checked, kernel: Kernel, flagged: list[str] | None) -> Checked:
-        """The same, once there is no NaN and no infinity in it but for constants, and all lies in the domain.
+        """The contribution, after a check that NaN and infinity are constants, and that all is in the domain.
 
         Args:
-            checked: What may hold them.
-            kernel: Looks for them.
-            flagged: Where they are, if that is known.
+            checked: The contribution.
+            kernel: The kernel that looks for NaN and infinity.
+            flagged: Names of the variables that hold some; None: not known yet.
 
         Raises:
             NonFiniteError: Says which value of which variable is not finite.
@@ -293,13 +294,13 @@ class Terms:
         return checked
 
     def _with_constants(self, checked: Checked, flagged: Sequence[str]) -> Checked:
-        """The same, where the values of some variables that are not finite are constants.
+        """The contribution, with the values that are not finite taken as constants.
 
-        They are if the global model has the same ones in the same places; if it is not known, if another contributor
-        sends the same.
+        They are constants if the global model has the same values in the same places or, while it is not known, if
+        another contributor sends the same.
 
         Raises:
-            NonFiniteError: They are not.
+            NonFiniteError: They are no constants.
         """
         kind, who = checked.sent.kind, checked.contributor
         arrays = checked.held.only(flagged).on_host()  # they are in the order of all
@@ -331,7 +332,7 @@ class Terms:
 def checked_batch(
     batch: Sequence[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
 ) -> tuple[Schema, list[Checked], Table | None]:
-    """Checks what is averaged at once, strictly; not whether values are finite, which the sums show.
+    """Checks a batch, strictly. Whether values are finite is not checked: the sums show that.
 
     Args:
         batch: Weight dicts, or `Contribution`s of one kind and round.
@@ -339,8 +340,8 @@ def checked_batch(
         like: Sets names, shapes and dtypes; None: the first one does.
 
     Returns:
-        The schema; the contributions in the order of the sums, that of their names, or the list's for weight dicts;
-        and where their arrays lie, if the check has shown that.
+        The schema; the contributions in the order in which they are summed: by name, or as listed where they are bare
+        weight dicts; and the addresses of their arrays, if the check has found them.
 
     Raises:
         ContributionError: Something is wrong with one of them.
@@ -359,10 +360,10 @@ def checked_batch(
 
 
 def _checked_contributions(batch: Sequence[Contribution], schema: Schema | None) -> tuple[Schema, list[Checked]]:
-    """In the order of the contributors' names."""
+    """The schema, and the contributions in the order of their names."""
     rounds: Counter[Any] = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
     kinds: Counter[Any] = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
-    # Of equally common ones: the newer round, since late contributions are common, and the first's kind.
+    # Of equally common rounds the newer is taken, since late contributions are common; of kinds that of the first.
     number = max(rounds, key=lambda number: (rounds[number], number), default=None)
     kind = max(kinds, key=kinds.__getitem__, default=None)
     terms = Terms(schema, kind, number)
@@ -386,7 +387,7 @@ def _checked_contributions(batch: Sequence[Contribution], schema: Schema | None)
 def _checked_weight_dicts(
     batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
 ) -> tuple[Schema, list[Checked], Table | None]:
-    """In the order of the list."""
+    """The schema, the weight dicts in the order of the list, and the addresses of their arrays."""
     if aggregation_weights is None:
         aggregation_weights = [1.0] * len(batch)
     elif len(aggregation_weights) != len(batch):
@@ -400,7 +401,7 @@ def _checked_weight_dicts(
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
     schema = schema_of(batch[0], labels[0]) if schema is None else schema
     scalars = list(map(check_aggregation_weight, aggregation_weights, labels))
-    if plain:  # the usual case is soon told
+    if plain:  # the usual case, checked in one pass
         own, table = [dict(item) for item in batch], Table(schema, len(batch))
         if table.gather(own, 1):
             nothing: dict[str, Any] = {}
@@ -417,7 +418,7 @@ def _labels(count: int) -> tuple[str, ...]:
 
 
 def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:
-    """Where the global model is not known: infinities are kept aside until another sends the same; NaN is NaN."""
+    """The contribution while the global model is not known: infinities wait for another who sends the same."""
     who = checked.contributor
     for name, array in arrays.items():
         if np.isnan(array).any():
@@ -431,7 +432,7 @@ def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:
 
 
 def _agrees(array: Array, base: Array, kind: Kind) -> bool:
-    """Whether values that are not finite are just those of the global model."""
+    """Whether the values that are not finite are the same, in the same places, as in the global model."""
     bad, place = ~finite_elements(array), ~finite_elements(base)
     if kind is Kind.DIFF:  # −inf minus −inf is NaN
         return not (bad & ~place).any() and bool(np.isnan(array[bad]).all())

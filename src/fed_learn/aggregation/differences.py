@@ -1,6 +1,6 @@
-"""What one weight dict has more than another, and the way back: differences, in the dtypes of the weights.
+"""Differences of two weight dicts, and sums of weights and differences, in the dtypes of the weights.
 
-The kernels do the arithmetic and say which variables went wrong; only those are looked at here.
+The kernels do the arithmetic and flag the variables in which it went wrong; only those are checked here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -126,7 +126,7 @@ def _check_inputs(names: Iterable[str], inputs: Sequence[WeightDict]) -> None:
 
 
 def _check_range(flagged: Mapping[str, Array]) -> None:
-    """Refuses flagged integers."""
+    """Refuses integers that a kernel has flagged: they left the range of their dtype."""
     for name, array in flagged.items():
         if array.dtype.kind == "i":
             raise IntegerRangeError(f"{name!r} leaves the range of {array.dtype}", name=name)

@@ -1,8 +1,8 @@
 """Sums whose bits do not depend on the order of the terms: what `exact=True` means.
 
 Each sum is kept exactly, as digits (see `fed_learn.kernels.digits`), so addition is associative and any order and any
-tree of merges end in the same value. Digits are made where terms have bits, which for a trained float32 model are
-three or four: 24 to 32 bytes an element while contributions stream in. A batch needs no memory for them.
+tree of merges end in the same value. A digit is kept only where terms have bits: for a trained float32 model that
+makes three or four digits, or 24 to 32 bytes per element, while contributions stream in. A batch keeps none.
 
 Domain: aggregation weights from 2**-100 to 2**100; float64 values that are 0 or from 2**-700 to 2**700 in magnitude;
 all values of the other dtypes. `check_domain` raises outside of it, before anything is added.
@@ -27,23 +27,23 @@ from fed_learn.kernels.digits import (
     carried,
     digit_range,
 )
-from fed_learn.weights import Array, WeightDict, native_dtype
+from fed_learn.weights import Array, WeightDict, about, native_dtype
 
 VALUE_LIMIT = 2.0**VALUE_EXPONENT
 
 
 def check_domain(weights: WeightDict, aggregation_weight: float, contributor: str | None = None) -> None:
-    """Refuses what an exact sum cannot hold.
+    """Refuses values and aggregation weights that an exact sum cannot hold.
 
     Raises:
         ExactDomainError: Names the contributor and the variable.
         FloatingPointEnvironmentError: The process does not compute as numbers are defined.
     """
-    who = f"{contributor}: " if contributor is not None else ""
     check_environment()
     if not SMALLEST_WEIGHT <= aggregation_weight <= LARGEST_WEIGHT:
         raise ExactDomainError(
-            f"{who}aggregation weight {aggregation_weight} is outside of 2**-100 to 2**100, where sums are exact",
+            f"{about(contributor)}aggregation weight {aggregation_weight} is outside of 2**-100 to 2**100, "
+            "where sums are exact",
             contributor=contributor,
         )
     for name, array in weights.items():
@@ -53,7 +53,7 @@ def check_domain(weights: WeightDict, aggregation_weight: float, contributor: st
         smallest = np.min(magnitude, where=magnitude > 0, initial=np.inf)
         if magnitude.max() > VALUE_LIMIT or smallest < 1 / VALUE_LIMIT:
             raise ExactDomainError(
-                f"{who}{name!r} has float64 values outside of 2**-700 to 2**700, where sums are exact",
+                f"{about(contributor, name)}has float64 values outside of 2**-700 to 2**700, where sums are exact",
                 contributor=contributor,
                 name=name,
             )
@@ -85,7 +85,7 @@ class ExactSums:
         """Adds `Σ aggregation_weights[k] · columns[i][k]` to the sums of variable i. All lie in the domain.
 
         Args:
-            kernel: Does it.
+            kernel: The kernel that adds.
             columns: For each variable one array per contribution.
             aggregation_weights: One per contribution; at most `MOST_TERMS - 1`.
         """
@@ -124,14 +124,14 @@ class ExactSums:
             round_quotients(kernel, carried(Digits(digits.top, [row[here] for row in digits.rows])), total, tile)
 
     def _digits(self) -> Digits:
-        """From the highest to the lowest that there is, with zeros for those between that there are not."""
+        """All digits from the highest to the lowest that was touched, with zeros for untouched ones between them."""
         top, bottom = max(self._rows, default=0), min(self._rows, default=0)
         missing = {j: np.zeros(self._starts[-1], np.int64) for j in range(bottom, top + 1) if j not in self._rows}
         rows = self._rows | missing
         return Digits(top, [rows[j] for j in range(top, bottom - 1, -1)])
 
     def _count(self, terms: int) -> None:
-        """Carries the digits in time before they could overflow."""
+        """Counts terms, and carries the digits before they could overflow."""
         if self._terms + terms < MOST_TERMS:
             self._terms += terms
             return

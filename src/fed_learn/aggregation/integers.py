@@ -1,9 +1,9 @@
 """Integers so large that float64 sums would not hold them to the unit.
 
-The float64 mean of n integers is right to within a unit as long as |x|·(n + 2) ≤ 2**52, which every counter satisfies;
-and rounded half to even, with whole aggregation weights a, as long as Σ a·|x| < 2**53. Beyond the former elements of a
-batch are summed exactly, in digits (see `fed_learn.kernels.digits`), and a stream is refused. With `exact=True` all
-integers and booleans are.
+The float64 mean of n integers is right to within a unit as long as |x|·(n + 2) ≤ 2**52, which every counter satisfies.
+It is also rounded half to even if aggregation weights a are whole and Σ a·|x| < 2**53. Elements beyond the first bound
+are summed exactly in a batch, in digits (see `fed_learn.kernels.digits`), and refused in a stream. With `exact=True`
+all integers and booleans are summed exactly.
 """
 
 import math
@@ -19,9 +19,9 @@ from fed_learn.kernels.digits import DIGIT_BITS, MOST_TERMS, Digits, Int64Array,
 from fed_learn.weights import Array
 
 TILE = 1 << 14
-"""Elements at a time, so that what is in between stays small."""
+"""Elements at a time: bounds the memory of intermediate arrays."""
 BAND = 8
-"""Aggregation weights are added in one call that are less than 2**(44·8) apart: so no product under- or overflows."""
+"""One call adds aggregation weights that are less than 2**(44·8) apart, so that no product under- or overflows."""
 
 Scaled: TypeAlias = tuple[float, int]
 """A number f·2**(44·j) as (f, j)."""
@@ -45,7 +45,7 @@ def fits(largest: int, count: int) -> bool:
 
 
 def too_large(column: Sequence[Array]) -> bool:
-    """Whether a float64 mean of the arrays of one variable could be off by a unit, because they hold such integers."""
+    """Whether the arrays of one variable hold integers so large that their float64 mean could be off by a unit."""
     dtype, count = column[0].dtype, len(column)
     if dtype.kind not in "iu" or fits(np.iinfo(dtype).max, count):
         return False
@@ -55,9 +55,9 @@ def too_large(column: Sequence[Array]) -> bool:
 def large_integer_mean(
     kernel: Kernel, column: Sequence[Array], aggregation_weights: Sequence[float], output: Array
 ) -> None:
-    """Replaces those elements of a float64 mean of integers that could be off by a unit: see `integer_mean`.
+    """Replaces the elements of a float64 mean of integers that could be off by a unit by exact means.
 
-    So one large integer costs what one element costs, not what the variable does.
+    Only these elements are summed again: one large integer does not cost another sum of the whole variable.
     """
     bound = 2**52 // (len(column) + 2)
     large = np.zeros(output.shape, bool)
@@ -72,7 +72,7 @@ def integer_mean(kernel: Kernel, column: Sequence[Array], aggregation_weights: S
     """The weighted mean of integers or booleans, exact, rounded half to even.
 
     Args:
-        kernel: Adds.
+        kernel: The kernel that adds.
         column: One array per contribution.
         aggregation_weights: One per contribution, however far apart.
         output: Where the mean goes, of the same dtype and shape; C-contiguous.
@@ -99,12 +99,12 @@ def integer_mean(kernel: Kernel, column: Sequence[Array], aggregation_weights: S
 def round_quotients(kernel: Kernel, sums: Digits, total: Fraction, output: Array) -> None:
     """Writes exact sums divided by `total`, rounded half to even, to an array of integers or booleans.
 
-    A float64 quotient is off by as much as float64 cannot hold; what is left of the sum without it is exact again, and
-    gives the rest of the quotient. What is left then is compared with half of the total.
+    The float64 quotient is only near the right one. The sum minus quotient · total is exact again, and gives the rest
+    of the quotient. What is left after that is compared with half of the total.
 
     Args:
-        kernel: Adds.
-        sums: For each element of the output one, whose quotient its dtype can hold.
+        kernel: The kernel that adds.
+        sums: One for each element of the output, whose dtype can hold the quotient.
         total: Positive, a whole multiple of a power of two.
         output: One-dimensional.
     """
@@ -114,7 +114,7 @@ def round_quotients(kernel: Kernel, sums: Digits, total: Fraction, output: Array
     approximate_total = sum(math.ldexp(part, DIGIT_BITS * (j - highest)) for part, j in divisor)
 
     def approximate(digits: Digits) -> npt.NDArray[np.float64]:
-        """What they are in float64, divided by the total."""
+        """The float64 quotients of these sums and the total."""
         quotients: npt.NDArray[np.float64] = as_float64(Digits(digits.top - highest, digits.rows)) / approximate_total
         return quotients
 
@@ -130,7 +130,7 @@ def round_quotients(kernel: Kernel, sums: Digits, total: Fraction, output: Array
     step = np.rint(approximate(rest)).astype(np.int64)
     quotient = (quotient.view(np.int64) + step).view(wide)
     rest = plus(rest, step, -1)
-    # At most half of the total is left, but for what float64 cannot tell.
+    # At most half of the total is left, up to the error of float64: near a half it is decided exactly.
     near_half = np.flatnonzero(np.abs(approximate(rest)) > 0.499)
     if near_half.size:
         twice = carried(Digits(rest.top, [2 * row[near_half] for row in rest.rows]))
@@ -143,7 +143,7 @@ def round_quotients(kernel: Kernel, sums: Digits, total: Fraction, output: Array
 
 
 def _scaled(aggregation_weight: float) -> Scaled:
-    """The number by a power of two, the same for weights that are near to one another."""
+    """The number as f·2**(44·j), with the same j for weights that are near to one another."""
     j = BAND * (math.frexp(aggregation_weight)[1] // (BAND * DIGIT_BITS))
     return math.ldexp(aggregation_weight, -DIGIT_BITS * j), j
 

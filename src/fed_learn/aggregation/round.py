@@ -1,7 +1,7 @@
 """`Round`: receives, refuses and at its end combines the contributions of one round. Fires no events.
 
-How a contribution is checked is left to `batch`, which of several parts counts to `agreement`, what is made of those
-that count to the rule.
+The check of a contribution is left to `batch`, the choice between different parts of the model to `agreement`, and the
+combination to the rule.
 """
 
 import time
@@ -61,18 +61,18 @@ UNUSABLE = (
     NonFiniteError,
     SumOverflowError,
 )
-"""What keeps a round from having a result, and a job from nothing else."""
+"""Errors by which a round fails, while its job goes on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Combined:
-    """What the contributions of a round make together.
+    """The contributions of a round, combined.
 
     Attributes:
         mean: What the rule made of the variables that are averaged: full weights or differences.
         constants: Variables that are taken as a contributor sent them, since the global model is not known.
         sent: Names of the variables that were sent, the kept constants among them.
-        kind: What `mean` is.
+        kind: Whether `mean` holds full weights or differences.
     """
 
     mean: WeightDict
@@ -81,11 +81,11 @@ class Combined:
     kind: Kind = Kind.FULL
 
     def applied_to(self, weights: FrozenWeights, output: Callable[[Schema], Output] | None = None) -> FrozenWeights:
-        """The global model that this makes of the one before; what was not sent is kept.
+        """The new global model. Variables that were not sent stay as they are.
 
         Args:
-            weights: The one before.
-            output: Makes what the sum with a mean difference is written to; None: new memory.
+            weights: The old global model.
+            output: Makes the memory to which the sum with a mean difference is written; None: new memory.
 
         Raises:
             NonFiniteError, IntegerRangeError: It would leave the range of a dtype.
@@ -103,7 +103,7 @@ class Combined:
 
 
 class _Seen(NamedTuple):
-    """A contribution that was checked before it is received, and what is to be told of it then."""
+    """A contribution that `foresee` has checked, and the sentences to log when it is received."""
 
     sent: Contribution
     row: Checked
@@ -115,11 +115,11 @@ class Round:
 
     Args:
         settings: How they are aggregated.
-        number: The round, from 0; None: the one that most contributions state, the newer of equally common ones; in a
-            stream the first decides, since it is added up already.
-        model: The global model, of arrays or tensors; None or empty: it is not known, and the contributions tell.
-        own: Keep copies, which nobody else can change. Without, what is sent must be left as it is until the round is
-            over, and tensors stay tensors.
+        number: The round, from 0; None: the one that most contributions state, of equally common ones the newer. In a
+            stream it is the one that the first contribution states, since that is added up already.
+        model: The global model, of arrays or tensors; None or empty: it is not known, and the contributions set it.
+        own: Keep copies, which nobody else can change. False: the caller leaves what was sent as it is until the round
+            is over, and tensors stay tensors.
         told: What has been told of clients in this job.
 
     Attributes:
@@ -164,7 +164,7 @@ class Round:
         self._streams: dict[Hashable, Accumulator] = {}
         self._given_up: set[Hashable] = set()
         self._closed = False
-        self._alike = True  # whether all are of the whole global model, so that nothing is to be decided
+        self._alike = True  # whether all hold the whole global model, so that `close` has nothing to decide
         self._seen: dict[int, _Seen] = {}
         self._foreseen: tuple[list[Checked], Combined | None, float] = [], None, 0.0
         self._report = RoundReport(-1, kernel=self._kernel.name)
@@ -173,14 +173,14 @@ class Round:
 
     @property
     def number(self) -> int | None:
-        """The round, if it is known; else as most of the contributions so far state it."""
+        """The round, if it is known; else the one that most of the contributions so far state."""
         if self._terms.round is not None:
             return self._terms.round
         return max(self._rounds, key=lambda number: (self._rounds[number], number), default=None)
 
     @property
     def report(self) -> RoundReport:
-        """What has happened so far; -1 in the place of the round while it is not known."""
+        """The report so far; its round is -1 while that is not known."""
         number = self.number
         combined = bool(self._report.accepted) or self._report.error is not None
         return replace(
@@ -191,17 +191,17 @@ class Round:
         )
 
     def foresee(self, sent: Sequence[Contribution], output: Callable[[Schema], Output] | None = None) -> bool:
-        """Is told what it will receive, where all of it is at hand: then its memory is read only once.
+        """Combines contributions before they are received, where all are at hand, so that memory is read only once.
 
-        What the rule makes of it shows whether all values are finite, and is the result of the round, unless one of
-        these contributions turns out not to count.
+        The result shows whether all values are finite. It is the result of the round, unless one of these contributions
+        turns out not to count.
 
         Args:
-            sent: What clients sent; it is left alone until the round is over. Untrusted.
-            output: See `combine`.
+            sent: What clients sent, which nobody changes until the round is over. Untrusted.
+            output: As in `combine`.
 
         Returns:
-            Whether it is worth while: not where values are not finite, as of a model with masks.
+            False if values are not finite, as in a model with masks: then it is of no use in later rounds either.
         """
         settings = self.settings
         usual = settings.how.shows_not_finite and not settings.exact and settings.partial != "average"
@@ -213,7 +213,7 @@ class Round:
             said: list[str] = []
             try:
                 row = terms.check(contribution, seen, said.append)
-            except ContributionError:  # which is told where it is received
+            except ContributionError:  # which `receive` raises again
                 continue
             if row.aggregation_weight:
                 seen[row.contributor] = _Seen(contribution, replace(row, scanned=True), said)
@@ -229,7 +229,7 @@ class Round:
         return True
 
     def receive(self, sent: Contribution) -> Contribution:
-        """Accepts a contribution, or refuses it and is as if it had never come; the caller tells `refuse`.
+        """Accepts a contribution, or raises: then the round is as if it had never come, and the caller calls `refuse`.
 
         Args:
             sent: What a client sent. Untrusted.
@@ -267,10 +267,10 @@ class Round:
         return row.sent
 
     def refuse(self, who: object, error: Exception) -> Exception:
-        """Notes that a contribution was refused, and why; the error is kept without what its traceback keeps alive.
+        """Records that a contribution was refused, and why. Of the error no traceback is kept, for it holds weights.
 
         Args:
-            who: Who sent it, whatever that is.
+            who: The name of its sender, whatever that is.
             error: Why.
         """
         self.rejected.append(ClientFailure(who, without_tracebacks(error)))  # type: ignore[arg-type]
@@ -280,7 +280,7 @@ class Round:
         """Decides which contributions count together, now that all are in; the others are refused.
 
         Returns:
-            Those that are refused after all, and why; the caller tells `refuse`.
+            Those that are refused after all, and why; the caller calls `refuse` for each.
         """
         refused: list[tuple[Contribution, ContributionError]] = []
         self._closed = True
@@ -306,11 +306,11 @@ class Round:
         return refused
 
     def too_few(self, count: int, required: int, taken: int = 0) -> TooFewContributionsError | None:
-        """Why the round fails if so many contributions are combined; None if they are enough.
+        """The error by which a round with too few contributions fails; None if there are enough.
 
         Args:
-            count: Their number.
-            required: How many it takes.
+            count: How many there are.
+            required: How many the round needs.
             taken: How many a handler took out.
         """
         if count >= required:
@@ -325,7 +325,7 @@ class Round:
         )
 
     def fail(self, error: Exception, accepted: Sequence[str] | None = None) -> None:
-        """Notes in the report why nothing is made of the contributions.
+        """Records in the report why the contributions are not combined.
 
         Args:
             error: Why.
@@ -341,21 +341,21 @@ class Round:
         output: Callable[[Schema], Output] | None = None,
         ctx: FLContext | None = None,
     ) -> Combined:
-        """What the rule makes of contributions; the report tells how long it took.
+        """Combines contributions by the rule; the report tells how long it took.
 
         Args:
-            contributions: Those that count; None: all that were accepted. They may be other ones than were received,
-                which are then checked anew.
-            output: Makes what is written to, where all variables are written at once.
+            contributions: Those that count; None: all that were accepted. One that was not received in this form is
+                checked now.
+            output: Makes the memory to write to; used where all variables are written at once. None: new memory.
             ctx: The context of the job, for rules that want it.
 
         Raises:
             EmptyAggregationError: None of them counts by more than 0.
             NonFiniteError, IntegerRangeError, SumOverflowError, ExactDomainError: The mean leaves the range of a dtype.
-            AggregatorError: The rule is another's code, and failed.
-            ContributionError: One that was not received is bad.
+            AggregatorError: A rule of a user's own failed.
+            ContributionError: One that was not received in this form is bad.
             OutOfTurnError: `close` has not been called since the last one was received.
-            ValueError: Those that are added up already (`stream`) are not all.
+            ValueError: Some are left out that are added up already (`stream`).
         """
         if not self._closed:
             raise OutOfTurnError("combine: close comes first")
@@ -372,7 +372,7 @@ class Round:
         self._foreseen = [], None, 0.0
         self._report = replace(
             self._report,
-            error=None,  # of an attempt before, with fewer
+            error=None,  # that of an earlier attempt, with too few contributions
             accepted=tuple([row.contributor for row in chosen]),
             total_weight=float(sum([row.aggregation_weight for row in chosen])),
             aggregation_seconds=before + time.perf_counter() - started,
@@ -422,7 +422,7 @@ class Round:
         return self._names_sent([self._found(contribution) for contribution in contributions])
 
     def averaged(self, contributions: Sequence[Contribution]) -> frozenset[str]:
-        """Names of the variables that are averaged: what was sent but for what is the same in all, and not finite."""
+        """Names of the variables that are averaged: those that were sent, but for unchanged constants."""
         rows = [self._found(contribution) for contribution in contributions]
         return frozenset(name for row in rows for name in row.averaged if name not in row.unchanged)
 
@@ -433,14 +433,14 @@ class Round:
         return tuple(name for name in self._terms.schema or names if name in names)
 
     def _combined_of(self, given: Given, rows: Sequence[Checked], names: Sequence[str]) -> WeightDict:
-        """What the rule makes of some variables, of contributions that all have them."""
+        """Combines some variables of contributions that all have them."""
         if not names:
             return {}
         schema = Schema({name: given.schema[name] for name in names})
         return combined(self.settings.how, replace(given, rows=[row.only(names) for row in rows], schema=schema))
 
     def _combined_each(self, given: Given) -> WeightDict:
-        """What the rule makes of each variable, of those who sent it."""
+        """Combines each variable over the contributions that have it."""
         senders: dict[tuple[int, ...], list[str]] = {}
         names = tuple(self._terms.schema or dict.fromkeys(name for row in given.rows for name in row.averaged))
         for name in names:
@@ -460,7 +460,7 @@ class Round:
         if key not in self._streams:
             self._make_room(row)
         stream = self._streams.get(key) or Accumulator(exact=self.settings.exact, kernel=self.settings.kernel)
-        # Frozen, or left alone as was promised: neither needs a copy, nor to wait.
+        # Nobody changes its arrays: they are frozen, or the caller has promised so (`own=False`). No copy is needed.
         stream.take(row.only(list(row.averaged)), borrow=True)
         stream.flush()
         self._streams[key] = stream
@@ -469,7 +469,7 @@ class Round:
         return replace(row, contribution=row.sent.without_weights(), held=OpenedWeights(kept, {}, {}), filled=filled)
 
     def _forget_streams(self) -> None:
-        """Drops the sums whose contributions have been refused: those of one sum are refused all or none."""
+        """Drops the sums of refused contributions: of one sum either all contributions are refused, or none."""
         held = {self._stream_of(row) for row in self._rows.values()}
         self._streams = {key: stream for key, stream in self._streams.items() if key in held}
         self._given_up &= held
@@ -481,10 +481,10 @@ class Round:
         return self._stream_of(row) in self._given_up
 
     def _make_room(self, row: Checked) -> None:
-        """Gives up the smallest of many streams for a new one, unless that would be smaller still.
+        """Drops the smallest of many streams to make room for that of a contribution.
 
         Raises:
-            NamesError: It would.
+            NamesError: The new stream would be smaller still, or it has been dropped before.
         """
         if not self._is_given_up(row):
             if len(self._streams) < MOST_FORMS:
@@ -503,7 +503,7 @@ class Round:
         )
 
     def _chosen(self, contributions: Iterable[Contribution]) -> list[Checked]:
-        """What is known of contributions, in the order of their names."""
+        """The checked form of contributions, in the order of their names."""
         found: dict[str, Checked] = {}
         for contribution in contributions:
             row = self._found(contribution)
@@ -513,7 +513,7 @@ class Round:
         return [found[name] for name in sorted(found)]
 
     def _found(self, given: Contribution) -> Checked:
-        """What is known of a contribution that is to be averaged; one that a handler has made is checked now."""
+        """The checked form of a contribution that is to be averaged; one that a handler has made is checked now."""
         known = self._rows.get(given.contributor)
         if known is not None and known.contribution is given:
             return known
@@ -529,10 +529,10 @@ class Round:
         return self._terms.check(given)
 
     def _with_constants(self, mean: WeightDict, rows: Sequence[Checked]) -> WeightDict:
-        """The mean with the constants of the global model in their places; without those that are nothing else.
+        """The mean with the constants of the global model in their places, without variables that nobody has changed.
 
         Raises:
-            EmptyAggregationError: Nothing is left.
+            EmptyAggregationError: No variable is left.
         """
         if self._alike:
             return mean
@@ -555,7 +555,7 @@ class Round:
         return np.asarray(without_tensors({name: self._model[name]}, "global model")[name])
 
     def _tell(self) -> None:
-        """Says once that a part of the global model is averaged and the rest kept, and which constants are."""
+        """Logs once that only a part of the global model is averaged, and which constants are kept."""
         schema, rows = self._terms.schema, self._rows.values()
         if not schema or not rows:
             return

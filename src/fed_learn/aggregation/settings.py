@@ -17,16 +17,16 @@ commonest counts. `"average"`: each variable is averaged over those who sent it.
 
 @dataclass(frozen=True, kw_only=True)
 class AggregationSettings:
-    """How the contributions of a round are aggregated, and what becomes of those that are not right.
+    """How the contributions of a round are aggregated, and what follows from a bad one.
 
     Attributes:
-        rule: What combines them: the name of a rule, or a `Rule`, which it becomes.
+        rule: The rule that combines them, given by its name or as a `Rule`; kept as a `Rule`.
         kind: The kind of contributions that is expected.
         partial: One of `PARTIAL`.
         exact: Sum exactly (see `fed_learn.weighted_average`).
         stream: Add up contributions as they come, and keep none.
         kernel: Name of the kernel; None: the one that is current when a round begins.
-        min_contributions: Accepted contributions that a round needs; None: what the job says.
+        min_contributions: Accepted contributions that a round needs; None: the job decides.
         on_bad_contribution: `"raise"` ends the job at the first refused contribution; `"reject"` goes on without it.
 
     Raises:

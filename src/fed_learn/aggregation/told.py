@@ -1,4 +1,4 @@
-"""`Told`: what is said of clients, each thing once in a job."""
+"""`Told`: warnings about what clients send, each logged once in a job."""
 
 import logging
 from collections.abc import Hashable
@@ -12,17 +12,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Told:
-    """Says things once in a job, as warnings in the log.
+    """Logs each warning once in a job.
 
     Attributes:
-        logger: Where to.
+        logger: The log that they go to.
     """
 
     logger: logging.Logger = logger
     _said: set[Hashable] = field(default_factory=set)
 
     def once(self, about: Hashable, text: str) -> None:
-        """Logs a sentence, unless one about the same was logged before, or `MOST_TOLD` others."""
+        """Logs a sentence, unless one about the same subject, or `MOST_TOLD` others, have been logged before."""
         if about not in self._said and len(self._said) <= MOST_TOLD:
             self._said.add(about)
             more = "" if len(self._said) <= MOST_TOLD else "; no more is told of what clients send"

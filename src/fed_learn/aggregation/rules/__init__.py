@@ -1,4 +1,4 @@
-"""Rules: how the contributions of a round become one weight dict. Each is found by its name, or given as it is."""
+"""Rules: how the contributions of a round become one weight dict. Each is found by its name, or given as a `Rule`."""
 
 from fed_learn.aggregation.rules.base import Given, Rule, available, combined, find, register
 from fed_learn.aggregation.rules.clara import ClaraRule

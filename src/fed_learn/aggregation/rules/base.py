@@ -1,4 +1,4 @@
-"""What a rule is, and the register of those that go by a name."""
+"""`Rule`, and the registry in which rules are found by name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ class Given:
         exact: Whether sums are exact.
         kernel: Name of the kernel; None: the current one.
         out: A weight dict to write to, or None.
-        output: Makes what is written to, in the place of `out`; None: new memory.
+        output: Makes the memory to write to, in the place of `out`; None: new memory.
         model: The global model; None: it is not known.
         ctx: The context of the job; None outside of one.
     """
@@ -42,19 +42,20 @@ class Given:
 class Rule(ABC):
     """How the contributions of a round become one weight dict.
 
-    A rule is given contributions that have been checked, and makes of full weights full weights, of differences a
-    difference; it changes none of them, and its result does not depend on their order of arrival.
+    A rule gets checked contributions, and changes none of them. Of full weights it makes full weights, of differences a
+    difference. Its result does not depend on their order of arrival.
 
-    What a rule of a user's own makes is checked: it has just the variables that it was given, finite, and is rounded to
-    their dtypes where it has wider ones. If it raises, or makes anything else, `AggregatorError` is raised, and a round
-    of a job fails.
+    The result of a user's own rule is checked: it must have exactly the variables of the contributions, with finite
+    values, and is rounded to their dtypes where it has wider ones. If the rule raises, or returns anything else,
+    `AggregatorError` is raised, and a round of a job fails.
 
     Attributes:
-        name: By which settings and the command find it.
+        name: The name by which settings and the command find it.
         streams: Whether contributions can be added up one by one and dropped (`stream=True`).
-        shows_not_finite: Whether its result would not be finite, and `NonFiniteError` be raised, if a value were not.
-        keeps_schema: Whether what it makes has the schema for certain and goes where it is told, and needs no check.
-        makes_model: Whether what it makes is the new global model itself, rather than a mean or a difference.
+        shows_not_finite: Whether it raises `NonFiniteError` if a value is not finite.
+        keeps_schema: Whether its result needs no check, since it always has the schema and is written to `out` or
+            `output`.
+        makes_model: Whether its result is the new global model itself, rather than a mean or a difference.
 
     Example:
         >>> import numpy as np, fed_learn as fl
@@ -77,12 +78,12 @@ class Rule(ABC):
 
         Args:
             kind: Of the contributions.
-            partial: What becomes of parts.
+            partial: What becomes of contributions that hold a part of the model.
             exact: Whether sums are exact.
             stream: Whether contributions are added up as they come.
 
         Raises:
-            ValueError: It cannot.
+            ValueError: The rule cannot work under them.
         """
         if stream and not self.streams:
             raise ValueError(f"rule {self.name!r} needs all contributions of a round at once, which stream=True drops")
@@ -107,13 +108,13 @@ class Rule(ABC):
 
 
 def combined(rule: Rule, given: Given) -> WeightDict:
-    """What a rule makes, in the dtypes of the schema.
+    """The result of a rule, in the dtypes of the schema.
 
     Returns:
         New arrays, tensors where the first contribution has them; or `given.out`, or what `given.output` made.
 
     Raises:
-        AggregatorError: A rule of a user's own raised, or made something else.
+        AggregatorError: A rule of a user's own raised, or returned something else.
         ContributionError: The result leaves the range of a dtype.
     """
     if rule.keeps_schema or rule.makes_model:
@@ -162,11 +163,11 @@ def available() -> tuple[str, ...]:
 
 
 def find(rule: Any) -> Rule:
-    """The rule of a name; a rule as it is.
+    """The rule of this name; a `Rule` is returned as it is.
 
     Raises:
-        ValueError: There is none of this name; says which there are.
-        TypeError: It is neither.
+        ValueError: No rule has this name; the message says which names there are.
+        TypeError: It is neither a name nor a rule.
 
     Example:
         >>> find("mean")

@@ -1,4 +1,4 @@
-"""Aggregators by Clara Train's API as a rule: a user's own code makes the new global model of differences."""
+"""Aggregators by Clara Train's API as a rule: a user's own code makes the new global model from differences."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -66,13 +66,13 @@ class Aggregator(ABC):
 
 
 class ClaraRule(Rule):
-    """What an aggregator makes of the differences, in the place of the mean.
+    """A rule by which an aggregator makes the new global model from the differences.
 
     Args:
         aggregator: Has a method `process`, as `Aggregator` has.
 
     Raises:
-        TypeError: It has none, or is a class.
+        TypeError: The aggregator has no such method, or is a class.
     """
 
     name = "clara"
@@ -82,7 +82,7 @@ class ClaraRule(Rule):
         self.aggregator = check_aggregator(aggregator)
 
     def check_settings(self, *, kind: Kind, partial: str, exact: bool, stream: bool) -> None:
-        """An aggregator works on whole differences."""
+        """Refuses all but whole differences."""
         if kind is not Kind.DIFF:
             raise ValueError("an aggregator works on differences: pass kind=Kind.DIFF, to the clients too")
         if exact or stream:
@@ -91,7 +91,7 @@ class ClaraRule(Rule):
             raise ValueError("partial='average' belongs to the weighted mean, which an aggregator replaces")
 
     def check(self, contribution: Contribution) -> None:
-        """What the aggregator itself refuses."""
+        """Refuses what the aggregator itself refuses."""
         if isinstance(self.aggregator, Aggregator):
             self.aggregator.check(contribution)
 
@@ -143,7 +143,7 @@ def check_aggregator(aggregator: object) -> Any:
 def run_aggregator(
     aggregator: Any, contributions: Sequence[Contribution], weights: FrozenWeights, ctx: FLContext
 ) -> FrozenWeights:
-    """The global model that an aggregator makes of differences; it copies none of them to do so.
+    """The global model that an aggregator makes of differences. The differences are not copied.
 
     An aggregator is a transaction on the context, as handlers are: one that fails leaves no trace in it. If it calls
     its model the best so far, that is bound to `ContextKey.BEST_AGGREGATED`, unless a handler decides what is there.
