@@ -128,7 +128,7 @@ def _preferred() -> Kernel:
 
 
 def requested(kernel: str | None = None) -> str:
-    """The name that is asked for, which may be `"auto"`: the one given, else by `use`, else by `FED_LEARN_KERNEL`.
+    """The name that is asked for, maybe `"auto"`: that of the argument, else of `use`, else of `FED_LEARN_KERNEL`.
 
     Raises:
         KernelNameError: No kernel has this name; says which have.

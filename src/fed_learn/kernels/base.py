@@ -11,9 +11,9 @@ The arithmetic is pinned, so that every kernel gives the same bits (see `numpy.p
 - differences and their sums with a base are taken in float64 and rounded in the same way, integers in int64.
 
 All arrays are C-contiguous, aligned and in native byte order; those that belong together have the same number of
-elements, whatever their shapes. A kernel checks nothing, its caller has. It reports where numbers are not finite and
-where 64-bit integers are so large that a mean of n could be off: |x|·(n + 2) > 2**52. Of shorter ones there would
-have to be two million.
+elements, whatever their shapes. A kernel checks nothing: its caller has done so. It reports where numbers are not
+finite, and where 64-bit integers are so large that a mean of n could be off: |x|·(n + 2) > 2**52. Of shorter integers
+it would take two million contributions.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 
 
 class Segments(Sequence[Segment]):
-    """The variables of a model, each looked up when asked for: a kernel that is told where they lie asks for none.
+    """The variables of a model, each looked up when it is asked for. A kernel that is given a table asks for none.
 
     Args:
         columns: Name → an array per contribution.
@@ -79,7 +79,7 @@ class Kernel(Protocol):
             segments: The variables of a model.
             aggregation_weights: One float64 per contribution, scaled by a common power of two.
             total: Their sum.
-            table: Where the outputs and inputs lie, where the caller knows it: in memory of the host.
+            table: The addresses of outputs and inputs in the memory of the host; None: not known.
 
         Returns:
             Which segments have a sum that is not finite, because an input is not or because it overflowed, or 64-bit
@@ -180,7 +180,7 @@ class Kernel(Protocol):
     def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
         """`copies[i] = arrays[i]`, and which of the copies hold a NaN or an infinity.
 
-        The arrays may change meanwhile; what is said is said of the copies.
+        The arrays may change meanwhile; the answer is about the copies.
 
         Args:
             arrays: Arrays of any supported dtype.

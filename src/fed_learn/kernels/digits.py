@@ -51,9 +51,9 @@ class Digits(NamedTuple):
 
 
 class DigitsError(ArithmeticError):
-    """Digits do not reach as far as a product. What they hold now is part of a sum.
+    """The digits do not reach as far as a product. They hold only a part of the sum now.
 
-    Callers have looked at all values first, so this means that one has changed since.
+    Callers have checked all values before, so this means that a value has changed since.
     """
 
     def __init__(self) -> None:

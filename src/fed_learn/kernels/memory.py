@@ -29,7 +29,7 @@ if EXTENSION is not None:
 
 
 def hold_only_arrays(rows: list[Any]) -> bool:
-    """Whether all of these are plain dicts of plain arrays, or None; without the extension nothing is known to be so.
+    """Whether all of these are plain dicts of plain arrays, or None; without the extension always False.
 
     Example:
         >>> hold_only_arrays([{"w": np.zeros(2)}, {"w": 0.0}])
@@ -48,7 +48,7 @@ class Table:
         n_inputs: Inputs of each.
 
     Attributes:
-        addresses: A row per variable: that of the output, then those of the inputs.
+        addresses: A row per variable: the address of the output, then those of the inputs.
         counts: Elements of each variable.
         sizes: Bytes of each variable.
         codes: The code of the dtype of each variable.
@@ -119,5 +119,5 @@ def addresses(arrays: Sequence[Array]) -> Addresses:
 
 
 def _pointer(array: npt.NDArray[Any], kind: str = "uintptr_t[]") -> Any:
-    """Where the numbers of a contiguous array are, which the pointer keeps alive."""
+    """A pointer to the memory of a contiguous array, which it keeps alive."""
     return EXTENSION.ffi.from_buffer(kind, array)

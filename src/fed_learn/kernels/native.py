@@ -32,7 +32,7 @@ _forced_set: ContextVar[str | None] = ContextVar("fed_learn_instruction_set", de
 
 @dataclass(slots=True, eq=False)
 class _Share:
-    """What one thread does: pieces, which are runs of the elements of some rows of arrays.
+    """The work of one thread: pieces, each a run of the elements of one row of arrays.
 
     Attributes:
         held: Keeps the memory behind the addresses alive, even when an interrupt ends the wait for the thread.
@@ -41,7 +41,7 @@ class _Share:
         addresses: A row per piece, an address per array.
         counts: Elements per piece.
         codes: The code of its dtype per piece.
-        flags: What the kernel says of each piece.
+        flags: The kernel's answer for each piece.
     """
 
     held: object
@@ -66,7 +66,7 @@ class _Share:
 
 
 def _address(array: Array, kind: str = "uintptr_t *") -> object:
-    """Where an array lies, which what is returned keeps alive."""
+    """A pointer to the memory of an array, which it keeps alive."""
     return ffi.from_buffer(kind, array)
 
 
@@ -295,7 +295,7 @@ def _run(
         call: Makes the C call.
         rows: One per variable; the arrays after the first are of one dtype.
         dtype_of: Which array of a row has the dtype that the kernel is to know.
-        table: What is known of arrays of one dtype per row, which `rows` only keep alive then.
+        table: The addresses, if they are known: each row is of one dtype then, and `rows` only keep the arrays alive.
 
     Returns:
         Whether the kernel flagged anything in a row.

@@ -175,6 +175,11 @@ def _exact_products(x: Array, aggregation_weight: float) -> Iterable[Float64Arra
 
 
 def _deposit(products: Float64Array, digits: Digits, here: slice, touched: list[bool]) -> None:
+    """Adds products to digits, exactly. `touched` has True for each row that was changed.
+
+    Raises:
+        DigitsError: The digits do not reach as far as a product.
+    """
     rest = products
     for b, (row, unit) in enumerate(zip(digits.rows, digits.units(), strict=True)):
         if not rest.any():

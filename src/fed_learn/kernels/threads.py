@@ -77,9 +77,9 @@ def threads_for(num_bytes: int) -> int:
 
 
 class _Task(Generic[T]):
-    """A share of work that whoever comes first does, and anybody can wait for.
+    """A share of work that is done once, by the first thread that calls it; any thread can wait for its end.
 
-    A pool may keep a task although it could not start a thread for it, and come to it when the caller has done it.
+    A pool may keep a task for which it could not start a thread, and call it after the caller has done the work.
     """
 
     def __init__(self, function: Callable[[T], None], share: T) -> None:
@@ -93,7 +93,7 @@ class _Task(Generic[T]):
             return
         try:
             self._function(self._share)
-        except BaseException as error:  # noqa: BLE001 - raised by whoever waits
+        except BaseException as error:  # noqa: BLE001 - `run` raises it again
             self._outcome.set_exception(error)
         else:
             self._outcome.set_result(None)

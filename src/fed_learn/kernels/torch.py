@@ -148,7 +148,7 @@ class TorchKernel(Kernel):
 
 
 def _check_environment() -> None:
-    """Asks this thread, and those on which torch spreads work on the CPU: they keep the mode they were made in."""
+    """Checks how this thread computes, and torch's threads on the CPU, which keep the mode that they were made in."""
     check_environment()
     tiny = torch.full((PARALLEL * torch.get_num_threads(),), 2.0**-1040, dtype=torch.float64)
     if not bool(torch.mul(tiny, 1.0).all()):
@@ -159,7 +159,7 @@ def _check_environment() -> None:
 
 
 class _Writeable:
-    """The memory of an array without its flag, since torch warns of tensors that could be written to."""
+    """The memory of a read-only array, shown as writeable: torch would warn of it otherwise."""
 
     def __init__(self, array: Array) -> None:
         interface = array.__array_interface__
@@ -221,7 +221,7 @@ def _combine(operation: Callable[[Tensor, Tensor], Tensor], one: Array, other: A
 
 
 def _beyond(x: Tensor, largest: int) -> bool:
-    """Whether integers are larger."""
+    """Whether an integer is larger than this in magnitude."""
     if x.dtype == torch.uint64:  # for which torch has no comparison
         x = x.view(torch.int64)
         return bool(((x < 0) | (x > largest)).any())

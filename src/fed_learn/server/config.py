@@ -28,7 +28,7 @@ class ServerConfig:
         exclude_vars: Regular expression of variables that are not aggregated.
         handlers: Entries of the server's handlers, None where the file has none.
         aggregator: The entry of the aggregator.
-        filters: Entries of what each client's difference goes through.
+        filters: Entries of the filters that each client's difference goes through.
         unused: Names of keys that mean nothing here.
 
     Example:
@@ -51,8 +51,8 @@ class ServerConfig:
     def of(cls, settings: dict[str, Any]) -> Self:
         """Reads the settings of a file.
 
-        They may stand at the top, or, those of the server, in the first entry of `"servers"`; a privacy protocol also
-        as `"privacy"` in `"client"`, as in a client's file.
+        All may stand at the top. Those of the server may also stand in the first entry of `"servers"`, and a privacy
+        protocol as `"privacy"` in `"client"`, as in a client's file.
 
         Raises:
             ConfigError: A setting has the wrong type or is there twice.
@@ -100,7 +100,7 @@ class ServerConfig:
         if named and self.validate_on_server is False:
             raise ConfigError(f"a {VALIDATION} among the handlers, and 'validate_on_server' false")
         if not named and (self.validate_on_server or (self.handlers is None and self.validate_on_server is None)):
-            # Before what stops a job by its scores.
+            # It acts before the handler that stops a job by its scores.
             place = next((i for i, entry in enumerate(entries) if _names(entry, STOPPING)), len(entries))
             entries.insert(place, {"name": VALIDATION})
         return [self._with_period(entry) if _validates(entry) else entry for entry in entries]
@@ -117,7 +117,7 @@ class ServerConfig:
             exact: For an aggregator that takes it.
 
         Raises:
-            ConfigError: It cannot be built, or is none.
+            ConfigError: It cannot be built, or is no aggregator.
         """
         if self.aggregator is None and self.exclude_vars is None:
             return None
@@ -132,7 +132,7 @@ class ServerConfig:
             seed: For those that take one, with the place of each filter; different for each client.
 
         Raises:
-            ConfigError: One cannot be built, or is none.
+            ConfigError: One cannot be built, or is no filter.
         """
         return tuple(
             build_component(entry, FILTERS, {} if seed is None else {"seed": [*seed, place]}, role="filter")
@@ -140,7 +140,7 @@ class ServerConfig:
         )
 
     def doubts(self, aggregator: Any, variables: Iterable[str], clients: Iterable[str]) -> list[str]:
-        """What in the file has no effect on this job, one sentence each.
+        """What in the file has no effect on this job, or a bad one, in a sentence each.
 
         Args:
             aggregator: What `build_aggregator` gave.

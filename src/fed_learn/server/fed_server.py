@@ -31,7 +31,7 @@ class FederatedServer:
     Args:
         weights: The initial global model; it sets names, shapes and dtypes for good. Copied. Values that are not finite
             are constants, as in a mask of −inf: clients must send the same, and they are kept. An empty dict: the
-            contributions of the first round tell.
+            contributions of the first round set them.
         num_rounds: Rounds to run, at least 1.
         handlers: The server's handlers.
         kind: The kind of contributions that is expected.
@@ -58,7 +58,7 @@ class FederatedServer:
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
 
     Attributes:
-        settings: What it was told, as a job takes it.
+        settings: The settings of its jobs.
         weights: The initial global model.
         ctx: The server's context, of the job that runs or ran last.
 
@@ -151,7 +151,7 @@ class FederatedServer:
                 that was sent the model.
             validation_metric: Name of the metric by which models are selected, which contributions hold as
                 `initial_validation_metric`; None: it has no other.
-            mode: What is better of it, `"max"` or `"min"`, which handlers follow; None: its name says so.
+            mode: Which of its values are better, `"max"` or `"min"`, for handlers to follow; None: its name decides.
 
         Raises:
             HandlerError: A handler could not start, such as one that was told another mode; those before it have been

@@ -43,7 +43,7 @@ class Job(JobRounds):
     shuts the handlers down, whatever fails.
 
     Args:
-        settings: What it is told.
+        settings: The settings of the job.
         weights: The initial global model: see `initial_model`.
         num_clients: How many contributions a round needs if the settings say nothing; None: one of each client that
             was sent the model.
@@ -91,7 +91,7 @@ class Job(JobRounds):
             raise
 
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
-        """START_ROUND; a handler may replace the global model. Whatever was validated, it is the one in the context.
+        """START_ROUND; a handler may replace the global model, which is in the context again after a validation.
 
         Args:
             number: The round, from 0.
@@ -99,7 +99,7 @@ class Job(JobRounds):
 
         Raises:
             ContributionError: These are no model of the job's schema.
-            HandlerError: A handler raised, or set what is none, with `on_handler_error="raise"`.
+            HandlerError: A handler raised, or set what is no model, with `on_handler_error="raise"`.
             OutOfTurnError: The round before is not over, and contributions to it would be lost.
         """
         self._end_validation()
@@ -111,13 +111,13 @@ class Job(JobRounds):
         return self.ctx.get_prop(ContextKey.STOP) is not None
 
     def begin_validation(self, model: str = FINAL_MODEL, weights: FrozenWeights | None = None) -> None:
-        """From now on results on this model come in; the model in the context is the one that is validated.
+        """Begins the validation of a model: the context shows it, and results on it may come in.
 
         Args:
-            model: `FINAL_MODEL`, the first one: the global model after the last round. The round in the context is
-                then the one in which clients would have received it: the number of rounds run. Or a client's name,
-                for its local best, or `GLOBAL_BEST`.
-            weights: Its weights; None: the global model's.
+            model: `FINAL_MODEL`, which comes first, is the global model after the last round. The round in the context
+                is then the number of rounds run, the round in which clients would have received it. A client's name
+                stands for its local best model, `GLOBAL_BEST` for the best model of the job.
+            weights: The weights of the model; None: those of the global model.
 
         Raises:
             OutOfTurnError: A round is not over, and contributions to it would be lost.
@@ -165,7 +165,7 @@ class Job(JobRounds):
         return checked
 
     def note_validation_result(self, result: ValidationResult) -> None:
-        """RECEIVE_VALIDATION_RESULTS: a result is right, and the context lists it after those on the same model.
+        """RECEIVE_VALIDATION_RESULTS: the context lists a checked result after the others on the same model.
 
         Raises:
             HandlerError: A handler raised, with `on_handler_error="raise"`.
@@ -191,7 +191,7 @@ class Job(JobRounds):
             )
 
     def finish(self) -> None:
-        """The work is done: what handlers put into the context from here on is not in the result.
+        """Fixes the result: what handlers put into the context from now on is not in it.
 
         Raises:
             NothingAggregatedError: Rounds were run, and none of them made a new global model.
@@ -203,7 +203,7 @@ class Job(JobRounds):
         self._refuse_untrained()
 
     def result(self) -> JobResult:
-        """What the job leaves behind, or has so far."""
+        """The result of the job, or its result so far."""
         return replace(
             self._so_far() if self._result is None else self._result, handler_failures=tuple(self.handler_failures)
         )
@@ -214,12 +214,12 @@ class Job(JobRounds):
             return ()
         self._over = True
         self.ctx.pop(ContextKey.CONTRIBUTOR, None)
-        self.ctx.set_model(self._model)  # while others' models are validated, it is one of theirs
+        self.ctx.set_model(self._model)  # during a cross-site validation it is a client's model
         at_the_end = self.ctx.snapshot()
         try:
             failures = shut_down(self.handlers, self.ctx)
         finally:
-            self.ctx.mend(at_the_end)  # handlers may have tidied up, and the result is still to be read from it
+            self.ctx.mend(at_the_end)  # handlers may have removed what the result is read from
         self.record_late(failures)
         return failures
 
@@ -252,9 +252,9 @@ class Job(JobRounds):
             raise late
 
     def _leave_result(self, error: BaseException) -> None:
-        """Puts what there is so far into the error that ends the job, `SystemExit` of a handler of its own included."""
+        """Puts the result so far into the error that ends the job, or into the `SystemExit` that a handler raised."""
         if not isinstance(error, FedLearnError) and isinstance(error, Exception):
-            return  # of the caller's own loop
+            return  # an error of the caller's own loop
         ended: Any = error
         ended.result = self._result_of_broken_job()
         if isinstance(error, SystemExit):
@@ -265,14 +265,14 @@ class Job(JobRounds):
             )
 
     def _result_of_broken_job(self) -> JobResult:
-        """What there is so far, with the report of a round that did not come to its end."""
+        """The result so far, with the report of a round that did not come to its end."""
         result, under_way = self.result(), self.ctx.get_prop(ContextKey.REPORT)
         if under_way is None or any(report.round == under_way.round for report in result.reports):
             return result
         return replace(result, reports=(*result.reports, under_way))
 
     def _end_validation(self) -> None:
-        """The model in the context is the global one again, whatever was validated."""
+        """Ends a validation: the model in the context is the global model again."""
         if self._validated == FINAL_MODEL:
             self._final_metrics = self.ctx[ContextKey.METRICS]
         self._validated = None
@@ -287,7 +287,7 @@ class Job(JobRounds):
             raise error
 
     def _so_far(self) -> JobResult:
-        # Handlers still score the final model while it is the one that is validated.
+        # While the final model is validated, handlers publish its scores in the context.
         final: Any = self.ctx[ContextKey.METRICS] if self._validated == FINAL_MODEL else self._final_metrics
         return JobResult(
             weights=self._weights,

@@ -64,11 +64,11 @@ class JobEvents:
         return self._schema
 
     def change_schema(self, schema: Schema) -> None:
-        """From the next round on the global model, which `start_round` is given, has other names, shapes or dtypes."""
+        """From the next `start_round` on, the global model has this schema."""
         self._schema = schema
 
     def declare_score(self, metric: str | None, mode: str | None) -> None:
-        """Tells handlers, before STARTUP or the first score, by which metric models are selected, and what is better.
+        """Tells handlers, before STARTUP or the first score, by which metric models are selected, and its direction.
 
         Raises:
             ValueError: `mode` is neither `"max"` nor `"min"` nor None.
@@ -81,12 +81,12 @@ class JobEvents:
 
     @property
     def report(self) -> RoundReport:
-        """The report of the round, as the context has it."""
+        """The report of the round, which is in the context."""
         report: RoundReport = self.ctx[ContextKey.REPORT]
         return report
 
     def update_report(self, **changes: Any) -> None:
-        """Binds a report with some fields replaced."""
+        """Replaces some fields of the report in the context."""
         self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
 
     def register(self, name: str) -> None:
@@ -94,7 +94,7 @@ class JobEvents:
 
         Raises:
             UnknownContributorError: That cannot be the name of a client.
-            HandlerError: With `on_handler_error="raise"`, here and in all that follow.
+            HandlerError: A handler raised, with `on_handler_error="raise"`; so in every method that fires an event.
         """
         self.clients[check_contributor(name)] = None
         self.fire(EventType.CLIENT_REGISTER, name)
@@ -121,9 +121,10 @@ class JobEvents:
         logger.error("%s %s: %s", printable(name), what, described(error), exc_info=error)
 
     def record(self, failures: Sequence[HandlerFailure]) -> None:
-        """Keeps failures of handlers for the report and the result, each without what its traceback would keep alive.
+        """Keeps failures of handlers for the report and the result.
 
-        With `on_handler_error="raise"` whoever is raised the error still finds where it happened.
+        Their tracebacks are dropped, since they keep weights alive; not with `on_handler_error="raise"`, where the
+        error that is raised has to show where it happened.
         """
         if self.on_handler_error != "raise":
             for failure in failures:
@@ -133,7 +134,7 @@ class JobEvents:
             self.update_report(handler_failures=(*self.report.handler_failures, *failures))
 
     def fire(self, event: str, contributor: str | None = None) -> None:
-        """Fires an event that may not replace the global model.
+        """Fires an event in which handlers cannot replace the global model.
 
         Args:
             event: The event.
@@ -154,10 +155,10 @@ class JobEvents:
         self.ctx.set_model(self._model)
 
     def _fire_and_adopt(self, event: str) -> None:
-        """Fires an event in which a handler may replace the global model; keeps what it put there.
+        """Fires an event in which a handler may replace the global model, and keeps the new one.
 
         Raises:
-            HandlerError: As in `fire`; so it is where what a handler put there is not a model of the schema.
+            HandlerError: As in `fire`; also if a handler set something that is no model of the schema.
         """
         before, who = self.ctx.get_model(), f"model set by a handler at {event}"
         self.ctx.adopt = lambda model: ModelData(
@@ -185,10 +186,10 @@ class JobEvents:
 
 
 def nothing_aggregated(reports: Sequence[RoundReport]) -> NothingAggregatedError | None:
-    """The error of a job whose rounds are over and in which none of them made a new global model.
+    """The error by which a job ends in which no round made a new global model.
 
     Returns:
-        None if there was one, or if no round failed.
+        None if a round made one, or if no round failed.
 
     Example:
         >>> refused = ClientFailure("site-1", ValueError("site-1: no number of examples"))

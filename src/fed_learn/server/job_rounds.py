@@ -1,9 +1,9 @@
-"""`JobRounds`: the global model and the rounds of a job, whoever aggregates.
+"""`JobRounds`: the global model and the rounds of a job.
 
-Either the job itself receives contributions (`receive`) and averages them (`aggregate`), or it is told at each moment
-what something else has made of them: `note`, `refuse`, `before_aggregation`, `note_aggregation`, `end_aggregation`.
-`receive` and `aggregate` are made of just these. How contributions are checked and combined is left to `Round`; clients
-and handlers to `JobEvents`; what comes before the first round and after the last to `Job`.
+Either the job itself receives contributions (`receive`) and averages them (`aggregate`), or another stack does, and
+tells the job at each moment what has happened: `note`, `refuse`, `before_aggregation`, `note_aggregation`,
+`end_aggregation`. `receive` and `aggregate` call these methods too. How contributions are checked and combined is left
+to `Round`; clients and handlers to `JobEvents`; what comes before the first round and after the last to `Job`.
 """
 
 import logging
@@ -45,14 +45,14 @@ class JobRounds(JobEvents):
     """The global model, the contributions of the round, and a report of each round.
 
     Args:
-        settings: What the job is told.
+        settings: The settings of the job.
         weights: The initial global model: see `initial_model`.
         num_clients: How many contributions a round needs if the settings say nothing; None: one of each client that
             was sent the model.
 
     Attributes:
         settings: As given.
-        aggregated_elsewhere: Whether a round was aggregated by something else than this job.
+        aggregated_elsewhere: Whether another stack has aggregated a round in the place of this job.
     """
 
     def __init__(self, settings: JobSettings, weights: WeightDict, num_clients: int | None = None) -> None:
@@ -72,7 +72,7 @@ class JobRounds(JobEvents):
         self._round_started = 0.0
         self._in_round = False
         self._aggregated = False
-        self._unanswered = 0  # contributions of the round that no attempt to aggregate has met
+        self._unanswered = 0  # contributions accepted since the last attempt to aggregate
         self._begin(None)
 
     @property
@@ -96,7 +96,7 @@ class JobRounds(JobEvents):
 
         Raises:
             ContributionError: These are no model of the job's schema.
-            HandlerError: A handler raised, or set what is none, with `on_handler_error="raise"`.
+            HandlerError: A handler raised, or set what is no model, with `on_handler_error="raise"`.
             OutOfTurnError: The round before is not over, and contributions to it would be lost.
         """
         self._check_answered("start_round")
@@ -120,7 +120,7 @@ class JobRounds(JobEvents):
         self._fire_and_adopt(EventType.START_ROUND)
 
     def send_model(self, name: str) -> None:
-        """SEND_MODEL: the client is about to be sent the global model (or that which is to be validated)."""
+        """SEND_MODEL: the client is about to be sent the global model, or the model that it is to validate."""
         self._asked[name] = None
         self.fire(EventType.SEND_MODEL, name)
 
@@ -129,10 +129,10 @@ class JobRounds(JobEvents):
 
         Args:
             name: The client that was asked.
-            sent: A `Contribution`; or what went wrong: a `ContributionError` means that it could not make one, and is
-                a refusal; a `MetricError` or any other exception, that the client failed: it leaves the job
-                (CLIENT_QUIT). Anything else
-                is refused. A streaming server has used the weights when this returns.
+            sent: A `Contribution`. Or an exception: a `ContributionError` means that the client could not make a
+                contribution, and is a refusal; a `MetricError` or any other exception means that the client failed,
+                and it leaves the job (CLIENT_QUIT). Anything else is refused. A streaming server needs the weights no
+                more when this returns.
 
         Returns:
             The contribution as accepted, or None.
@@ -160,7 +160,7 @@ class JobRounds(JobEvents):
 
         Args:
             name: The client.
-            contribution: What it sent; None if that was none.
+            contribution: What it sent; None if that was no contribution.
             refusal: Why it is refused; None: it is accepted.
 
         Raises:
@@ -208,9 +208,9 @@ class JobRounds(JobEvents):
         Where clients sent different parts of the model, it is decided first which of them count; for a contribution
         that is refused now, RECEIVE_CONTRIBUTION is fired once more, with the reason.
 
-        Handlers may take contributions out of the context before, except where the server streams, and replace the
-        global model after. With too few contributions, or if the new model left the range of a dtype, the global
-        model stands, and log and report say why.
+        In BEFORE_AGGREGATION handlers may take contributions out of the context, except where the server streams; in
+        END_AGGREGATION they may replace the global model. With too few contributions, or if the new model left the
+        range of a dtype, the global model stands, and log and report say why.
 
         Returns:
             Whether there is a new global model.
@@ -238,7 +238,7 @@ class JobRounds(JobEvents):
         return tuple(self.ctx[ContextKey.CONTRIBUTIONS])
 
     def note_aggregation(self, report: RoundReport) -> None:
-        """Takes over what is reported of the aggregation: who was in it, what it took, and why it failed if it did."""
+        """Copies into the report what another report says of the aggregation: contributors, cost, error."""
         self.update_report(
             accepted=report.accepted,
             total_weight=report.total_weight,
@@ -275,7 +275,7 @@ class JobRounds(JobEvents):
         return self.report
 
     def fail_round(self, error: Exception) -> None:
-        """Says why nothing is made of what the round has received; the global model stands, and `end_round` follows.
+        """Records why the round fails. The global model stands, and `end_round` follows.
 
         Raises:
             OutOfTurnError: No round has begun, or it is aggregated already.
@@ -286,7 +286,7 @@ class JobRounds(JobEvents):
         self._unanswered = 0
 
     def break_off_round(self) -> None:
-        """Gives up a round that an error has ended, with what was received; `start_round` begins it, or another."""
+        """Drops a round that an error has ended, and all that it received; `start_round` begins it or another again."""
         self._in_round, self._unanswered = False, 0
 
     def _judged(self, name: str, sent: object) -> tuple[Contribution | None, Exception | None]:
@@ -303,7 +303,7 @@ class JobRounds(JobEvents):
             unreadable.__cause__ = as_failure(error)
             logger.error("%s", unreadable, exc_info=error)
             refusal = without_tracebacks(unreadable)
-        # What handlers see of it: everything but its weights.
+        # Handlers see everything of it but its weights.
         return _without_weights(sent), refusal
 
     def _aggregate(self) -> bool:
@@ -334,7 +334,7 @@ class JobRounds(JobEvents):
             raise refused[0][1]
 
     def _enough(self, count: int, taken: int = 0) -> bool:
-        """Whether so many contributions are enough for a round, of which handlers took some out."""
+        """Whether a round has enough contributions, after handlers took some out; logs and records if it has not."""
         error = self._round.too_few(count, self.required, max(0, taken))
         if error is None:
             return True
@@ -343,7 +343,7 @@ class JobRounds(JobEvents):
         return False
 
     def _begin(self, number: int | None) -> RoundReport:
-        """Another round, of the global model as it is; its report so far."""
+        """Makes a new `Round` with the global model as it is, and returns its report."""
         self._round = Round(self.settings.aggregation, number=number, model=self._weights, told=self._told)
         return self._round.report
 
@@ -385,7 +385,7 @@ class JobRounds(JobEvents):
             raise OutOfTurnError(f"{what}: round {self.report.round + 1} is aggregated already")
 
     def _check_answered(self, what: str) -> None:
-        """Raises if contributions have been accepted that nothing was made of, and no error says why."""
+        """Raises if contributions have been accepted, and nobody has tried to aggregate them."""
         if self._unanswered and not self.aggregated_elsewhere:
             raise OutOfTurnError(
                 f"{what}: aggregate comes first, for contributions to round {self.report.round + 1} have been accepted"
@@ -393,7 +393,7 @@ class JobRounds(JobEvents):
 
 
 def _without_weights(sent: object) -> Contribution | None:
-    """What a client sent but for its weights; None if it was none, or cannot be looked at."""
+    """What a client sent, without its weights; None if it was no contribution, or cannot be read."""
     try:
         return sent.without_weights() if isinstance(sent, Contribution) else None
     except BaseException as error:  # noqa: BLE001 - from outside; the refusal says what is wrong with it

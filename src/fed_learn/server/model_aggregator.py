@@ -18,7 +18,7 @@ __all__ = ["Aggregator", "ModelAggregator"]
 class ModelAggregator(Aggregator):
     """Adds the mean of the differences to the global model, each weighed by its iterations.
 
-    The weight of a contribution is `n_iter` times that of its contributor; the arithmetic that of
+    A contribution counts by `n_iter` times the factor of its contributor. The arithmetic is that of
     `fed_learn.weighted_average`.
 
     Args:
@@ -48,10 +48,10 @@ class ModelAggregator(Aggregator):
         self.exact = exact
 
     def check(self, contribution: Contribution) -> None:
-        """Refuses one without `n_iter`.
+        """Refuses a contribution without `n_iter`, by which it would be weighed.
 
         Raises:
-            MetricError: By it contributions are weighed.
+            MetricError: It has none, or a negative one.
         """
         who, n_iter = contribution.contributor, contribution.n_iter
         if n_iter is None or n_iter < 0:
@@ -79,7 +79,7 @@ class ModelAggregator(Aggregator):
         return False
 
     def _weighed(self, item: FLContext, schema: Schema) -> Contribution:
-        """The contribution of what is averaged in it, by the weight that it has here."""
+        """The contribution with the variables that are averaged, and with the weight by which it counts here."""
         contribution: Contribution = item.get_prop(ContextKey.CONTRIBUTION)
         self.check(contribution)
         who = contribution.contributor

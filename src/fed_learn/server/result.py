@@ -1,4 +1,4 @@
-"""What a job leaves behind."""
+"""`JobResult`: what a job has made, and what happened in it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class JobResult:
         metrics: Scores that handlers published on the final model.
         cross_site: Model → client → that client's validation metric on the model. The models are the clients' local
             bests, by client name, and the job's best as `global_best`.
-        validation_results: All results behind it, and those on the final model.
+        validation_results: All results behind `cross_site`, and those on the final model.
         quits: Clients that left before the end, and why.
         handler_failures: Every handler that raised, in order.
         stop_reason: Why the job ended before its last round, or None.

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_job(job: Job, clients: ClientPool) -> None:
-    """Every moment of a job that has begun, up to the last CLIENT_QUIT.
+    """Runs a job that has begun, up to the last CLIENT_QUIT.
 
     Raises:
         ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
@@ -53,7 +53,7 @@ def _run_round(job: Job, clients: ClientPool, number: int) -> None:
     for name in clients:
         job.send_model(name)
     for name, answer in clients.ask(lambda client: client.train_round(number, lambda: weights)):
-        # Clients send one contribution; what a faulty one sends on top is received and refused.
+        # A client sends one contribution; whatever a faulty one sends besides is received too, and refused.
         given: Any = answer
         sent = list(given) if type(given) in (list, tuple) else [given] if given is not None else []
         if not sent:

@@ -51,12 +51,12 @@ class JobSettings:
 
 
 def initial_model(weights: WeightDict, kind: Kind) -> FrozenWeights:
-    """The first global model of a job, an own copy.
+    """The first global model of a job, a copy of its own.
 
     Args:
-        weights: Arrays or tensors. Values that are not finite are constants, as in a mask of −inf. Empty: nobody knows
-            the model yet.
-        kind: Of the contributions that will come.
+        weights: Arrays or tensors. Values that are not finite are constants, as in a mask of −inf. Empty: the model
+            is not known yet.
+        kind: The kind of the contributions that will come.
 
     Raises:
         ContributionError: It is no weight dict, or holds dtypes or values that cannot be averaged.
@@ -76,12 +76,12 @@ def initial_model(weights: WeightDict, kind: Kind) -> FrozenWeights:
 def checked_model(
     weights: object, schema: Schema | None, who: str, *, constants: WeightDict | None = None
 ) -> FrozenWeights:
-    """A global model that comes from outside, in the order of the schema. Copied, unless it is frozen.
+    """A global model that a handler or another stack gives, in the order of the schema. Copied, unless it is frozen.
 
     Args:
         weights: Should be a weight dict.
-        schema: What it must have; None or empty: nobody knows.
-        who: Whose it is, for the error.
+        schema: Names, shapes and dtypes that it must have; None or empty: not known.
+        who: What errors call it.
         constants: The global model before; what is not finite in it may stay as it is.
 
     Raises:

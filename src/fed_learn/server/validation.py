@@ -1,4 +1,4 @@
-"""What clients measure on a model that they are sent for validation, checked."""
+"""The check of what clients measure on a model that they are sent for validation."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ from fed_learn.values import split_metrics
 
 
 def checked_result(name: str, model: str, result: object, others: Sequence[ValidationResult] = ()) -> ValidationResult:
-    """The result of a validation with plain numbers.
+    """The result of a validation, checked, with plain numbers.
 
     Raises:
         UnknownContributorError: That cannot be the name of a client.
-        MetricError: It is none of this client on this model, or lacks the metric to select by; or one of the client is
-            among the others already.
+        MetricError: It is no result of this client on this model, or lacks the metric to select by; or `others` hold a
+            result of this client already.
     """
     check_contributor(name)
     if not isinstance(result, ValidationResult) or (result.contributor, result.model) != (name, model):

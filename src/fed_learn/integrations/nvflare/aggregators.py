@@ -55,7 +55,7 @@ KINDS = {DataKind.WEIGHTS: Kind.FULL, DataKind.WEIGHT_DIFF: Kind.DIFF}
 
 
 class _Averaging:
-    """What the two aggregators share: settings, the round's intake, and what they read from NVFlare's events."""
+    """What the two aggregators share: settings, the round, and what they read from NVFlare's events."""
 
     def __init__(
         self,
@@ -120,9 +120,9 @@ class _Averaging:
         self._reports: list[RoundReport] = []
 
     def handle_event(self, event_type: str, fl_ctx: FLContext) -> None:
-        """Learns of the round and the global model, where NVFlare sends events; no average depends on it.
+        """Reads the round and the global model from NVFlare's events. Averages do without where there are none.
 
-        At the end of a workflow in which no round was aggregated it ends the job with an error.
+        At the end of a workflow in which no round was aggregated, the job is ended with an error.
         """
         super().handle_event(event_type, fl_ctx)  # type: ignore[misc] # of NVFlare's class beside this one
         if event_type == EventType.START_RUN:
@@ -143,7 +143,7 @@ class _Averaging:
             self._learn_round(fl_ctx)
 
     def _learn_round(self, fl_ctx: FLContext) -> None:
-        """Takes over the round of a context that states one; what another round has left behind is forgotten."""
+        """Reads the round from a context that states one; a new round drops the contributions of another."""
         number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         with self._lock:
             if number is not None and number != self._number:
@@ -168,16 +168,16 @@ class _Averaging:
         return self._round
 
     def _matched(self, names: Iterable[Any]) -> frozenset[str]:
-        """Those names that `exclude_vars` matches: of the global model, or of a mean. A user's pattern may be slow.
+        """The names of the global model, or of a mean, that `exclude_vars` matches.
 
-        So no name reaches it that a client has made up, and that has not passed all checks.
+        A user's pattern may be slow on names made for that, so it never sees a client's names before all checks.
         """
         if self._excluded is None:
             return frozenset()
         return frozenset(name for name in names if isinstance(name, str) and self._excluded.search(name))
 
     def _averaged_part(self, weights: Any, who: Any) -> Any:
-        """Without the excluded variables of the global model; what is no dict is left for the checks to refuse."""
+        """Weights without the excluded variables; what is no dict is left for the checks to refuse."""
         if not self._skipped or not isinstance(weights, Mapping):
             return weights
         return {name: value for name, value in items_of(weights, label_of(who)).items() if name not in self._skipped}
@@ -220,7 +220,7 @@ class _Averaging:
         """The contribution that a client sent, with all that NVFlare tells about it.
 
         Raises:
-            ContributionError: Its weight cannot be told, or its weights are not plain.
+            ContributionError: Its number of steps is bad, or its weights are not plain.
         """
         algorithm, steps = meta.get(MetaKey.PROCESSED_ALGORITHM), meta.get(MetaKey.NUM_STEPS_CURRENT_ROUND)
         if algorithm is not None:
@@ -247,7 +247,7 @@ class _Averaging:
         )
 
     def _tell_of_metrics(self, who: Any, numbers: Mapping[str, float], others: Mapping[str, Any]) -> None:
-        """Says once for each metric of a client that it is not in the mean."""
+        """Logs once for each client and metric that the metric is left out of the mean."""
         for name, value in others.items():
             self._told.once(
                 ("metric", who, name),
@@ -324,7 +324,7 @@ class _Averaging:
             return mean, _mean_metrics(chosen), report
 
     def _combined(self, this: Round, chosen: Sequence[Contribution]) -> dict[str, Any] | None:
-        """What the rule makes of some of the contributions; None if the round fails, of which its report says why."""
+        """Some of the contributions, combined; None if the round fails: its report says why."""
         names = [one.contributor for one in chosen]
         error: Exception | None = this.too_few(len(names), self.min_contributions, len(this.accepted) - len(names))
         if error is not None:
@@ -339,7 +339,7 @@ class _Averaging:
         return {name: made[name] for name in combined.sent if name in made}
 
     def _completed(self, mean: dict[str, Any]) -> dict[str, Any]:
-        """The whole new global model, for which NVFlare takes the average: what was not averaged stays as it is."""
+        """The mean with all other variables of the global model, since NVFlare takes it for the new global model."""
         if self._global is not None:
             return mean if len(mean) == len(self._global) else {**self._global, **mean}
         if self._skipped:
@@ -394,7 +394,7 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
         exact: Exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
         stream: Add each model to float64 sums as it comes, in order of arrival, and keep none. Otherwise the models are
-            kept until the round is over and added in the order of the clients' names: the same bits whoever is first,
+            kept until the round is over and added in the order of the clients' names: the same bits whichever is first,
             in one pass, but in the memory of all of them. What is handed over must then be left as it is, as NVFlare
             leaves it.
 
@@ -450,9 +450,9 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
 class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc]
     """Averages shareables that hold a DXO: the aggregator of NVFlare's `ScatterAndGather`, by its component id.
 
-    The same as `WeightedAverageAggregator`, with the same arguments, but that differences are expected
-    (`expected_data_kind="WEIGHT_DIFF"`), as by NVFlare's `InTimeAccumulateWeightedAggregator`, and that `accept`
-    returns False for what is refused. Collections of DXOs are refused.
+    It has the arguments of `WeightedAverageAggregator` and does the same, but it expects differences
+    (`expected_data_kind="WEIGHT_DIFF"`), as NVFlare's `InTimeAccumulateWeightedAggregator` does, and `accept` returns
+    False for what is refused. Collections of DXOs are refused.
 
     Example:
         >>> import numpy as np
@@ -544,7 +544,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
 
 
 def _mean_metrics(contributions: Iterable[Contribution]) -> dict[str, float]:
-    """The weighted mean of each metric over those contributions that count, and in which it is a finite number."""
+    """The weighted mean of each metric over the contributions that count and have a finite number for it."""
     numbers: dict[str, list[float]] = {}
     weights: dict[str, list[float]] = {}
     for contribution in contributions:

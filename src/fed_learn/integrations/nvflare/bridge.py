@@ -63,12 +63,12 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
 
     Args:
         handlers: Handlers; or, in a job's JSON, ids of components that are handlers.
-        key_metric: Which of the clients' metrics is theirs on the model that they received: handlers see it as
+        key_metric: Name of the metric that clients measure on the model as they received it: handlers see it as
             `initial_validation_metric` too.
         on_handler_error: `"raise"` ends the job when a handler raised (NVFlare's `system_panic`); `"log"` goes on. Both
             log and record it.
-        mode: `"max"` or `"min"`: which `key_metric` is better, for handlers that are not told otherwise; None: nobody
-            says.
+        mode: `"max"` or `"min"`: which `key_metric` is better, for handlers that are not told otherwise; None: not
+            said.
 
     Raises:
         TypeError: A handler lacks `handle_event` or `rollback`.
@@ -116,10 +116,10 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         }
 
     def add_to_fed_job(self, job: Any, ctx: Any, **kwargs: Any) -> Any:
-        """How NVFlare's job API adds it: each handler as a component, and the bridge with their ids.
+        """Called by NVFlare's job API: adds each handler as a component, and the bridge with their ids.
 
-        NVFlare copies the source of what a job uses into the job. It is told to leave out this package, which has to be
-        installed where the job runs.
+        NVFlare copies the source of what a job uses into the job. This package is left out: it has to be installed
+        where the job runs.
         """
         del kwargs
         job.set_app_packages(sorted({*job.job.app_packages, "fed_learn"}))
@@ -150,7 +150,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
             as_failure(error)
             self._failed = True
             self.log_exception(fl_ctx, f"at {event_type}: {described(error)}")
-            # Outside of the lock: whoever acts on this may wait for something that waits for us.
+            # Outside of the lock: what acts on this event may wait for a thread that waits for the lock.
             self.system_panic(f"HandlerBridge at {event_type}: {text_of(error) or type(error).__name__}", fl_ctx)
             return
         if announce and self._announced is not None:
@@ -261,16 +261,16 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         job.quit(name, ClientQuitError(f"{name}: disconnected", contributor=name))
 
     def _end_workflow(self, job: FollowedJob, fl_ctx: FLContext) -> None:
-        """Ends the job if its training was in vain, unless it ends with an error already.
+        """Ends the job with an error if no round was aggregated, unless it ends with an error already.
 
-        It is also a moment at which the best model may have changed: when all have scored the final model.
+        The best model may have changed by now: all clients have scored the final model.
         """
         error = nothing_aggregated(job.reports)
         if error is not None and not fl_ctx.get_prop(FLContextKey.FATAL_SYSTEM_ERROR):
             raise error
 
     def _best_changed(self, event_type: str) -> bool:
-        """Whether to tell NVFlare of a new best model; at moments at which its global model is that model."""
+        """Whether NVFlare is told of a new best model, at an event at which its global model is that model."""
         best = None if self.job is None else self.job.ctx.best_model
         if best is None or best is self._announced:
             return False
@@ -281,7 +281,7 @@ class HandlerBridge(FLComponent):  # type: ignore[misc] # NVFlare has no type in
         return True
 
     def _named(self, metrics: Any) -> dict[str, float]:
-        """The metrics, the one to select by also under its usual name."""
+        """The metrics, with `key_metric` as `initial_validation_metric` too."""
         named = dict(metrics)
         if self.key_metric in named:
             named.setdefault(INITIAL_VALIDATION_METRIC, named[self.key_metric])
@@ -295,10 +295,10 @@ def _peer(fl_ctx: FLContext) -> str:
 
 
 def _read(name: str, result: Any, number: int | None) -> Contribution | None:
-    """What can be told of a contribution that another aggregator took; None of what cannot be read."""
+    """What is known of a contribution that another aggregator took; None if it cannot be read."""
     try:
         model: FLModel = FLModelUtils.from_shareable(result)
-    except BaseException as error:  # noqa: BLE001 - from outside; the aggregator judges it, and not this
+    except BaseException as error:  # noqa: BLE001 - from outside; the aggregator judges it, not the bridge
         as_failure(error)
         return None
     steps = (model.meta or {}).get(MetaKey.NUM_STEPS_CURRENT_ROUND)

@@ -1,4 +1,4 @@
-"""A workflow that follows the training: the clients score the model that it ended with."""
+"""`FinalValidation`: a workflow after the training, in which the clients score the final model."""
 
 from typing import Any
 
@@ -50,7 +50,7 @@ class FinalValidation(Controller):  # type: ignore[misc] # NVFlare has no type i
         """Nothing to prepare."""
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Takes back what is unanswered."""
+        """Cancels tasks that have not been answered."""
         self.cancel_all_tasks(fl_ctx=fl_ctx)
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:

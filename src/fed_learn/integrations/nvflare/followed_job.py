@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class FollowedJob(Job):
-    """A job whose contributions something else aggregates: it is told of them, without their weights.
+    """A job whose contributions NVFlare aggregates. It is told of them, without their weights.
 
     The global model is NVFlare's, whatever its names and shapes: the context holds a copy, and nothing while it is not
     known. What a handler replaces it by is written into NVFlare's own dict.
@@ -46,18 +46,18 @@ class FollowedJob(Job):
             raise
 
     def register(self, name: str) -> None:
-        """CLIENT_REGISTER, once for each client; which names there can be is NVFlare's to say."""
+        """CLIENT_REGISTER, once for each client. Names are not checked: NVFlare has given them."""
         if name not in self.clients:
             self.clients[name] = None
             self.fire(EventType.CLIENT_REGISTER, name)
 
     def quit(self, name: str, error: Exception | None = None) -> None:
-        """CLIENT_QUIT, once: a client is done, or is gone."""
+        """CLIENT_QUIT, once for each client: it is done, or has disconnected."""
         if name in self.clients:
             super().quit(name, error)
 
     def log_failure(self, name: str, error: Exception, what: str) -> None:
-        """NVFlare has said so."""
+        """Logs nothing: NVFlare has done so."""
 
     def start_round(self, number: int, weights: WeightDict | None = None, *, num_rounds: int | None = None) -> None:
         """START_ROUND.
@@ -78,7 +78,7 @@ class FollowedJob(Job):
         super().start_round(number)
 
     def show(self, weights: WeightDict | None) -> None:
-        """Makes a copy of the weights, arrays or tensors, the global model; None: it is not known."""
+        """Takes a copy of these weights, arrays or tensors, as the global model; None: it is not known."""
         self._adopt(_copied(weights))
 
     def note(self, name: str, contribution: Contribution | None, refusal: Exception | None = None) -> None:
@@ -93,7 +93,7 @@ class FollowedJob(Job):
 
         Raises:
             HandlerError: A handler raised, with `on_handler_error="raise"`.
-            FedLearnError: A handler did more than to take some out, such as to weigh one anew.
+            FedLearnError: A handler did more than take some out; it changed a weight, for example.
         """
         self.update_report(absent=tuple(self._asked))
         before = self._contributions()
@@ -129,13 +129,13 @@ class FollowedJob(Job):
         return report
 
     def begin_final(self, weights: WeightDict | None) -> None:
-        """From now on results on the final model come in; its round is the one after the last that was run."""
+        """Begins the validation of the final model; its round is the one after the last that was run."""
         self.show(weights)
         self.begin_validation()
         self.ctx.set_prop(ContextKey.ROUND, self.reports[-1].round + 1 if self.reports else 0)
 
     def receive_result(self, name: str, metrics: dict[str, float], model: str = FINAL_MODEL) -> None:
-        """RECEIVE_VALIDATION_RESULTS: a client's numbers on a model. The context holds the final model alone."""
+        """RECEIVE_VALIDATION_RESULTS: a client's numbers on a model, which the context shows if it is the final one."""
         held = self.ctx.get_model()
         if model != FINAL_MODEL:
             self.ctx.set_model(None)
@@ -161,7 +161,7 @@ class FollowedJob(Job):
 
     def _begin(self, number: int | None) -> RoundReport:
         super()._begin(number)
-        return RoundReport(-1 if number is None else number)  # who aggregates says by which kernel
+        return RoundReport(-1 if number is None else number)  # the aggregator's report says by which kernel
 
     def _adopt(self, weights: FrozenWeights) -> None:
         self._schema = Schema.of(weights)

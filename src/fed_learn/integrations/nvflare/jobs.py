@@ -1,4 +1,4 @@
-"""Handlers into a job in one call."""
+"""`add_handlers`: gives an NVFlare job handlers, in one call."""
 
 import warnings
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ def add_handlers(
     Args:
         recipe: An NVFlare `Recipe` or `FedJob`.
         handlers: The handlers.
-        key_metric: See `HandlerBridge`.
-        on_handler_error: See `HandlerBridge`.
-        mode: See `HandlerBridge`.
+        key_metric: Name of the metric that clients measure on the model as they received it.
+        on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
+        mode: `"max"` or `"min"`: which `key_metric` is better, for handlers not told otherwise; None: not said.
         score_final_model: Add `FinalValidation` too.
 
     Warns:

@@ -33,7 +33,7 @@ class Outcome:
     """What became of a contribution.
 
     Attributes:
-        contribution: It, without its weights; None if it was none.
+        contribution: The contribution without its weights; None if what came was no contribution.
         refusal: Why it was refused, or None.
         settle: To be called when all contributions of the round are in: refuses those that cannot be averaged with the
             others, and returns who that is and why. Calling it again does nothing more.
@@ -60,7 +60,7 @@ def put(fl_ctx: Any, key: str, value: object) -> None:
 
 
 def taken(fl_ctx: Any, key: str) -> Any:
-    """The prop, which is set to None."""
+    """Returns a prop, and sets it to None."""
     value = fl_ctx.get_prop(key)
     if value is not None:
         put(fl_ctx, key, None)
@@ -81,7 +81,7 @@ def scores_in(answer: Shareable) -> dict[str, float]:
     before or after that. (In training, metrics beside weights are by NVFlare's convention those of the model received.)
 
     Raises:
-        FedLearnError: There are none, for the reason that the message tells.
+        FedLearnError: There are none; the message says why.
 
     Example:
         >>> from nvflare.apis.dxo import DXO, DataKind
@@ -115,7 +115,7 @@ def numbers_in(metrics: object) -> dict[str, float]:
 
 
 def split(metrics: object) -> tuple[dict[str, float], dict[str, Any]]:
-    """The metrics that are numbers, see `numbers_in`, and those that are none, as plain values.
+    """The metrics that are numbers, as `numbers_in` counts them, and all others as plain values.
 
     Example:
         >>> split({"accuracy": 0.5, "confusion": [[1, 2]], "converged": True})
