@@ -291,7 +291,7 @@ def test_a_client_that_left_one_job_takes_part_in_the_next() -> None:
     assert [report.accepted for report in second.reports] == [("a", "b"), ("a",)]
 
 
-# A client by itself, as in a loop of one's own
+# A client by itself, driven by your own loop
 
 
 def test_a_client_can_be_driven_without_a_server() -> None:

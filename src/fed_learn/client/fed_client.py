@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class FederatedClient:
     """One client: asks for the global model, validates it, trains, contributes; later validates others' models.
 
-    `FederatedServer.run` calls these methods; a loop of one's own may as well. Each fires the client's events
+    `FederatedServer.run` calls these methods; your own loop may call them as well. Each fires the client's events
     (GET_MODEL, RECEIVE_MODEL, …) on the client's own context, to the client's own handlers.
 
     Args:

@@ -1,4 +1,4 @@
-"""Between the global weights and a model of one's own: what is loaded into it, and what comes back.
+"""Loads the global weights into a client's or an evaluator's model, and reads a contribution from it.
 
 The global weights decide which variables take part. Those that the model has beside them stay local.
 """

@@ -286,7 +286,7 @@ class JobRounds(JobEvents):
         self._unanswered = 0
 
     def break_off_round(self) -> None:
-        """Drops a round that an error has ended, and all that it received; `start_round` begins it or another again."""
+        """Drops a round, and all that it received, after an error. `start_round` begins it again, or another."""
         self._in_round, self._unanswered = False, 0
 
     def _judged(self, name: str, sent: object) -> tuple[Contribution | None, Exception | None]:
