@@ -159,7 +159,7 @@ def simulate(
         "dataset": dataset.value,
         "framework": framework.value,
         "clients": clients,
-        "rounds": demo.server.settings.num_rounds,
+        "rounds": demo.server.num_rounds,
         "alpha": alpha,
         "seed": seed,
         "local_epochs": local_epochs,
@@ -227,7 +227,7 @@ def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
     where = (
         "interrupted"
         if report is None
-        else f"interrupted in round {report.round + 1} of {demo.server.settings.num_rounds}"
+        else f"interrupted in round {report.round + 1} of {demo.server.num_rounds}"
     )
     if not files:
         return f"{where}; nothing was written: run it again"

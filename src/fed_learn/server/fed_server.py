@@ -112,6 +112,17 @@ class FederatedServer:
         self.weights = initial_model(weights, aggregation.kind)
         self.ctx = FLContext()
 
+    @property
+    def num_rounds(self) -> int:
+        """Rounds to run."""
+        assert self.settings.num_rounds is not None
+        return self.settings.num_rounds
+
+    @property
+    def handlers(self) -> Sequence[EventHandler]:
+        """The server's handlers."""
+        return self.settings.handlers
+
     def run(self, clients: Sequence[FederatedClient], *, max_workers: int | None = None) -> JobResult:
         """Runs a job to its end.
 
@@ -165,6 +176,5 @@ class FederatedServer:
         return job
 
     def __repr__(self) -> str:
-        names = ", ".join(type(handler).__name__ for handler in self.settings.handlers)
-        rounds = self.settings.num_rounds
-        return f"FederatedServer({size_text(self.weights)}, num_rounds={rounds}, handlers=[{names}])"
+        names = ", ".join(type(handler).__name__ for handler in self.handlers)
+        return f"FederatedServer({size_text(self.weights)}, num_rounds={self.num_rounds}, handlers=[{names}])"
