@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -36,6 +37,16 @@ def test_checker_finds_nothing(command: list[str]) -> None:
 def test_examples_in_docstrings_run(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_public_methods_have_a_docstring_of_their_own_or_inherit_one(name: str) -> None:
+    module = importlib.import_module(name)
+    classes = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == name]
+    for cls in (c for c in classes if not c.__name__.startswith("_")):
+        for method, found in vars(cls).items():
+            own = isinstance(found, property) or (inspect.isfunction(found) and found.__name__ == method)
+            assert method.startswith("_") or not own or inspect.getdoc(getattr(cls, method)), f"{cls}.{method}"
 
 
 def test_there_are_examples_in_docstrings() -> None:
