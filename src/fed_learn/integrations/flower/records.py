@@ -119,6 +119,14 @@ def same_bytes(left: ArrayRecord, right: ArrayRecord) -> bool:
     return list(left) == list(right) and all(left[name].data is right[name].data for name in left)
 
 
+def same_memory(left: WeightDict, right: WeightDict) -> bool:
+    """Whether two weight dicts hold arrays at the same addresses, under the same names."""
+    return len(left) == len(right) and all(
+        name in right and array.__array_interface__["data"] == right[name].__array_interface__["data"]
+        for name, array in left.items()
+    )
+
+
 def record_bytes(record: ArrayRecord) -> int:
     """How many bytes the arrays of a record take."""
     return sum(len(array.data) for array in record.values())
