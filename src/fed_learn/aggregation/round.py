@@ -427,7 +427,7 @@ class Round:
         return frozenset(name for row in rows for name in row.averaged if name not in row.unchanged)
 
     def _names_sent(self, rows: Sequence[Checked]) -> tuple[str, ...]:
-        if self._terms.schema and (self._alike or None in [row.form for row in rows]):
+        if self._terms.schema and None in [row.form for row in rows]:
             return tuple(self._terms.schema)
         names = {name: None for row in rows for name in row.arrays}
         return tuple(name for name in self._terms.schema or names if name in names)
