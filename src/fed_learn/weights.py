@@ -240,7 +240,7 @@ def check_names(names: Collection[object], contributor: str | None = None) -> No
     if len(names) > MOST_VARIABLES:
         problem = f"more than {MOST_VARIABLES} variables, which is the most that is taken"
     else:
-        longest = max((str.__len__(name) for name in names if isinstance(name, str)), default=0)
+        longest = max([str.__len__(name) for name in names if isinstance(name, str)], default=0)
         if longest <= LONGEST_NAME:
             return
         problem = f"a variable's name has {longest} characters, at most {LONGEST_NAME} are taken"

@@ -87,7 +87,7 @@ class JobEvents:
 
     def update_report(self, **changes: Any) -> None:
         """Binds a report with some fields replaced."""
-        self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
+        self.ctx[ContextKey.REPORT] = replace(self.ctx[ContextKey.REPORT], **changes)
 
     def register(self, name: str) -> None:
         """CLIENT_REGISTER: a client takes part from now on.

@@ -328,8 +328,8 @@ class JobRounds(JobEvents):
             logger.error("round %d: %s; the global model stands", self.report.round + 1, made)
             self.update_report(error=without_tracebacks(made))
             return False
-        read = len(chosen) * sum(array.nbytes for array in made.values())
-        names = tuple(one.contributor for one in chosen)
+        read = len(chosen) * sum([array.nbytes for array in made.values()])
+        names = tuple([one.contributor for one in chosen])
         self.note_aggregation(replace(self._round.report, accepted=names, aggregation_bytes=read))
         self.end_aggregation(made)
         return True

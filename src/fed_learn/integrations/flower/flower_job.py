@@ -279,8 +279,10 @@ class FlowerJob:
         finally:
             for failure in self.job.report.rejected:
                 logger.warning("\t> Refused: %s: %s", failure.cause, text_of(failure.error))
-        if any(INITIAL_VALIDATION_METRIC in one.metrics for one in self.job.ctx.get_prop(ContextKey.CONTRIBUTIONS, ())):
-            self.selection.fix()
+        for one in self.job.ctx.get(ContextKey.CONTRIBUTIONS, ()):
+            if INITIAL_VALIDATION_METRIC in one.metrics:
+                self.selection.fix()
+                break
         self.end_round()
         if self.job.weights is not before:
             self.selection.scores = {}

@@ -8,7 +8,6 @@ Users derive classes from this one and give methods and attributes names of thei
 alone has names with two underscores, and what children replace begins with `_job_`.
 """
 
-import logging
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -34,8 +33,6 @@ from fed_learn.integrations.flower.replies import (
 from fed_learn.integrations.flower.scoring import take_final_score
 from fed_learn.server import JobResult
 from fed_learn.weights import FrozenWeights
-
-logger = logging.getLogger("flwr")
 
 
 class JobStrategy(JobLoop):
@@ -230,7 +227,7 @@ class JobStrategy(JobLoop):
         def read(name: str) -> Contribution:
             if message.has_error():
                 raise failure_of(message, reply.node)
-            if reply.stated.get(SCORES) is True:
+            if reply.records.stated.get(SCORES) is True:
                 running.scorers[reply.node] = message.metadata.message_type
             selection = running.selection
             metrics = selection.with_score(name, selection.kept(name, reply.metrics, reply.score))
@@ -239,7 +236,7 @@ class JobStrategy(JobLoop):
                 name, keys, running.job.schema, self.kind, metrics, states_round=running.states_round
             )
 
-        return running.read(reply.node, reply.claim, read)
+        return running.read(reply.node, lambda: reply.claim, read)
 
     def __receive(self, running: FlowerJob, reply: Reply, name: str, sent: Contribution | Exception) -> None:
         contribution = running.receive(reply.node, name, sent)

@@ -78,7 +78,7 @@ def to_weights(
                 expected=None,
             ) from error
         weights[name] = view
-    frozen = FrozenWeights({})
+    frozen = FrozenWeights.__new__(FrozenWeights)
     dict.update(frozen, weights)  # views of bytes: nobody can make them writeable
     return frozen
 

@@ -36,11 +36,16 @@ def take_scores(running: FlowerJob, replies: Sequence[Message], metric: str) -> 
         if running.final:
             silent += take_final_score(running, reply, metric)
         elif message.has_content():
-            score = _with_score(running, reply, metric).get(INITIAL_VALIDATION_METRIC)
-            if score is not None:
-                running.note_score(reply.node, reply.claim, score)
+            _take_score(running, reply, metric)
     if silent and named:
         logger.warning("\t> No %r of the final model from %s", metric, in_one_line(silent))
+
+
+def _take_score(running: FlowerJob, reply: Reply, metric: str) -> None:
+    """Takes a client's score of the model that it receives in the next round, if its reply holds one."""
+    score = _with_score(running, reply, metric).get(INITIAL_VALIDATION_METRIC)
+    if score is not None:
+        running.note_score(reply.node, lambda: reply.claim, score)
 
 
 def take_final_score(running: FlowerJob, reply: Reply, metric: str) -> list[str]:
@@ -54,7 +59,7 @@ def take_final_score(running: FlowerJob, reply: Reply, metric: str) -> list[str]
 
     if not message.has_error() and INITIAL_VALIDATION_METRIC not in _with_score(running, reply, metric):
         return [node_name(reply.node)]
-    running.receive_final(reply.node, reply.claim, read)
+    running.receive_final(reply.node, lambda: reply.claim, read)
     return []
 
 
