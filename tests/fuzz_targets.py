@@ -207,7 +207,7 @@ def run_reply(message: Message) -> Any:
     mean_metrics([message.content], "num-examples")
     reply = Reply(message, 1)
     _ = reply.score
-    name = reply.claim() or "node-2"
+    name = reply.claim or "node-2"
     sent = reply.contribution(name, KEYS, SCHEMA, fl.Kind.FULL, reply.metrics, states_round=True)
     return receive(sent, 0, stream=False)
 

@@ -24,8 +24,8 @@ from reference import (
 
 import fed_learn as fl
 from fed_learn.aggregation import Accumulator, weighted_average
-from fed_learn.aggregation.accumulator import MOST_BORROWED
 from fed_learn.aggregation.exact import ExactSums
+from fed_learn.aggregation.waiting import MOST_BORROWED
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.errors import (
     AggregationWeightError,
@@ -819,10 +819,10 @@ def test_at_most_so_many_borrowed_contributions_wait_and_flush_lets_go_of_them()
     arrays = [np.full(7, k, np.float32) for k in range(MOST_BORROWED + 1)]
     for k, array in enumerate(arrays[:-1]):
         accumulator.add({"w": array}, 1, borrow=True)
-        assert len(accumulator._borrowed) == (k + 1) % MOST_BORROWED
+        assert len(accumulator._waiting) == (k + 1) % MOST_BORROWED
     accumulator.add({"w": arrays[-1]}, 1, borrow=True)
     accumulator.flush()
-    assert accumulator._borrowed == []
+    assert len(accumulator._waiting) == 0
     for array in arrays:
         array[:] = np.nan
     assert accumulator.result()["w"].tolist() == [MOST_BORROWED / 2] * 7

@@ -256,7 +256,9 @@ def check_contributor(given: Any) -> str:
         raise UnknownContributorError(f"contributor {brief(given)} is not a name", contributor=None)
     if len(name) > LONGEST_CONTRIBUTOR:
         problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
-    elif unprintable := [c for c in name if not c.isprintable() and c not in SPACES_AND_JOINERS]:
+    elif not name.isprintable() and (
+        unprintable := [c for c in name if not c.isprintable() and c not in SPACES_AND_JOINERS]
+    ):
         problem = f"{unprintable[0]!r} is not printable"
     elif "/" in name or "\\" in name:
         problem = "it holds a slash or backslash, and names become parts of paths"

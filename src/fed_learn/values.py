@@ -221,7 +221,7 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
         (1.5, 1.5e+308)
     """
     if all(map(math.isfinite, numbers)):  # those that count by 0 decide on nothing
-        numbers, weights = zip(*((number, a) for number, a in zip(numbers, weights, strict=True) if a), strict=True)
+        numbers, weights = zip(*[(number, a) for number, a in zip(numbers, weights, strict=True) if a], strict=True)
     if 0 < min(weights) < 2.0**-800 * max(weights) and all(map(math.isfinite, numbers)):  # products could underflow
         exact = [Fraction(weight) * Fraction(number) for weight, number in zip(weights, numbers, strict=True)]
         return float(sum(exact) / sum(map(Fraction, weights)))
@@ -234,7 +234,7 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
         return sum(terms) / math.fsum(scaled)
     mean = math.fsum(terms) / math.fsum(scaled)
     # Rounding may have taken it out of the range of the numbers, and even of all floats.
-    low, high = (math.ldexp(bound(numbers), -shift) for bound in (min, max))
+    low, high = math.ldexp(min(numbers), -shift), math.ldexp(max(numbers), -shift)
     return math.ldexp(min(max(mean, low), high), shift)
 
 

@@ -1,4 +1,9 @@
-"""The weighted mean of contributions as they stream in, in the memory of one."""
+"""The weighted mean of contributions as they stream in: one float64 sum per element, and none of the inputs.
+
+A contribution is checked whole (`add`), and waits for a while with others (`waiting`), so that the sums are read and
+written once for all of them (`_add_waiting`); the mean is what they divide to (`result`). How contributions are opened
+and checked is left to `batch`, exact sums to `exact`, where results go to `outputs`.
+"""
 
 import copy
 import math
@@ -9,23 +14,21 @@ from typing import Any, overload
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.adapters.base import Resident
 from fed_learn.aggregation import tensors
-from fed_learn.aggregation.arrays import ARRAYS, contiguous, is_frozen
+from fed_learn.aggregation.addable import check_addable, check_integers, finite_values, largest_integers
+from fed_learn.aggregation.arrays import is_frozen
 from fed_learn.aggregation.batch import Checked, Terms
-from fed_learn.aggregation.exact import ExactSums, check_domain
-from fed_learn.aggregation.integers import fits
-from fed_learn.aggregation.mean import LIFT, refuse_not_finite
-from fed_learn.aggregation.outputs import Output, new_arrays, outputs_for
-from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT, Contribution, Kind
+from fed_learn.aggregation.exact import ExactSums
+from fed_learn.aggregation.mean import LIFT
+from fed_learn.aggregation.outputs import Output, outputs_for
+from fed_learn.aggregation.waiting import Waiting
+from fed_learn.contribution import Contribution, Kind
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import (
-    AggregationWeightError,
     BrokenAccumulatorError,
     DuplicateContributionError,
     EmptyAggregationError,
     ExactDomainError,
-    IntegerRangeError,
     KindError,
     MergeError,
     RoundError,
@@ -34,13 +37,7 @@ from fed_learn.errors import (
 )
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import DigitsError, Float64Array
-from fed_learn.weights import Array, Schema, WeightDict, first_of, size_text
-
-MOST_BORROWED = 10
-"""Borrowed contributions that wait to be added at most: the sums are read and written once for all of them, and the
-native kernel reads as many in one sweep."""
-MOST_COPIED = 2
-"""Copies of contributions that wait to be added at most: two in one pass save the time that making them takes."""
+from fed_learn.weights import Array, Schema, WeightDict, size_text
 
 
 class Accumulator:
@@ -99,9 +96,7 @@ class Accumulator:
         self._count = 0
         self._largest: dict[str, int] = {}
         self._broken = False
-        self._borrowed: list[tuple[list[Array], float]] = []
-        self._copies: list[tuple[bool, dict[str, Any]]] = []
-        self._copied = 0
+        self._waiting = Waiting()
         self._contributors: dict[str, None] = {}
         self._kind = None if kind is None else Kind(kind)
         self._bare = Kind.FULL if self._kind is None else self._kind
@@ -176,48 +171,38 @@ class Accumulator:
         Raises:
             ContributionError, ExactDomainError: As `add` does, for values and weights that cannot be added.
         """
-        who, a, held = row.contributor, row.aggregation_weight, row.held
+        held, a = row.held, row.aggregation_weight
         if self._count and held.device != self._device:
             first = next(iter(held.tensors), None)
-            tensors.refuse_devices(f"{who}: weights are", who, first, held.device, self._device)
+            tensors.refuse_devices(f"{row.contributor}: weights are", row.contributor, first, held.device, self._device)
         kernel, place = self._kernel_for(held.device), held.place
-        framework = None if self._exact else held.resident(kernel.name)
+        framework = None if self._exact else held.resident(kernel.name)  # whose tensors are added; None: arrays are
         row = row.on_host() if self._exact else row
         copies = None
         if a and not borrow and not all(map(is_frozen, row.arrays.values())):
-            copies = self._room_for(row.arrays, None if framework is None else place)
-        columns = _columns(kernel, framework, row, copies)
-        look: Any = ARRAYS if framework is None else framework
-        largest = {name: look.magnitude(x) for name, x in columns.items() if row.arrays[name].dtype.kind in "iu"}
-        if a == 0:
-            self._schema = Schema.of(row.arrays) if self._schema is None else self._schema
-            self._contributors.update({who: None} if named else {})
-            return
-        if not self._exact and not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
-            raise AggregationWeightError(
-                f"{who}: aggregation weight {a} is outside of 2**-100 to 2**100, and sums as they stream in could "
-                "under- or overflow; weighted_average can take it",
-                contributor=who,
-                value=a,
-            )
-        if self._exact and not row.scanned:
-            check_domain(columns, a, who)
-        self._check_integers(largest, self._count + 1, who, columns if framework is None else None)
-        self._schema = Schema.of(row.arrays) if self._schema is None else self._schema
+            if not self._count:
+                self._waiting = Waiting()  # what it has room for may be what was refused
+            copies = self._waiting.room_for(row.arrays, None if framework is None else place)
+        values = finite_values(kernel, framework, row, copies)
+        largest = largest_integers(framework, row, values)
+        if a:
+            check_addable(row, values, exact=self._exact)
+            arrays = values if framework is None else None
+            check_integers(largest, self._largest, self._count + 1, self._exact, row.contributor, arrays)
 
+        names = {row.contributor: None} if named else {}
+        self._schema = Schema.of(row.arrays) if self._schema is None else self._schema
+        if not a:
+            self._contributors.update(names)
+            return
         self._broken = True
         if not self._count:
             self._place, self._kernel = place, kernel
-        self._borrowed.append(([columns[name] for name in self._schema], a))
-        self._copied += copies is not None
-        if borrow:
-            waits = len(self._borrowed) < MOST_BORROWED
-        else:  # a copy waits beside copies alone: whoever ceases to borrow may change what was borrowed
-            waits = copies is not None and len(self._borrowed) == self._copied < MOST_COPIED
-        if not waits:
-            self._add_borrowed()
+        in_order = [values[name] for name in self._schema]
+        if self._waiting.put(in_order, a, borrowed=borrow, copied=copies is not None):
+            self._add_waiting()
         sent = row.sent
-        self._note(1, a, sent.kind, sent.round, largest, {who: None} if named else {})
+        self._note(1, a, sent.kind, sent.round, largest, names)
         self._broken = False
 
     def flush(self) -> None:
@@ -232,11 +217,11 @@ class Accumulator:
             {'w': array([1., 2.], dtype=float32)}
         """
         self._check_usable()
-        if not self._borrowed:
+        if not self._waiting:
             return
         self._refuse_environment()
         self._broken = True
-        self._add_borrowed()
+        self._add_waiting()
         self._broken = False
 
     def merge(self, other: "Accumulator") -> None:
@@ -259,7 +244,7 @@ class Accumulator:
             self._contributors.update(other._contributors)
             return
         kernel = self._kernel_for(other._device)
-        self._check_integers(other._largest, self._count + other._count)
+        check_integers(other._largest, self._largest, self._count + other._count, self._exact)
         self._refuse_environment()
 
         self._broken = True
@@ -267,7 +252,7 @@ class Accumulator:
             self._place, self._kernel = other._place, kernel
         self._schema = other._schema if self._schema is None else self._schema
         assert self._schema is not None
-        self._add_borrowed()
+        self._add_waiting()
         start = self._start(self._schema)
         if self._exact_sums is not None and other._exact_sums is not None:
             self._exact_sums.merge(other._exact_sums)
@@ -316,11 +301,11 @@ class Accumulator:
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kernel", "_requested", "_copies")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_kernel", "_requested", "_waiting")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._copies = []
+        self._waiting = Waiting()
         self._requested = kernels.requested()
         self._kernel = kernels.resolve(device="cpu" if self._exact else self._device)
         if self._kernel.name != "torch":
@@ -356,13 +341,13 @@ class Accumulator:
         arrays = list(outputs.arrays.values())
         self._exact_sums.divide(self._kernel, numbers, total, [arrays[i] for i in numbers])
 
-    def _add_borrowed(self) -> None:
-        if not self._borrowed:
+    def _add_waiting(self) -> None:
+        """Adds all that waits to the sums, in the order in which it came."""
+        if not self._waiting:
             return
         assert self._schema is not None
         start = self._start(self._schema)
-        columns = [list(column) for column in zip(*(arrays for arrays, _ in self._borrowed), strict=True)]
-        aggregation_weights = [a for _, a in self._borrowed]
+        columns, aggregation_weights = self._waiting.columns()
         if self._exact_sums is not None:
             try:
                 self._exact_sums.add(self._kernel, columns, aggregation_weights)
@@ -372,19 +357,7 @@ class Accumulator:
                 ) from error
         else:
             self._add(columns, [math.ldexp(a, LIFT) for a in aggregation_weights], start)
-        self._borrowed.clear()
-        self._copied = 0
-
-    def _room_for(self, arrays: dict[str, Array], place: tensors.Place | None) -> dict[str, Any]:
-        """Memory for the copy of a contribution: of arrays, or of tensors in a place."""
-        if not self._count:
-            self._copies.clear()  # may be of what was refused
-        of_tensors = place is not None
-        if self._copied == len(self._copies) or self._copies[self._copied][0] is not of_tensors:
-            schema = Schema.of(arrays)
-            room = new_arrays(schema) if place is None else tensors.new_tensors(schema, place)
-            self._copies[self._copied :] = [(of_tensors, room)]
-        return self._copies[self._copied][1]
+        self._waiting.clear()
 
     def _start(self, schema: Schema) -> bool:
         """Makes the sums if there are none; returns whether it did."""
@@ -467,54 +440,6 @@ class Accumulator:
         self._round = round if self._round is None else self._round
         self._largest.update({name: max(size, self._largest.get(name, 0)) for name, size in largest.items()})
         self._contributors.update(contributors)
-
-    def _check_integers(
-        self, largest: dict[str, int], count: int, contributor: str | None = None, arrays: WeightDict | None = None
-    ) -> None:
-        for name, size in largest.items():
-            if size <= 2**53 if self._exact else fits(max(size, self._largest.get(name, 0)), count):
-                continue
-            who = f"{contributor}: " if contributor is not None else ""
-            index = None
-            if arrays is not None:
-                index, _ = first_of((arrays[name] == size) | (arrays[name] == -size), arrays[name])
-            raise IntegerRangeError(
-                f"{who}{name!r} holds integers up to {size}, too large to be averaged to the unit as they stream in; "
-                "weighted_average can take them",
-                contributor=contributor,
-                name=name,
-                index=index,
-                value=size,
-            )
-
-
-def _columns(kernel: Kernel, framework: Resident | None, row: Checked, copies: dict[str, Any] | None) -> dict[str, Any]:
-    """What a kernel adds of a contribution, once it has found no NaN and no infinity in it.
-
-    Args:
-        kernel: Looks for them.
-        framework: Whose tensors it adds; None: arrays.
-        row: The contribution.
-        copies: Where to copy the values, so that what was found stays true whoever else holds them; None: they stay as
-            they are, somebody has promised.
-
-    Raises:
-        NonFiniteError: Says which value of which variable is not finite.
-    """
-    if framework is None:
-        columns: dict[str, Any] = {name: contiguous(array) for name, array in row.arrays.items()}
-    else:
-        columns = {name: row.held.tensors[name] for name in row.arrays}
-    if copies is not None:
-        flags = kernel.copy(list(columns.values()), [copies[name] for name in columns])
-        columns = {name: copies[name] for name in columns}
-    elif row.scanned:
-        return columns
-    else:
-        flags = kernel.not_finite(list(columns.values()))
-    flagged = {name: columns[name] for name, flag in zip(columns, flags, strict=True) if flag}
-    refuse_not_finite(ARRAYS if framework is None else framework, flagged, row.contributor)
-    return columns
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:

@@ -99,7 +99,8 @@ class Checked:
     @cached_property
     def averaged(self) -> dict[str, None]:
         """Names of the variables that are averaged, in order."""
-        return {name: None for name in self.arrays if name not in self.constants}
+        names = self.held.weights
+        return dict.fromkeys([name for name in names if name not in self.constants] if self.constants else names)
 
     @property
     def sent(self) -> Contribution:
@@ -109,7 +110,7 @@ class Checked:
 
     def only(self, names: Sequence[str]) -> Self:
         """The contribution with some of its variables, in the form in which they are averaged."""
-        if not self.filled and len(names) == len(self.arrays):
+        if not self.filled and len(names) == len(self.held.weights):
             return self
         held = self.held.only(names)
         filled = {name: self.filled[name] for name in names if name in self.filled}

@@ -1,5 +1,10 @@
 """The weighted mean of checked contributions, `Σ aₖ·xₖ / Σ aₖ`, over arrays or over tensors where they lie.
 
+`mean` chooses one of four ways: over tensors where a kernel computes with those (`_mean` with their framework), over
+arrays (`_mean` with `ARRAYS`, which tells of arrays what a framework tells of tensors), by exact sums (`_exact_mean`),
+or, where aggregation weights are so far apart that products would lose bits, in two parts (`_mean_far_apart`). A kernel
+reports in which variables something is not finite or may be too large; only these are looked at again.
+
 How contributions are opened and checked is left to `batch`, where results go to `outputs`, and sums that stream in to
 `accumulator`.
 """
@@ -72,16 +77,16 @@ def mean(
             refuse_devices(f"{row.contributor}: weights are", row.contributor, first, row.held.device, held.device)
     chosen = kernels.resolve(kernel, device=held.device)
     place, inputs = held.place, [tensor for row in rows for tensor in row.held.tensors.values()]
-    framework = None if exact or output is not None else _framework(chosen, rows, out)
+    framework = None if exact or output is not None else _resident(chosen, rows, out)
     counted = counting(rows, framework)
     scalars = [row.aggregation_weight for row in counted]
     far = far_apart(scalars)
-    if framework is not None and not far:
+    if framework is not None and not far:  # tensors where they lie
         outputs = outputs_for(schema, place, out, kernel=chosen.name, tensors=inputs)
         tensors = {name: [row.held.tensors[name] for row in counted] for name in schema}
         _mean(chosen, framework, counted, tensors, outputs.arrays)
         return outputs.finish()
-    if held.device != "cpu":
+    if held.device != "cpu":  # what no kernel does on a device goes by way of copies on the host
         counted, chosen = [row.on_host() for row in counted], kernels.resolve(kernel)
     columns = Columns(schema, [row.arrays for row in counted], table if counted is rows else None)
     outputs = outputs_for(schema, place, out, columns=columns, tensors=inputs) if output is None else output(schema)
@@ -96,7 +101,7 @@ def mean(
 
 
 def usual_scale(aggregation_weights: Sequence[float]) -> int:
-    """The power of two by which aggregation weights are multiplied, exactly, before products are taken.
+    """The power of two, as an exponent, by which aggregation weights are multiplied before products are taken.
 
     It lifts weights of the usual range so far above 1 that no product loses bits to underflow, not even with subnormal
     values, and cancels in the division. Unusual weights are lifted as far as float32 values can bear, so that the
@@ -112,8 +117,8 @@ def far_apart(aggregation_weights: Sequence[float]) -> bool:
     return min(aggregation_weights) < FARTHEST * max(aggregation_weights)
 
 
-def _framework(kernel: Kernel, rows: Sequence[Checked], out: Any) -> Resident | None:
-    """Whose tensors the kernel computes with, if all can stay where they are; None: all go the way of arrays."""
+def _resident(kernel: Kernel, rows: Sequence[Checked], out: Any) -> Resident | None:
+    """The framework of all the tensors, if the kernel computes with these where they lie; None: with arrays."""
     framework = rows[0].held.resident(kernel.name)
     if framework is None or rows[0].held.device != "cpu":
         return framework
@@ -289,6 +294,11 @@ def _mean_far_apart(
 def _exact_mean(
     kernel: Kernel, rows: Sequence[Checked], columns: Mapping[str, Sequence[Any]], results: Mapping[str, Any]
 ) -> None:
+    """Writes the mean by exact sums, of values that have been looked at: all are finite and within the domain.
+
+    Raises:
+        NonFiniteError, ExactDomainError: A value is not.
+    """
     for k, row in enumerate(rows):
         if not row.scanned:
             flags = kernel.not_finite([column[k] for column in columns.values()])
@@ -309,6 +319,7 @@ def _exact_sums(
     aggregation_weights: Sequence[float],
     results: Mapping[str, Any],
 ) -> None:
+    """Writes the mean by exact sums: of floating-point numbers as digits, of integers as integers."""
     numbers = []
     for name, result in results.items():
         if result.dtype.kind in "biu":

@@ -1,4 +1,14 @@
-"""Where results go: new memory, the arrays or tensors of `out=`, or what a stack writes its messages from."""
+"""Where results go: new memory, the arrays or tensors of `out=`, or what a stack writes its messages from.
+
+A kernel writes to the `arrays` of an `Output`, and `finish` makes the result of them. Which it is depends on what the
+result consists of and what the kernel writes to:
+
+- `ArrayOutputs`: the result is arrays;
+- `TensorOutputs`: the result is tensors, and the kernel writes to tensors where they lie (see `tensors`);
+- `ViewOutputs`: the result is tensors, and the kernel writes to arrays, which are made tensors or copied into them.
+
+Nothing is written to that shares memory with an input or with another output, or that its owner has made read-only.
+"""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,9 +56,9 @@ def outputs_for(
 
     Args:
         schema: Names, shapes and dtypes of the result.
-        place: Where tensors are to lie; None for arrays.
+        place: Where the result lies as tensors; None: it is arrays.
         out: A weight dict to write to, or None.
-        kernel: The kernel, if it writes to tensors of its own; None: it writes to arrays.
+        kernel: Name of the kernel, if it can write to tensors where they lie; None: it writes to arrays.
         columns: Arrays that must not be written to.
         tensors: Tensors that must not be.
 
@@ -68,7 +78,7 @@ def outputs_for(
 
 
 class ArrayOutputs:
-    """Where results go: fresh arrays, or those of `out=`.
+    """Results that are arrays: new ones, or those of `out=`.
 
     Args:
         schema: Names, shapes and dtypes of the result.
@@ -89,7 +99,7 @@ class ArrayOutputs:
         self.weights: WeightDict = new_arrays(schema) if out is None else out
         self.table = Table(schema, 0) if inputs is None else inputs.table
         own = dict(self.weights) if type(self.weights) is dict else {}  # holds the arrays, whatever becomes of `out`
-        usual = self.table.gather([own], 0)
+        usual = self.table.gather([own], 0)  # each is as a kernel takes it; else they are checked one by one
         self.arrays: WeightDict = own if usual else self._checked(schema)
         if not usual:
             self.table.addresses[:, 0] = addresses(list(self.arrays.values()))
@@ -117,6 +127,11 @@ class ArrayOutputs:
         return self.weights
 
     def _refuse_overlap(self, inputs: Columns | None) -> None:
+        """Refuses an `out` two of whose arrays share memory, or one and an input.
+
+        Arrays are compared by where their memory begins and ends, in the order of the beginnings: of two that overlap
+        the second begins before the first ends.
+        """
         copied = inputs is not None and inputs.copied
         if self._in_place and not copied and not self.table.may_overlap():
             return
@@ -175,7 +190,7 @@ def _check_output(target: OpenedWeights, device: str) -> None:
 
 
 class TensorOutputs:
-    """`ArrayOutputs` for results that a kernel writes to as tensors.
+    """Results that are tensors, to which a kernel writes where they lie.
 
     Args:
         schema: Names, shapes and dtypes of the result.
@@ -212,8 +227,8 @@ class TensorOutputs:
         return self.weights
 
 
-class _Target:
-    """What `out=` stands for where arrays are written to: its own memory, or that of arrays to be copied into it.
+class _ArraysFor:
+    """Arrays to write to in the place of the tensors of `out=`: views of them, or new arrays that are copied into them.
 
     Args:
         out: What should be a weight dict of arrays and tensors.
@@ -224,7 +239,7 @@ class _Target:
         OutputError: It cannot be written to.
 
     Attributes:
-        arrays: What to write to; those of `out` itself, as far as it can be written to as arrays.
+        arrays: What to write to, by name.
     """
 
     def __init__(self, out: Any, device: str, inputs: Iterable[Any] = ()) -> None:
@@ -256,7 +271,7 @@ class _Target:
 
 
 class ViewOutputs(ArrayOutputs):
-    """`ArrayOutputs` for results that are written to as arrays, where they or those of `out=` are tensors.
+    """Results that are tensors, or are written to an `out=` of tensors, and to which a kernel writes as arrays.
 
     Args:
         schema: Names, shapes and dtypes of the result.
@@ -270,7 +285,7 @@ class ViewOutputs(ArrayOutputs):
         self, schema: Schema, place: Place | None, out: Any, columns: Columns | None, tensors: Sequence[Any]
     ) -> None:
         self._place = place
-        self._target = None if out is None else _Target(out, "cpu" if place is None else place.device, tensors)
+        self._target = None if out is None else _ArraysFor(out, "cpu" if place is None else place.device, tensors)
         super().__init__(schema, None if self._target is None else self._target.arrays, columns)
 
     def finish(self) -> WeightDict:
@@ -282,6 +297,7 @@ class ViewOutputs(ArrayOutputs):
 
 
 def _refuse_overlap_of_tensors(framework: Resident, out: Tensors, inputs: Iterable[Any]) -> None:
+    """Refuses tensors to write to that share memory with one another or with an input."""
     spans = [(*framework.span(tensor), True, name) for name, tensor in out.items()]
     spans += [(*framework.span(tensor), False, "") for tensor in inputs]
     written = read = 0  # up to where the outputs and inputs reach that begin before

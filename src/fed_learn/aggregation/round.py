@@ -249,22 +249,20 @@ class Round:
         self.settings.how.check(row.sent)
         if self.settings.stream:
             row = self._added(row)
-        who = row.contributor
-        self._rows[who], self.accepted[who] = row, row.sent
+        who, kept = row.contributor, row.sent
+        self._rows[who], self.accepted[who] = row, kept
         self._closed = False
         self._alike = self._alike and row.form is None and not row.filled and self._terms.schema is not None
-        number = row.sent.round if self._terms.round is not None else whole_number_of(sent.round)
+        number = kept.round if self._terms.round is not None else whole_number_of(sent.round)
         if self._terms.round is None and number is not None:
             self._rounds[number] += 1
         for text in said:
             self._told.once((who, "rounded"), text)
-        if LEFT_OUT in row.sent.info:
-            self._told.once(
-                (who, "left out"), f"{who}: of its metrics and info are left out: {row.sent.info[LEFT_OUT]}"
-            )
+        if LEFT_OUT in kept.info:
+            self._told.once((who, "left out"), f"{who}: of its metrics and info are left out: {kept.info[LEFT_OUT]}")
         if self._terms.round is None and self.settings.stream:
             self._terms = replace(self._terms, round=number)
-        return row.sent
+        return kept
 
     def refuse(self, who: object, error: Exception) -> Exception:
         """Records that a contribution was refused, and why. Of the error no traceback is kept, for it holds weights.
@@ -409,7 +407,7 @@ class Round:
             problem = agreement.of_another_part(rows)
             if problem is not None:
                 raise problem
-            if any(row.filled for row in rows):  # there constants are put back into the mean
+            if [row for row in rows if row.filled]:  # there constants are put back into the mean
                 given = replace(given, output=None)
             mean = self._combined_of(given, rows, list(rows[0].averaged))
         constants: dict[str, Any] = {}
@@ -427,7 +425,7 @@ class Round:
         return frozenset(name for row in rows for name in row.averaged if name not in row.unchanged)
 
     def _names_sent(self, rows: Sequence[Checked]) -> tuple[str, ...]:
-        if self._terms.schema and (self._alike or None in [row.form for row in rows]):
+        if self._terms.schema and None in [row.form for row in rows]:
             return tuple(self._terms.schema)
         names = {name: None for row in rows for name in row.arrays}
         return tuple(name for name in self._terms.schema or names if name in names)

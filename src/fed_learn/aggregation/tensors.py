@@ -1,11 +1,18 @@
 """Tensors of a framework straight into the averages: the same kind comes out, on the same device.
 
+`opened` takes a weight dict apart: it puts an array in the place of each tensor, so that checks and kernels that know
+arrays alone can go on, and keeps the tensors beside them. A tensor on the CPU is shown as a *view*, which shares its
+memory. One that is averaged on another device is shown as a *placeholder*: an array of its shape and dtype that takes
+no memory and holds no values. A framework is *resident* (`fed_learn.adapters.base.Resident`) if a kernel computes with
+its tensors where they lie, as the torch kernel does with those of torch. A `Place` says where a result is to lie, and
+as whose tensors.
+
 What is taken, and what comes back:
 
 - torch: any dense tensor; tensors without gradients.
 - TensorFlow: eager tensors and `tf.Variable`s; eager tensors, which `variable.assign` takes.
 - JAX: concrete arrays, also sharded ones; arrays with the sharding of the first contribution's.
-- `keras.Variable`s: as what their back end holds, for which see there.
+- `keras.Variable`s: what Keras's back end holds in them, which is one of these.
 
 Tensors on the CPU are viewed as arrays without a copy and go the way of arrays, whatever the kernel; those of torch
 stay tensors with the torch kernel. On another device
@@ -97,7 +104,7 @@ class OpenedWeights:
 
     @property
     def place(self) -> Place | None:
-        """Where a result like these lies, by the first tensor; None where there are none."""
+        """Where a result like these lies, as the first tensor says; None: they are arrays, and so is the result."""
         if not self.owners:
             return None
         framework = next(iter(self.owners.values()))
@@ -116,6 +123,8 @@ class OpenedWeights:
         if self.device == "cpu":
             return self.weights
         return self.weights | {name: self.owners[name].view(tensor) for name, tensor in self.tensors.items()}
+
+    # Where names are dropped or values replaced, arrays and tensors stay in step.
 
     def only(self, names: Collection[str]) -> "OpenedWeights":
         """Some of the weights, or all of them in another order."""
@@ -261,7 +270,7 @@ def placeholders(weights: Any, who: str) -> Any:
 
 
 def label_of(contributor: Any) -> str:
-    """What to call a contributor whose name may not even be one."""
+    """What an error calls a contributor whose name may not even be text."""
     return str.__str__(contributor) if issubclass(type(contributor), str) else brief(contributor)
 
 
@@ -277,21 +286,21 @@ def refuse_devices(what: str, who: str, name: str | None, device: str, expected:
 
 
 def new_tensors(schema: Schema, place: Place) -> Tensors:
-    """Tensors of a resident framework, not yet set."""
+    """New tensors in a place whose framework is resident; their values are whatever was in memory."""
     framework = place.framework.resident
     assert framework is not None
     return {name: framework.empty(*item, place.device) for name, item in schema.items()}
 
 
 def new_sums(schema: Schema, place: Place) -> Tensors:
-    """float64 sums of a stream, not yet set."""
+    """New flat float64 tensors for the sums of a stream; their values are whatever was in memory."""
     framework, dtype = place.framework.resident, np.dtype(np.float64)
     assert framework is not None
     return {name: framework.empty((math.prod(shape),), dtype, place.device) for name, (shape, _) in schema.items()}
 
 
 def as_arrays(sums: Mapping[str, Any]) -> dict[str, Array]:
-    """Sums that lie on the CPU, as arrays."""
+    """Sums that lie on the CPU, be they tensors or arrays, as arrays that share their memory."""
     frameworks = {name: framework_of(type(acc)) for name, acc in sums.items()}
     return {name: acc if (f := frameworks[name]) is None else f.view(acc) for name, acc in sums.items()}
 

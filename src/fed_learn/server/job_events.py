@@ -87,7 +87,7 @@ class JobEvents:
 
     def update_report(self, **changes: Any) -> None:
         """Replaces some fields of the report in the context."""
-        self.ctx.set_prop(ContextKey.REPORT, replace(self.report, **changes))
+        self.ctx[ContextKey.REPORT] = replace(self.ctx[ContextKey.REPORT], **changes)
 
     def register(self, name: str) -> None:
         """CLIENT_REGISTER: a client takes part from now on.
@@ -143,9 +143,14 @@ class JobEvents:
         Raises:
             HandlerError: With `on_handler_error="raise"`.
         """
-        model = self.ctx.get_model()
-        self._fire(event, contributor)
-        self.ctx.set_model(model)
+        if contributor is None:
+            self.ctx.pop(ContextKey.CONTRIBUTOR, None)
+        else:
+            self.ctx[ContextKey.CONTRIBUTOR] = contributor
+        if self.handlers:
+            model = self.ctx.get_model()
+            self._fire(event)
+            self.ctx.set_model(model)
 
     def _adopt(self, weights: FrozenWeights) -> None:
         """Replaces the global model, in the context too."""
@@ -160,23 +165,22 @@ class JobEvents:
         Raises:
             HandlerError: As in `fire`; also if a handler set something that is no model of the schema.
         """
+        self.ctx.pop(ContextKey.CONTRIBUTOR, None)
+        if not self.handlers:
+            return
         before, who = self.ctx.get_model(), f"model set by a handler at {event}"
         self.ctx.adopt = lambda model: ModelData(
             checked_model(model.weights, self.schema, who, constants=self._weights)
         )
         try:
-            self._fire(event, None)
+            self._fire(event)
         finally:
             self.ctx.adopt = frozen_model
         after: Any = self.ctx.get_model()
         if after is not before:
             self._adopt(after.weights)
 
-    def _fire(self, event: str, contributor: str | None) -> None:
-        if contributor is None:
-            self.ctx.pop(ContextKey.CONTRIBUTOR, None)
-        else:
-            self.ctx.set_prop(ContextKey.CONTRIBUTOR, contributor)
+    def _fire(self, event: str) -> None:
         try:
             fire_event(event, self.handlers, self.ctx)
         except HandlerError as error:

@@ -67,8 +67,9 @@ class JobRounds(JobEvents):
         self._num_clients = num_clients
         self._told = Told()
         self._asked: dict[str, None] = {}
+        self._accepted: list[Contribution] = []
+        self._names: list[str] = []  # theirs
         self._listed: tuple[Contribution, ...] = ()  # what the context lists, unless a handler has bound others
-        self._names: tuple[str, ...] = ()  # theirs
         self._round_started = 0.0
         self._in_round = False
         self._aggregated = False
@@ -166,16 +167,24 @@ class JobRounds(JobEvents):
         Raises:
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        accepted, names, rejected = self._contributions(), self._names, self.report.rejected
+        accepted, report = self._contributions(), self.report
+        rejected = report.rejected
         if refusal is not None:
             rejected = (*rejected, ClientFailure(name, without_tracebacks(refusal)))
         elif contribution is not None:
-            place = bisect(names, contribution.contributor)
-            accepted = (*accepted[:place], contribution, *accepted[place:])
-            names = (*names[:place], contribution.contributor, *names[place:])
-        self.ctx.set_props({ContextKey.CONTRIBUTION: contribution, ContextKey.REJECTION: refusal})
-        self._list(accepted, names)
-        self.update_report(accepted=names, rejected=rejected)
+            place = bisect(self._names, contribution.contributor)
+            self._names.insert(place, contribution.contributor)
+            self._accepted.insert(place, contribution)
+            accepted = tuple(self._accepted)
+        self._listed = accepted
+        self.ctx.set_props(
+            {
+                ContextKey.CONTRIBUTION: contribution,
+                ContextKey.REJECTION: refusal,
+                ContextKey.CONTRIBUTIONS: accepted,
+                ContextKey.REPORT: replace(report, accepted=tuple(self._names), rejected=rejected),
+            }
+        )
         self.fire(EventType.RECEIVE_CONTRIBUTION, name)
 
     def refuse(self, name: str, refusal: Exception) -> None:
@@ -319,8 +328,8 @@ class JobRounds(JobEvents):
             logger.error("round %d: %s; the global model stands", self.report.round + 1, made)
             self.update_report(error=without_tracebacks(made))
             return False
-        read = len(chosen) * sum(array.nbytes for array in made.values())
-        names = tuple(one.contributor for one in chosen)
+        read = len(chosen) * sum([array.nbytes for array in made.values()])
+        names = tuple([one.contributor for one in chosen])
         self.note_aggregation(replace(self._round.report, accepted=names, aggregation_bytes=read))
         self.end_aggregation(made)
         return True
@@ -361,10 +370,11 @@ class JobRounds(JobEvents):
             self._list(sorted(bound, key=lambda one: one.contributor))
         return self._listed
 
-    def _list(self, contributions: Iterable[Contribution], names: tuple[str, ...] | None = None) -> None:
-        """Shows contributions in the context. Their names are kept: with many, to go through all takes long."""
-        self._listed = tuple(contributions)
-        self._names = tuple(one.contributor for one in self._listed) if names is None else names
+    def _list(self, contributions: Iterable[Contribution]) -> None:
+        """Shows contributions in the context. Lists of them and of their names are kept: each new one is put in."""
+        self._accepted = list(contributions)
+        self._names = [one.contributor for one in self._accepted]
+        self._listed = tuple(self._accepted)
         self.ctx.set_prop(ContextKey.CONTRIBUTIONS, self._listed)
 
     def _drop_weights(self) -> None:
@@ -373,7 +383,7 @@ class JobRounds(JobEvents):
         light = {id(one): one.without_weights() for one in (*listed, last) if one is not None}
         if last is not None:
             self.ctx.set_prop(ContextKey.CONTRIBUTION, light[id(last)])
-        self._list([light[id(one)] for one in listed], self._names)
+        self._list([light[id(one)] for one in listed])
 
     def _check_in_round(self, what: str) -> None:
         if not self._in_round:

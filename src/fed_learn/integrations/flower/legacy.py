@@ -19,8 +19,8 @@ from fed_learn.aggregation.told import Told
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, check_aggregation_weight
 from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, brief, described
 from fed_learn.events import EventHandler, check_handlers
+from fed_learn.integrations.flower.flower_job import FlowerJob
 from fed_learn.integrations.flower.names import NodeNames
-from fed_learn.integrations.flower.one_job import OneJob
 from fed_learn.integrations.flower.records import NPY, to_weights
 from fed_learn.integrations.flower.replies import (
     N_ITER,
@@ -29,7 +29,7 @@ from fed_learn.integrations.flower.replies import (
     node_name,
     partition_name,
 )
-from fed_learn.integrations.flower.session import Session
+from fed_learn.integrations.flower.strategy_base import StrategyBase
 from fed_learn.server import JobResult
 from fed_learn.server.settings import JobSettings
 from fed_learn.values import mean_of, number_of, whole_number_of
@@ -41,7 +41,7 @@ Failures: TypeAlias = "list[tuple[ClientProxy, Any] | BaseException]"
 Metrics: TypeAlias = dict[str, Any]
 
 
-class LegacyFedAvg(OneJob, FlowerFedAvg):
+class LegacyFedAvg(StrategyBase, FlowerFedAvg):
     """Federated averaging with our checks, sums and handlers, behind Flower's older interface.
 
     Parameters have no names there: variables are `"0"`, `"1"`, … A contributor is named by the `"partition-id"` among
@@ -126,13 +126,13 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
             HandlerError: A handler raised, with `on_handler_error="raise"`.
             ContributionError: `parameters`, or what a handler put in their place, are no model.
         """
-        session = self._job_open(
-            server_round, lambda session: _holds(session, parameters), lambda schema: _weights(parameters, schema)
+        running = self._job_open(
+            server_round, lambda running: _holds(running, parameters), lambda schema: _weights(parameters, schema)
         )
-        session.connect(client_manager.all)
-        instructions = super().configure_fit(server_round, _parameters(session), client_manager)
+        running.names.connected = client_manager.all
+        instructions = super().configure_fit(server_round, _parameters(running), client_manager)
         for client, _ in instructions:
-            session.ask(_node(client, 0))
+            running.ask(_node(client, 0))
         return instructions
 
     def aggregate_fit(
@@ -148,34 +148,34 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        session = self._job_for(server_round, results, lambda: _readable(results))
-        if session is None:
+        running = self._job_for(server_round, results, lambda: _readable(results))
+        if running is None:
             for failure in failures:
                 logger.warning("\t> %s", _failure(failure, 0)[1])
             return None, {}
         by_name: dict[str, FitRes] = {}
         try:
             placed = [(_node(client, place), result) for place, (client, result) in enumerate(results, 1)]
-            if not session.job.schema:
-                session.widths.note(_readable(results))
-            session.expect((node, _claim(node, result.metrics)) for node, result in placed)
-            read = [self.__read(session, node, result) for node, result in placed]
-            session.foresee([given for _, given in read])
+            if not running.job.schema:
+                running.widths.note(_readable(results))
+            running.names.expect((node, _claim(node, result.metrics)) for node, result in placed)
+            read = [self.__read(running, node, result) for node, result in placed]
+            running.job.foresee([given for _, given in read])
             for (node, result), (name, given) in zip(placed, read, strict=True):
-                contribution = session.receive(node, name, given)
+                contribution = running.receive(node, name, given)
                 if contribution is not None:
                     by_name[contribution.contributor] = result
             errors = [_failure(failure, place) for place, failure in enumerate(failures, len(results) + 1)]
             for node, error in errors:
                 logger.warning("\t> %s", error)
                 if node is not None:
-                    session.fail(node, error)
-            session.lose([error for node, error in errors if node is None])
-            changed = session.close_round(error=errors[0][1] if errors and not self.accept_failures else None)
+                    running.fail(node, error)
+            running.lose([error for node, error in errors if node is None])
+            changed = running.close_round(error=errors[0][1] if errors and not self.accept_failures else None)
         except BaseException:
-            session.forget_round()
+            running.forget_round()
             raise
-        report = session.report
+        report = running.report
         assert report is not None
         metrics: Metrics = {}
         accepted = [by_name[name] for name in report.accepted if name in by_name]
@@ -184,7 +184,7 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
                 metrics = self.fit_metrics_aggregation_fn([(r.num_examples, r.metrics) for r in accepted])
             elif server_round == 1:
                 logger.warning("No fit_metrics_aggregation_fn provided")
-        sent = _parameters(session) if changed else None
+        sent = _parameters(running) if changed else None
         if server_round == self.num_rounds and self.fraction_evaluate == 0.0:
             self.close()
         return sent, metrics
@@ -196,21 +196,21 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
 
         The scores serve the selection of models, those of the last round for the final one.
         """
-        session = self._job_session
-        if session is not None and server_round == self.num_rounds:
+        running = self._job_running
+        if running is not None and server_round == self.num_rounds:
             self.close(results)
-        elif session is not None:
+        elif running is not None:
             for place, (client, result) in enumerate(results, 1):
                 score = number_of(self.__scored(result.metrics).get(INITIAL_VALIDATION_METRIC))
                 node = _node(client, place)
                 if score is not None:
-                    session.note_score(node, partial(_claim, node, result.metrics), score)
-        told = Told(logger) if session is None else session.told
+                    running.note_score(node, partial(_claim, node, result.metrics), score)
+        told = Told(logger) if running is None else running.told
         counted: list[tuple[ClientProxy, EvaluateRes]] = []
         losses: list[tuple[float, float]] = []
         for place, (client, result) in enumerate(results, 1):
             node = _node(client, place)
-            who = node_name(node) if session is None else session.called(node)
+            who = node_name(node) if running is None else running.names.called(node)
             try:
                 weight = check_aggregation_weight(result.num_examples)
             except AggregationWeightError as error:
@@ -238,37 +238,37 @@ class LegacyFedAvg(OneJob, FlowerFedAvg):
         Args:
             results: Of the last evaluation, by which the final model is scored.
         """
-        session, self._job_session = self._job_session, None
-        if session is None:
+        running, self._job_running = self._job_running, None
+        if running is None:
             return None
-        with session.job:
-            session.begin_final()
+        with running.job:
+            running.begin_final()
             for place, (client, result) in enumerate(results or (), 1):
                 metrics, node = self.__scored(result.metrics), _node(client, place)
                 if INITIAL_VALIDATION_METRIC in metrics:
-                    session.receive_final(node, partial(_claim, node, result.metrics), partial(_own_metrics, metrics))
-            session.finish()
-        return session.job.result()
+                    running.receive_final(node, partial(_claim, node, result.metrics), partial(_own_metrics, metrics))
+            running.finish()
+        return running.job.result()
 
     def _job_settings(self, num_rounds: int | None) -> JobSettings:
-        """See `OneJob._job_settings`."""
+        """See `StrategyBase._job_settings`."""
         return super()._job_settings(self.num_rounds)
 
-    def __read(self, session: Session, node: Hashable, result: FitRes) -> tuple[str, Contribution | Exception]:
-        """See `Session.read`."""
+    def __read(self, running: FlowerJob, node: Hashable, result: FitRes) -> tuple[str, Contribution | Exception]:
+        """See `FlowerJob.read`."""
 
         def read(name: str) -> Contribution:
             metrics = _own_metrics(result.metrics)
             return Contribution(
                 name,
-                _weights(result.parameters, session.job.schema, name),
+                _weights(result.parameters, running.job.schema, name),
                 result.num_examples,
                 n_iter=whole_number_of(metrics.get(self.n_iter_key)),
                 kind=self.kind,
-                metrics=session.with_score(name, metrics),
+                metrics=running.selection.with_score(name, metrics),
             )
 
-        return session.read(node, partial(_claim, node, result.metrics), read)
+        return running.read(node, partial(_claim, node, result.metrics), read)
 
     def __scored(self, metrics: Metrics) -> Metrics:
         """The metrics, the one to select by under the name that handlers know."""
@@ -282,14 +282,14 @@ def _node(client: ClientProxy, place: int) -> Hashable:
     return client.cid if isinstance(client.cid, str) else Place(place)
 
 
-def _parameters(session: Session) -> Parameters:
+def _parameters(running: FlowerJob) -> Parameters:
     """The global model as Flower's older interface has it: the bytes of the record."""
-    return Parameters([array.data for array in session.record.values()], NPY)
+    return Parameters([array.data for array in running.model.record.values()], NPY)
 
 
-def _holds(session: Session, parameters: Parameters) -> bool:
+def _holds(running: FlowerJob, parameters: Parameters) -> bool:
     """Whether these are the global model, unchanged."""
-    own = [array.data for array in session.record.values()]
+    own = [array.data for array in running.model.record.values()]
     return len(own) == len(parameters.tensors) and all(map(operator.is_, own, parameters.tensors))
 
 

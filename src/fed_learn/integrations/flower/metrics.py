@@ -49,9 +49,8 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
     for who, content in contents:
         entries = [entry for record in records_of(content, MetricRecord).values() for entry in record.items()]
         try:
-            weight = check_aggregation_weight(
-                {key: value for key, value in entries if not isinstance(value, list)}.get(weighted_by_key)
-            )
+            numbered = [value for key, value in entries if key == weighted_by_key and not isinstance(value, list)]
+            weight = check_aggregation_weight(numbered[-1] if numbered else None)
         except AggregationWeightError as error:
             told.once(("metrics", who), f"{who}: its metrics are left out of the means: {weighted_by_key!r}: {error}")
             continue
@@ -73,14 +72,14 @@ def mean_by_name(contents: Iterable[tuple[str, RecordDict]], weighted_by_key: st
                 _tell(told, who, key, f"is {brief(value)}")
     means = MetricRecord()
     for key, found in terms.items():
-        lengths = Counter(len(listed) for _, _, listed in found)
+        lengths = Counter([len(listed) for _, _, listed in found])
         usual = min(lengths, key=lambda length: (-lengths[length], length))
         for who, _, listed in found:
             if len(listed) != usual:
                 _tell(told, who, key, f"has {len(listed)} numbers, where {lengths[usual]} others have {usual}")
         counted = [(weight, listed) for _, weight, listed in found if len(listed) == usual]
         weights = [weight for weight, _ in counted]
-        mean = [mean_of(column, weights) for column in zip(*(listed for _, listed in counted), strict=True)]
+        mean = [mean_of(column, weights) for column in zip(*[listed for _, listed in counted], strict=True)]
         means[key] = mean[0] if usual == 1 and key in numbers else mean
     return means
 

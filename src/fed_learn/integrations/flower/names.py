@@ -56,11 +56,13 @@ class Names:
     def called(self, node: Hashable) -> str:
         """What a node is called, as far as is known."""
         try:
-            registered = self._registered(node)
+            registered = None if self._registry is None else self._registered(node)
         except UnknownContributorError:  # told where the node contributes
             return node_name(node)
-        name = self._names.get(node, node_name(node)) if registered is None else registered
-        return name if registered is not None or self._owner(name, node) is None else node_name(node)
+        if registered is not None:
+            return registered
+        name = self._names.get(node)
+        return node_name(node) if name is None or self._owner(name, node) is not None else name
 
     def begin_round(self, *, forget: bool) -> None:
         """Another round begins.
@@ -99,7 +101,7 @@ class Names:
                 user's registry says.
         """
         own, known = node_name(node), self._names.get(node)
-        registered = self._registered(node)
+        registered = None if self._registry is None else self._registered(node)
         if registered is not None:
             if claim not in (None, registered) and not of_partition(claim or ""):
                 raise UnknownContributorError(

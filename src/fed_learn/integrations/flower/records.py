@@ -78,7 +78,7 @@ def to_weights(
                 expected=None,
             ) from error
         weights[name] = view
-    frozen = FrozenWeights({})
+    frozen = FrozenWeights.__new__(FrozenWeights)
     dict.update(frozen, weights)  # views of bytes: nobody can make them writeable
     return frozen
 
@@ -117,6 +117,14 @@ def copy_of(record: ArrayRecord) -> ArrayRecord:
 def same_bytes(left: ArrayRecord, right: ArrayRecord) -> bool:
     """Whether two records hold the same objects of bytes, under the same names in one order."""
     return list(left) == list(right) and all(left[name].data is right[name].data for name in left)
+
+
+def same_memory(left: WeightDict, right: WeightDict) -> bool:
+    """Whether two weight dicts hold arrays at the same addresses, under the same names."""
+    return len(left) == len(right) and all(
+        name in right and array.__array_interface__["data"] == right[name].__array_interface__["data"]
+        for name, array in left.items()
+    )
 
 
 def record_bytes(record: ArrayRecord) -> int:

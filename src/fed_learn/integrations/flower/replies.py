@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -152,6 +152,20 @@ def checked_name(claim: object, node: object) -> str:
     return name
 
 
+class Records(NamedTuple):
+    """The records of a reply.
+
+    Attributes:
+        arrays: Its `ArrayRecord`s by key.
+        metrics: Its `MetricRecord`s.
+        stated: What `ClientMod` states in it.
+    """
+
+    arrays: dict[str, ArrayRecord]
+    metrics: list[MetricRecord]
+    stated: Mapping[str, Any]
+
+
 class Reply:
     """A client's reply, of which each record is looked at once.
 
@@ -171,7 +185,8 @@ class Reply:
         self.node = node_of(message, place)
 
     @cached_property
-    def _records(self) -> tuple[dict[str, ArrayRecord], list[MetricRecord], Mapping[str, Any]]:
+    def records(self) -> Records:
+        """Its records, by their kinds."""
         arrays: dict[str, ArrayRecord] = {}
         metrics: list[MetricRecord] = []
         stated: Mapping[str, Any] = {}
@@ -182,44 +197,34 @@ class Reply:
                 metrics.append(record)
             elif key == METADATA and isinstance(record, ConfigRecord):
                 stated = record
-        return arrays, metrics, stated
-
-    @cached_property
-    def arrays(self) -> dict[str, ArrayRecord]:
-        """Its `ArrayRecord`s by key."""
-        return self._records[0]
-
-    @cached_property
-    def stated(self) -> Mapping[str, Any]:
-        """What `ClientMod` states in it."""
-        return self._records[2]
+        return Records(arrays, metrics, stated)
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
         """All single numbers of its `MetricRecord`s."""
         metrics: dict[str, Any] = {}
-        for record in self._records[1]:
-            metrics.update([(key, value) for key, value in record.items() if not isinstance(value, list)])
+        for record in self.records.metrics:
+            for key, value in record.items():
+                if not isinstance(value, list):
+                    metrics[key] = value
         return metrics
 
     def lists(self) -> dict[str, Any]:
         """All lists of numbers of its `MetricRecord`s."""
         lists: dict[str, Any] = {}
-        for record in self._records[1]:
-            lists.update([(key, value) for key, value in record.items() if isinstance(value, list)])
+        for record in self.records.metrics:
+            for key, value in record.items():
+                if isinstance(value, list):
+                    lists[key] = value
         return lists
 
-    @property
+    @cached_property
     def score(self) -> Stated | None:
         """What `ClientMod` says of the score in it; None if it says nothing."""
-        return Stated.of(self.stated) if self.stated else None
-
-    def claim(self) -> str | None:
-        """See `claimed`."""
-        return self.claimed
+        return Stated.of(self.records.stated) if self.records.stated else None
 
     @cached_property
-    def claimed(self) -> str | None:
+    def claim(self) -> str | None:
         """The name under which it contributes; None if it tells none.
 
         A metric `"partition-id"` tells one if it is a number of a partition; whatever else an app means by it is its
@@ -230,7 +235,7 @@ class Reply:
         """
         if not self.message.has_content():
             return None
-        claim = self.stated.get("contributor")
+        claim = self.records.stated.get("contributor")
         if claim is not None:
             return checked_name(claim, self.node)
         partition = self.metrics.get(PARTITION_ID)
@@ -253,9 +258,10 @@ class Reply:
         Raises:
             ContributionError: It is none.
         """
-        arrays = self._only_arrays(name, keys.arrays)
+        arrays, stated = self._only_arrays(name, keys.arrays), self.records.stated
         weights, n_iter = to_weights(arrays, like=schema, contributor=name), self.metrics.get(keys.n_iter)
-        if sum([keys.weight in record for record in self._records[1]]) > 1:
+        metric_records = self.records.metrics
+        if len(metric_records) > 1 and sum([keys.weight in record for record in metric_records]) > 1:
             raise AggregationWeightError(
                 f"{name}: two of the reply's MetricRecords have a {keys.weight!r}, and one must weigh it",
                 contributor=name,
@@ -270,8 +276,8 @@ class Reply:
             weights,
             check_aggregation_weight(self.metrics[keys.weight], name),
             n_iter=None if n_iter is None else whole_number_of(n_iter),  # what else an app means by it is its own
-            round=_round_of(self.message, self.stated) if states_round or METADATA in self.message.content else None,
-            kind=self.stated.get("kind", kind),
+            round=_round_of(self.message, stated) if states_round or METADATA in self.message.content else None,
+            kind=stated.get("kind", kind),
             metrics={key: value for key, value in metrics.items() if key not in (PARTITION_ID, keys.weight)},
             info=self.lists(),
         )
@@ -291,11 +297,14 @@ class Reply:
         Raises:
             WeightsTypeError: There is none.
         """
-        if len(self.arrays) == 1 or key in self.arrays:
-            return self.arrays[key] if key in self.arrays else next(iter(self.arrays.values()))
+        arrays = self.records.arrays
+        if key in arrays:
+            return arrays[key]
+        if len(arrays) == 1:
+            return next(iter(arrays.values()))
         raise WeightsTypeError(
-            f"{name}: the reply has {len(self.arrays)} ArrayRecords, and none of them is called {key!r}"
-            if self.arrays
+            f"{name}: the reply has {len(arrays)} ArrayRecords, and none of them is called {key!r}"
+            if arrays
             else f"{name}: the reply has no ArrayRecord",
             contributor=name,
         )
@@ -310,7 +319,7 @@ def claims_of(replies: Iterable[Reply]) -> Iterator[tuple[int | Place, str | Non
     """What replies claim to be called, those that may not be called so left out: they are refused one by one."""
     for reply in replies:
         try:
-            yield reply.node, reply.claim()
+            yield reply.node, reply.claim
         except UnknownContributorError:
             continue
 

@@ -9,6 +9,7 @@ from fed_learn.aggregation.told import Told
 from fed_learn.components.direction import MODES, mode_of
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC
 from fed_learn.server.job_events import JobEvents
+from fed_learn.values import number_of
 
 LONGEST_METRIC = 200
 """Characters of a metric's name."""
@@ -53,6 +54,9 @@ class Selection:
         told: Says things once in the job.
         metric: What the server's user says: a metric, `INITIAL_VALIDATION_METRIC` for none in particular.
         mode: What the server's user says to be better of it; None: nothing.
+
+    Attributes:
+        scores: What clients measured, by their names, on the global model that they receive in the next round.
     """
 
     def __init__(self, job: JobEvents, told: Told, metric: str | None, mode: str | None) -> None:
@@ -67,6 +71,7 @@ class Selection:
         self._mode = next((one for one in modes if one is not None), None)
         self._by_server = "the server" if self._mode is not None else None
         self._who = "the server"
+        self.scores: dict[str, float] = {}
 
     def expect(self, stated: Iterable[Stated | None]) -> None:
         """Follows the commonest of what the replies of a round state, so that it does not depend on who is first."""
@@ -99,6 +104,13 @@ class Selection:
                 return {**kept, INITIAL_VALIDATION_METRIC: metrics[found[0]]}
         self._told.once(("score", who), f"{who}: its score is left out of the selection of models: {why}")
         return kept
+
+    def with_score(self, name: str, metrics: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The metrics of a contribution, with what its client measured on the global model before the round."""
+        score = self.scores.get(name)
+        if score is None or number_of(metrics.get(INITIAL_VALIDATION_METRIC)) is not None:
+            return metrics
+        return {**metrics, INITIAL_VALIDATION_METRIC: score}
 
     def fix(self) -> None:
         """A model has been scored: which direction is better stays as it is."""

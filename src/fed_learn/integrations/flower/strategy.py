@@ -16,13 +16,14 @@ from fed_learn.aggregation.rules import Rule
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind
 from fed_learn.errors import AggregatorError, IntegerRangeError, described, printable
 from fed_learn.events import EventHandler
-from fed_learn.integrations.flower.handled import Handled
+from fed_learn.integrations.flower.flower_job import Aggregate, FlowerJob
+from fed_learn.integrations.flower.job_strategy import JobStrategy
 from fed_learn.integrations.flower.messages import log_replies
 from fed_learn.integrations.flower.metrics import mean_by_name, mean_metrics
 from fed_learn.integrations.flower.names import NodeNames
 from fed_learn.integrations.flower.records import RecordWriter, to_weights
 from fed_learn.integrations.flower.replies import N_ITER, node_of
-from fed_learn.integrations.flower.session import Aggregate, Session
+from fed_learn.integrations.flower.scoring import with_weight
 from fed_learn.weights import FrozenWeights, Schema, WeightDict, check_finite
 
 logger = logging.getLogger("flwr")
@@ -30,7 +31,7 @@ logger = logging.getLogger("flwr")
 MetricsFunction = Callable[[list[RecordDict], str], MetricRecord]
 
 
-class FedAvg(Handled, FlowerFedAvg):
+class FedAvg(JobStrategy, FlowerFedAvg):
     """Federated averaging in Flower, by this library: checked, exact to rounding, with handlers.
 
     Takes the place of `flwr.serverapp.strategy.FedAvg`, with its arguments. A contribution that is not right in every
@@ -153,23 +154,23 @@ class FedAvg(Handled, FlowerFedAvg):
         good, _ = self.__looked_through(listed, is_train=False)
         if not good:
             return None
-        if self.evaluate_metrics_aggr_fn is mean_metrics:
-            good = self._job_weighed(good)
+        if self.evaluate_metrics_aggr_fn is mean_metrics and self._job_running is not None:
+            good = with_weight(self._job_running, good, self.weighted_by_key)
         named = [(self._job_called(node_of(m, place)), m.content) for place, m in enumerate(good, 1)]
         return self.__mean(self.evaluate_metrics_aggr_fn, named)
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
-        """See `Handled._job_replies`."""
+        """See `JobStrategy._job_replies`."""
         return self.__looked_through(replies, is_train=True) if isinstance(replies, list) else (replies, [])
 
     def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
-        """See `Handled._job_metrics`."""
+        """See `JobStrategy._job_metrics`."""
         return self.__mean(self.train_metrics_aggr_fn, counted) if counted else None
 
     def __mean(self, function: MetricsFunction, contents: list[tuple[str, RecordDict]]) -> MetricRecord:
-        session = self._job_session
-        if function is mean_metrics and session is not None:
-            return mean_by_name(contents, self.weighted_by_key, session.told)
+        running = self._job_running
+        if function is mean_metrics and running is not None:
+            return mean_by_name(contents, self.weighted_by_key, running.told)
         return function([content for _, content in contents], self.weighted_by_key)
 
     def _check_and_log_replies(
@@ -224,7 +225,7 @@ class _Delegate(Strategy):
         self.strategy.summary()
 
 
-class WithHandlers(Handled, _Delegate):
+class WithHandlers(JobStrategy, _Delegate):
     """Any strategy of Flower's Message API with our checks before it and our handlers around it.
 
     The strategy samples nodes and aggregates. It is given the accepted replies, in the order of the contributors'
@@ -307,28 +308,28 @@ class WithHandlers(Handled, _Delegate):
             return None
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
-        """See `Handled._job_replies`. The strategy itself logs them, if it is asked."""
+        """See `JobStrategy._job_replies`. The strategy itself logs them, if it is asked."""
         listed = list(replies)
         good, failed = [m for m in listed if not m.has_error()], [m for m in listed if m.has_error()]
         self.__metrics, self.__unsaid = None, (len(good), failed)
         return good, failed
 
     def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
-        """See `Handled._job_metrics`."""
+        """See `JobStrategy._job_metrics`."""
         unsaid, self.__unsaid = self.__unsaid, None
         if unsaid is not None:
             log_replies(*unsaid)
         return self.__metrics
 
     def _job_aggregate(self) -> Aggregate | None:
-        """See `Handled._job_aggregate`."""
+        """See `JobStrategy._job_aggregate`."""
         return self.__aggregate
 
-    def __aggregate(self, session: Session, contributions: Sequence[Contribution]) -> FrozenWeights:
-        number, who = session.job.report.round + 1, type(self.strategy).__name__
+    def __aggregate(self, running: FlowerJob, contributions: Sequence[Contribution]) -> FrozenWeights:
+        number, who = running.job.report.round + 1, type(self.strategy).__name__
         self.__unsaid = None
         accepted: list[Message] = []
-        kept = dict(session.accepted)
+        kept = dict(running.accepted)
         for counted in contributions:
             own = kept.pop(counted.contributor, None)
             if (
@@ -342,19 +343,19 @@ class WithHandlers(Handled, _Delegate):
                     "they came: it can only be left out"
                 )
             accepted.append(own.message)
-        for message in session.failed:  # whose reasons the strategy logs as they are
+        for message in running.failed:  # whose reasons the strategy logs as they are
             if message.has_error():
                 message.error = Error(message.error.code, printable(str(message.error.reason)))
         try:
-            record, self.__metrics = _Delegate.aggregate_train(self, number, [*accepted, *session.failed])
+            record, self.__metrics = _Delegate.aggregate_train(self, number, [*accepted, *running.failed])
         except Exception as error:
             if not _by_replies(error):
                 raise
             raise AggregatorError(f"{who} cannot aggregate the replies: {described(error)}") from error
         if not record:
             raise AggregatorError(f"{who} aggregated nothing")
-        made = to_weights(record, like=session.job.schema)
-        return _completed(made, session, session.averaged(contributions), who)
+        made = to_weights(record, like=running.job.schema)
+        return _completed(made, running, running.job.averaged(contributions), who)
 
 
 def _by_replies(error: Exception) -> bool:
@@ -372,19 +373,19 @@ def _by_replies(error: Exception) -> bool:
     return isinstance(error, ArithmeticError) or set(inner) == {"flwr"}
 
 
-def _completed(made: FrozenWeights, session: Session, averaged: frozenset[str], who: str) -> FrozenWeights:
+def _completed(made: FrozenWeights, running: FlowerJob, averaged: frozenset[str], who: str) -> FrozenWeights:
     """The new global model: what a strategy made, in the dtypes of the model before, and the rest of that.
 
     What a strategy returns beyond the variables of the model, or in other shapes, changes the model, as with Flower.
 
     Args:
         made: What the strategy made.
-        session: The job.
+        running: The job.
         averaged: Names of what clients sent and changed.
         who: The strategy.
     """
-    model = session.job.weights
-    sent = session.sent
+    model = running.job.weights
+    sent = running.model.names
     constants = sent - averaged  # what clients sent as it was: not finite
     taken = {name: array for name, array in made.items() if name not in constants or name not in model}
     Schema.of(taken, who)  # refuses dtypes that are no numbers
@@ -393,18 +394,18 @@ def _completed(made: FrozenWeights, session: Session, averaged: frozenset[str], 
     fitted = _with_dtypes(alike, Schema.of({name: model[name] for name in alike}), who)
     check_finite(fitted, who, constants=model or None)
     if len(fitted) == len(taken) == len(model):
-        session.take_part(made, who)
+        running.model.take_part(made, who)
         return fitted
     taken |= fitted
     missing = [name for name in model if name in averaged and name not in made]
     others = len(alike) < len(taken)
     if not others:
-        session.take_part(made, who)
+        running.model.take_part(made, who)
     dropped = set(missing) if others else set()
     new = {name: taken.get(name, array) for name, array in model.items() if name not in dropped}
     new |= taken
     if others and model:
-        session.change_model(Schema.of(new), who)
+        running.model.change(Schema.of(new), who)
     return FrozenWeights.adopt(new)
 
 

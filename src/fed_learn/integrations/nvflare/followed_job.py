@@ -176,8 +176,8 @@ class FollowedJob(Job):
         if self.weights is not before:
             _write(self.weights, self._theirs)
 
-    def _fire(self, event: str, contributor: str | None) -> None:
-        super()._fire(event, contributor)
+    def _fire(self, event: str) -> None:
+        super()._fire(event)
         if self.stopped:
             reason = self.ctx.pop(ContextKey.STOP)
             message = f"a handler asked to end the job ({reason}), which the workflow does not offer"

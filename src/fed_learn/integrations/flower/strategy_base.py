@@ -1,6 +1,9 @@
-"""What our strategies of both of Flower's interfaces share: one job at a time, and which models and replies are its.
+"""`StrategyBase`: what our strategies of both of Flower's interfaces share. Each has one job at a time.
 
-What belongs to this module has names that begin with `_job_`: users derive classes and give names of their own.
+It makes the job's settings of the strategy's arguments, begins and ends jobs, and decides to which job a model or a
+reply belongs. What becomes of a round is left to `FlowerJob`, messages to the strategies.
+
+Users derive classes from strategies and give names of their own, so names here begin with `_job_`.
 """
 
 import logging
@@ -17,8 +20,8 @@ from fed_learn.components.direction import MODES
 from fed_learn.contribution import Kind
 from fed_learn.errors import NothingAggregatedError
 from fed_learn.events import EventHandler
+from fed_learn.integrations.flower.flower_job import Aggregate, FlowerJob
 from fed_learn.integrations.flower.names import NodeNames, check_node_names
-from fed_learn.integrations.flower.session import Aggregate, Session
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
 from fed_learn.server.settings import JobSettings
@@ -27,7 +30,7 @@ from fed_learn.weights import FrozenWeights, Schema, WeightDict
 logger = logging.getLogger("flwr")
 
 
-class OneJob:
+class StrategyBase:
     """A base beside one of Flower's strategies.
 
     Attributes:
@@ -62,10 +65,10 @@ class OneJob:
     validation_mode: str | None
     node_names: NodeNames | None
     job: Job | None = None
-    _job_session: Session | None = None
+    _job_running: FlowerJob | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "job": None, "_job_session": None}
+        return {**self.__dict__, "job": None, "_job_running": None}
 
     def close(self) -> JobResult | None:
         """Ends the job."""
@@ -78,7 +81,7 @@ class OneJob:
             ValueError: An argument is out of its range.
             TypeError: A handler lacks `handle_event` or `rollback`, or `node_names` is of another sort.
         """
-        self.job = self._job_session = None
+        self.job = self._job_running = None
         self.kind = self._job_settings(None).aggregation.kind
         if self.validation_mode is not None:
             check_choice("mode", self.validation_mode, MODES)
@@ -107,11 +110,16 @@ class OneJob:
         """What aggregates in the place of the rule; None: nothing does."""
         return None
 
-    def _job_begin(
-        self, weights: WeightDict, record: ArrayRecord | None, num_rounds: int | None, *, guessed: bool
-    ) -> Session:
-        """A job with the settings of the strategy; arguments as of `Session`."""
-        return Session(
+    def _job_start(
+        self,
+        weights: WeightDict,
+        record: ArrayRecord | None = None,
+        num_rounds: int | None = None,
+        *,
+        guessed: bool = False,
+    ) -> FlowerJob:
+        """Begins a job with the settings of the strategy: STARTUP. The arguments are those of `FlowerJob`."""
+        running = FlowerJob(
             self._job_settings(num_rounds),
             weights,
             record,
@@ -121,28 +129,17 @@ class OneJob:
             validation_mode=self.validation_mode,
             node_names=self.node_names,
         )
-
-    def _job_start(
-        self,
-        weights: WeightDict,
-        record: ArrayRecord | None = None,
-        num_rounds: int | None = None,
-        *,
-        guessed: bool = False,
-    ) -> Session:
-        """Begins a job: STARTUP."""
-        session = self._job_begin(weights, record, num_rounds, guessed=guessed)
-        session.job.start()
-        self._job_session, self.job = session, session.job
-        return session
+        running.job.start()
+        self._job_running, self.job = running, running.job
+        return running
 
     def _job_open(
         self,
         server_round: int,
-        holds: Callable[[Session], bool],
+        holds: Callable[[FlowerJob], bool],
         read: Callable[[Schema | None], FrozenWeights],
         record: ArrayRecord | None = None,
-    ) -> Session:
+    ) -> FlowerJob:
         """The job with a global model that comes from outside, in this round; begins either if need be.
 
         Args:
@@ -151,25 +148,25 @@ class OneJob:
             read: Its weights, as those of a schema if there is one.
             record: The model as a record, if it is one.
         """
-        if self._job_session is not None and self._job_session.is_over(server_round):
+        if self._job_running is not None and self._job_running.is_over(server_round):
             self._job_replace()
-        session, given = self._job_session, None
-        if session is None or not holds(session):
-            given = read(None if session is None else session.job.schema)
-            if session is not None:
-                session.take_part(given, type(self).__name__)
-                given = session.completed(given)
+        running, given = self._job_running, None
+        if running is None or not holds(running):
+            given = read(None if running is None else running.job.schema)
+            if running is not None:
+                running.model.take_part(given, type(self).__name__)
+                given = running.model.completed(given)
             schema = Schema.of(given)
-            if session is not None and session.num_rounds is not None:  # Flower runs one job
-                if schema != session.job.schema:
-                    session.change_model(schema, type(self).__name__)
-            elif session is None or schema != session.job.schema:
+            if running is not None and running.num_rounds is not None:  # Flower runs one job
+                if schema != running.job.schema:
+                    running.model.change(schema, type(self).__name__)
+            elif running is None or schema != running.job.schema:
                 self._job_replace()  # another model: another job
-                session, given = self._job_start(given, record), None
-        session.guessed = False
-        if session.number != server_round - 1 or given is not None:
-            session.start_round(server_round - 1, given)
-        return session
+                running, given = self._job_start(given, record), None
+        running.guessed = False
+        if running.number != server_round - 1 or given is not None:
+            running.start_round(server_round - 1, given)
+        return running
 
     def _job_replace(self) -> None:
         """Ends a job in the place of which another begins."""
@@ -180,7 +177,7 @@ class OneJob:
 
     def _job_for(
         self, server_round: int, replies: Iterable[Any], readable: Callable[[], Iterable[WeightDict]]
-    ) -> Session | None:
+    ) -> FlowerJob | None:
         """The job in which replies count, in this round; begins either if need be.
 
         Args:
@@ -191,14 +188,14 @@ class OneJob:
         Returns:
             None if there is nothing to begin with.
         """
-        session = self._job_session
-        if session is not None and not session.takes(server_round, readable()):
+        running = self._job_running
+        if running is not None and not running.takes(server_round, readable()):
             self._job_replace()
-            session = None
-        if session is None and self.kind is Kind.FULL and any(True for _ in readable()):
-            session = self._job_start(FrozenWeights({}), guessed=True)
-        if session is None and any(True for _ in replies):
+            running = None
+        if running is None and self.kind is Kind.FULL and any(True for _ in readable()):
+            running = self._job_start(FrozenWeights({}), guessed=True)
+        if running is None and any(True for _ in replies):
             logger.error("round %d: no reply can be read, and the global model is not known", server_round)
-        if session is not None:
-            session.enter(server_round - 1)
-        return session
+        if running is not None:
+            running.enter(server_round - 1)
+        return running

@@ -1,0 +1,118 @@
+"""What can be added to sums as they stream in, so that the mean is right: finite values, weights and integers in range.
+
+The mean of a batch takes more, since all of it is known before the sums begin: there unusual weights are scaled, and
+large integers are summed exactly.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fed_learn.adapters.base import Resident
+from fed_learn.aggregation.arrays import ARRAYS, contiguous
+from fed_learn.aggregation.batch import Checked
+from fed_learn.aggregation.exact import check_domain
+from fed_learn.aggregation.integers import fits
+from fed_learn.aggregation.mean import refuse_not_finite
+from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
+from fed_learn.errors import AggregationWeightError, IntegerRangeError
+from fed_learn.kernels.base import Kernel
+from fed_learn.weights import WeightDict, first_of
+
+
+def finite_values(
+    kernel: Kernel, framework: Resident | None, row: Checked, copies: dict[str, Any] | None
+) -> dict[str, Any]:
+    """The values of a contribution as a kernel adds them, once it has found no NaN and no infinity among them.
+
+    Args:
+        kernel: Looks for them.
+        framework: Whose tensors it adds; None: arrays.
+        row: The contribution.
+        copies: Where to copy the values, so that what was found stays true whoever else holds them; None: they stay as
+            they are, somebody has promised.
+
+    Raises:
+        NonFiniteError: Says which value of which variable is not finite.
+    """
+    if framework is None:
+        values: dict[str, Any] = {name: contiguous(array) for name, array in row.arrays.items()}
+    else:
+        values = {name: row.held.tensors[name] for name in row.arrays}
+    if copies is not None:
+        flags = kernel.copy(list(values.values()), [copies[name] for name in values])
+        values = {name: copies[name] for name in values}
+    elif row.scanned:
+        return values
+    else:
+        flags = kernel.not_finite(list(values.values()))
+    flagged = {name: values[name] for name, flag in zip(values, flags, strict=True) if flag}
+    refuse_not_finite(ARRAYS if framework is None else framework, flagged, row.contributor)
+    return values
+
+
+def largest_integers(framework: Resident | None, row: Checked, values: dict[str, Any]) -> dict[str, int]:
+    """The largest magnitude in each variable of integers."""
+    look: Any = ARRAYS if framework is None else framework
+    return {name: look.magnitude(x) for name, x in values.items() if row.arrays[name].dtype.kind in "iu"}
+
+
+def check_addable(row: Checked, values: dict[str, Any], *, exact: bool) -> None:
+    """Refuses a contribution by whose weight sums could under- or overflow, or that exact sums do not take.
+
+    Args:
+        row: The contribution.
+        values: As a kernel adds them.
+        exact: Whether sums are exact.
+
+    Raises:
+        AggregationWeightError: The weight is outside of 2**-100 to 2**100.
+        ExactDomainError: With `exact`, a value or the weight is outside of the domain.
+    """
+    who, a = row.contributor, row.aggregation_weight
+    if not exact and not SMALLEST_WEIGHT <= a <= LARGEST_WEIGHT:
+        raise AggregationWeightError(
+            f"{who}: aggregation weight {a} is outside of 2**-100 to 2**100, and sums as they stream in could "
+            "under- or overflow; weighted_average can take it",
+            contributor=who,
+            value=a,
+        )
+    if exact and not row.scanned:
+        check_domain(values, a, who)
+
+
+def check_integers(
+    largest: Mapping[str, int],
+    before: Mapping[str, int],
+    count: int,
+    exact: bool,
+    contributor: str | None = None,
+    arrays: WeightDict | None = None,
+) -> None:
+    """Refuses integers so large that their mean would not be right to the unit.
+
+    Args:
+        largest: The largest magnitudes among those that are to be added.
+        before: Those of what has been added.
+        count: How many contributions there are with these.
+        exact: Whether sums are exact.
+        contributor: Whose they are, if they are one's.
+        arrays: Where they are, if they are arrays.
+
+    Raises:
+        IntegerRangeError: Names the variable.
+    """
+    for name, size in largest.items():
+        if size <= 2**53 if exact else fits(max(size, before.get(name, 0)), count):
+            continue
+        who = f"{contributor}: " if contributor is not None else ""
+        index = None
+        if arrays is not None:
+            index, _ = first_of((arrays[name] == size) | (arrays[name] == -size), arrays[name])
+        raise IntegerRangeError(
+            f"{who}{name!r} holds integers up to {size}, too large to be averaged to the unit as they stream in; "
+            "weighted_average can take them",
+            contributor=contributor,
+            name=name,
+            index=index,
+            value=size,
+        )
