@@ -3,6 +3,8 @@
 Nox is no dependency of the package. With `--no-venv` a session runs in the active environment, and installs nothing.
 """
 
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["quick"]
@@ -32,10 +34,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff and mypy. Mypy reads the types of the frameworks, so it needs what the tests need."""
-    install(session, ".[test]")
+    """Ruff, clang-format and mypy. Mypy reads the types of the frameworks, so it needs what the tests need."""
+    install(session, ".[test]", "clang-format")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("clang-format", "--dry-run", "-Werror", *map(str, sorted(Path("csrc").glob("*.[chi]*"))))
     session.run("mypy")
 
 

@@ -60,22 +60,6 @@ static int fl_gather_row(PyObject *schema, PyObject *row, PyObject *dtype_name, 
     return 1;
 }
 
-int fl_hold_only(uintptr_t rows, uintptr_t array_class)
-{
-    PyGILState_STATE state = PyGILState_Ensure();
-    Py_ssize_t n = PyList_Size((PyObject *)rows);
-    int only = 1;
-    for (Py_ssize_t k = 0; k < n && only; k++) {
-        PyObject *row = PyList_GetItem((PyObject *)rows, k), *name, *value;
-        Py_ssize_t at = 0;
-        only = row == Py_None || PyDict_CheckExact(row);
-        while (only && row != Py_None && PyDict_Next(row, &at, &name, &value))
-            only = Py_TYPE(value) == (PyTypeObject *)array_class;
-    }
-    PyGILState_Release(state);
-    return only;
-}
-
 size_t fl_measure(uintptr_t schema, uintptr_t codes_of, size_t *counts, size_t *sizes, int32_t *codes)
 {
     PyGILState_STATE state = PyGILState_Ensure();

@@ -8,9 +8,6 @@
 /* Objects come as their addresses, which are what id() says of them; the caller holds them. Nothing is held or changed
  * when a function returns, and no object is made per array. */
 
-/* Whether each of a list is a dict whose values are all of the very class `array_class`, or None. */
-int fl_hold_only(uintptr_t rows, uintptr_t array_class);
-
 /* Of each variable of a schema the number of elements, their bytes, and the code of its dtype, -1 where it has none.
  * schema: a dict of name -> (shape, dtype), codes_of: a dict of dtype -> code. Returns the bytes of all. */
 size_t fl_measure(uintptr_t schema, uintptr_t codes_of, size_t *counts, size_t *sizes, int32_t *codes);

@@ -17,7 +17,7 @@ from reference import DTYPES, KERNELS, Array
 import fed_learn as fl
 from fed_learn import weighted_average
 from fed_learn.kernels import threads
-from fed_learn.kernels.memory import Table, addresses, hold_only_arrays
+from fed_learn.kernels.memory import Table, addresses
 from fed_learn.weights import FrozenWeights, Schema
 
 needs_native = pytest.mark.skipif("native" not in KERNELS, reason="the C extension was not built")
@@ -163,14 +163,6 @@ def test_wrong_weights_are_refused_wherever_they_are(case: str, place: int) -> N
     with pytest.raises(fl.ContributionError) as caught:
         weighted_average(rows)
     assert caught.value.contributor == f"contributions[{place}]"
-
-
-@needs_native
-def test_plain_dicts_of_plain_arrays_are_told_from_all_others() -> None:
-    weights = model(np.dtype(np.float32))
-    assert hold_only_arrays([None, {}, weights, weights])
-    for other in (OrderedDict(weights), weights | {"0-d": 1.0}, weights | {"vector": [1.0]}, [weights], 3):
-        assert not hold_only_arrays([weights, other])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

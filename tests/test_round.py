@@ -800,3 +800,56 @@ def test_the_total_weight_of_a_round_stays_finite_whatever_clients_state() -> No
         report = job.end_round()
     assert (report.accepted, report.total_weight) == (("a", "d"), 4.0)
     assert [(f.contributor, f.cause) for f in report.rejected] == [(who, "AggregationWeightError") for who in "bc"]
+
+
+# Foresight: what is at hand before it is received
+
+
+@pytest.mark.parametrize("names", [(), ("fc.weight", "fc.bias")], ids=["whole", "part"])
+def test_what_is_foreseen_is_what_is_combined_without_foresight(names: tuple[str, ...]) -> None:
+    found = []
+    for foreseen in (True, False):
+        this = begun(number=0, model=MODEL)
+        some = [sent(f"site-{k}", FrozenWeights(model(k, *names)), k + 1, round=0) for k in (2, 0, 1)]
+        if foreseen:
+            assert this.foresee(some)
+        for one in some:
+            this.receive(one)
+        assert this.close() == []
+        made = this.combine()
+        found.append(({n: a.tobytes() for n, a in made.mean.items()}, made.sent, made.kind, this.report.accepted))
+    assert found[0] == found[1]
+
+
+def test_what_is_foreseen_does_not_count_if_one_of_it_turns_out_not_to() -> None:
+    this = begun(number=0, model={"w": np.zeros(1)})
+    some = [sent(f"site-{k}", FrozenWeights({"w": np.array([float(k)])}), 1, round=0) for k in (1, 2, 6)]
+    some.append(sent("site-2", FrozenWeights({"w": np.array([100.0])}), 1, round=0))
+    assert this.foresee(some)
+    for one in some[:3]:
+        this.receive(one)
+    with pytest.raises(fl.DuplicateContributionError):
+        this.receive(some[3])
+    this.close()
+    assert this.combine(list(this.accepted.values())[:2]).mean["w"].tolist() == [1.5]
+    assert this.combine().mean["w"].tolist() == [3.0]
+
+
+def test_foresight_leaves_it_to_receive_to_say_who_sent_what_is_not_finite() -> None:
+    this = begun(number=0, model={"w": np.zeros(1)})
+    good, bad = (sent(who, FrozenWeights({"w": np.array([x])}), 1, round=0) for who, x in (("a", 1.0), ("b", np.nan)))
+    assert not this.foresee([good, bad])
+    this.receive(good)
+    with pytest.raises(fl.NonFiniteError, match="b: 'w'"):
+        this.receive(bad)
+    this.close()
+    assert this.combine().mean["w"].tolist() == [1.0]
+
+
+def test_a_mask_that_a_handler_puts_into_a_contribution_is_kept_as_a_mask() -> None:
+    this = begun(number=0, model={"w": f32([0, -INF])}, kind="full")
+    received = this.receive(sent("a", {"w": f32([3, -INF])}, 1, round=0))
+    this.close()
+    replaced = sent("a", {"w": f32([1, -INF])}, 1, round=0)
+    assert received.contributor == replaced.contributor
+    assert this.combine([replaced]).mean["w"].tolist() == [1, -INF]

@@ -125,7 +125,7 @@ def test_parts_that_are_averaged_each_by_itself_go_through_the_rule() -> None:
     assert {name: float(value[0]) for name, value in this.combine().mean.items()} == {"w": 2, "b": 5}
 
 
-def test_settings_are_checked_once_and_frozen() -> None:
+def test_settings_are_checked_and_frozen() -> None:
     settings = JobSettings(num_rounds=np.int64(3), aggregation=AggregationSettings(kind="diff"))  # type: ignore[arg-type]
     assert (settings.num_rounds, type(settings.num_rounds)) == (3, int)
     assert settings.aggregation.kind is fl.Kind.DIFF
@@ -183,3 +183,78 @@ def test_what_a_rule_of_ones_own_makes_is_rounded_and_goes_where_it_is_told() ->
     assert fl.aggregate([{"w": np.float32([1, 3])}], rule=Half(), out=memory) is memory
     assert memory["w"].tolist() == [0.5, 1.5]
     assert fl.aggregate([{"w": np.float32([1, 3])}], rule=Half())["w"].dtype == np.float32
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_value_that_is_not_finite_is_refused_by_who_sent_it_though_the_rule_would_not_show_it(value: float) -> None:
+    class Least(Rule):
+        name: ClassVar[str] = "least"
+
+        def combine(self, given: Given) -> WeightDict:
+            return {n: np.min([row.arrays[n] for row in given.rows], axis=0) for n in given.schema}
+
+    with pytest.raises(fl.NonFiniteError, match=r"contributions\[1\]: 'w' at index \(0,\)"):
+        fl.aggregate([{"w": np.zeros(1)}, {"w": np.array([value])}], rule=Least())
+
+
+def test_a_rule_may_refuse_settings_and_contributions() -> None:
+    class Choosy(Largest):
+        name: ClassVar[str] = "choosy"
+
+        def check_settings(self, *, kind: fl.Kind, partial: str, exact: bool, stream: bool) -> None:
+            if exact:
+                raise ValueError("no exact sums")
+
+        def check(self, contribution: fl.Contribution) -> None:
+            if contribution.contributor == "site-2":
+                raise fl.MetricError("site-2: has no age", contributor="site-2", metric="age")
+
+    with pytest.raises(ValueError, match="no exact sums"):
+        fl.aggregate(contributions(), rule=Choosy(), exact=True)
+    with pytest.raises(fl.MetricError, match="site-2: has no age"):
+        fl.aggregate(contributions(), rule=Choosy())
+    model, chosen = {"w": np.zeros(2), "n": np.array(0)}, {"on_bad_contribution": "reject", "min_contributions": 2}
+    server = fl.FederatedServer(model, num_rounds=1, rule=Choosy(), **chosen)  # type: ignore[arg-type]
+    with server.begin() as job:
+        job.start_round(0)
+        for sent in contributions(round=0):
+            job.receive(sent.contributor, sent)
+        assert job.aggregate()
+        assert job.end_round().accepted == ("site-1", "site-3")
+
+
+def test_a_mistake_in_the_code_of_a_rule_is_no_clients_fault() -> None:
+    class Broken(Largest):
+        name: ClassVar[str] = "broken"
+
+        def check(self, contribution: fl.Contribution) -> None:
+            raise AttributeError("no such thing")
+
+    server = fl.FederatedServer({"w": np.zeros(2), "n": np.array(0)}, num_rounds=1, rule=Broken())
+    job = server.begin()
+    job.start_round(0)
+    with pytest.raises(fl.AggregatorError, match="rule 'broken': AttributeError: no such thing"):
+        job.receive("site-3", contributions(round=0)[0])
+    job.shut_down()
+
+
+def test_a_rule_that_makes_the_model_is_checked_too() -> None:
+    class Model(Largest):
+        name: ClassVar[str] = "model"
+        makes_model: ClassVar[bool] = True
+
+        def combine(self, given: Given) -> WeightDict:
+            return {"w": np.full(2, 7.0), "n": np.array(7)} if len(given.rows) > 1 else {"other": np.zeros(1)}
+
+    for count, expected in ((3, [7, 7]), (1, [0, 0])):
+        server = fl.FederatedServer(
+            {"w": np.zeros(2), "n": np.array(0)}, num_rounds=2, rule=Model(), min_contributions=1
+        )
+        job = server.begin()
+        job.start_round(0)
+        for sent in contributions(round=0)[:count]:
+            job.receive(sent.contributor, sent)
+        assert job.aggregate() is (count > 1)
+        assert job.weights["w"].tolist() == expected
+        assert (job.end_round().error is None) is (count > 1)
+        job.shut_down()

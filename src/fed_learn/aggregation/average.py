@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 
 from fed_learn import kernels
-from fed_learn.aggregation.batch import checked_batch
+from fed_learn.aggregation.batch import checked_batch, scanned
 from fed_learn.aggregation.mean import counting, mean
 from fed_learn.aggregation.rules import Given, Rule, combined, find
-from fed_learn.contribution import Contribution
+from fed_learn.contribution import Contribution, Kind
 from fed_learn.weights import WeightDict
 
 
@@ -91,7 +91,9 @@ def aggregate(
         ContributionError: Something is wrong with one of them; the class says what, the attributes who and where.
         EmptyAggregationError: There are no contributions, or none counts by more than 0.
         AggregatorError: A rule of a user's own failed.
-        ValueError: There is no such rule, or it makes a model by the state of a job.
+        OutputError: `out` cannot be written to.
+        ExactDomainError: With `exact`, a value or weight outside of the domain.
+        ValueError: There is no such rule, it cannot sum exactly, or it makes a model by the state of a job.
 
     Example:
         >>> aggregate([{"w": np.float32([0, 1])}, {"w": np.float32([4, 1])}], [300, 100], rule="mean")
@@ -103,4 +105,11 @@ def aggregate(
     if kernel is not None:
         kernels.requested(kernel)
     schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like)
+    kind = next((row.contribution.kind for row in rows if row.contribution is not None), Kind.FULL)
+    how.check_settings(kind=kind, partial="refuse", exact=exact, stream=False)
+    if not how.shows_not_finite:
+        rows = [scanned(row, kernel, exact=exact) for row in rows]
+    for row in rows:
+        if row.contribution is not None:
+            how.check(row.contribution)
     return combined(how, Given(counting(rows), schema, exact=exact, kernel=kernel, out=out))

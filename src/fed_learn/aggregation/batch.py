@@ -16,6 +16,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from fed_learn import kernels
 from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.outputs import new_arrays
@@ -416,6 +417,26 @@ def _checked_weight_dicts(
 def _labels(count: int) -> tuple[str, ...]:
     """What bare weight dicts are called in errors."""
     return tuple(f"contributions[{i}]" for i in range(count))
+
+
+def scanned(row: Checked, kernel: str | None = None, *, exact: bool = False) -> Checked:
+    """The same contribution, once there is no NaN and no infinity in it.
+
+    Args:
+        row: What may hold them.
+        kernel: Name of the kernel that looks for them; None: the current one.
+        exact: Whether values have to lie in the domain of exact sums.
+
+    Raises:
+        NonFiniteError: Says which value of which variable is not finite.
+        ExactDomainError: With `exact`, a value or weight is outside of the domain.
+    """
+    on_host = row.on_host()
+    for name in on_host.held.not_finite(kernels.resolve(kernel)):
+        raise _not_finite(name, on_host.arrays[name], row.contributor)
+    if exact:
+        check_domain(on_host.arrays, row.aggregation_weight or 1.0, row.contributor)
+    return replace(row, scanned=True)
 
 
 def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:

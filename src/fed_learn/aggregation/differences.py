@@ -9,6 +9,7 @@ import numpy as np
 
 from fed_learn import kernels
 from fed_learn.aggregation.arrays import Columns, contiguous
+from fed_learn.aggregation.integers import magnitude
 from fed_learn.aggregation.outputs import ArrayOutputs, new_arrays
 from fed_learn.environment import check_environment
 from fed_learn.errors import IntegerRangeError
@@ -119,7 +120,7 @@ def _check_inputs(names: Iterable[str], inputs: Sequence[WeightDict]) -> None:
     for name in names:
         for weights in inputs:
             array = weights[name]
-            if array.dtype.kind == "i" and max(-int(array.min()), int(array.max())) > 2**62:
+            if magnitude(array) > 2**62:
                 raise IntegerRangeError(
                     f"{name!r} holds integers beyond 2**62, whose differences may not fit", name=name
                 )

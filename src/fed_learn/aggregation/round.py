@@ -19,7 +19,7 @@ from fed_learn.aggregation.accumulator import Accumulator
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.outputs import Output
-from fed_learn.aggregation.rules import Given, combined
+from fed_learn.aggregation.rules import Given, combined, failure_of
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import OpenedWeights, placeholder, schema_of, without_tensors
 from fed_learn.aggregation.told import Told
@@ -246,7 +246,7 @@ class Round:
         else:
             said = []
             row = self._terms.check(sent, self.accepted, said.append)
-        self.settings.how.check(row.sent)
+        self._check_by_rule(row.sent)
         if self.settings.stream:
             row = self._added(row)
         who, kept = row.contributor, row.sent
@@ -457,7 +457,9 @@ class Round:
         key = self._stream_of(row)
         if key not in self._streams:
             self._make_room(row)
-        stream = self._streams.get(key) or Accumulator(exact=self.settings.exact, kernel=self.settings.kernel)
+        stream = self._streams.get(key)
+        if stream is None:
+            stream = Accumulator(exact=self.settings.exact, kernel=self.settings.kernel)
         # Nobody changes its arrays: they are frozen, or the caller has promised so (`own=False`). No copy is needed.
         stream.take(row.only(list(row.averaged)), borrow=True)
         stream.flush()
@@ -524,7 +526,22 @@ class Round:
                 "a handler changed which contributions are averaged, or their weights, but with stream=True they are "
                 "added up already"
             )
-        return self._terms.check(given)
+        self._check_by_rule(given)
+        return replace(self._terms, round=self.number).check(given)
+
+    def _check_by_rule(self, contribution: Contribution) -> None:
+        """Lets the rule refuse a contribution.
+
+        Raises:
+            ContributionError: It does.
+            AggregatorError: The code of the rule failed, which is not the client's doing.
+        """
+        try:
+            self.settings.how.check(contribution)
+        except ContributionError:
+            raise
+        except Exception as error:
+            raise failure_of(self.settings.how, error) from error
 
     def _with_constants(self, mean: WeightDict, rows: Sequence[Checked]) -> WeightDict:
         """The mean with the constants of the global model in their places, without variables that nobody has changed.
@@ -532,8 +549,6 @@ class Round:
         Raises:
             EmptyAggregationError: No variable is left.
         """
-        if self._alike:
-            return mean
         filled = {name for row in rows for name in row.filled}
         changed = {name for row in rows for name in row.averaged if name not in row.unchanged} if filled else set()
         whole = filled - changed

@@ -56,8 +56,7 @@ class AggregationSettings:
         if self.min_contributions is not None:
             object.__setattr__(self, "min_contributions", check_count("min_contributions", self.min_contributions))
         check_choice("on_bad_contribution", self.on_bad_contribution, ("raise", "reject"))
-        if self.partial not in PARTIAL:
-            raise ValueError(f"partial must be {' or '.join(map(repr, PARTIAL))}, not {self.partial!r}")
+        check_choice("partial", self.partial, PARTIAL)
         if self.stream and self.partial == "average":
             raise ValueError("partial='average' needs all contributions of a round at once, which stream=True drops")
         object.__setattr__(self, "kind", Kind(self.kind))

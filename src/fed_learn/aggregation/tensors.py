@@ -128,7 +128,7 @@ class OpenedWeights:
 
     def only(self, names: Collection[str]) -> "OpenedWeights":
         """Some of the weights, or all of them in another order."""
-        if list(names) == list(self.weights):
+        if len(names) == len(self.weights) and list(names) == list(self.weights):
             return self
         tensors = {name: self.tensors[name] for name in names if name in self.tensors}
         owners = {name: self.owners[name] for name in tensors}

@@ -28,16 +28,6 @@ if EXTENSION is not None:
     }
 
 
-def hold_only_arrays(rows: list[Any]) -> bool:
-    """Whether all of these are plain dicts of plain arrays, or None; without the extension always False.
-
-    Example:
-        >>> hold_only_arrays([{"w": np.zeros(2)}, {"w": 0.0}])
-        False
-    """
-    return EXTENSION is not None and bool(EXTENSION.lib.fl_hold_only(id(rows), id(np.ndarray)))
-
-
 class Table:
     """Where the outputs and inputs of some variables lie: what a kernel in C needs to know of them.
 

@@ -87,6 +87,7 @@ class Job(JobRounds):
             fire_event(EventType.STARTUP, self.handlers, self.ctx)
         except HandlerError as error:
             self._over = True
+            self.record(error.failures)
             error.result = self.result()
             raise
 

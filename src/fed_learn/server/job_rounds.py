@@ -17,6 +17,7 @@ from fed_learn.aggregation.rules import ClaraRule
 from fed_learn.aggregation.told import Told
 from fed_learn.contribution import ClientFailure, Contribution, RoundReport
 from fed_learn.errors import (
+    AggregatorError,
     BrokenAccumulatorError,
     ContributionError,
     ExactDomainError,
@@ -303,7 +304,7 @@ class JobRounds(JobEvents):
         refusal: Exception
         try:
             return self._round.receive(_from_client(name, sent)), None
-        except (BrokenAccumulatorError, FloatingPointEnvironmentError):
+        except (AggregatorError, BrokenAccumulatorError, FloatingPointEnvironmentError):
             raise  # not the client's doing
         except (ContributionError, ExactDomainError) as error:
             refusal = without_tracebacks(error)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 from fed_learn.aggregation.batch import Checked
@@ -53,8 +53,6 @@ class Rule(ABC):
         name: The name by which settings and the command find it.
         streams: Whether contributions can be added up one by one and dropped (`stream=True`).
         shows_not_finite: Whether it raises `NonFiniteError` if a value is not finite.
-        keeps_schema: Whether its result needs no check, since it always has the schema and is written to `out` or
-            `output`.
         makes_model: Whether its result is the new global model itself, rather than a mean or a difference.
 
     Example:
@@ -70,8 +68,9 @@ class Rule(ABC):
     name: ClassVar[str]
     streams: ClassVar[bool] = False
     shows_not_finite: ClassVar[bool] = False
-    keeps_schema: ClassVar[bool] = False
     makes_model: ClassVar[bool] = False
+    _of_this_package: ClassVar[bool] = False
+    """Whether its result has the schema, and goes where it is told, for certain."""
 
     def check_settings(self, *, kind: Kind, partial: str, exact: bool, stream: bool) -> None:
         """Refuses settings under which the rule cannot work.
@@ -117,23 +116,30 @@ def combined(rule: Rule, given: Given) -> WeightDict:
         AggregatorError: A rule of a user's own raised, or returned something else.
         ContributionError: The result leaves the range of a dtype.
     """
-    if rule.keeps_schema or rule.makes_model:
+    if rule._of_this_package:
         return rule.combine(given)
-    who, schema = f"rule {rule.name!r}", given.schema
+    who = f"rule {rule.name!r}"
+    schema = Schema.of(given.model or {}) if rule.makes_model else given.schema
     try:
-        made = as_weight_dict(without_tensors(rule.combine(given), who), who)
-        fit, _ = schema.fit(made, who)
+        made = rule.combine(replace(given, rows=[row.on_host() for row in given.rows]))
+        arrays = as_weight_dict(without_tensors(made, who), who)
+        fit, _ = schema.fit(arrays, who)
         if len(fit) < len(schema):
             raise schema.names_error(fit, who)
-        check_finite(fit, who)
+        check_finite(fit, who, constants=given.model if rule.makes_model else None)
     except Exception as error:
-        cause = text_of(error) if isinstance(error, FedLearnError) else described(error)
-        raise AggregatorError(f"{who}: {cause.removeprefix(f'{who}: ')}") from error
-    place = given.rows[0].held.place
+        raise failure_of(rule, error) from error
+    place = None if rule.makes_model else given.rows[0].held.place
     outputs = outputs_for(schema, place, given.out) if given.output is None else given.output(schema)
     for name, array in fit.items():
         outputs.arrays[name][...] = array
     return outputs.finish()
+
+
+def failure_of(rule: Rule, error: Exception) -> AggregatorError:
+    """The error for what the code of a rule raised."""
+    who, cause = f"rule {rule.name!r}", text_of(error) if isinstance(error, FedLearnError) else described(error)
+    return AggregatorError(f"{who}: {cause.removeprefix(f'{who}: ')}")
 
 
 R = TypeVar("R", bound=type[Rule])

@@ -77,6 +77,7 @@ class ClaraRule(Rule):
 
     name = "clara"
     makes_model = True
+    _of_this_package = True
 
     def __init__(self, aggregator: Any) -> None:
         self.aggregator = check_aggregator(aggregator)
@@ -102,8 +103,8 @@ class ClaraRule(Rule):
             AggregatorError: The aggregator failed, or made no model.
         """
         weights, ctx = given.model, given.ctx
-        assert weights is not None
-        assert ctx is not None
+        if weights is None or ctx is None:
+            raise AggregatorError("an aggregator makes the new global model of a job, and needs its model and context")
         with kernels.use(kernels.resolve(given.kernel).name):
             whole = [row.completed(weights) for row in given.rows]
             return run_aggregator(self.aggregator, whole, weights, ctx)

@@ -12,7 +12,7 @@ class MeanRule(Rule):
     name = "mean"
     streams = True
     shows_not_finite = True
-    keeps_schema = True
+    _of_this_package = True
 
     def combine(self, given: Given) -> WeightDict:
         """The mean."""

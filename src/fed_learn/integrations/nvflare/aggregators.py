@@ -29,6 +29,7 @@ from fed_learn.aggregation.told import Told
 from fed_learn.contribution import Contribution, Kind, RoundReport, check_aggregation_weight, check_factor
 from fed_learn.errors import (
     AggregationWeightError,
+    AggregatorError,
     BrokenAccumulatorError,
     ClientQuitError,
     ContributionError,
@@ -88,6 +89,9 @@ class _Averaging:
             min_contributions=min_contributions,
             on_bad_contribution=on_bad_contribution,
         )
+        if self._settings.how.makes_model:
+            name = self._settings.how.name
+            raise ValueError(f"rule {name!r} makes the new global model itself, which NVFlare makes of the average")
         for name, weight in (aggregation_weights or {}).items():
             try:
                 check_factor(weight, name)
@@ -199,7 +203,7 @@ class _Averaging:
             try:
                 sent = read()
                 sent = this.receive(sent)
-            except (BrokenAccumulatorError, FloatingPointEnvironmentError):
+            except (AggregatorError, BrokenAccumulatorError, FloatingPointEnvironmentError):
                 raise  # not the client's doing
             except BaseException as error:  # noqa: BLE001 - raised below, with the name of who sent it
                 reason = _reason(who, as_failure(error))
@@ -393,6 +397,7 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
             variable is averaged over those who sent it, as NVFlare does (not with `stream`). `"refuse"`: it is refused.
         exact: Exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
+        rule: How contributions are combined: the name of a rule, one of `fed_learn.rules.available()`, or a `Rule`.
         stream: Add each model to float64 sums as it comes, in order of arrival, and keep none. Otherwise the models are
             kept until the round is over and added in the order of the clients' names: the same bits whichever is first,
             in one pass, but in the memory of all of them. What is handed over must then be left as it is, as NVFlare

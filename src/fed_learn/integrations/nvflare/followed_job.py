@@ -33,18 +33,6 @@ class FollowedJob(Job):
         super().__init__(JobSettings(handlers=handlers, on_handler_error=on_handler_error), {})
         self.aggregated_elsewhere = True
 
-    def start(self) -> None:
-        """STARTUP.
-
-        Raises:
-            HandlerError: A handler could not start; those before it have been shut down.
-        """
-        try:
-            super().start()
-        except HandlerError as error:
-            self.record(error.failures)
-            raise
-
     def register(self, name: str) -> None:
         """CLIENT_REGISTER, once for each client. Names are not checked: NVFlare has given them."""
         if name not in self.clients:
