@@ -16,7 +16,7 @@ How they are built, from Flower's side to ours:
     answers, names, selection   who answered; who is called what; by which score models are selected
     widths, round_parts         replies of several precisions; rounds aggregated in several calls
     replies, scoring, metrics   what replies say: contributions, scores, metrics
-    records, exchange, local    weights in records; messages out and replies in; a grid in one process
+    records, messages, local    weights in records; messages out and replies in; a grid in one process
     mod                         the client's side
 """
 
