@@ -62,7 +62,7 @@ class Counted(str):
 def calls_of_a_round(count: int, settings: dict[str, Any]) -> int:
     names = [Counted(f"layer.{i}") for i in range(count)]
     known = settings.pop("known")
-    model = {name: np.zeros(1) for name in names} if known else None
+    model: dict[str, Any] | None = {name: np.zeros(1) for name in names} if known else None
     this = Round(AggregationSettings(**settings), number=0, model=model)
     Counted.calls = 0
     for k, part in enumerate((names, names, names[::2], [Counted(f"other.{i}") for i in range(count)])):

@@ -139,7 +139,7 @@ def test_settings_are_checked_once_and_frozen() -> None:
         ({"partial": "average", "stream": True}, "which stream=True drops"),
     ):
         with pytest.raises(ValueError, match=text):
-            AggregationSettings(**wrong)  # type: ignore[arg-type]
+            AggregationSettings(**wrong)
 
 
 @pytest.mark.parametrize(
@@ -180,6 +180,6 @@ def test_what_a_rule_of_ones_own_makes_is_rounded_and_goes_where_it_is_told() ->
             return {n: np.asarray(given.rows[0].arrays[n], float) / 2 for n in given.schema}
 
     memory = {"w": np.zeros(2, np.float32)}
-    assert fl.aggregate([{"w": np.float32([1, 3])}], rule=Half(), out=memory) is memory
+    assert fl.aggregate([{"w": np.array([1, 3], np.float32)}], rule=Half(), out=memory) is memory
     assert memory["w"].tolist() == [0.5, 1.5]
-    assert fl.aggregate([{"w": np.float32([1, 3])}], rule=Half())["w"].dtype == np.float32
+    assert fl.aggregate([{"w": np.array([1, 3], np.float32)}], rule=Half())["w"].dtype == np.float32

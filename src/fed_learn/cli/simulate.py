@@ -224,11 +224,7 @@ def _files_in(out: Path) -> list[str]:
 def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
     """What to tell of a job that was interrupted."""
     report = demo.server.ctx.get_prop(ContextKey.REPORT)
-    where = (
-        "interrupted"
-        if report is None
-        else f"interrupted in round {report.round + 1} of {demo.server.num_rounds}"
-    )
+    where = "interrupted" if report is None else f"interrupted in round {report.round + 1} of {demo.server.num_rounds}"
     if not files:
         return f"{where}; nothing was written: run it again"
     if "summary.json" in files:
