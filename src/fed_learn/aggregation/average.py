@@ -53,6 +53,7 @@ def weighted_average(
         FloatingPointEnvironmentError: The process does not compute as numbers are defined, and that would matter.
 
     Example:
+        >>> import numpy as np
         >>> hospital_a, hospital_b = {"w": np.float32([0, 1])}, {"w": np.float32([4, 1])}
         >>> weighted_average([hospital_a, hospital_b], [300, 100])
         {'w': array([1., 1.], dtype=float32)}
@@ -96,6 +97,7 @@ def aggregate(
         ValueError: There is no such rule, it cannot sum exactly, or it makes a model by the state of a job.
 
     Example:
+        >>> import numpy as np
         >>> aggregate([{"w": np.float32([0, 1])}, {"w": np.float32([4, 1])}], [300, 100], rule="mean")
         {'w': array([1., 1.], dtype=float32)}
     """
