@@ -53,21 +53,12 @@ class LegacyFedAvg(StrategyBase, FlowerFedAvg):
     Flower does not tell a strategy when a job is over. With `num_rounds` it ends with the evaluation of that round, or
     with its training if `fraction_evaluate` is 0; else call `close()`.
 
+    The other arguments are those of `fed_learn.integrations.flower.FedAvg`.
+
     Args:
         num_rounds: As of Flower's `ServerConfig`.
-        handlers: As of `fed_learn.integrations.flower.FedAvg`, like all but the last.
-        kind: See there.
-        min_contributions: See there.
-        on_bad_contribution: See there.
-        on_handler_error: See there.
-        partial: See there; a shorter list of parameters is the beginning of the longer one.
-        exact: See there.
-        kernel: See there.
-        rule: See there.
-        validation_metric: See there.
-        validation_mode: See there.
-        n_iter_key: See there.
-        node_names: See there; by Flower's client ids.
+        partial: As of `FedAvg`; a shorter list of parameters is the beginning of the longer one.
+        node_names: As of `FedAvg`, by Flower's client ids.
         **flower: Arguments of Flower's `FedAvg`.
 
     Attributes:
@@ -251,11 +242,9 @@ class LegacyFedAvg(StrategyBase, FlowerFedAvg):
         return running.job.result()
 
     def _job_settings(self, num_rounds: int | None) -> JobSettings:
-        """See `StrategyBase._job_settings`."""
         return super()._job_settings(self.num_rounds)
 
     def __read(self, running: FlowerJob, node: Hashable, result: FitRes) -> tuple[str, Contribution | Exception]:
-        """See `FlowerJob.read`."""
 
         def read(name: str) -> Contribution:
             metrics = _own_metrics(result.metrics)

@@ -38,17 +38,11 @@ class FedAvg(JobStrategy, FlowerFedAvg):
     way is refused and reported, and the others are averaged; the sum is taken in the order of the contributors' names.
     Integers and halves keep their dtypes.
 
+    The first eight arguments are those of Flower's `FedAvg`.
+
     Args:
-        fraction_train: This and the next nine are Flower's.
-        fraction_evaluate: See Flower.
-        min_train_nodes: See Flower.
-        min_evaluate_nodes: See Flower.
-        min_available_nodes: See Flower.
-        weighted_by_key: See Flower.
-        arrayrecord_key: See Flower.
-        configrecord_key: See Flower.
-        train_metrics_aggr_fn: See Flower. None: `mean_metrics`. It is given the replies that were accepted.
-        evaluate_metrics_aggr_fn: See Flower. None: `mean_metrics`.
+        train_metrics_aggr_fn: As in Flower; None: `mean_metrics`. It is given the replies that were accepted.
+        evaluate_metrics_aggr_fn: As in Flower; None: `mean_metrics`.
         handlers: The server's handlers.
         kind: Whether clients send full weights or the difference to what they received.
         min_contributions: Accepted contributions that a round needs, or else the global model stands. How many nodes
@@ -160,11 +154,9 @@ class FedAvg(JobStrategy, FlowerFedAvg):
         return self.__mean(self.evaluate_metrics_aggr_fn, named)
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
-        """See `JobStrategy._job_replies`."""
         return self.__looked_through(replies, is_train=True) if isinstance(replies, list) else (replies, [])
 
     def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
-        """See `JobStrategy._job_metrics`."""
         return self.__mean(self.train_metrics_aggr_fn, counted) if counted else None
 
     def __mean(self, function: MetricsFunction, contents: list[tuple[str, RecordDict]]) -> MetricRecord:
@@ -231,20 +223,12 @@ class WithHandlers(JobStrategy, _Delegate):
     The strategy samples nodes and aggregates. It is given the accepted replies, in the order of the contributors'
     names, and behind them the nodes' errors. What it aggregates gets the dtypes of the global model back. Where the
     code of Flower cannot aggregate what clients sent, the round fails, and the global model stands; an error in the
-    code of a strategy of the user's is raised.
+    code of your own strategy is raised. The other arguments are those of `FedAvg`.
 
     Args:
         strategy: The strategy.
-        handlers: As of `FedAvg`, like all that follow.
-        kind: See `FedAvg`. `Kind.DIFF` is for a strategy of one's own that makes the new model of differences.
-        min_contributions: See `FedAvg`.
-        on_bad_contribution: See `FedAvg`.
-        on_handler_error: See `FedAvg`.
-        validation_metric: See `FedAvg`.
-        validation_mode: See `FedAvg`.
-        n_iter_key: See `FedAvg`.
-        poll_interval: See `FedAvg`.
-        node_names: See `FedAvg`.
+        kind: Whether clients send full weights or differences. `Kind.DIFF` is for your own strategy that makes the new
+            model from differences.
 
     Raises:
         ValueError: Also for `Kind.DIFF` and a strategy of Flower's own, which would take the mean difference for the
@@ -308,21 +292,19 @@ class WithHandlers(JobStrategy, _Delegate):
             return None
 
     def _job_replies(self, replies: Iterable[Message]) -> tuple[Iterable[Message], list[Message]]:
-        """See `JobStrategy._job_replies`. The strategy itself logs them, if it is asked."""
+        # The strategy itself logs them, if it is asked.
         listed = list(replies)
         good, failed = [m for m in listed if not m.has_error()], [m for m in listed if m.has_error()]
         self.__metrics, self.__unsaid = None, (len(good), failed)
         return good, failed
 
     def _job_metrics(self, counted: list[tuple[str, RecordDict]]) -> MetricRecord | None:
-        """See `JobStrategy._job_metrics`."""
         unsaid, self.__unsaid = self.__unsaid, None
         if unsaid is not None:
             log_replies(*unsaid)
         return self.__metrics
 
     def _job_aggregate(self) -> Aggregate | None:
-        """See `JobStrategy._job_aggregate`."""
         return self.__aggregate
 
     def __aggregate(self, running: FlowerJob, contributions: Sequence[Contribution]) -> FrozenWeights:
