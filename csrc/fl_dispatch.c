@@ -195,8 +195,8 @@ static int fl_check_differences(int set, size_t n_pieces, const int32_t *dtypes)
     return status;
 }
 
-int fl_add(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
-           uint8_t *out_of_range)
+static int fl_differences(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts,
+                          const int32_t *dtypes, uint8_t *out_of_range, int subtract)
 {
     int status = fl_check_differences(set, n_pieces, dtypes), stream = fl_is_large(n_pieces, counts);
     if (status != FL_OK)
@@ -206,29 +206,25 @@ int fl_add(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *co
     for (size_t p = 0; p < n_pieces; p++, pointers += 3) {
         const struct fl_functions *of = fl_functions(set, dtypes[p]);
         const void *one = (const void *)pointers[1], *other = (const void *)pointers[2];
-        out_of_range[p] = (uint8_t)of->add((void *)pointers[0], one, other, counts[p], stream);
+        void *output = (void *)pointers[0];
+        out_of_range[p] = (uint8_t)(subtract ? of->subtract(output, one, other, counts[p], stream)
+                                             : of->add(output, one, other, counts[p], stream));
     }
     FL_FENCE();
     fl_leave(&env);
     return FL_OK;
 }
 
+int fl_add(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
+           uint8_t *out_of_range)
+{
+    return fl_differences(set, n_pieces, pointers, counts, dtypes, out_of_range, 0);
+}
+
 int fl_subtract(int set, size_t n_pieces, const uintptr_t *pointers, const size_t *counts, const int32_t *dtypes,
                 uint8_t *out_of_range)
 {
-    int status = fl_check_differences(set, n_pieces, dtypes), stream = fl_is_large(n_pieces, counts);
-    if (status != FL_OK)
-        return status;
-    fenv_t env;
-    fl_enter(&env);
-    for (size_t p = 0; p < n_pieces; p++, pointers += 3) {
-        const struct fl_functions *of = fl_functions(set, dtypes[p]);
-        const void *one = (const void *)pointers[1], *other = (const void *)pointers[2];
-        out_of_range[p] = (uint8_t)of->subtract((void *)pointers[0], one, other, counts[p], stream);
-    }
-    FL_FENCE();
-    fl_leave(&env);
-    return FL_OK;
+    return fl_differences(set, n_pieces, pointers, counts, dtypes, out_of_range, 1);
 }
 
 static int fl_digits_init(struct fl_digits *digits, int top, size_t n_digits, uint8_t *touched)
