@@ -853,3 +853,25 @@ def test_a_mask_that_a_handler_puts_into_a_contribution_is_kept_as_a_mask() -> N
     replaced = sent("a", {"w": f32([1, -INF])}, 1, round=0)
     assert received.contributor == replaced.contributor
     assert this.combine([replaced]).mean["w"].tolist() == [1, -INF]
+
+
+@STREAMS
+@pytest.mark.parametrize("partial", ["same", "average"])
+def test_where_no_model_is_known_variables_are_found_by_name_and_not_by_place(partial: str, stream: bool) -> None:
+    if stream and partial == "average":
+        pytest.skip("an average of parts does not stream")
+    one = {"a": np.full(1000, 1.0), "b": np.array(100, np.int8)}
+    other = {"b": np.array(50, np.int8), "a": np.full(1000, 3.0)}
+    this = begun(number=0, partial=partial, stream=stream)
+    made = combined(this, sent("s1", one, 1, round=0), sent("s2", other, 1, round=0)).mean
+    assert made["a"].tolist() == [2.0] * 1000
+    assert int(made["b"]) == 75
+
+
+def test_where_no_model_is_known_what_a_handler_makes_has_the_shapes_of_the_others() -> None:
+    this = begun(number=0)
+    first = this.receive(sent("a", {"w": np.zeros(1000)}, 1, round=0))
+    this.receive(sent("b", {"w": np.zeros(1000)}, 1, round=0))
+    this.close()
+    with pytest.raises(fl.ShapeError, match=r"b: 'w' has shape \(1,\), expected \(1000,\)"):
+        this.combine([first, sent("b", {"w": np.zeros(1)}, 1, round=0)])

@@ -258,3 +258,49 @@ def test_a_rule_that_makes_the_model_is_checked_too() -> None:
         assert job.weights["w"].tolist() == expected
         assert (job.end_round().error is None) is (count > 1)
         job.shut_down()
+
+
+def test_out_of_a_rule_of_ones_own_may_not_be_an_input_and_inputs_cannot_be_changed() -> None:
+    given = [{"w": np.array([1.0, 4.0])}, {"w": np.array([3.0, 2.0])}]
+    with pytest.raises(fl.OutputError, match="overlaps an input"):
+        fl.aggregate(given, rule=Largest(), out=given[0])
+    assert given[0]["w"].tolist() == [1, 4]
+
+    class Careless(Rule):
+        def combine(self, given: Given) -> WeightDict:
+            given.rows[0].arrays["w"][:] = 0
+            return given.rows[0].arrays
+
+    with pytest.raises(fl.AggregatorError, match="rule 'Careless': ValueError: assignment destination is read-only"):
+        fl.aggregate(given, rule=Careless())
+    assert given[0]["w"].tolist() == [1, 4]
+
+
+def test_the_order_that_a_handler_gives_contributions_holds_and_what_is_refused_in_the_end_is_shown() -> None:
+    class Reverses(fl.Handler):
+        def __init__(self) -> None:
+            self.seen: list[Any] = []
+
+        def receive_contribution(self, ctx: fl.FLContext) -> None:
+            if ctx[fl.ContextKey.REJECTION] is None:
+                ctx[fl.ContextKey.CONTRIBUTIONS] = list(ctx[fl.ContextKey.CONTRIBUTIONS])[::-1]
+            else:
+                self.seen.append(ctx[fl.ContextKey.CONTRIBUTION].contributor)
+
+        def before_aggregation(self, ctx: fl.FLContext) -> None:
+            self.seen.append([one.contributor for one in ctx[fl.ContextKey.CONTRIBUTIONS]])
+
+    handler = Reverses()
+    model = {"w": np.zeros(2), "n": np.array(0)}
+    server = fl.FederatedServer(
+        model, num_rounds=1, handlers=[handler], on_bad_contribution="reject", min_contributions=1
+    )
+    with server.begin() as job:
+        job.start_round(0)
+        for sent in contributions(round=0):
+            job.receive(sent.contributor, sent)
+        job.receive("site-4", fl.Contribution("site-4", {"w": np.ones(2)}, 1, round=0))
+        assert job.aggregate()
+        report = job.end_round()
+    assert handler.seen == ["site-4", ["site-3", "site-2", "site-1"]]
+    assert report.total_weight == 5.0

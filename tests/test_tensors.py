@@ -430,3 +430,11 @@ def test_a_parameter_that_is_not_initialized_yet_is_refused_by_name() -> None:
     for who, attempt in zip(("site-1", "site-1", "global model"), attempts, strict=True):
         with pytest.raises(fl.WeightsTypeError, match=f"^{who}: 'weight' is not initialized yet: run one batch"):
             attempt()
+
+
+def test_the_result_is_where_the_first_of_the_list_is_whatever_the_names_are() -> None:
+    tensor, array = {"w": torch.full((1,), 1.0)}, {"w": np.full(1, 3.0, np.float32)}
+    for first, second, kind in ((tensor, array, torch.Tensor), (array, tensor, np.ndarray)):
+        mean = fl.weighted_average([fl.Contribution("b", first, 1), fl.Contribution("a", second, 1)])
+        assert type(mean["w"]) is kind
+        assert mean["w"].tolist() == [2.0]

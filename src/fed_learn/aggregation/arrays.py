@@ -95,10 +95,12 @@ class Columns(Mapping[str, Sequence[Array]]):
         if table is None:
             table = Table(schema, len(rows))
             if not table.gather(rows, 1):
-                taken = [{name: contiguous(array) for name, array in row.items()} for row in rows]
+                for row in rows:
+                    schema.check(row)  # for what is not as it should be, the kernels would read beyond its memory
+                taken = [{name: contiguous(row[name]) for name in schema} for row in rows]
                 arrays = [array for row in taken for array in row.values()]
                 table.addresses[:, 1:] = addresses(arrays).reshape(len(rows), -1).T
-                self.copied = any(map(is_not, arrays, [array for row in rows for array in row.values()]))
+                self.copied = any(map(is_not, arrays, [row[name] for row in rows for name in schema]))
         self.table = table
         self._taken = taken
 

@@ -60,8 +60,10 @@ def weighted_average(
     """
     if kernel is not None:
         kernels.requested(kernel)  # what is wrong with it is said before anything is looked at
-    schema, rows, table = checked_batch(list(contributions), aggregation_weights, like)
-    return mean(rows, schema, out=out, exact=exact, kernel=kernel, table=table)
+    batch = list(contributions)
+    schema, rows, table = checked_batch(batch, aggregation_weights, like)
+    first = next((row for row in rows if row.contribution is batch[0]), rows[0])
+    return mean(rows, schema, out=out, exact=exact, kernel=kernel, table=table, first=first)
 
 
 def aggregate(
@@ -109,7 +111,7 @@ def aggregate(
     schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like)
     kind = next((row.contribution.kind for row in rows if row.contribution is not None), Kind.FULL)
     how.check_settings(kind=kind, partial="refuse", exact=exact, stream=False)
-    if not how.shows_not_finite:
+    if not how._shows_not_finite:
         rows = [scanned(row, kernel, exact=exact) for row in rows]
     for row in rows:
         if row.contribution is not None:

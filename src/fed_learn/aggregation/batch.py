@@ -111,10 +111,10 @@ class Checked:
 
     def only(self, names: Sequence[str]) -> Self:
         """The contribution with some of its variables, in the form in which they are averaged."""
-        if not self.filled and len(names) == len(self.held.weights):
-            return self
         held = self.held.only(names)
         filled = {name: self.filled[name] for name in names if name in self.filled}
+        if held is self.held and not filled:
+            return self
         return replace(self, held=held.replaced({**held.weights, **filled}) if filled else held)
 
     def completed(self, model: WeightDict) -> Contribution:
@@ -128,6 +128,13 @@ class Checked:
     def on_host(self) -> Self:
         """The same with arrays in the memory of the host alone."""
         return self if not self.held.owners else replace(self, held=OpenedWeights(self.held.on_host(), {}, {}))
+
+    def shown(self) -> Self:
+        """The same with arrays in the memory of the host, which whoever sees them cannot change."""
+        views = {name: array.view() for name, array in self.on_host().arrays.items()}
+        for view in views.values():
+            view.flags.writeable = False
+        return replace(self, held=OpenedWeights(views, {}, {}))
 
     def owned(self) -> Self:
         """The same with copies of arrays, which nobody else can change."""

@@ -48,6 +48,7 @@ def mean(
     exact: bool = False,
     kernel: str | None = None,
     table: Table | None = None,
+    first: Checked | None = None,
 ) -> WeightDict:
     """The mean of contributions, in the order in which they are given.
 
@@ -59,6 +60,7 @@ def mean(
         exact: Sum exactly.
         kernel: Name of the kernel; None: the current one.
         table: Where the arrays of all rows lie, if that is known.
+        first: The contribution whose tensors say where the result lies; None: the first row.
 
     Returns:
         A new dict, of tensors where the first contribution has them; or `out`, or what `output` made.
@@ -70,11 +72,11 @@ def mean(
         WeightsTypeError: Contributions lie on several devices.
         ExactDomainError: With `exact`, a value or weight outside of the domain.
     """
-    held = rows[0].held
+    held = (rows[0] if first is None else first).held
     for row in rows:
         if row.held.device != held.device:
-            first = next(iter(row.held.tensors), None)
-            refuse_devices(f"{row.contributor}: weights are", row.contributor, first, row.held.device, held.device)
+            name = next(iter(row.held.tensors), None)
+            refuse_devices(f"{row.contributor}: weights are", row.contributor, name, row.held.device, held.device)
     chosen = kernels.resolve(kernel, device=held.device)
     place, inputs = held.place, [tensor for row in rows for tensor in row.held.tensors.values()]
     framework = None if exact or output is not None else _resident(chosen, rows, out)

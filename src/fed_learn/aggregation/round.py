@@ -204,7 +204,7 @@ class Round:
             False if values are not finite, as in a model with masks: then it is of no use in later rounds either.
         """
         settings = self.settings
-        usual = settings.how.shows_not_finite and not settings.exact and settings.partial != "average"
+        usual = settings.how._shows_not_finite and not settings.exact and settings.partial != "average"
         if not usual or settings.stream or self._terms.schema is None:
             return True
         started, terms = time.perf_counter(), replace(self._terms, kernel=None)
@@ -299,6 +299,10 @@ class Round:
             drop(agreement.of_other_variables(self._rows))
         if self.settings.kind is not Kind.DIFF:  # what is added to infinity changes nothing
             drop(agreement.of_other_constants(self._rows))
+        if self._terms.round is None and refused:
+            self._rounds = Counter(
+                n for row in self._rows.values() if (n := whole_number_of(row.sent.round)) is not None
+            )
         self._forget_streams()
         self._tell()
         return refused
@@ -435,6 +439,9 @@ class Round:
         if not names:
             return {}
         schema = Schema({name: given.schema[name] for name in names})
+        if self._terms.schema is None:  # contributions have been compared with one another alone
+            for row in rows:
+                schema.check({name: row.arrays[name] for name in names}, row.contributor)
         return combined(self.settings.how, replace(given, rows=[row.only(names) for row in rows], schema=schema))
 
     def _combined_each(self, given: Given) -> WeightDict:

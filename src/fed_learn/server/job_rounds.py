@@ -71,6 +71,7 @@ class JobRounds(JobEvents):
         self._accepted: list[Contribution] = []
         self._names: list[str] = []  # theirs
         self._listed: tuple[Contribution, ...] = ()  # what the context lists, unless a handler has bound others
+        self._sorted: tuple[Contribution, ...] = ()  # the same in the order of names, unless a handler has another
         self._round_started = 0.0
         self._in_round = False
         self._aggregated = False
@@ -173,10 +174,12 @@ class JobRounds(JobEvents):
         if refusal is not None:
             rejected = (*rejected, ClientFailure(name, without_tracebacks(refusal)))
         elif contribution is not None:
+            if accepted is not self._sorted:  # a handler's order holds until the next one comes
+                self._list(sorted(accepted, key=lambda one: one.contributor))
             place = bisect(self._names, contribution.contributor)
             self._names.insert(place, contribution.contributor)
             self._accepted.insert(place, contribution)
-            accepted = tuple(self._accepted)
+            accepted = self._sorted = tuple(self._accepted)
         self._listed = accepted
         self.ctx.set_props(
             {
@@ -188,18 +191,19 @@ class JobRounds(JobEvents):
         )
         self.fire(EventType.RECEIVE_CONTRIBUTION, name)
 
-    def refuse(self, name: str, refusal: Exception) -> None:
+    def refuse(self, name: str, refusal: Exception, sent: Contribution | None = None) -> None:
         """RECEIVE_CONTRIBUTION once more, for a contribution that is refused after all, now that all are in.
 
         Args:
             name: Its client.
             refusal: Why.
+            sent: What it sent; None: what the context lists under its name.
 
         Raises:
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
         listed = self._contributions()
-        refused = next((one for one in listed if one.contributor == name), None)
+        refused = sent or next((one for one in listed if one.contributor == name), None)
         self._list([one for one in listed if one.contributor != name])
         self.note(name, None if refused is None else refused.without_weights(), refusal)
 
@@ -331,7 +335,9 @@ class JobRounds(JobEvents):
             return False
         read = len(chosen) * sum([array.nbytes for array in made.values()])
         names = tuple([one.contributor for one in chosen])
-        self.note_aggregation(replace(self._round.report, accepted=names, aggregation_bytes=read))
+        weight = float(sum([one.aggregation_weight for one in chosen]))
+        report = replace(self._round.report, accepted=names, total_weight=weight, aggregation_bytes=read)
+        self.note_aggregation(report)
         self.end_aggregation(made)
         return True
 
@@ -339,7 +345,7 @@ class JobRounds(JobEvents):
         """Refuses what cannot be averaged with the others, now that all contributions are known."""
         refused = self._round.close()
         for contribution, error in refused:
-            self.refuse(contribution.contributor, error)
+            self.refuse(contribution.contributor, error, contribution)
         if refused and self.settings.aggregation.on_bad_contribution == "raise":
             raise refused[0][1]
 
@@ -365,10 +371,10 @@ class JobRounds(JobEvents):
             return error
 
     def _contributions(self) -> tuple[Contribution, ...]:
-        """The contributions so far, in the order of their names; those that a handler has bound, if one has."""
+        """The contributions so far, in the order of their names; if a handler has bound others, those in its order."""
         bound: Iterable[Contribution] = self.ctx[ContextKey.CONTRIBUTIONS]
         if bound is not self._listed:
-            self._list(sorted(bound, key=lambda one: one.contributor))
+            self._list(bound)
         return self._listed
 
     def _list(self, contributions: Iterable[Contribution]) -> None:
@@ -385,6 +391,7 @@ class JobRounds(JobEvents):
         if last is not None:
             self.ctx.set_prop(ContextKey.CONTRIBUTION, light[id(last)])
         self._list([light[id(one)] for one in listed])
+        self._sorted = self._listed
 
     def _check_in_round(self, what: str) -> None:
         if not self._in_round:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
+from fed_learn.aggregation.arrays import Columns
 from fed_learn.aggregation.batch import Checked
 from fed_learn.aggregation.outputs import Output, outputs_for
 from fed_learn.aggregation.tensors import without_tensors
@@ -51,8 +52,6 @@ class Rule(ABC):
 
     Attributes:
         name: The name by which settings and the command find it.
-        streams: Whether contributions can be added up one by one and dropped (`stream=True`).
-        shows_not_finite: Whether it raises `NonFiniteError` if a value is not finite.
         makes_model: Whether its result is the new global model itself, rather than a mean or a difference.
 
     Example:
@@ -66,11 +65,17 @@ class Rule(ABC):
     """
 
     name: ClassVar[str]
-    streams: ClassVar[bool] = False
-    shows_not_finite: ClassVar[bool] = False
     makes_model: ClassVar[bool] = False
+    _streams: ClassVar[bool] = False
+    """Whether an `Accumulator` gives its result, so that contributions can be added up one by one (`stream=True`)."""
+    _shows_not_finite: ClassVar[bool] = False
+    """Whether `NonFiniteError` is raised by its result if a value is not finite."""
     _of_this_package: ClassVar[bool] = False
     """Whether its result has the schema, and goes where it is told, for certain."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.name = vars(cls).get("name", cls.__name__)
 
     def check_settings(self, *, kind: Kind, partial: str, exact: bool, stream: bool) -> None:
         """Refuses settings under which the rule cannot work.
@@ -84,7 +89,7 @@ class Rule(ABC):
         Raises:
             ValueError: The rule cannot work under them.
         """
-        if stream and not self.streams:
+        if stream and not self._streams:
             raise ValueError(f"rule {self.name!r} needs all contributions of a round at once, which stream=True drops")
 
     def check(self, contribution: Contribution) -> None:  # noqa: B027 - most have nothing to refuse
@@ -121,7 +126,7 @@ def combined(rule: Rule, given: Given) -> WeightDict:
     who = f"rule {rule.name!r}"
     schema = Schema.of(given.model or {}) if rule.makes_model else given.schema
     try:
-        made = rule.combine(replace(given, rows=[row.on_host() for row in given.rows]))
+        made = rule.combine(replace(given, rows=[row.shown() for row in given.rows]))
         arrays = as_weight_dict(without_tensors(made, who), who)
         fit, _ = schema.fit(arrays, who)
         if len(fit) < len(schema):
@@ -130,7 +135,12 @@ def combined(rule: Rule, given: Given) -> WeightDict:
     except Exception as error:
         raise failure_of(rule, error) from error
     place = None if rule.makes_model else given.rows[0].held.place
-    outputs = outputs_for(schema, place, given.out) if given.output is None else given.output(schema)
+    if given.output is not None:
+        outputs = given.output(schema)
+    else:
+        tensors = [tensor for row in given.rows for tensor in row.held.tensors.values()]
+        columns = Columns(schema, [row.on_host().arrays for row in given.rows]) if given.out is not None else None
+        outputs = outputs_for(schema, place, given.out, columns=columns, tensors=tensors)
     for name, array in fit.items():
         outputs.arrays[name][...] = array
     return outputs.finish()

@@ -10,8 +10,8 @@ class MeanRule(Rule):
     """The weighted mean, `Σ aₖ·xₖ / Σ aₖ` for each variable: see `fed_learn.weighted_average`."""
 
     name = "mean"
-    streams = True
-    shows_not_finite = True
+    _streams = True
+    _shows_not_finite = True
     _of_this_package = True
 
     def combine(self, given: Given) -> WeightDict:

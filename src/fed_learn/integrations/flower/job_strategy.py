@@ -125,7 +125,7 @@ class JobStrategy(JobLoop):
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        if replies is None or not self.stream or self._job_running is None:
+        if replies is None or not self.stream or self._job_running is None or self._job_running.guessed:
             replies = list(replies or ())
         good, failed = self._job_replies(replies)
         listed = replies_of(good) if isinstance(good, list) else []

@@ -274,7 +274,7 @@ class Reply:
         return Contribution(
             name,
             weights,
-            check_aggregation_weight(self.metrics[keys.weight], name),
+            _plain_weight(self.metrics[keys.weight]),
             n_iter=None if n_iter is None else whole_number_of(n_iter),  # what else an app means by it is its own
             round=_round_of(self.message, stated) if states_round or METADATA in self.message.content else None,
             kind=stated.get("kind", kind),
@@ -308,6 +308,14 @@ class Reply:
             else f"{name}: the reply has no ArrayRecord",
             contributor=name,
         )
+
+
+def _plain_weight(value: Any) -> float:
+    """An aggregation weight as a float; what cannot be one as it is, to be refused with the contribution."""
+    try:
+        return check_aggregation_weight(value)
+    except AggregationWeightError:
+        return value  # type: ignore[no-any-return]
 
 
 def replies_of(messages: Iterable[Message]) -> list[Reply]:
