@@ -370,7 +370,7 @@ def make_fl_model(rng: Rng) -> tuple[FLModel, str | None, bool]:
 def run_fl_model(sent: tuple[FLModel, str | None, bool]) -> Any:
     model, exclude_vars, is_known = sent
     aggregator = WeightedAverageAggregator(exclude_vars=exclude_vars)
-    aggregator._number, aggregator._global = 0, known(is_known)
+    aggregator._round, aggregator._global = 0, known(is_known)
     meta = {"client_name": "good", "NUM_STEPS_CURRENT_ROUND": 2}
     aggregator.accept_model(FLModel(params=GOOD, current_round=0, meta=meta))
     aggregator.accept_model(model)

@@ -408,7 +408,8 @@ def _checked_weight_dicts(
     for label, item in () if plain else zip(labels, batch, strict=True):
         if isinstance(item, Contribution):
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
-    schema = schema_of(batch[0], labels[0]) if schema is None else schema
+    if schema is None:
+        schema = Schema.of(as_weight_dict(opened(batch[0], labels[0]).weights, labels[0]), labels[0])
     scalars = list(map(check_aggregation_weight, aggregation_weights, labels))
     if plain:  # the usual case, checked in one pass
         own, table = [dict(item) for item in batch], Table(schema, len(batch))

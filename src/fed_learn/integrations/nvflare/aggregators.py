@@ -116,10 +116,10 @@ class _Averaging:
         self.report: RoundReport | None = None
         self.fl_ctx: FLContext | None = None
         self._lock = threading.Lock()
-        self._number: int | None = None
+        self._round: int | None = None
         self._global: dict[str, Any] | None = None
         self._skipped: frozenset[str] = frozenset()
-        self._round: Round | None = None
+        self._begun_round: Round | None = None
         self._told = Told(logger)
         self._reports: list[RoundReport] = []
 
@@ -138,7 +138,7 @@ class _Averaging:
         elif event_type == AppEventType.ROUND_STARTED:
             self._learn_round(fl_ctx)
             self._global = props.global_weights(fl_ctx)
-            self._round = None
+            self._begun_round = None
         elif event_type == AppEventType.BEFORE_TRAIN_TASK and self._global is None:
             # A workflow that was given its model has it nowhere else in the first round.
             self._global = FLModelUtils.from_shareable(fl_ctx.get_prop(AppConstants.TRAIN_SHAREABLE)).params or None
@@ -150,12 +150,12 @@ class _Averaging:
         """Reads the round from a context that states one; a new round drops the contributions of another."""
         number = fl_ctx.get_prop(AppConstants.CURRENT_ROUND)
         with self._lock:
-            if number is not None and number != self._number:
-                self._number, self._round = number, None
+            if number is not None and number != self._round:
+                self._round, self._begun_round = number, None
 
     def _clear(self) -> None:
         with self._lock:
-            self._round = None
+            self._begun_round = None
 
     def _begun(self) -> Round:
         """The round that is under way.
@@ -163,13 +163,13 @@ class _Averaging:
         Raises:
             FedLearnError: Nothing of the global model is left to be averaged.
         """
-        if self._round is None:
+        if self._begun_round is None:
             self._skipped = self._matched(self._global or ())
             if self._global and len(self._skipped) == len(self._global):
                 raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
             model = None if self._global is None else self._averaged_part(self._global, "the global model")
-            self._round = Round(self._settings, number=self._number, model=model, own=False, told=self._told)
-        return self._round
+            self._begun_round = Round(self._settings, number=self._round, model=model, own=False, told=self._told)
+        return self._begun_round
 
     def _matched(self, names: Iterable[Any]) -> frozenset[str]:
         """The names of the global model, or of a mean, that `exclude_vars` matches.
@@ -305,7 +305,7 @@ class _Averaging:
         """
         with self._lock:
             self._settle_begun()
-            this, self._round = self._begun(), None
+            this, self._begun_round = self._begun(), None
             if this.rejected and self.on_bad_contribution == "raise":
                 raise this.rejected[0].error
             only = None if self.fl_ctx is None else props.taken(self.fl_ctx, props.CONTRIBUTORS)
