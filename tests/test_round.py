@@ -855,11 +855,8 @@ def test_a_mask_that_a_handler_puts_into_a_contribution_is_kept_as_a_mask() -> N
     assert this.combine([replaced]).mean["w"].tolist() == [1, -INF]
 
 
-@STREAMS
-@pytest.mark.parametrize("partial", ["same", "average"])
+@pytest.mark.parametrize(("partial", "stream"), [("same", False), ("same", True), ("average", False)])
 def test_where_no_model_is_known_variables_are_found_by_name_and_not_by_place(partial: str, stream: bool) -> None:
-    if stream and partial == "average":
-        pytest.skip("an average of parts does not stream")
     one = {"a": np.full(1000, 1.0), "b": np.array(100, np.int8)}
     other = {"b": np.array(50, np.int8), "a": np.full(1000, 3.0)}
     this = begun(number=0, partial=partial, stream=stream)

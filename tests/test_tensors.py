@@ -433,7 +433,8 @@ def test_a_parameter_that_is_not_initialized_yet_is_refused_by_name() -> None:
 
 
 def test_the_result_is_where_the_first_of_the_list_is_whatever_the_names_are() -> None:
-    tensor, array = {"w": torch.full((1,), 1.0)}, {"w": np.full(1, 3.0, np.float32)}
+    tensor: Any = {"w": torch.full((1,), 1.0)}
+    array: Any = {"w": np.full(1, 3.0, np.float32)}
     for first, second, kind in ((tensor, array, torch.Tensor), (array, tensor, np.ndarray)):
         mean = fl.weighted_average([fl.Contribution("b", first, 1), fl.Contribution("a", second, 1)])
         assert type(mean["w"]) is kind
