@@ -418,12 +418,18 @@ def misses_and_adds(missing: Sequence[str], extra: Sequence[str]) -> str:
 
 
 def dtype_error(
-    name: str, array: Array, expected: np.dtype[Any], contributor: str | None, problem: str = "expected"
+    name: str,
+    array: Array,
+    expected: np.dtype[Any],
+    contributor: str | None,
+    problem: str = "expected",
+    others: str = "",
 ) -> DtypeError:
-    """Says that a variable has another dtype than expected."""
+    """Says that a variable has another dtype than expected, or than there is in `others`."""
     comma = "," if problem == "expected" else ""
+    instead = f", and {expected} {others}" if others else f"{comma} {problem} {expected}"
     return DtypeError(
-        f"{about(contributor, name)}has dtype {array.dtype}{comma} {problem} {expected}",
+        f"{about(contributor, name)}has dtype {array.dtype}{instead}",
         contributor=contributor,
         name=name,
         dtype=array.dtype,
@@ -431,10 +437,13 @@ def dtype_error(
     )
 
 
-def shape_error(name: str, array: Array, expected: tuple[int, ...], contributor: str | None) -> ShapeError:
-    """Says that a variable has another shape than expected."""
+def shape_error(
+    name: str, array: Array, expected: tuple[int, ...], contributor: str | None, others: str = ""
+) -> ShapeError:
+    """Says that a variable has another shape than expected, or than there is in `others`."""
+    instead = f"and {expected} {others}" if others else f"expected {expected}"
     return ShapeError(
-        f"{about(contributor, name)}has shape {array.shape}, expected {expected}",
+        f"{about(contributor, name)}has shape {array.shape}, {instead}",
         contributor=contributor,
         name=name,
         shape=array.shape,

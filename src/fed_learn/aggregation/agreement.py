@@ -11,7 +11,7 @@ from fed_learn.aggregation.batch import Checked
 from fed_learn.contribution import check_terms
 from fed_learn.errors import ContributionError, DtypeError, NamesError, NonFiniteError, RoundError, ShapeError
 from fed_learn.limits import MOST_NAMED
-from fed_learn.weights import SHAPE_AND_DTYPE, Schema, misses_and_adds
+from fed_learn.weights import SHAPE_AND_DTYPE, Schema, dtype_error, misses_and_adds, shape_error
 
 Rows = Mapping[str, Checked]
 """The accepted contributions by name."""
@@ -150,19 +150,7 @@ def _other_variable(
     (shape, dtype), found = usual, row.arrays[name]
     others = f"in {count} of the round's contributions"
     if found.shape != shape:
-        return ShapeError(
-            f"{who}: {name!r} has shape {found.shape}, and {shape} {others}",
-            contributor=who,
-            name=name,
-            shape=found.shape,
-            expected=shape,
-        )
+        return shape_error(name, found, shape, who, others)
     if found.dtype != dtype:
-        return DtypeError(
-            f"{who}: {name!r} has dtype {found.dtype}, and {dtype} {others}",
-            contributor=who,
-            name=name,
-            dtype=found.dtype,
-            expected=dtype,
-        )
+        return dtype_error(name, found, dtype, who, others=others)
     return None
