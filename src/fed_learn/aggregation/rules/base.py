@@ -90,7 +90,7 @@ class Rule(ABC):
             ValueError: The rule cannot work under them.
         """
         if stream and not self._streams:
-            raise ValueError(f"rule {self.name!r} needs all contributions of a round at once, which stream=True drops")
+            raise ValueError(f"rule {self.name!r} needs all contributions of a round at once: leave stream=True out")
 
     def check(self, contribution: Contribution) -> None:  # noqa: B027 - most have nothing to refuse
         """Refuses a contribution that the rule could not use, before it counts; here none.
