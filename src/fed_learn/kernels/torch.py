@@ -1,8 +1,11 @@
 """The torch kernel: the same arithmetic on tensors, wherever they are. It is there once torch has been imported.
 
-Products and sums are separate operations, and the total divides as a tensor: division by a Python number may become a
-product with its reciprocal. That the bits are those of the other kernels is tested on the CPU; on other devices it is
-to be expected of IEEE arithmetic, and claimed where the tests have run.
+Here variables are put together by dtype and device, so that each operation takes many of them, and what was found wrong
+is read back from a device once per call. The operations themselves are those of `unfused`, or of `fused` on CUDA
+devices where Triton can compile. Exact sums, which are taken of arrays and tensors on the CPU, are here too.
+
+That the bits are those of the other kernels is tested on the CPU; on other devices it is to be expected of IEEE
+arithmetic, and claimed where the tests have run.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,31 +16,37 @@ import torch
 
 from fed_learn.environment import check_environment
 from fed_learn.errors import FloatingPointEnvironmentError
+from fed_learn.kernels import unfused
 from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import Table
+from fed_learn.kernels.unfused import Flags
 from fed_learn.weights import BFLOAT16, Array
 
 TILE = 1 << 20
-"""Elements at a time: bounds the memory of the intermediate float64 tensors to a few times 8 MiB."""
+"""Elements at a time of exact sums: bounds the memory of the intermediate tensors to a few times 8 MiB."""
 PARALLEL = 1 << 15
 """Elements for which torch starts another thread."""
-LARGEST = float(np.finfo(np.float64).max)
 
 Tensor: TypeAlias = torch.Tensor
 Rows: TypeAlias = list[Tensor]
+Operation: TypeAlias = Callable[[Any, list[int]], Flags | None]
+"""Does something with the variables at some positions, of one dtype and device, by the functions of a module."""
 
 
 class TorchKernel(Kernel):
-    """`Kernel` in torch. Takes arrays, which it views as tensors, and tensors, which stay on their device.
+    """`Kernel` in torch. Takes arrays, which it views as tensors, and tensors, which stay on their devices.
+
+    Tensors that were made in inference mode are written to as any others.
 
     Raises:
-        FloatingPointEnvironmentError: From every operation, where the process does not compute as numbers are
-            defined (`torch.set_flush_denormal`).
+        FloatingPointEnvironmentError: From every operation on the CPU, where the process does not compute as numbers
+            are defined (`torch.set_flush_denormal`).
     """
 
     name = "torch"
 
+    @torch.inference_mode()
     def weighted_mean(
         self,
         segments: Sequence[Segment],
@@ -45,20 +54,15 @@ class TorchKernel(Kernel):
         total: float,
         table: Table | None = None,
     ) -> list[bool]:
-        _check_environment()
-        flagged = []
-        for segment in segments:
-            inputs, output = list(map(_tensor, segment.inputs)), _tensor(segment.output)
-            bad = False
-            for start in range(0, output.numel(), TILE):
-                tile = slice(start, start + TILE)
-                acc = _sum(None, [x[tile] for x in inputs], aggregation_weights)
-                bad |= _finish(acc, total, output[tile])
-                if output.dtype in (torch.int64, torch.uint64):
-                    bad |= any(_beyond(x[tile], 2**52 // (len(inputs) + 2)) for x in inputs)
-            flagged.append(bad)
-        return flagged
+        columns = [list(map(_tensor, segment.inputs)) for segment in segments]
+        outputs = [_tensor(segment.output) for segment in segments]
+        return _by_groups(
+            outputs,
+            outputs,
+            lambda how, some: how.mean(_at(columns, some), _at(outputs, some), aggregation_weights, total),
+        )
 
+    @torch.inference_mode()
     def accumulate(
         self,
         sums: Sequence[Float64Array],
@@ -67,24 +71,19 @@ class TorchKernel(Kernel):
         *,
         start: bool = False,
     ) -> None:
-        _check_environment()
-        for acc, column in zip(map(_tensor, sums), inputs, strict=True):
-            tensors = list(map(_tensor, column))
-            for begin in range(0, acc.numel(), TILE):
-                tile = slice(begin, begin + TILE)
-                acc[tile] = _sum(None if start else acc[tile], [x[tile] for x in tensors], aggregation_weights)
+        columns, targets = [list(map(_tensor, column)) for column in inputs], list(map(_tensor, sums))
 
+        def add(how: Any, some: list[int]) -> None:
+            how.accumulate(_at(targets, some), _at(columns, some), aggregation_weights, start=start)
+
+        _by_groups([column[0] for column in columns], targets, add)
+
+    @torch.inference_mode()
     def divide(self, sums: Sequence[Float64Array], total: float, outputs: Sequence[Array]) -> list[bool]:
-        _check_environment()
-        flagged = []
-        for acc, output in zip(map(_tensor, sums), map(_tensor, outputs), strict=True):
-            bad = False
-            for start in range(0, output.numel(), TILE):
-                tile = slice(start, start + TILE)
-                bad |= _finish(acc[tile], total, output[tile])
-            flagged.append(bad)
-        return flagged
+        sources, targets = list(map(_tensor, sums)), list(map(_tensor, outputs))
+        return _by_groups(targets, targets, lambda how, some: how.divide(_at(sources, some), total, _at(targets, some)))
 
+    @torch.inference_mode()
     def deposit(
         self,
         digits: Digits,
@@ -104,6 +103,7 @@ class TorchKernel(Kernel):
                         _deposit(products, [row[here] for row in rows], digits.units(), touched)
         return touched
 
+    @torch.inference_mode()
     def exact_divide(self, digits: Digits, starts: Sequence[int], total: float, outputs: Sequence[Array]) -> None:
         _check_environment()
         rows = list(map(_tensor, digits.rows))
@@ -113,6 +113,7 @@ class TorchKernel(Kernel):
                 here = slice(first + start, first + start + tile.numel())
                 _finish(_as_float64([row[here] for row in rows], digits.units()), total, tile)
 
+    @torch.inference_mode()
     def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
         _check_environment()
         for segment in segments:
@@ -128,29 +129,96 @@ class TorchKernel(Kernel):
                         _deposit(products, rows, units, touched)
                 _finish(_as_float64(rows, units), total, tile)
 
+    @torch.inference_mode()
     def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        _check_environment()
-        return [_combine(torch.add, *arrays) for arrays in zip(bases, differences, outputs, strict=True)]
+        ones, others, targets = (list(map(_tensor, arrays)) for arrays in (bases, differences, outputs))
+        return _by_groups(
+            targets, targets, lambda how, some: how.add(_at(ones, some), _at(others, some), _at(targets, some))
+        )
 
+    @torch.inference_mode()
     def subtract(self, weights: Sequence[Array], bases: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
-        _check_environment()
-        return [_combine(torch.sub, *arrays) for arrays in zip(weights, bases, outputs, strict=True)]
+        ones, others, targets = (list(map(_tensor, arrays)) for arrays in (weights, bases, outputs))
+        return _by_groups(
+            targets, targets, lambda how, some: how.subtract(_at(ones, some), _at(others, some), _at(targets, some))
+        )
 
+    @torch.inference_mode()
     def not_finite(self, arrays: Sequence[Array]) -> list[bool]:
-        _check_environment()
         tensors = list(map(_tensor, arrays))
-        return [x.is_floating_point() and not bool(torch.isfinite(x).all()) for x in tensors]
 
+        def look(how: Any, some: list[int]) -> Flags | None:
+            return how.not_finite(_at(tensors, some)) if tensors[some[0]].is_floating_point() else None
+
+        return _by_groups(tensors, tensors, look)
+
+    @torch.inference_mode()
     def copy(self, arrays: Sequence[Array], copies: Sequence[Array]) -> list[bool]:
-        for array, copied in zip(arrays, copies, strict=True):
-            _tensor(copied).copy_(_tensor(array))
-        return self.not_finite(copies)
+        sources, targets = list(map(_tensor, arrays)), list(map(_tensor, copies))
+
+        return _by_groups(targets, targets, lambda how, some: how.copy(_at(sources, some), _at(targets, some)))
+
+
+def _at(values: Sequence[Any], positions: list[int]) -> list[Any]:
+    return [values[i] for i in positions]
+
+
+def _by_groups(dtypes: Sequence[Tensor], places: Sequence[Tensor], operation: Operation) -> list[bool]:
+    """Does something with all variables, those of one dtype and device together, and reads what was found.
+
+    Where a flag is about several variables, each of them is done again alone. Nothing is written to that is read, so
+    that changes nothing.
+
+    Args:
+        dtypes: A tensor of each variable's dtype.
+        places: One on its device. An empty one is left as it is.
+        operation: What to do.
+
+    Returns:
+        For each variable whether something was found.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, (like, beside) in enumerate(zip(dtypes, places, strict=True)):
+        if beside.numel():
+            groups.setdefault((like.dtype, beside.device), []).append(i)
+    if not groups or any(device.type == "cpu" for _, device in groups):
+        _check_environment()
+    found: list[tuple[list[int], Flags]] = []
+    for positions in groups.values():
+        flags = operation(unfused, positions)
+        if flags is not None:
+            found.append((positions, flags))
+    flagged = [False] * len(places)
+    for positions, flags, values in _read(found):
+        for variables, value in zip(flags.variables, values, strict=True):
+            for i in _at(positions, list(variables)) if value else ():
+                alone = len(variables) == 1
+                flagged[i] = flagged[i] or alone or any(_by_groups([dtypes[i]], [places[i]], _only(operation, i)))
+    return flagged
+
+
+def _only(operation: Operation, i: int) -> Operation:
+    """The operation on one variable alone."""
+    return lambda how, _: operation(how, [i])
+
+
+def _read(found: Sequence[tuple[list[int], Flags]]) -> Iterable[tuple[list[int], Flags, list[int]]]:
+    """Flags with their values, which are read from each device at once."""
+    devices: dict[torch.device, list[tuple[list[int], Flags]]] = {}
+    for positions, flags in found:
+        devices.setdefault(flags.values.device, []).append((positions, flags))
+    for here in devices.values():
+        values = torch.cat([flags.values.to(torch.int32) for _, flags in here]).tolist()
+        start = 0
+        for positions, flags in here:
+            yield positions, flags, values[start : start + len(flags.variables)]
+            start += len(flags.variables)
 
 
 def _check_environment() -> None:
     """Checks how this thread computes, and torch's threads on the CPU, which keep the mode that they were made in."""
     check_environment()
-    tiny = torch.full((PARALLEL * torch.get_num_threads(),), 2.0**-1040, dtype=torch.float64)
+    tiny = torch.full((PARALLEL * torch.get_num_threads(),), 2.0**-1040, dtype=torch.float64, device="cpu")
     if not bool(torch.mul(tiny, 1.0).all()):
         raise FloatingPointEnvironmentError(
             "threads of torch flush subnormal numbers to zero (torch.set_flush_denormal when they were made?), so "
@@ -177,55 +245,9 @@ def _tensor(array: Any) -> Tensor:
     return torch.from_numpy(flat if flat.flags.writeable else np.asarray(_Writeable(flat)))
 
 
-def _sum(acc: Tensor | None, inputs: Iterable[Tensor], aggregation_weights: Float64Array) -> Tensor:
-    """`acc + Σ a·x` in order; without `acc` the first product starts it. May change `acc`."""
-    for a, x in zip(aggregation_weights.tolist(), inputs, strict=True):
-        product = torch.mul(x.to(torch.float64), a)
-        acc = product if acc is None else acc.add_(product)
-    assert acc is not None
-    return acc
-
-
-def _finish(acc: Tensor, total: float, output: Tensor) -> bool:
-    """Writes means and says whether a sum is not finite."""
-    # The mean of finite values is finite; only its rounding could leave the range.
-    divisor = torch.tensor(total, dtype=torch.float64, device=acc.device)
-    mean = torch.div(acc, divisor).clamp_(-LARGEST, LARGEST)
-    if not output.is_floating_point():
-        mean.round_()  # half to even
-    elif output.element_size() == 2:
-        mean = mean.to(torch.float32)
-    output.copy_(mean)
-    return not bool(torch.isfinite(acc).all())
-
-
-def _combine(operation: Callable[[Tensor, Tensor], Tensor], one: Array, other: Array, output: Array) -> bool:
-    """Writes the sum or difference of two arrays, and says whether it is not finite or out of range."""
-    flagged = False
-    tensors = list(map(_tensor, (one, other, output)))
-    for start in range(0, tensors[2].numel(), TILE):
-        x, y, out = (tensor[start : start + TILE] for tensor in tensors)
-        if out.is_floating_point():
-            wide = operation(x.to(torch.float64), y.to(torch.float64))
-            out.copy_(wide.to(torch.float32) if out.element_size() == 2 else wide)
-            flagged |= not bool(torch.isfinite(out).all())
-        else:
-            wide = operation(x.to(torch.int64), y.to(torch.int64))
-            out.copy_(wide)
-            flagged |= not torch.equal(out.to(torch.int64), wide)
-        if out.dtype == torch.int64:
-            # The sum of two that are not beyond 2**62 wraps around at 2**63 alone.
-            beyond = _beyond(x, 2**62) or _beyond(y, 2**62)
-            flagged |= beyond or bool(((out == torch.iinfo(torch.int64).min) & (x > 0)).any())
-    return flagged
-
-
-def _beyond(x: Tensor, largest: int) -> bool:
-    """Whether an integer is larger than this in magnitude."""
-    if x.dtype == torch.uint64:  # for which torch has no comparison
-        x = x.view(torch.int64)
-        return bool(((x < 0) | (x > largest)).any())
-    return bool(((x < -largest) | (x > largest)).any())
+def _finish(acc: Tensor, total: float, output: Tensor) -> None:
+    """Writes means."""
+    unfused.divide([acc], total, [output])
 
 
 def _exact_products(x: Tensor, aggregation_weight: float) -> Iterable[Tensor]:

@@ -1,0 +1,266 @@
+"""The arithmetic of the torch kernel in plain operations of torch: the reference for `fused`, and what runs without it.
+
+Few operations for many variables: those of one dtype and device are taken together, as tiles of one long row of
+elements. What lies in one piece of memory is taken as it is; the rest is put together by one operation per
+contribution and tile. Products and sums are separate operations: `add(alpha=)`, `addcmul`, `lerp` and their like fuse
+them, on the CPU as well. A total divides as a tensor, since division by a number may become a product. Nothing here
+waits for a device: what the caller wants to know are tensors, `Flags`.
+
+Which variables go together, and reading the flags, is left to `torch`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from fed_learn.kernels.digits import Float64Array
+
+Tensor: TypeAlias = torch.Tensor
+Column: TypeAlias = Sequence[Tensor]
+"""One variable of all contributions: flat tensors of one dtype."""
+
+TILE = 1 << 22
+"""Elements at a time on a device: few operations for a model, and a few times 32 MiB for what they need."""
+TILE_ON_CPU = 1 << 18
+"""On the CPU, where operations cost little and caches are small."""
+LARGEST = float(np.finfo(np.float64).max)
+LONG = (torch.int64, torch.uint64)
+
+
+class Flags(NamedTuple):
+    """What an operation found, on the device: one flag for the variables of each tile.
+
+    Attributes:
+        values: Booleans or integers, not 0 where something was found.
+        variables: For each of them the positions of the variables it is about.
+    """
+
+    values: Tensor
+    variables: Sequence[Sequence[int]]
+
+
+class Piece(NamedTuple):
+    """A part of a variable: the elements from `start` to `stop`; `whole` if that is all of it."""
+
+    variable: int
+    start: int
+    stop: int
+    whole: bool
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The part of one of some tensors."""
+        tensor = tensors[self.variable]
+        return tensor if self.whole else tensor[self.start : self.stop]
+
+
+Tile: TypeAlias = list[Piece]
+
+
+def mean(columns: Sequence[Column], outputs: Column, aggregation_weights: Float64Array, total: float) -> Flags:
+    """Writes `round(Σ aₖ·xₖ / total)`; see `Kernel.weighted_mean`.
+
+    Args:
+        columns: Of each variable a flat tensor per contribution, all of one dtype on one device.
+        outputs: Flat tensors of the same.
+        aggregation_weights: One per contribution.
+        total: Their sum.
+    """
+    scalars = on_device([*aggregation_weights, total], outputs)
+    rows, tiles = _rows(columns), _tiles(outputs)
+    extremes, large = [], []
+    for tile in tiles:
+        inputs = [_gathered(row, tile) for row in rows]
+        sums = _sum(None, inputs, scalars)
+        _divide(sums, scalars[-1:], outputs, tile)
+        extremes.append(torch.aminmax(sums))
+        if outputs[0].dtype in LONG:
+            large.append(_beyond(inputs, 2**52 // (len(inputs) + 2)))
+    return Flags(_not_finite(extremes, large), _variables(tiles))
+
+
+def accumulate(sums: Column, columns: Sequence[Column], aggregation_weights: Float64Array, *, start: bool) -> None:
+    """Adds `Σ aₖ·xₖ` to float64 sums, or starts them from the first product; see `Kernel.accumulate`."""
+    scalars, rows = on_device(aggregation_weights, sums), _rows(columns)
+    for tile in _tiles(sums):
+        acc = _gathered(sums, tile)
+        _sum(acc, [_gathered(row, tile) for row in rows], scalars, start=start)
+        _scatter(acc, sums, tile)
+
+
+def divide(sums: Column, total: float, outputs: Column) -> Flags:
+    """Writes `round(sums / total)`; see `Kernel.divide`."""
+    divisor, tiles, extremes = on_device([total], outputs), _tiles(outputs), []
+    for tile in tiles:
+        acc = _gathered(sums, tile)
+        _divide(acc, divisor, outputs, tile)
+        extremes.append(torch.aminmax(acc))
+    return Flags(_not_finite(extremes), _variables(tiles))
+
+
+def add(bases: Column, differences: Column, outputs: Column) -> Flags:
+    """Writes `bases + differences`; see `Kernel.add`."""
+    return _combine(torch.add, bases, differences, outputs)
+
+
+def subtract(weights: Column, bases: Column, outputs: Column) -> Flags:
+    """Writes `weights − bases`; see `Kernel.subtract`."""
+    return _combine(torch.sub, weights, bases, outputs)
+
+
+def not_finite(tensors: Column) -> Flags:
+    """Looks for NaN and infinity in floating-point tensors."""
+    tiles = _tiles(tensors)
+    return Flags(_not_finite([torch.aminmax(_gathered(tensors, tile)) for tile in tiles]), _variables(tiles))
+
+
+def copy(tensors: Column, copies: Column) -> Flags | None:
+    """Copies tensors, and looks for NaN and infinity in the copies of floating-point ones."""
+    torch._foreach_copy_(list(copies), list(tensors))
+    return not_finite(copies) if copies[0].is_floating_point() else None
+
+
+def on_device(numbers: Sequence[float] | Float64Array, beside: Column) -> Tensor:
+    """Numbers as float64 beside tensors, in one transfer for which nobody waits."""
+    return torch.from_numpy(np.array(numbers, np.float64)).to(beside[0].device, non_blocking=True)
+
+
+def _rows(columns: Sequence[Column]) -> list[Column]:
+    """For each contribution its variables."""
+    return list(zip(*columns, strict=True))
+
+
+def _tiles(tensors: Column) -> list[Tile]:
+    """Cuts the elements of all variables, one after the other, into parts of at most `TILE`."""
+    most = TILE_ON_CPU if tensors[0].is_cpu else TILE
+    return list(_cut([tensor.numel() for tensor in tensors], most))
+
+
+def _cut(sizes: Sequence[int], most: int) -> Iterator[Tile]:
+    tile: Tile = []
+    room = most
+    for variable, size in enumerate(sizes):
+        start = 0
+        while start < size:
+            stop = min(size, start + room)
+            tile.append(Piece(variable, start, stop, stop - start == size))
+            room -= stop - start
+            start = stop
+            if not room:
+                yield tile
+                tile, room = [], most
+    if tile:
+        yield tile
+
+
+def _in_one_piece(tensors: Sequence[Tensor], tile: Tile) -> Tensor | None:
+    """The elements of a tile as a view, where they lie one after the other in memory."""
+    first, last = tile[0].of(tensors), tile[-1].of(tensors)
+    if len(tile) == 1:
+        return first
+    size, address = first.element_size(), first.data_ptr()
+    count = sum(piece.stop - piece.start for piece in tile)
+    if last.data_ptr() + last.numel() * size != address + count * size:
+        return None
+    for piece in tile:
+        if tensors[piece.variable].data_ptr() + piece.start * size != address:
+            return None
+        address += (piece.stop - piece.start) * size
+    storage = first.untyped_storage()
+    if storage.data_ptr() + storage.nbytes() < address:  # neighbours by chance, each with memory of its own
+        return None
+    return first.as_strided((count,), (1,))
+
+
+def _gathered(tensors: Sequence[Tensor], tile: Tile) -> Tensor:
+    """The elements of a tile: a view where they lie in one piece, else a copy."""
+    view = _in_one_piece(tensors, tile)
+    return torch.cat([piece.of(tensors) for piece in tile]) if view is None else view
+
+
+def _target(tensors: Sequence[Tensor], tile: Tile, dtype: torch.dtype) -> Tensor:
+    """Where to write what `_scatter` then puts in its place: there already, if it lies in one piece."""
+    view = _in_one_piece(tensors, tile)
+    if view is not None and view.dtype == dtype:
+        return view
+    return torch.empty(sum(piece.stop - piece.start for piece in tile), dtype=dtype, device=tensors[0].device)
+
+
+def _scatter(values: Tensor, tensors: Sequence[Tensor], tile: Tile) -> None:
+    """Writes the elements of a tile to where they belong, unless they lie there."""
+    pieces = [piece.of(tensors) for piece in tile]
+    if pieces[0].data_ptr() != values.data_ptr():
+        torch._foreach_copy_(pieces, list(values.split([piece.numel() for piece in pieces])))
+
+
+def _sum(acc: Tensor | None, inputs: Sequence[Tensor], scalars: Tensor, *, start: bool = True) -> Tensor:
+    """`acc + Σ aₖ·xₖ` in order, written to `acc`; with `start` the first product starts it."""
+    if acc is None:
+        acc = torch.empty(inputs[0].shape, dtype=torch.float64, device=inputs[0].device)
+    product = acc if start and len(inputs) == 1 else torch.empty_like(acc)
+    for k, x in enumerate(inputs):
+        # Of one dimension like the tensor, a float64 scalar makes the product float64, in one operation.
+        into = acc if start and not k else product
+        torch.mul(x, scalars[k : k + 1], out=into)
+        if into is not acc:
+            acc.add_(product)
+    return acc
+
+
+def _divide(sums: Tensor, divisor: Tensor, outputs: Column, tile: Tile) -> None:
+    """Writes means."""
+    dtype = outputs[0].dtype
+    if dtype.is_floating_point:
+        # The rounding of float64 to 16 bits is by way of float32, and that to float32 is the division's own.
+        values = _target(outputs, tile, torch.float32 if dtype.itemsize == 2 else dtype)
+        torch.div(sums, divisor, out=values)
+        if dtype == torch.float64:
+            # The mean of finite values is finite; only its rounding could leave the range.
+            values.clamp_(-LARGEST, LARGEST)
+        elif dtype.itemsize == 2:
+            values = values.to(dtype)
+    else:
+        values = torch.div(sums, divisor).round_().to(dtype)  # half to even
+    _scatter(values, outputs, tile)
+
+
+def _not_finite(extremes: Sequence[tuple[Tensor, Tensor]], or_else: Sequence[Tensor] = ()) -> Tensor:
+    """For each tile whether its smallest or largest number is not finite, as they are if one is, or something else."""
+    found: Tensor = ~torch.stack([torch.stack(pair) for pair in extremes]).isfinite().all(dim=1)
+    return found | torch.stack(list(or_else)) if or_else else found
+
+
+def _beyond(inputs: Sequence[Tensor], largest: int) -> Tensor:
+    """Whether a 64-bit integer is larger than this in magnitude."""
+    # Seen as signed ones, unsigned ones that are too large for these are negative.
+    extremes = torch.stack([torch.stack(torch.aminmax(x.view(torch.int64))) for x in inputs])
+    least = 0 if inputs[0].dtype == torch.uint64 else -largest
+    return ((extremes < least) | (extremes > largest)).any()
+
+
+def _combine(operation: Callable[[Tensor, Tensor], Tensor], ones: Column, others: Column, outputs: Column) -> Flags:
+    """Writes sums or differences, and finds what is not finite or out of range."""
+    dtype, tiles = outputs[0].dtype, _tiles(outputs)
+    extremes, found = [], []
+    for tile in tiles:
+        x, y = _gathered(ones, tile), _gathered(others, tile)
+        if dtype.is_floating_point:
+            wide = operation(x.to(torch.float64), y.to(torch.float64))
+            values = (wide.to(torch.float32) if dtype.itemsize == 2 else wide).to(dtype)
+            extremes.append(torch.aminmax(values))
+        else:
+            wide = operation(x.to(torch.int64), y.to(torch.int64))
+            values = wide.to(dtype)
+            found.append((values != wide).any())
+        if dtype == torch.int64:
+            # The sum of two that are not beyond 2**62 wraps around at 2**63 alone.
+            wrapped = ((values == torch.iinfo(torch.int64).min) & (x > 0)).any()
+            found[-1] = found[-1] | wrapped | _beyond([x, y], 2**62)
+        _scatter(values, outputs, tile)
+    return Flags(_not_finite(extremes) if extremes else torch.stack(found), _variables(tiles))
+
+
+def _variables(tiles: Sequence[Tile]) -> list[list[int]]:
+    """The variables of each tile."""
+    return [sorted({piece.variable for piece in tile}) for tile in tiles]
