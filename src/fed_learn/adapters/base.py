@@ -1,8 +1,8 @@
 """What the library needs to know of a framework: its tensors, to average them, and its models, to read and load."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
@@ -35,6 +35,10 @@ class Variable:
     role: Literal["parameter", "buffer"] | None
     identity: object
     problem: FedLearnError | None = None
+
+
+Form: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
+"""The shape and dtype of a tensor."""
 
 
 class Adapter(Protocol):
@@ -185,13 +189,24 @@ class Framework(Protocol):
 
 
 class Resident(Framework, Protocol):
-    """A framework whose tensors a kernel computes with where they lie."""
+    """A framework with tensors that stay on their device: a kernel computes with them where they lie."""
 
     kernel: str
     """The name of that kernel."""
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
-        """A new contiguous tensor."""
+    def empty(self, forms: Mapping[str, Form], devices: Mapping[str, str]) -> dict[str, Any]:
+        """New contiguous tensors, by name.
+
+        Args:
+            forms: Their shapes and dtypes.
+            devices: Where they are to lie.
+        """
+
+    def empty_slab(self, forms: Mapping[str, Form], device: str) -> dict[str, Any]:
+        """New tensors of these shapes and dtypes; those of one dtype lie one after the other in one piece of memory.
+
+        They are for use within the library: whoever pickles one of them pickles all of the memory.
+        """
 
     def contiguous(self, tensor: Any) -> Any:
         """The tensor without its gradient, contiguous: the same memory where it is so already, else a copy."""
@@ -199,11 +214,37 @@ class Resident(Framework, Protocol):
     def span(self, tensor: Any) -> tuple[int, int]:
         """The addresses at which its memory begins and ends."""
 
+    def on_host(self, tensors: Mapping[str, Any]) -> dict[str, Array]:
+        """Copies of tensors as arrays, in one transfer from each device, but for large tensors."""
+
+    def moved(self, value: Any, device: str) -> Any:
+        """A tensor or an array as a tensor on another device; the same tensor where it lies there already."""
+
+    def lacks(self, device: str) -> str | None:
+        """Why there is no such device in this process, in a few words; None: there is."""
+
+    def mark(self, devices: Iterable[str]) -> Any:
+        """A mark in the work that this thread has given to devices so far, for `wait`."""
+
+    def wait(self, mark: Any, tensors: Iterable[Any]) -> None:
+        """Lets the work that this thread gives to devices from now on begin after a mark.
+
+        Args:
+            mark: What `mark` returned, in this thread or another.
+            tensors: What that work was about, whose memory is not to be used again before the work to come is done.
+        """
+
     def first_not_finite(self, tensor: Any) -> tuple[tuple[int, ...], float] | None:
         """Index and value of the first NaN or infinity, if there is one."""
 
     def magnitude(self, tensor: Any) -> int:
         """The largest absolute value of integers; 0 for an empty tensor and for anything else."""
 
+    def magnitudes(self, tensors: Mapping[str, Any]) -> dict[str, int]:
+        """That of each of some tensors, by one transfer from each device for all small ones."""
+
     def overflowed(self, tensor: Any) -> Any:
         """Which elements look like the mean of a sum that overflowed: not finite, or the largest float64."""
+
+    def put(self, tensor: Any, mask: Any, values: Any) -> None:
+        """Replaces the elements of a tensor where a mask is true."""

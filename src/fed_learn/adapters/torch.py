@@ -6,19 +6,24 @@ Nothing here imports torch: it is there when there are tensors.
 
 import functools
 import importlib
+import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
 
-from fed_learn.adapters.base import Adapter, Resident, Variable, checked, given, not_averageable
+from fed_learn.adapters.base import Adapter, Form, Resident, Variable, checked, given, not_averageable
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, overlaps_itself, refuse_contradictions, span_of
 from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
-from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array
+from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array, native_dtype
 
 DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
 LARGEST = float(np.finfo(np.float64).max)
+SMALL = 64 << 10
+"""Bytes of a tensor up to which it is copied to the host to look at its values, as counters are."""
+LARGE = 64 << 20
+"""Bytes of a tensor above which it is copied from a device alone: a copy of it on the device would take memory."""
 
 
 class TorchTensors(Resident):
@@ -43,7 +48,17 @@ class TorchTensors(Resident):
         return getattr(sys.modules.get("torch"), "Tensor", None)
 
     def check(self, tensor: Any, contributor: str, name: str) -> np.dtype[Any]:
-        dtype, problem, plain = _dtype(tensor.dtype), None, type(tensor) in _plain_kinds()
+        dtype, plain = _dtype(tensor.dtype), type(tensor) in _plain_kinds()
+        usual = plain and not (tensor.is_nested or tensor.is_meta or tensor.is_neg()) and tensor.layout is _strided()
+        if not usual:
+            self._refuse(tensor, contributor, name, plain=plain, dtype=dtype)
+        if dtype is None:
+            raise not_averageable(tensor.dtype, contributor, name)
+        return dtype
+
+    def _refuse(self, tensor: Any, contributor: str, name: str, *, plain: bool, dtype: np.dtype[Any] | None) -> None:
+        """Raises: a tensor is no dense block of memory with values; returns if it is one after all."""
+        problem = None
         if not plain and _is_uninitialized(tensor):  # which answers hardly any question
             problem = "is not initialized yet: run one batch through its lazy module first"
         elif tensor.layout is not _strided() or tensor.is_nested:
@@ -58,27 +73,25 @@ class TorchTensors(Resident):
                 problem = f"is {a_type(type(tensor))}, sharded over processes; full_tensor() gathers it"
         if problem is not None:
             raise WeightsTypeError(f"{contributor}: {name!r} {problem}", contributor=contributor, name=name)
-        if dtype is None:
-            raise not_averageable(tensor.dtype, contributor, name)
-        return dtype
 
     def dtype(self, tensor: Any) -> np.dtype[Any] | None:
         return _dtype(tensor.dtype)
 
     def device(self, tensor: Any) -> str:
-        return "cpu" if tensor.is_cpu else str(tensor.device)
+        return "cpu" if tensor.is_cpu else _averaged_on(tensor.device)
 
     def placement(self, tensor: Any) -> str:
-        return self.device(tensor)
+        return str(tensor.device)
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
         try:
             plain = tensor.detach()  # what the array keeps alive, whatever becomes of the tensor
-            plain = plain if plain.is_cpu else plain.cpu()
-            if plain.dtype is _bfloat16():  # which numpy does not know
-                bits: Array = plain.view(_torch().int16).numpy()
-                return bits.view(BFLOAT16)
-            array: Array = plain.numpy()
+            shared = plain.is_cpu
+            plain = plain if shared else plain.cpu()
+            short = plain.dtype is _bfloat16()  # which numpy does not know
+            array: Array = plain.view(_torch().int16).numpy().view(BFLOAT16) if short else plain.numpy()
+            if not shared:  # what is written to a copy would be lost
+                array.setflags(write=False)
         except (RuntimeError, TypeError) as error:  # a subclass without memory of its own
             raise WeightsTypeError(
                 f"{contributor}: {name!r} is {a_type(type(tensor))} that cannot be read as an array: {text_of(error)}",
@@ -89,22 +102,95 @@ class TorchTensors(Resident):
 
     def tensor(self, array: Array, placement: Any = None) -> Any:
         torch, device = _torch(), placement or "cpu"
-        if array.dtype == BFLOAT16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
-        return torch.from_numpy(array).to(device)
+        plain = array.view(np.int16) if array.dtype == BFLOAT16 else array
+        if not plain.flags.writeable and device != "cpu":  # torch would warn of it, and it is read only
+            plain = plain.copy()
+        made = torch.from_numpy(plain)
+        # What lies in ordinary memory of the host has been read when this returns.
+        return (made.view(torch.bfloat16) if array.dtype == BFLOAT16 else made).to(device, non_blocking=True)
 
     def unwritable(self, tensor: Any) -> str | None:
         return "overlaps itself: its elements share memory" if self.overlaps_itself(tensor) else None
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any], device: str) -> Any:
-        torch = _torch()
-        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=device)
+    def empty(self, forms: Mapping[str, Form], devices: Mapping[str, str]) -> dict[str, Any]:
+        torch, made = _torch(), {}
+        dtypes = {dtype: getattr(torch, dtype.name) for dtype in {dtype for _, dtype in forms.values()}}
+        with torch.inference_mode(False):  # a result is to be a tensor like any other
+            for name, (shape, dtype) in forms.items():
+                made[name] = torch.empty(shape, dtype=dtypes[dtype], device=devices[name])
+        return made
+
+    def empty_slab(self, forms: Mapping[str, Form], device: str) -> dict[str, Any]:
+        torch, made = _torch(), dict.fromkeys(forms)
+        with torch.inference_mode(False):
+            for dtype in dict.fromkeys(dtype for _, dtype in forms.values()):
+                names = [name for name, form in forms.items() if form[1] == dtype]
+                sizes = [math.prod(forms[name][0]) for name in names]
+                slab = torch.empty(sum(sizes), dtype=getattr(torch, dtype.name), device=device)
+                parts = zip(names, torch.split(slab, sizes), strict=True)
+                made |= {name: part.view(forms[name][0]) for name, part in parts}
+        return made
 
     def contiguous(self, tensor: Any) -> Any:
         return tensor.detach().contiguous()
 
     def write(self, target: Any, source: Any) -> None:
-        target.detach().copy_(self.tensor(source) if isinstance(source, np.ndarray) else source)
+        with _torch().inference_mode():  # takes also what was made in it
+            target.detach().copy_(self.tensor(source) if isinstance(source, np.ndarray) else source)
+
+    def on_host(self, tensors: Mapping[str, Any]) -> dict[str, Array]:
+        torch = _torch()
+        arrays: dict[str, Array] = {}
+        together: dict[Any, list[str]] = {}
+        for name, tensor in tensors.items():
+            if tensor.is_cpu or tensor.nbytes > LARGE or not tensor.numel():
+                arrays[name] = self.view(tensor)
+            else:
+                together.setdefault(tensor.device, []).append(name)
+        with torch.inference_mode():
+            for names in together.values():
+                # The longest elements come first, so that each array is aligned.
+                names.sort(key=lambda name: -tensors[name].element_size())
+                pieces = [tensors[name].detach().reshape(-1).view(torch.uint8) for name in names]
+                ends = np.cumsum([piece.numel() for piece in pieces])
+                memory: Array = torch.cat(pieces).cpu().numpy()
+                memory.setflags(write=False)
+                for name, part in zip(names, np.split(memory, ends[:-1]), strict=True):
+                    dtype: Any = _dtype(tensors[name].dtype)
+                    arrays[name] = part.view(dtype).reshape(tuple(tensors[name].shape))
+        return {name: arrays[name] for name in tensors}
+
+    def moved(self, value: Any, device: str) -> Any:
+        if isinstance(value, np.ndarray):
+            return self.tensor(np.array(value, native_dtype(value.dtype), order="C"), device)
+        return value.detach().to(device)
+
+    def lacks(self, device: str) -> str | None:
+        torch = _torch()
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # what a build without it raises
+            return text_of(error).splitlines()[0]
+        return "it has no float64, in which sums are kept" if without_float64(torch.device(device)) else None
+
+    def mark(self, devices: Iterable[str]) -> Any:
+        marks = []
+        for device in dict.fromkeys(devices):
+            module = _streams(device)
+            if module is not None:
+                stream = module.current_stream(device)
+                marks.append((device, stream, stream.record_event()))
+        return marks
+
+    def wait(self, mark: Any, tensors: Iterable[Any]) -> None:
+        for device, stream, event in mark or ():
+            current = _streams(device).current_stream(device)
+            if current == stream:
+                continue
+            current.wait_event(event)
+            for tensor in tensors:
+                if not tensor.is_cpu and str(tensor.device) == device:
+                    tensor.record_stream(current)
 
     def overlaps_itself(self, tensor: Any) -> bool:
         """Whether several elements share memory, so that it cannot be written to."""
@@ -134,11 +220,22 @@ class TorchTensors(Resident):
         numbers = self.view(tensor) if str(tensor.dtype).startswith("torch.uint") else tensor
         return max(-int(numbers.min()), int(numbers.max()))
 
+    def magnitudes(self, tensors: Mapping[str, Any]) -> dict[str, int]:
+        arrays = self.on_host({name: tensor for name, tensor in tensors.items() if tensor.nbytes <= SMALL})
+        found = {
+            name: 0 if not array.size else max(-int(array.min()), int(array.max())) for name, array in arrays.items()
+        }
+        return {name: found[name] if name in found else self.magnitude(tensor) for name, tensor in tensors.items()}
+
     def overflowed(self, tensor: Any) -> Any:
         doubtful = ~tensor.isfinite()
-        if tensor.element_size() == 8:
+        if tensor.element_size() == 8:  # kernels hold a mean within the range of float64
             doubtful |= tensor.abs() == LARGEST
         return doubtful
+
+    def put(self, tensor: Any, mask: Any, values: Any) -> None:
+        with _torch().inference_mode():  # takes also what was made in it
+            tensor[mask] = values
 
 
 class TorchModels(Adapter):
@@ -248,7 +345,10 @@ class TorchModels(Adapter):
             if not tensor.is_inference():
                 torch.autograd.graph.increment_version(tensor)
             return
-        source = self._tensors.tensor(np.array(value)) if isinstance(value, np.ndarray) else value.detach()
+        if isinstance(value, np.ndarray):
+            source = self._tensors.tensor(np.array(value, native_dtype(value.dtype), order="C"))
+        else:
+            source = value.detach()
         with torch.inference_mode(tensor.is_inference()):
             tensor.detach().copy_(source)
 
@@ -363,6 +463,31 @@ def _has_memory(tensor: Any) -> bool:
 
 def _is_uninitialized(tensor: Any) -> bool:
     return isinstance(tensor, _torch().nn.parameter.UninitializedTensorMixin)
+
+
+@functools.cache
+def _averaged_on(device: Any) -> str:
+    """The device itself; `"cpu"` for one that has no float64, whose tensors are averaged as copies on the host."""
+    return "cpu" if without_float64(device) else str(device)
+
+
+def without_float64(device: Any) -> bool:
+    """Whether a device of torch cannot compute in float64, in which sums are kept: Apple's, and some of Intel's.
+
+    Example:
+        >>> import torch
+        >>> without_float64(torch.device("mps")), without_float64(torch.device("cuda"))
+        (True, False)
+    """
+    if device.type == "xpu":
+        return not getattr(_torch().xpu.get_device_properties(device), "has_fp64", False)
+    return bool(device.type == "mps")
+
+
+def _streams(device: str) -> Any:
+    """The module of torch with the streams of a device; None where it has none."""
+    module = getattr(_torch(), device.partition(":")[0], None)
+    return module if hasattr(module, "current_stream") and device != "cpu" else None
 
 
 @functools.cache

@@ -6,6 +6,7 @@ and checked is left to `batch`, exact sums to `exact`, where results go to `outp
 """
 
 import copy
+import logging
 import math
 from collections.abc import Mapping
 from fractions import Fraction
@@ -20,7 +21,8 @@ from fed_learn.aggregation.arrays import is_frozen
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums
 from fed_learn.aggregation.mean import LIFT
-from fed_learn.aggregation.outputs import Output, outputs_for
+from fed_learn.aggregation.outputs import Output, new_values, outputs_for
+from fed_learn.aggregation.tensors import check_devices
 from fed_learn.aggregation.waiting import Waiting
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.environment import sum_in_order
@@ -38,6 +40,10 @@ from fed_learn.errors import (
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import DigitsError, Float64Array
 from fed_learn.weights import Array, Schema, WeightDict, size_text
+
+logger = logging.getLogger(__name__)
+
+FLOAT64 = np.dtype(np.float64)
 
 
 class Accumulator:
@@ -60,13 +66,15 @@ class Accumulator:
         round: The round to which they belong. None: the first contribution that states one decides.
         exact: Sum exactly (see `fed_learn.aggregation.exact` for the domain and the memory it takes).
         kernel: Name of the kernel; None: the current one, looked up now.
+        device: Where the sums lie, as torch names it, as in `"cuda:0"`: arrays and tensors that lie elsewhere are moved
+            there. None: each variable's where the first contribution has it.
 
     What the first one decides, a wrong first one decides too, and the right ones after it are refused: a server that
     knows the model, the kind and the round says so.
 
     Raises:
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
-        ValueError: There is no such kind.
+        ValueError: There is no such kind, or no such device here.
 
     Example:
         >>> mean = Accumulator()
@@ -84,7 +92,11 @@ class Accumulator:
         round: int | None = None,
         exact: bool = False,
         kernel: str | None = None,
+        device: str | None = None,
     ) -> None:
+        self._device = device
+        if device not in (None, "cpu"):
+            tensors.resident_of(device)
         self._requested = kernels.requested(kernel)
         self._kernel = kernels.resolve(self._requested)
         self._exact = exact
@@ -97,6 +109,7 @@ class Accumulator:
         self._largest: dict[str, int] = {}
         self._broken = False
         self._waiting = Waiting()
+        self._done: Any = None  # a mark in the work of devices
         self._contributors: dict[str, None] = {}
         self._kind = None if kind is None else Kind(kind)
         self._bare = Kind.FULL if self._kind is None else self._kind
@@ -157,7 +170,7 @@ class Accumulator:
         self._check_usable()
         contribution = self._as_contribution(weights, aggregation_weight, contributor)
         named = isinstance(weights, Contribution) or contributor is not None
-        terms = Terms(self._schema, self._kind, self._round)
+        terms = Terms(self._schema, self._kind, self._round, device=self._device)
         self.take(terms.check(contribution, self._contributors if named else ()), borrow=borrow, named=named)
 
     def take(self, row: Checked, *, borrow: bool = False, named: bool = True) -> None:
@@ -172,23 +185,22 @@ class Accumulator:
             ContributionError, ExactDomainError: As `add` does, for values and weights that cannot be added.
         """
         held, a = row.held, row.aggregation_weight
-        if self._count and held.device != self._device:
-            first = next(iter(held.tensors), None)
-            tensors.refuse_devices(f"{row.contributor}: weights are", row.contributor, first, held.device, self._device)
+        if self._count:
+            check_devices(held.devices, self._devices, row.contributor)
         kernel, place = self._kernel_for(held.device), held.place
-        framework = None if self._exact else held.resident(kernel.name)  # whose tensors are added; None: arrays are
-        row = row.on_host() if self._exact else row
+        on_devices = not self._exact and place is not None and place.resident is not None
+        row = row if on_devices else row.on_host()
+        self._wait()
         copies = None
-        if a and not borrow and not all(map(is_frozen, row.arrays.values())):
+        if a and not borrow and (on_devices or not all(map(is_frozen, row.arrays.values()))):
             if not self._count:
                 self._waiting = Waiting()  # what it has room for may be what was refused
-            copies = self._waiting.room_for(row.arrays, None if framework is None else place)
-        values = finite_values(kernel, framework, row, copies)
-        largest = largest_integers(framework, row, values)
+            copies = self._waiting.room_for(row.arrays, place if on_devices else None)
+        values = finite_values(kernel, row, copies, on_devices=on_devices)
+        largest = largest_integers(row, values)
         if a:
             check_addable(row, values, exact=self._exact)
-            arrays = values if framework is None else None
-            check_integers(largest, self._largest, self._count + 1, self._exact, row.contributor, arrays)
+            check_integers(largest, self._largest, self._count + 1, self._exact, row.contributor, values)
 
         names = {row.contributor: None} if named else {}
         self._schema = Schema.of(row.arrays) if self._schema is None else self._schema
@@ -201,6 +213,7 @@ class Accumulator:
         in_order = [values[name] for name in self._schema]
         if self._waiting.put(in_order, a, borrowed=borrow, copied=copies is not None):
             self._add_waiting()
+        self._mark()
         sent = row.sent
         self._note(1, a, sent.kind, sent.round, largest, names)
         self._broken = False
@@ -220,8 +233,10 @@ class Accumulator:
         if not self._waiting:
             return
         self._refuse_environment()
+        self._wait()
         self._broken = True
         self._add_waiting()
+        self._mark()
         self._broken = False
 
     def merge(self, other: "Accumulator") -> None:
@@ -243,9 +258,11 @@ class Accumulator:
         if not other._count:  # nothing to add, from contributors that count by 0
             self._contributors.update(other._contributors)
             return
-        kernel = self._kernel_for(other._device)
+        kernel = self._kernel_for(next(iter(other._devices.values()), "cpu"))
         check_integers(other._largest, self._largest, self._count + other._count, self._exact)
         self._refuse_environment()
+        self._wait()
+        other._wait()
 
         self._broken = True
         if not self._count:
@@ -257,8 +274,9 @@ class Accumulator:
         if self._exact_sums is not None and other._exact_sums is not None:
             self._exact_sums.merge(other._exact_sums)
         else:
-            sums = other._sums if self._kernel.name == "torch" else tensors.as_arrays(other._sums)
-            self._add([[sums[name]] for name in self._sums], [1.0], start)
+            self._add([[other._sums[name]] for name in self._sums], [1.0], start)
+        self._mark()
+        other._mark()
         self._note(other._count, other._total, other._kind, other._round, other._largest, other._contributors)
         self._broken = False
 
@@ -281,12 +299,14 @@ class Accumulator:
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
-        outputs = outputs_for(self._schema, self._place, out, kernel=self._resident)
+        outputs = outputs_for(self._schema, self._place, out, on_devices=not self._exact)
         if self._exact:
             self._divide_exact(outputs)
         else:
+            self._wait()
             total = math.ldexp(float(self._total), LIFT)
             flags = self._kernel.divide(list(self._sums.values()), total, list(outputs.arrays.values()))
+            self._mark()
             for name, flag in zip(self._sums, flags, strict=True):
                 if flag:
                     raise SumOverflowError(
@@ -301,26 +321,60 @@ class Accumulator:
 
     def __getstate__(self) -> dict[str, Any]:
         self.flush()
-        return {key: value for key, value in self.__dict__.items() if key not in ("_kernel", "_requested", "_waiting")}
+        self._wait()
+        left_out = ("_kernel", "_requested", "_waiting", "_done")
+        state = {key: value for key, value in self.__dict__.items() if key not in left_out}
+        on_devices = {name: acc for name, acc in self._sums.items() if not isinstance(acc, np.ndarray)}
+        if on_devices:
+            state["_sums"] = {**self._sums, **tensors.look_at(next(iter(on_devices.values()))).on_host(on_devices)}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._waiting = Waiting()
+        self._done = None
         self._requested = kernels.requested()
-        self._kernel = kernels.resolve(device="cpu" if self._exact else self._device)
-        if self._kernel.name != "torch":
-            self._sums = tensors.as_arrays(self._sums)
+        self._put_on_devices()
+        self._kernel = kernels.resolve(device=next(iter(self._devices.values()), "cpu") if self._sums else "cpu")
+
+    def _put_on_devices(self) -> None:
+        """Puts sums that were unpickled on their devices; leaves all on the host where one of these is missing."""
+        framework = None if self._place is None else self._place.resident
+        if framework is None:
+            return
+        assert self._place is not None
+        for device in dict.fromkeys(self._devices.values()):
+            problem = framework.lacks(device)
+            if problem is not None:
+                logger.warning("Sums of an accumulator were on %s, and stay on the host here: %s", device, problem)
+                self._place, self._device = self._place.on_host(), None if self._device is None else "cpu"
+                return
+        if self._sums:
+            assert self._schema is not None
+            arrays, self._sums = self._sums, self._new_sums(self._schema)
+            for name, acc in self._sums.items():
+                if isinstance(acc, np.ndarray):
+                    acc[...] = arrays[name]
+                else:
+                    framework.write(acc, arrays[name].copy())
+            self._mark()
 
     @property
-    def _device(self) -> str:
-        return "cpu" if self._place is None else self._place.device
+    def _devices(self) -> Mapping[str, str]:
+        return {} if self._place is None else self._place.devices
 
-    @property
-    def _resident(self) -> str | None:
-        """The kernel, if the sums are tensors where the contributions are."""
-        if self._exact or self._place is None or self._place.resident(self._kernel.name) is None:
-            return None
-        return self._kernel.name
+    # Work on a device is done later, in the order in which one stream was given it: another has to wait for that.
+
+    def _mark(self) -> None:
+        """Marks what has been done with the sums on devices so far."""
+        framework = None if self._place is None or self._exact else self._place.resident
+        self._done = None if framework is None else framework.mark(self._devices.values())
+
+    def _wait(self) -> None:
+        """Lets what is done from now on begin after that."""
+        if self._done is not None and self._place is not None and self._place.resident is not None:
+            values = [*self._sums.values(), *self._waiting.values()]
+            self._place.resident.wait(self._done, [value for value in values if not isinstance(value, np.ndarray)])
 
     def _kernel_for(self, device: str) -> Kernel:
         """The kernel for weights on a device; exact sums are taken of copies on the host."""
@@ -363,21 +417,25 @@ class Accumulator:
         """Makes the sums if there are none; returns whether it did."""
         if self._sums or self._exact_sums is not None:
             return False
-        sizes = {name: math.prod(shape) for name, (shape, _) in schema.items()}
         if self._exact:
-            self._exact_sums = ExactSums(list(sizes.values()))
-        elif self._place is not None and self._resident:
-            self._sums = tensors.new_sums(schema, self._place)
+            self._exact_sums = ExactSums([math.prod(shape) for shape, _ in schema.values()])
         else:
-            self._sums = {name: np.empty(size) for name, size in sizes.items()}
+            self._sums = self._new_sums(schema)
         return True
+
+    def _new_sums(self, schema: Schema) -> dict[str, Any]:
+        """Memory for sums, where the contributions are; on a device those of one dtype lie next to one another."""
+        order = sorted(schema, key=lambda name: schema[name][1].name)
+        made = new_values(Schema({name: ((math.prod(schema[name][0]),), FLOAT64) for name in order}), self._place)
+        return {name: made[name] for name in schema}
 
     def _add(self, columns: list[list[Array]], aggregation_weights: list[float], start: bool) -> None:
         self._kernel.accumulate(list(self._sums.values()), columns, np.array(aggregation_weights), start=start)
 
     def _refuse_environment(self) -> None:
         """Lets the kernel refuse to compute before anything is changed, for then the accumulator goes on."""
-        self._kernel.not_finite([])
+        if self._schema is None or self._exact or len(self._devices) < len(self._schema):
+            self._kernel.not_finite([])
 
     def _check_usable(self) -> None:
         if self._broken:
@@ -393,8 +451,9 @@ class Accumulator:
                 raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
         if not other._count:
             return
-        if self._count and self._device != other._device:
-            raise MergeError(f"other holds sums on {other._device}, and this accumulator on {self._device}")
+        if self._count and not self._exact and self._devices != other._devices:
+            ours, theirs = (", ".join(dict.fromkeys(one._devices.values())) or "cpu" for one in (self, other))
+            raise MergeError(f"other holds sums on {theirs}, and this accumulator on {ours}")
         assert other._schema is not None
         if self._schema is not None:
             self._schema.check(_placeholders(other._schema), "other")

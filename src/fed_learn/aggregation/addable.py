@@ -7,37 +7,32 @@ large integers are summed exactly.
 from collections.abc import Mapping
 from typing import Any
 
-from fed_learn.adapters.base import Resident
-from fed_learn.aggregation.arrays import ARRAYS, contiguous
 from fed_learn.aggregation.batch import Checked
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.integers import fits
 from fed_learn.aggregation.mean import refuse_not_finite
+from fed_learn.aggregation.tensors import look_at, magnitudes
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.errors import AggregationWeightError, IntegerRangeError
 from fed_learn.kernels.base import Kernel
 from fed_learn.weights import WeightDict, first_of
 
 
-def finite_values(
-    kernel: Kernel, framework: Resident | None, row: Checked, copies: dict[str, Any] | None
-) -> dict[str, Any]:
+def finite_values(kernel: Kernel, row: Checked, copies: dict[str, Any] | None, *, on_devices: bool) -> dict[str, Any]:
     """The values of a contribution as a kernel adds them, once it has found no NaN and no infinity among them.
 
     Args:
         kernel: Looks for them.
-        framework: Whose tensors it adds; None: arrays.
         row: The contribution.
         copies: Where to copy the values, so that what was found stays true whoever else holds them; None: they stay as
             they are, somebody has promised.
+        on_devices: Whether the kernel takes tensors that are not on the CPU where they lie.
 
     Raises:
         NonFiniteError: Says which value of which variable is not finite.
     """
-    if framework is None:
-        values: dict[str, Any] = {name: contiguous(array) for name, array in row.arrays.items()}
-    else:
-        values = {name: row.held.tensors[name] for name in row.arrays}
+    given = row.held.values if on_devices else row.arrays
+    values = {name: look_at(value).contiguous(value) for name, value in given.items()}
     if copies is not None:
         flags = kernel.copy(list(values.values()), [copies[name] for name in values])
         values = {name: copies[name] for name in values}
@@ -45,15 +40,13 @@ def finite_values(
         return values
     else:
         flags = kernel.not_finite(list(values.values()))
-    flagged = {name: values[name] for name, flag in zip(values, flags, strict=True) if flag}
-    refuse_not_finite(ARRAYS if framework is None else framework, flagged, row.contributor)
+    refuse_not_finite({name: values[name] for name, flag in zip(values, flags, strict=True) if flag}, row.contributor)
     return values
 
 
-def largest_integers(framework: Resident | None, row: Checked, values: dict[str, Any]) -> dict[str, int]:
+def largest_integers(row: Checked, values: dict[str, Any]) -> dict[str, int]:
     """The largest magnitude in each variable of integers."""
-    look: Any = ARRAYS if framework is None else framework
-    return {name: look.magnitude(x) for name, x in values.items() if row.arrays[name].dtype.kind in "iu"}
+    return magnitudes({name: values[name] for name, array in row.arrays.items() if array.dtype.kind in "iu"})
 
 
 def check_addable(row: Checked, values: dict[str, Any], *, exact: bool) -> None:

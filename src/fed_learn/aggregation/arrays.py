@@ -65,6 +65,14 @@ class _Arrays:
         """The array."""
         return array
 
+    def put(self, array: Array, mask: npt.NDArray[np.bool_], values: Array) -> None:
+        """Replaces some elements."""
+        array[mask] = values
+
+    def contiguous(self, array: Array) -> Array:
+        """The array as a kernel takes it."""
+        return contiguous(array)
+
 
 ARRAYS = _Arrays()
 

@@ -18,6 +18,7 @@ def weighted_average(
     out: WeightDict | None = None,
     exact: bool = False,
     kernel: str | None = None,
+    device: str | None = None,
 ) -> WeightDict:
     """The mean of contributions, `Σ aₖ·xₖ / Σ aₖ` for each variable.
 
@@ -40,6 +41,8 @@ def weighted_average(
         exact: Sum exactly, so that the bits do not depend on the list order of bare weight dicts either, and agree
             with those of `Accumulator(exact=True)`. Domain: see `fed_learn.aggregation.exact`.
         kernel: Name of the kernel; None: the current one.
+        device: Where to average, as torch names it, as in `"cuda:0"`: arrays and tensors that lie elsewhere are moved
+            there, and so does the result. None: each variable stays where the first contribution has it.
 
     Returns:
         A new dict in the order of `like`, arrays in native byte order, or tensors where the first contribution has
@@ -51,6 +54,7 @@ def weighted_average(
         OutputError: `out` cannot be written to.
         ExactDomainError: With `exact`, a value or weight outside of the domain.
         FloatingPointEnvironmentError: The process does not compute as numbers are defined, and that would matter.
+        ValueError: There is no such device here.
 
     Example:
         >>> import numpy as np
@@ -61,7 +65,7 @@ def weighted_average(
     if kernel is not None:
         kernels.requested(kernel)  # what is wrong with it is said before anything is looked at
     batch = list(contributions)
-    schema, rows, table = checked_batch(batch, aggregation_weights, like)
+    schema, rows, table = checked_batch(batch, aggregation_weights, like, device)
     first = next((row for row in rows if row.contribution is batch[0]), rows[0])
     return mean(rows, schema, out=out, exact=exact, kernel=kernel, table=table, first=first)
 
@@ -75,6 +79,7 @@ def aggregate(
     out: WeightDict | None = None,
     exact: bool = False,
     kernel: str | None = None,
+    device: str | None = None,
 ) -> WeightDict:
     """What a rule makes of contributions. `weighted_average` says more of all arguments but `rule`.
 
@@ -86,6 +91,7 @@ def aggregate(
         out: A weight dict of the same schema to write the result to.
         exact: Sum exactly.
         kernel: Name of the kernel; None: the current one.
+        device: Where to average; None: where the weights lie.
 
     Returns:
         A new dict in the order of `like`, or `out`.
@@ -96,7 +102,8 @@ def aggregate(
         AggregatorError: A rule of a user's own failed.
         OutputError: `out` cannot be written to.
         ExactDomainError: With `exact`, a value or weight outside of the domain.
-        ValueError: There is no such rule, it cannot sum exactly, or it makes a model by the state of a job.
+        ValueError: There is no such rule, it cannot sum exactly, or it makes a model by the state of a job; or no such
+            device.
 
     Example:
         >>> import numpy as np
@@ -108,7 +115,7 @@ def aggregate(
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
     if kernel is not None:
         kernels.requested(kernel)
-    schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like)
+    schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like, device)
     kind = next((row.contribution.kind for row in rows if row.contribution is not None), Kind.FULL)
     how.check_settings(kind=kind, partial="refuse", exact=exact, stream=False)
     if not how._shows_not_finite:

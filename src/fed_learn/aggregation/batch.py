@@ -157,6 +157,7 @@ class Terms:
         own: Whether the weights are copied, so that nobody else can change them.
         kernel: The kernel that looks for values that are not finite; None: that is left to the sums.
         exact: Whether values have to lie in the domain of exact sums.
+        device: Where to move weights that lie elsewhere; None: they stay where they are.
     """
 
     schema: Schema | None = None
@@ -168,6 +169,7 @@ class Terms:
     own: bool = True
     kernel: Kernel | None = None
     exact: bool = False
+    device: str | None = None
 
     def check(self, sent: Contribution, contributors: Container[str] = (), tell: Tell | None = None) -> Checked:
         """Checks a contribution.
@@ -213,7 +215,7 @@ class Terms:
         return Checked(who, aggregation_weight, self._strictly(weights, who))
 
     def _strictly(self, weights: Any, who: str) -> OpenedWeights:
-        schema, held = self.schema, opened(weights, who)
+        schema, held = self.schema, opened(weights, who, self.device)
         found = held.weights
         if schema is not None and type(found) in PLAIN and schema.describes(found):
             return held.only(schema)
@@ -339,7 +341,10 @@ class Terms:
 
 
 def checked_batch(
-    batch: Sequence[Any], aggregation_weights: Sequence[float] | None, like: WeightDict | None
+    batch: Sequence[Any],
+    aggregation_weights: Sequence[float] | None,
+    like: WeightDict | None,
+    device: str | None = None,
 ) -> tuple[Schema, list[Checked], Table | None]:
     """Checks a batch, strictly. Whether values are finite is not checked: the sums show that.
 
@@ -347,6 +352,7 @@ def checked_batch(
         batch: Weight dicts, or `Contribution`s of one kind and round.
         aggregation_weights: One number ≥ 0 per weight dict; None: they count equally.
         like: Sets names, shapes and dtypes; None: the first one does.
+        device: Where to move weights that lie elsewhere; None: they stay where they are.
 
     Returns:
         The schema; the contributions in the order in which they are summed: by name, or as listed where they are bare
@@ -360,22 +366,24 @@ def checked_batch(
         raise EmptyAggregationError("no contributions to average")
     schema = None if like is None else schema_of(like, "like")
     if not all(isinstance(item, Contribution) for item in batch):
-        return _checked_weight_dicts(batch, aggregation_weights, schema)
+        return _checked_weight_dicts(batch, aggregation_weights, schema, device)
     if aggregation_weights is not None:
         raise AggregationWeightError(
             "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
         )
-    return *_checked_contributions(batch, schema), None
+    return *_checked_contributions(batch, schema, device), None
 
 
-def _checked_contributions(batch: Sequence[Contribution], schema: Schema | None) -> tuple[Schema, list[Checked]]:
+def _checked_contributions(
+    batch: Sequence[Contribution], schema: Schema | None, device: str | None
+) -> tuple[Schema, list[Checked]]:
     """The schema, and the contributions in the order of their names."""
     rounds: Counter[Any] = Counter(number for c in batch if (number := whole_number_of(c.round)) is not None)
     kinds: Counter[Any] = Counter(c.kind for c in batch if isinstance(c.kind, Kind))
     # Of equally common rounds the newer is taken, since late contributions are common; of kinds that of the first.
     number = max(rounds, key=lambda number: (rounds[number], number), default=None)
     kind = max(kinds, key=kinds.__getitem__, default=None)
-    terms = Terms(schema, kind, number)
+    terms = Terms(schema, kind, number, device=device)
     rows: dict[str, Checked] = {}
     for contribution in batch:
         try:
@@ -394,7 +402,7 @@ def _checked_contributions(batch: Sequence[Contribution], schema: Schema | None)
 
 
 def _checked_weight_dicts(
-    batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None
+    batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None, device: str | None
 ) -> tuple[Schema, list[Checked], Table | None]:
     """The schema, the weight dicts in the order of the list, and the addresses of their arrays."""
     if aggregation_weights is None:
@@ -411,13 +419,13 @@ def _checked_weight_dicts(
     if schema is None:
         schema = Schema.of(as_weight_dict(opened(batch[0], labels[0]).weights, labels[0]), labels[0])
     scalars = list(map(check_aggregation_weight, aggregation_weights, labels))
-    if plain:  # the usual case, checked in one pass
+    if plain and device is None:  # the usual case, checked in one pass
         own, table = [dict(item) for item in batch], Table(schema, len(batch))
         if table.gather(own, 1):
             nothing: dict[str, Any] = {}
             held = [OpenedWeights(weights, nothing, nothing) for weights in own]
             return schema, list(map(Checked, labels, scalars, held)), table
-    terms = Terms(schema)
+    terms = Terms(schema, device=device)
     return schema, [terms.check_weights(*row) for row in zip(batch, scalars, labels, strict=True)], None
 
 

@@ -1,9 +1,9 @@
 """The weighted mean of checked contributions, `Σ aₖ·xₖ / Σ aₖ`, over arrays or over tensors where they lie.
 
-`mean` chooses one of four ways: over tensors where a kernel computes with those (`_mean` with their framework), over
-arrays (`_mean` with `ARRAYS`, which tells of arrays what a framework tells of tensors), by exact sums (`_exact_mean`),
-or, where aggregation weights are so far apart that products would lose bits, in two parts (`_mean_far_apart`). A kernel
-reports in which variables something is not finite or may be too large; only these are looked at again.
+`mean` chooses one of three ways: over arrays and over tensors that stay on their devices (`_mean`), by exact sums
+(`_exact_mean`), or, where aggregation weights are so far apart that products would lose bits, in two parts
+(`_mean_far_apart`). The last two are over arrays alone, copies of what is on a device. A kernel reports in which
+variables something is not finite or may be too large; only these are looked at again.
 
 How contributions are opened and checked is left to `batch`, where results go to `outputs`, and sums that stream in to
 `accumulator`.
@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.adapters.base import Resident
 from fed_learn.aggregation.arrays import ARRAYS, Columns
 from fed_learn.aggregation.batch import Checked
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import integer_mean, large_integer_mean, too_large
 from fed_learn.aggregation.outputs import ArrayOutputs, Output, outputs_for
-from fed_learn.aggregation.tensors import OpenedWeights, opened, refuse_devices
+from fed_learn.aggregation.tensors import Place, check_devices, look_at
 from fed_learn.contribution import LARGEST_WEIGHT, SMALLEST_WEIGHT
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import EmptyAggregationError
@@ -74,31 +73,40 @@ def mean(
     """
     held = (rows[0] if first is None else first).held
     for row in rows:
-        if row.held.device != held.device:
-            name = next(iter(row.held.tensors), None)
-            refuse_devices(f"{row.contributor}: weights are", row.contributor, name, row.held.device, held.device)
-    chosen = kernels.resolve(kernel, device=held.device)
+        check_devices(row.held.devices, held.devices, row.contributor)
     place, inputs = held.place, [tensor for row in rows for tensor in row.held.tensors.values()]
-    framework = None if exact or output is not None else _resident(chosen, rows, out)
-    counted = counting(rows, framework)
+    chosen = kernels.resolve(kernel, device=held.device)
+    counted = counting(rows, kernel)
     scalars = [row.aggregation_weight for row in counted]
     far = far_apart(scalars)
-    if framework is not None and not far:  # tensors where they lie
-        outputs = outputs_for(schema, place, out, kernel=chosen.name, tensors=inputs)
-        tensors = {name: [row.held.tensors[name] for row in counted] for name in schema}
-        _mean(chosen, framework, counted, tensors, outputs.arrays)
-        return outputs.finish()
-    if held.device != "cpu":  # what no kernel does on a device goes by way of copies on the host
+    if place is not None and place.resident is not None and output is None and not exact and not far:
+        return _mean_on_devices(chosen, schema, place, counted, out, inputs)
+    if held.devices:  # what no kernel does on a device goes by way of copies on the host
         counted, chosen = [row.on_host() for row in counted], kernels.resolve(kernel)
     columns = Columns(schema, [row.arrays for row in counted], table if counted is rows else None)
-    outputs = outputs_for(schema, place, out, columns=columns, tensors=inputs) if output is None else output(schema)
+    outputs = outputs_for(schema, place, out, columns=columns, inputs=inputs) if output is None else output(schema)
     if exact:
         _exact_mean(chosen, counted, dict(columns), outputs.arrays)
     elif far:
         _mean_far_apart(chosen, schema, counted, columns, outputs.arrays)
     else:
         known = isinstance(outputs, ArrayOutputs) or columns.table.gather([dict(outputs.arrays)], 0)
-        _mean(chosen, ARRAYS, counted, columns, outputs.arrays, columns.table if known else None)
+        _mean(chosen, counted, columns, outputs.arrays, columns.table if known else None)
+    return outputs.finish()
+
+
+def _mean_on_devices(
+    kernel: Kernel, schema: Schema, place: Place, rows: Sequence[Checked], out: Any, inputs: Sequence[Any]
+) -> WeightDict:
+    """The mean over tensors where they lie, and over arrays of the variables that are on the CPU."""
+    names = [name for name in schema if name not in place.devices]
+    beside = Schema({name: schema[name] for name in names})
+    host = Columns(beside, [{name: row.arrays[name] for name in names} for row in rows])
+    outputs = outputs_for(schema, place, out, on_devices=True, columns=host, inputs=inputs)
+    columns = {
+        name: [row.held.tensors[name] for row in rows] if name in place.devices else host[name] for name in schema
+    }
+    _mean(kernel, rows, columns, outputs.arrays)
     return outputs.finish()
 
 
@@ -119,23 +127,12 @@ def far_apart(aggregation_weights: Sequence[float]) -> bool:
     return min(aggregation_weights) < FARTHEST * max(aggregation_weights)
 
 
-def _resident(kernel: Kernel, rows: Sequence[Checked], out: Any) -> Resident | None:
-    """The framework of all the tensors, if the kernel computes with these where they lie; None: with arrays."""
-    framework = rows[0].held.resident(kernel.name)
-    if framework is None or rows[0].held.device != "cpu":
-        return framework
-    held: list[OpenedWeights] = [row.held for row in rows[1:]]
-    if out is not None:
-        held.append(opened(out, "out"))
-    return framework if all(one.resident(kernel.name) is not None for one in held) else None
-
-
-def counting(rows: Sequence[Checked], framework: Resident | None = None) -> Sequence[Checked]:
+def counting(rows: Sequence[Checked], kernel: str | None = None) -> Sequence[Checked]:
     """Those that count by more than 0; the result will not show what is wrong with the others.
 
     Args:
         rows: All of them.
-        framework: Whose tensors are looked at where they lie; None: arrays in the memory of the host are.
+        kernel: Name of the kernel that looks at the others; None: the current one.
 
     Raises:
         NonFiniteError: One that counts by 0 holds what is not finite.
@@ -146,18 +143,17 @@ def counting(rows: Sequence[Checked], framework: Resident | None = None) -> Sequ
         return rows
     for row in idle:
         if not row.scanned:
-            values = row.held.tensors if framework is not None else row.held.on_host()
-            refuse_not_finite(ARRAYS if framework is None else framework, values, row.contributor)
+            values, names = row.held.values, row.held.not_finite(kernels.resolve(kernel))
+            refuse_not_finite({name: values[name] for name in names}, row.contributor)
     if len(idle) == len(rows):
         raise EmptyAggregationError("no contribution counts by more than 0: all aggregation weights are 0")
     return [row for row in rows if row.aggregation_weight]
 
 
-def refuse_not_finite(framework: Any, values: Mapping[str, Any], who: str) -> None:
+def refuse_not_finite(values: Mapping[str, Any], who: str) -> None:
     """Refuses NaN and infinity.
 
     Args:
-        framework: `ARRAYS`, or whose tensors they are.
         values: Arrays, or tensors where they lie.
         who: Whose they are.
 
@@ -165,14 +161,13 @@ def refuse_not_finite(framework: Any, values: Mapping[str, Any], who: str) -> No
         NonFiniteError: Says which value of which variable is not finite.
     """
     for name, value in values.items():
-        first = framework.first_not_finite(value)
+        first = look_at(value).first_not_finite(value)
         if first is not None:
             raise not_finite_error(who, name, *first)
 
 
 def _mean(
     kernel: Kernel,
-    framework: Any,
     rows: Sequence[Checked],
     columns: Mapping[str, Sequence[Any]],
     results: Mapping[str, Any],
@@ -182,43 +177,42 @@ def _mean(
 
     Args:
         kernel: What computes it.
-        framework: `ARRAYS`, or whose tensors they are.
         rows: Whose the columns are.
-        columns: A value per contribution of each variable.
-        results: Where it goes.
+        columns: Of each variable an array per contribution, or a tensor.
+        results: Where it goes, an array or tensor for each.
         table: See `Kernel.weighted_mean`.
 
     Raises:
         NonFiniteError: An input is not finite.
     """
     scalars = [row.aggregation_weight for row in rows]
-    overflowed = {}
+    overflowed = []
     for name in _sums(kernel, columns, scalars, usual_scale(scalars), results, table):
         if rows[0].arrays[name].dtype.kind in "biu":
-            host = list(map(framework.view, columns[name]))
-            if too_large(host) and framework is ARRAYS:
-                large_integer_mean(kernel, host, scalars, results[name])
-            elif too_large(host):
-                whole = np.array(framework.view(results[name]), order="C")
-                large_integer_mean(kernels.resolve(device="cpu"), host, scalars, whole)
-                framework.write(results[name], whole)
+            _large_integer_mean(kernel, columns[name], scalars, results[name])
             continue
         for row, value in zip(rows, columns[name], strict=True):
-            refuse_not_finite(framework, {name: value}, row.contributor)
-        overflowed[name] = framework.overflowed(results[name])
-    for name, doubtful in overflowed.items():
-        _mean_again(kernel, framework, rows, name, columns[name], results[name], doubtful)
+            refuse_not_finite({name: value}, row.contributor)
+        overflowed.append(name)
+    for name in overflowed:
+        _mean_again(kernel, rows, name, columns[name], results[name])
 
 
-def _mean_again(
-    kernel: Kernel,
-    framework: Any,
-    rows: Sequence[Checked],
-    name: str,
-    column: Sequence[Any],
-    result: Any,
-    doubtful: Any,
-) -> None:
+def _large_integer_mean(kernel: Kernel, column: Sequence[Any], scalars: Sequence[float], result: Any) -> None:
+    """Replaces the mean of integers that are as large as reported by the exact one; of tensors, by way of copies."""
+    look = look_at(result)
+    host = list(map(look.view, column))
+    if not too_large(host):
+        return
+    if look is ARRAYS:
+        large_integer_mean(kernel, host, scalars, result)
+    else:
+        whole = np.array(look.view(result), order="C")
+        large_integer_mean(kernels.resolve(device="cpu"), host, scalars, whole)
+        look.write(result, whole)
+
+
+def _mean_again(kernel: Kernel, rows: Sequence[Checked], name: str, column: Sequence[Any], result: Any) -> None:
     """Replaces elements whose sums are not finite, although the inputs are: by sums so small that they cannot overflow.
 
     Of copies, since the inputs may have been something else when they were summed, and may be again.
@@ -226,18 +220,19 @@ def _mean_again(
     Raises:
         NonFiniteError: The inputs are not finite after all.
     """
-    scalars = [row.aggregation_weight for row in rows]
+    scalars, look = [row.aggregation_weight for row in rows], look_at(result)
     small = -math.frexp(max(scalars))[1] - len(scalars).bit_length() - 1
+    doubtful = look.overflowed(result)
     copies = [value[doubtful] for value in column]
     for row, copied in zip(rows, copies, strict=True):
-        first = framework.first_not_finite(copied)
+        first = look.first_not_finite(copied)
         if first is not None:
             (position,), value = first
-            index = tuple(map(int, np.argwhere(framework.view(doubtful))[position]))
+            index = tuple(map(int, np.argwhere(look.view(doubtful))[position]))
             raise not_finite_error(row.contributor, name, index, value)
     again = copies[0] * 0
     _sums(kernel, {name: copies}, scalars, small, {name: again})
-    result[doubtful] = again
+    look.put(result, doubtful, again)
 
 
 def _sums(
@@ -272,7 +267,7 @@ def _mean_far_apart(
     """
     rows = [row.on_host() for row in rows]
     for row in rows:
-        refuse_not_finite(ARRAYS, row.arrays, row.contributor)
+        refuse_not_finite(row.arrays, row.contributor)
     scalars = [row.aggregation_weight for row in rows]
     least = FARTHEST * max(scalars)
     near = [row for row in rows if row.aggregation_weight >= least]
@@ -305,7 +300,7 @@ def _exact_mean(
         if not row.scanned:
             flags = kernel.not_finite([column[k] for column in columns.values()])
             flagged = [name for name, flag in zip(columns, flags, strict=True) if flag]
-            refuse_not_finite(ARRAYS, {name: row.arrays[name] for name in flagged}, row.contributor)
+            refuse_not_finite({name: row.arrays[name] for name in flagged}, row.contributor)
             check_domain(row.arrays, row.aggregation_weight, row.contributor)
     try:
         _exact_sums(kernel, columns, [row.aggregation_weight for row in rows], results)

@@ -4,14 +4,15 @@ A kernel writes to the `arrays` of an `Output`, and `finish` makes the result of
 result consists of and what the kernel writes to:
 
 - `ArrayOutputs`: the result is arrays;
-- `TensorOutputs`: the result is tensors, and the kernel writes to tensors where they lie (see `tensors`);
-- `ViewOutputs`: the result is tensors, and the kernel writes to arrays, which are made tensors or copied into them.
+- `ViewOutputs`: the result is tensors, and the kernel writes to arrays, which are made tensors or copied into them;
+- `DeviceOutputs`: the result is tensors that are not all on the CPU, and the kernel writes to these where they lie
+  (see `tensors`), and to arrays in the place of the others.
 
 Nothing is written to that shares memory with an input or with another output, or that its owner has made read-only.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -48,9 +49,9 @@ def outputs_for(
     place: Place | None,
     out: Any,
     *,
-    kernel: str | None = None,
+    on_devices: bool = False,
     columns: Columns | None = None,
-    tensors: Sequence[Any] = (),
+    inputs: Sequence[Any] = (),
 ) -> Output:
     """Where a result goes.
 
@@ -58,23 +59,19 @@ def outputs_for(
         schema: Names, shapes and dtypes of the result.
         place: Where the result lies as tensors; None: it is arrays.
         out: A weight dict to write to, or None.
-        kernel: Name of the kernel, if it can write to tensors where they lie; None: it writes to arrays.
-        columns: Arrays that must not be written to.
-        tensors: Tensors that must not be.
+        on_devices: Whether the kernel writes to tensors that are not on the CPU where they lie; else to arrays alone.
+        columns: Arrays that must not be written to; with `on_devices`, those of variables on the CPU.
+        inputs: Tensors that must not be.
 
     Raises:
         ContributionError: `out` has other names, shapes or dtypes (one of its children).
         OutputError: It cannot be written to.
     """
-    if place is None and not tensors and not hold_tensors(out):
+    if on_devices and place is not None and place.resident is not None:
+        return DeviceOutputs(schema, place, out, columns, inputs)
+    if place is None and not inputs and not hold_tensors(out):
         return ArrayOutputs(schema, out, columns)
-    if (
-        place is not None
-        and kernel is not None
-        and (out is None or place.device != "cpu" or opened(out, "out").resident(kernel) is not None)
-    ):
-        return TensorOutputs(schema, place, out, tensors)
-    return ViewOutputs(schema, place, out, columns, tensors)
+    return ViewOutputs(schema, place, out, columns, inputs)
 
 
 class ArrayOutputs:
@@ -174,57 +171,40 @@ def new_arrays(schema: Schema) -> dict[str, Array]:
     }
 
 
-def _check_output(target: OpenedWeights, device: str) -> None:
+def new_values(schema: Schema, place: Place | None) -> dict[str, Any]:
+    """New arrays, or tensors where the place says so, for use within the library; their values are whatever was there.
+
+    Tensors of one device and dtype lie in one piece of memory, so that a kernel takes them at once.
+    """
+    framework = None if place is None else place.resident
+    if place is None or framework is None:
+        return new_arrays(schema)
+    values: dict[str, Any] = new_arrays(_part(schema, place.devices, there=False))
+    for device in dict.fromkeys(place.devices.values()):
+        here = {name: form for name, form in schema.items() if place.devices.get(name) == device}
+        values |= framework.empty_slab(here, device)
+    return {name: values[name] for name in schema}
+
+
+def _part(schema: Schema, names: Collection[str], *, there: bool) -> Schema:
+    """The variables of a schema that are among some names, or that are not."""
+    return Schema({name: form for name, form in schema.items() if (name in names) is there})
+
+
+def _check_output(target: OpenedWeights, devices: Mapping[str, str]) -> None:
     """Refuses tensors of `out=` that cannot be written to, or lie elsewhere than the result.
 
     Raises:
         OutputError: Names the variable.
     """
-    if target.device != device:
-        name = next(iter(target.weights), None)
-        raise OutputError(f"out: {name!r} is on {target.device}, the result on {device}", name=name)
+    for name in target.weights if target.devices or devices else ():
+        there, expected = target.devices.get(name, "cpu"), devices.get(name, "cpu")
+        if there != expected:
+            raise OutputError(f"out: {name!r} is on {there}, the result on {expected}", name=name)
     for name, tensor in target.tensors.items():
         problem = target.owners[name].unwritable(tensor)
         if problem is not None:
             raise OutputError(f"out: {name!r} {problem}", name=name)
-
-
-class TensorOutputs:
-    """Results that are tensors, to which a kernel writes where they lie.
-
-    Args:
-        schema: Names, shapes and dtypes of the result.
-        place: Where it is to lie; of a framework that is `Resident`.
-        out: A dict of tensors to write to, or None.
-        inputs: Tensors that must not be written to.
-
-    Raises:
-        ContributionError: `out` has other names, shapes or dtypes (one of its children).
-        OutputError: It lies elsewhere, or a tensor of it cannot be written to, or shares memory with an input or
-            another.
-    """
-
-    def __init__(self, schema: Schema, place: Place, out: Any, inputs: Iterable[Any] = ()) -> None:
-        framework = place.framework.resident
-        assert framework is not None
-        self._framework = framework
-        if out is None:
-            self.weights = {name: framework.empty(*item, place.device) for name, item in schema.items()}
-        else:
-            target = opened(out, "out")
-            _check_output(target, place.device)
-            schema.check(target.weights, "out")
-            _refuse_overlap_of_tensors(framework, target.tensors, inputs)
-            self.weights = out
-        self.arrays: Tensors = {name: framework.contiguous(plain(self.weights[name])) for name in schema}
-
-    def finish(self) -> WeightDict:
-        """The result, once the tensors have been written."""
-        for name, values in self.arrays.items():
-            target = plain(self.weights[name])
-            if values.data_ptr() != target.data_ptr():
-                self._framework.write(target, values)
-        return self.weights
 
 
 class _ArraysFor:
@@ -232,7 +212,7 @@ class _ArraysFor:
 
     Args:
         out: What should be a weight dict of arrays and tensors.
-        device: Where the result lies.
+        devices: Where the result lies, as far as it is not on the CPU.
         inputs: Tensors that must not be written to, as far as arrays do not share their memory.
 
     Raises:
@@ -242,15 +222,12 @@ class _ArraysFor:
         arrays: What to write to, by name.
     """
 
-    def __init__(self, out: Any, device: str, inputs: Iterable[Any] = ()) -> None:
+    def __init__(self, out: Any, devices: Mapping[str, str], inputs: Sequence[Any] = ()) -> None:
         found = opened(out, "out")
-        _check_output(found, device)
-        inputs = list(inputs)
-        framework = next(iter(found.owners.values())).resident if device != "cpu" else None
-        if framework is not None:
-            _refuse_overlap_of_tensors(framework, found.tensors, inputs)
+        _check_output(found, devices)
+        _refuse_overlap_on_devices(found, inputs)
         own, seen = set(map(id, inputs)), dict[int, str]()
-        copied = {n: t for n, t in found.tensors.items() if device != "cpu" or not found.weights[n].flags.writeable}
+        copied = {n: t for n, t in found.tensors.items() if n in devices or not found.weights[n].flags.writeable}
         for name, tensor in copied.items():
             if id(tensor) in own:
                 raise OutputError(f"out: {name!r} is an input as well, and inputs are never changed", name=name)
@@ -278,14 +255,14 @@ class ViewOutputs(ArrayOutputs):
         place: Where tensors are to lie; None for arrays.
         out: What to write to, or None.
         columns: Arrays that must not be written to.
-        tensors: Tensors that must not be.
+        inputs: Tensors that must not be.
     """
 
     def __init__(
-        self, schema: Schema, place: Place | None, out: Any, columns: Columns | None, tensors: Sequence[Any]
+        self, schema: Schema, place: Place | None, out: Any, columns: Columns | None, inputs: Sequence[Any]
     ) -> None:
         self._place = place
-        self._target = None if out is None else _ArraysFor(out, "cpu" if place is None else place.device, tensors)
+        self._target = None if out is None else _ArraysFor(out, {} if place is None else place.devices, inputs)
         super().__init__(schema, None if self._target is None else self._target.arrays, columns)
 
     def finish(self) -> WeightDict:
@@ -294,6 +271,67 @@ class ViewOutputs(ArrayOutputs):
         if self._target is not None:
             return self._target.finish()
         return arrays if self._place is None else as_tensors(arrays, self._place)
+
+
+class DeviceOutputs:
+    """Results that are tensors, to which a kernel writes where they lie; on the CPU it writes to arrays.
+
+    Args:
+        schema: Names, shapes and dtypes of the result.
+        place: Where it is to lie; of a framework that is `Resident`.
+        out: A dict of tensors to write to, or None.
+        columns: Arrays of the variables on the CPU, which must not be written to.
+        inputs: Tensors that must not be.
+
+    Raises:
+        ContributionError: `out` has other names, shapes or dtypes (one of its children).
+        OutputError: It lies elsewhere, or a tensor of it cannot be written to, or shares memory with an input or
+            another.
+    """
+
+    def __init__(
+        self, schema: Schema, place: Place, out: Any, columns: Columns | None, inputs: Sequence[Any] = ()
+    ) -> None:
+        framework = place.resident
+        assert framework is not None
+        self._framework, self._schema, self._out = framework, schema, out
+        there, beside = (_part(schema, place.devices, there=there) for there in (True, False))
+        self._targets: Tensors = {}
+        rest = None
+        if out is not None:
+            target = opened(out, "out")
+            _check_output(target, place.devices)
+            schema.check(target.weights, "out")
+            _refuse_overlap_on_devices(target, inputs)
+            self._targets = {name: plain(target.tensors[name]) for name in there}
+            rest = {name: out[name] for name in beside}
+        new = {name: form for name, form in there.items() if name not in self._targets}
+        self._made = {name: framework.contiguous(target) for name, target in self._targets.items()}
+        self._made |= framework.empty(new, place.devices)
+        host = [tensor for tensor in inputs if framework.device(tensor) == "cpu"]
+        self._beside = ViewOutputs(beside, place.only(beside), rest, columns, host) if beside else None
+        self.arrays: Mapping[str, Any] = {**self._made, **(self._beside.arrays if self._beside else {})}
+        self.arrays = {name: self.arrays[name] for name in schema}
+
+    def finish(self) -> WeightDict:
+        """The result, once all of it has been written."""
+        for name, target in self._targets.items():
+            if self._made[name].data_ptr() != target.data_ptr():
+                self._framework.write(target, self._made[name])
+        made = self._made | dict(self._beside.finish() if self._beside is not None else {})
+        weights: WeightDict = {name: made[name] for name in self._schema} if self._out is None else self._out
+        return weights
+
+
+def _refuse_overlap_on_devices(out: OpenedWeights, inputs: Sequence[Any]) -> None:
+    """Refuses tensors to write to that share memory with one another or with an input, on each device."""
+    for device in dict.fromkeys(out.devices.values()):
+        own = {name: tensor for name, tensor in out.tensors.items() if out.devices.get(name) == device}
+        framework = out.owners[next(iter(own))].resident
+        assert framework is not None
+        kind = framework.tensor_type()
+        there = (t for t in inputs if kind is not None and isinstance(t, kind) and framework.device(t) == device)
+        _refuse_overlap_of_tensors(framework, own, there)
 
 
 def _refuse_overlap_of_tensors(framework: Resident, out: Tensors, inputs: Iterable[Any]) -> None:

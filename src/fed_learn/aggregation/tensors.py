@@ -14,16 +14,16 @@ What is taken, and what comes back:
 - JAX: concrete arrays, also sharded ones; arrays with the sharding of the first contribution's.
 - `keras.Variable`s: what Keras's back end holds in them, which is one of these.
 
-Tensors on the CPU are viewed as arrays without a copy and go the way of arrays, whatever the kernel; those of torch
-stay tensors with the torch kernel. On another device
+Tensors on the CPU are viewed as arrays without a copy and go the way of arrays, whatever the kernel. On another device
 
 - those of torch stay there: the torch kernel averages them (`kernel="native"` or `"numpy"` is an error), their float64
-  sums lie beside them, and what is checked of names, shapes and dtypes is checked on placeholders. What goes by way of
-  copies in the memory of the host: `exact=True`, 64-bit integers too large for float64 sums, and aggregation weights
-  more than 2**800 apart. All weights of a batch or stream must lie on this one device.
-- those of TensorFlow and JAX are copied to the host, and the result is put where each variable of the first
-  contribution was; where the others lie does not matter. A stream that was unpickled has forgotten the devices of JAX
-  arrays, and puts its result on the default one.
+  sums lie beside them, and what is checked of names, shapes and dtypes is checked on placeholders. Each variable has a
+  device of its own, the CPU for some of them if need be; a contribution whose variable lies elsewhere than the first
+  one's is refused, or moved by `device=`. What goes by way of copies in the memory of the host: `exact=True`, 64-bit
+  integers too large for float64 sums, and aggregation weights more than 2**800 apart.
+- those of torch on a device without float64 (`mps`, some `xpu`), and those of TensorFlow and JAX, are copied to the
+  host, and the result is put where each variable of the first contribution was; where the others lie does not matter.
+  A stream that was unpickled has forgotten the devices of JAX arrays, and puts its result on the default one.
 
 Arrays, and tensors of any framework that go the way of arrays, mix freely; the result is tensors where those of the
 first contribution are, in the framework of its first tensor. Of `like=` only names, shapes and dtypes are read: it may
@@ -39,21 +39,21 @@ Example:
     <All keys matched successfully>
 """
 
-import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from operator import index
 from typing import Any, Self, TypeAlias
 
 import numpy as np
 
+from fed_learn import kernels
 from fed_learn.adapters.base import Framework, Resident, not_averageable
-from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
-from fed_learn.aggregation.arrays import contiguous
+from fed_learn.adapters.tensors import FRAMEWORKS, framework_of, hold_tensors, plain
+from fed_learn.aggregation.arrays import ARRAYS
 from fed_learn.errors import WeightsTypeError, a_type, brief
 from fed_learn.kernels.base import Kernel
-from fed_learn.weights import PLAIN, Array, Schema, WeightDict, as_weight_dict, items_of
+from fed_learn.weights import PLAIN, Array, Schema, WeightDict, as_weight_dict, items_of, native_dtype
 
 Tensors: TypeAlias = dict[str, Any]
 
@@ -64,25 +64,34 @@ class Place:
 
     Attributes:
         framework: Whose they are.
-        device: Where they are averaged; see `Framework.device`.
+        devices: By name where those are averaged that are not on the CPU; see `Framework.device`.
         placements: By name where each of them lies; see `Framework.placement`.
     """
 
     framework: Framework
-    device: str
+    devices: Mapping[str, str]
     placements: Mapping[str, Any]
 
-    def resident(self, kernel: str) -> Resident | None:
-        """The framework, if this kernel computes with its tensors themselves."""
-        found = self.framework.resident
-        return found if found is not None and found.kernel == kernel else None
+    @property
+    def resident(self) -> Resident | None:
+        """The framework, if tensors of it stay where they are, and some are not on the CPU."""
+        return self.framework.resident if self.devices else None
+
+    def only(self, names: Collection[str]) -> "Place":
+        """The place of some of the tensors."""
+        devices = {name: device for name, device in self.devices.items() if name in names}
+        return Place(self.framework, devices, {n: where for n, where in self.placements.items() if n in names})
+
+    def on_host(self) -> "Place":
+        """The same tensors on the CPU."""
+        return Place(self.framework, {}, dict.fromkeys(self.placements, "cpu"))
 
     def __deepcopy__(self, memo: object) -> Self:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         there = {name: where for name, where in self.placements.items() if isinstance(where, str)}
-        return Place, (self.framework, self.device, there)
+        return Place, (self.framework, self.devices, there)
 
 
 @dataclass(eq=False)  # frozen ones take ten times as long to make
@@ -94,13 +103,18 @@ class OpenedWeights:
             of the others. What is no tensor is left as it is, for the checks to judge.
         tensors: The tensors.
         owners: Their frameworks.
-        device: Where they are averaged.
+        devices: By name where those are averaged that are not on the CPU.
     """
 
     weights: Any
     tensors: Tensors
     owners: dict[str, Framework]
-    device: str = "cpu"
+    devices: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """The first device on which something is averaged that is not the CPU; that, if there is none."""
+        return next(iter(self.devices.values()), "cpu")
 
     @property
     def place(self) -> Place | None:
@@ -109,20 +123,19 @@ class OpenedWeights:
             return None
         framework = next(iter(self.owners.values()))
         own = (name for name, owner in self.owners.items() if owner is framework)
-        return Place(framework, self.device, {name: framework.placement(self.tensors[name]) for name in own})
+        return Place(framework, self.devices, {name: framework.placement(self.tensors[name]) for name in own})
 
-    def resident(self, kernel: str) -> Resident | None:
-        """The framework, if all of the weights are its tensors, and this kernel computes with those themselves."""
-        if not self.owners or len(self.owners) < len(self.weights) or len(set(map(id, self.owners.values()))) > 1:
-            return None
-        found = next(iter(self.owners.values())).resident
-        return found if found is not None and found.kernel == kernel else None
+    @property
+    def values(self) -> dict[str, Any]:
+        """What a kernel computes with that takes tensors: those that are not on the CPU, and arrays of the others."""
+        values: dict[str, Any] = self.weights
+        return values | {name: self.tensors[name] for name in self.devices} if self.devices else values
 
     def on_host(self) -> Any:
         """The weights without placeholders: copies of tensors that are not on the CPU."""
-        if self.device == "cpu":
+        if not self.devices:
             return self.weights
-        return self.weights | {name: self.owners[name].view(tensor) for name, tensor in self.tensors.items()}
+        return self.weights | _copies({name: self.tensors[name] for name in self.devices}, self.owners)
 
     # Where names are dropped or values replaced, arrays and tensors stay in step.
 
@@ -132,7 +145,8 @@ class OpenedWeights:
             return self
         tensors = {name: self.tensors[name] for name in names if name in self.tensors}
         owners = {name: self.owners[name] for name in tensors}
-        return OpenedWeights({name: self.weights[name] for name in names}, tensors, owners, self.device)
+        devices = {name: self.devices[name] for name in tensors if name in self.devices}
+        return OpenedWeights({name: self.weights[name] for name in names}, tensors, owners, devices)
 
     def replaced(self, arrays: Mapping[str, Array], given: Any = None) -> "OpenedWeights":
         """Weights of some of these variables, in which some arrays are others.
@@ -153,8 +167,8 @@ class OpenedWeights:
         weights = {**held.weights, **{name: array for name, array in changed.items() if name not in made}}
         for name in made:
             array = changed[name]
-            weights[name] = array if self.device == "cpu" else placeholder(array.shape, array.dtype)
-        return OpenedWeights(weights, held.tensors | made, held.owners, self.device)
+            weights[name] = placeholder(array.shape, array.dtype) if name in self.devices else array
+        return OpenedWeights(weights, held.tensors | made, held.owners, held.devices)
 
     def as_sent(self, sent: Any) -> Any:
         """The weights in the form in which they came: what was sent itself, if nothing of it has been changed."""
@@ -163,31 +177,34 @@ class OpenedWeights:
         return sent if same else values
 
     def not_finite(self, kernel: Kernel) -> list[str]:
-        """Names of the variables in which a kernel finds a NaN or an infinity; on a device their framework does."""
-        if self.device != "cpu":
-            frameworks = {name: owner.resident for name, owner in self.owners.items()}
-            return [n for n, t in self.tensors.items() if (f := frameworks[n]) is not None and f.first_not_finite(t)]
-        flags = kernel.not_finite([contiguous(array) for array in self.weights.values()])
+        """Names of the variables in which a kernel finds a NaN or an infinity; that of a device, where there is one."""
+        kernel = kernels.resolve("auto", device=self.device) if self.devices else kernel
+        flags = kernel.not_finite([look_at(value).contiguous(value) for value in self.values.values()])
         return [name for name, flag in zip(self.weights, flags, strict=True) if flag]
 
 
-def opened(weights: object, who: str) -> OpenedWeights:
+def opened(weights: object, who: str, device: str | None = None) -> OpenedWeights:
     """Opens what should be a weight dict: arrays, tensors, or references with a method `materialize()` that loads one.
 
+    Args:
+        weights: The weights.
+        who: What errors call their sender.
+        device: Where to move what lies elsewhere; None: it stays where it is.
+
     Raises:
-        WeightsTypeError: A tensor is no dense block of memory with values, or tensors lie on several devices.
+        WeightsTypeError: A tensor is no dense block of memory with values.
         DtypeError: A tensor has a dtype that cannot be averaged.
         NamesError: There are more variables, or longer names, than any model has.
     """
     if not isinstance(weights, Mapping):
         return OpenedWeights(weights, {}, {})
     arrays = weights if type(weights) in PLAIN else items_of(weights, who)  # read once: what is checked is what is kept
-    if set(map(type, arrays.values())) <= {np.ndarray}:  # the usual case
+    if device is None and set(map(type, arrays.values())) <= {np.ndarray}:  # the usual case
         return OpenedWeights(arrays, {}, {})
     arrays = items_of(arrays, who)
     tensors: Tensors = {}
     owners: dict[str, Framework] = {}
-    device = "cpu"
+    devices: dict[str, str] = {}
     known: dict[type, Framework | None] = {np.ndarray: None}
     for name, value in arrays.items():
         if type(value) not in known:
@@ -199,19 +216,60 @@ def opened(weights: object, who: str) -> OpenedWeights:
         if framework is None:
             continue
         dtype, there = framework.check(value, who, name), framework.device(value)
-        if not owners:
-            device = there
-        elif there != device:
-            refuse_devices(f"{who}: {name!r} is", who, name, there, device)
         tensors[name], owners[name] = value, framework
         if there == "cpu":
             arrays[name] = framework.view(value, who, name)
         else:
+            devices[name] = there
             arrays[name] = placeholder(tuple(value.shape), dtype)
-    if device != "cpu" and len(owners) < len(arrays):
-        name = next(name for name in arrays if name not in owners)
-        refuse_devices(f"{who}: {name!r} is", who, name, "cpu", device)
-    return OpenedWeights(arrays, tensors, owners, device)
+    held = OpenedWeights(arrays, tensors, owners, devices)
+    return held if device is None else _moved(held, device)
+
+
+def _moved(held: OpenedWeights, device: str) -> OpenedWeights:
+    """The weights on a device: arrays and tensors as tensors of torch, arrays and tensors on the CPU as they are."""
+    if device == "cpu":
+        tensors = {name: tensor for name, tensor in held.tensors.items() if name not in held.devices}
+        copies = _copies({name: held.tensors[name] for name in held.devices}, held.owners)
+        made = {name: held.owners[name].tensor(np.array(array)) for name, array in copies.items()}
+        views = {name: held.owners[name].view(tensor) for name, tensor in made.items()}
+        return OpenedWeights(held.weights | views, tensors | made, held.owners)
+    framework = resident_of(device)
+    arrays, tensors, owners = dict(held.weights), dict(held.tensors), dict(held.owners)
+    devices: dict[str, str] = {}
+    for name, array in held.weights.items():
+        if not isinstance(array, np.ndarray):
+            continue
+        value = held.tensors[name] if held.owners.get(name) is framework else array
+        tensors[name], owners[name] = framework.moved(value, device), framework
+        devices[name] = framework.device(tensors[name])
+        arrays[name] = placeholder(array.shape, native_dtype(array.dtype))
+    return OpenedWeights(arrays, tensors, owners, devices)
+
+
+def resident_of(device: str) -> Resident:
+    """The framework whose tensors are averaged on a device.
+
+    Raises:
+        ValueError: There is no such device here.
+    """
+    framework = FRAMEWORKS[0].resident
+    assert framework is not None
+    problem = framework.lacks(device)
+    if problem is not None:
+        raise ValueError(f"device {device!r} cannot be used: {problem}")
+    return framework
+
+
+def _copies(tensors: Tensors, owners: Mapping[str, Framework]) -> dict[str, Array]:
+    """Tensors as arrays in the memory of the host."""
+    copies: dict[str, Array] = {}
+    for owner in dict.fromkeys(owners[name] for name in tensors):
+        own = {name: tensor for name, tensor in tensors.items() if owners[name] is owner}
+        copies |= (
+            {name: owner.view(t) for name, t in own.items()} if owner.resident is None else owner.resident.on_host(own)
+        )
+    return copies
 
 
 def as_tensors(weights: WeightDict, place: Place) -> Tensors:
@@ -269,40 +327,51 @@ def placeholders(weights: Any, who: str) -> Any:
     return shown
 
 
+def look_at(value: Any) -> Any:
+    """What tells of a value what it holds: `ARRAYS`, or the framework of a tensor."""
+    if isinstance(value, np.ndarray):
+        return ARRAYS
+    framework = framework_of(type(value))
+    assert framework is not None
+    return framework.resident
+
+
+def magnitudes(values: Mapping[str, Any]) -> dict[str, int]:
+    """The largest absolute values of arrays and tensors of integers."""
+    tensors = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
+    found = {name: ARRAYS.magnitude(value) for name, value in values.items() if name not in tensors}
+    return found | look_at(next(iter(tensors.values()))).magnitudes(tensors) if tensors else found
+
+
 def label_of(contributor: Any) -> str:
     """What an error calls a contributor whose name may not even be text."""
     return str.__str__(contributor) if issubclass(type(contributor), str) else brief(contributor)
 
 
-def refuse_devices(what: str, who: str, name: str | None, device: str, expected: str) -> None:
-    """Raises: weights lie on another device than those before."""
-    raise WeightsTypeError(
-        f"{what} on {device}, and what comes before on {expected}; weights that are averaged lie on one device",
-        contributor=who,
-        name=name,
-        device=device,
-        expected=expected,
-    )
+def check_devices(devices: Mapping[str, str], expected: Mapping[str, str], who: str) -> None:
+    """Refuses weights of which a variable lies on another device than in what came before.
 
+    Args:
+        devices: Of each variable that is not on the CPU.
+        expected: Those that came before.
+        who: Whose the weights are.
 
-def new_tensors(schema: Schema, place: Place) -> Tensors:
-    """New tensors in a place whose framework is resident; their values are whatever was in memory."""
-    framework = place.framework.resident
-    assert framework is not None
-    return {name: framework.empty(*item, place.device) for name, item in schema.items()}
-
-
-def new_sums(schema: Schema, place: Place) -> Tensors:
-    """New flat float64 tensors for the sums of a stream; their values are whatever was in memory."""
-    framework, dtype = place.framework.resident, np.dtype(np.float64)
-    assert framework is not None
-    return {name: framework.empty((math.prod(shape),), dtype, place.device) for name, (shape, _) in schema.items()}
-
-
-def as_arrays(sums: Mapping[str, Any]) -> dict[str, Array]:
-    """Sums that lie on the CPU, be they tensors or arrays, as arrays that share their memory."""
-    frameworks = {name: framework_of(type(acc)) for name, acc in sums.items()}
-    return {name: acc if (f := frameworks[name]) is None else f.view(acc) for name, acc in sums.items()}
+    Raises:
+        WeightsTypeError: Names the variable.
+    """
+    if devices == expected:
+        return
+    for name in [*expected, *devices]:
+        here, there = devices.get(name, "cpu"), expected.get(name, "cpu")
+        if here != there:
+            raise WeightsTypeError(
+                f"{who}: {name!r} is on {here}, and what comes before on {there}; a variable that is averaged lies on "
+                "one device, and device= moves it there",
+                contributor=who,
+                name=name,
+                device=here,
+                expected=there,
+            )
 
 
 @lru_cache(maxsize=10_000)

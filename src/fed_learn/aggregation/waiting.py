@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from fed_learn.aggregation.outputs import new_arrays
-from fed_learn.aggregation.tensors import Place, new_tensors
+from fed_learn.aggregation.outputs import new_values
+from fed_learn.aggregation.tensors import Place
 from fed_learn.weights import Array, Schema
 
 MOST_BORROWED = 10
@@ -23,7 +23,7 @@ class Waiting:
     def __init__(self) -> None:
         self._rows: list[tuple[list[Any], float]] = []  # the values of each contribution, and its aggregation weight
         self._copied = 0
-        self._rooms: list[tuple[bool, dict[str, Any]]] = []  # whether of tensors, and the memory of a copy
+        self._rooms: list[tuple[bool, dict[str, Any]]] = []  # whether on devices, and the memory of a copy
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -35,11 +35,9 @@ class Waiting:
             arrays: Arrays of the same shapes and dtypes.
             place: Where tensors are to lie; None for arrays.
         """
-        of_tensors = place is not None
-        if self._copied == len(self._rooms) or self._rooms[self._copied][0] is not of_tensors:
-            schema = Schema.of(arrays)
-            room = new_arrays(schema) if place is None else new_tensors(schema, place)
-            self._rooms[self._copied :] = [(of_tensors, room)]
+        on_devices = place is not None and place.resident is not None
+        if self._copied == len(self._rooms) or self._rooms[self._copied][0] is not on_devices:
+            self._rooms[self._copied :] = [(on_devices, new_values(Schema.of(arrays), place))]
         return self._rooms[self._copied][1]
 
     def put(self, values: list[Any], aggregation_weight: float, *, borrowed: bool, copied: bool) -> bool:
@@ -65,6 +63,10 @@ class Waiting:
         """The values of all that waits, a list for each variable; and the aggregation weights."""
         values, aggregation_weights = zip(*self._rows, strict=True)
         return list(map(list, zip(*values, strict=True))), list(aggregation_weights)
+
+    def values(self) -> list[Any]:
+        """The arrays and tensors of all that waits."""
+        return [value for values, _ in self._rows for value in values]
 
     def clear(self) -> None:
         """All that waited has been added; the memory of copies is kept for the next ones."""

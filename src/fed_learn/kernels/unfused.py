@@ -191,7 +191,7 @@ def _scatter(values: Tensor, tensors: Sequence[Tensor], tile: Tile) -> None:
     """Writes the elements of a tile to where they belong, unless they lie there."""
     pieces = [piece.of(tensors) for piece in tile]
     if pieces[0].data_ptr() != values.data_ptr():
-        torch._foreach_copy_(pieces, list(values.split([piece.numel() for piece in pieces])))
+        torch._foreach_copy_(pieces, list(torch.split(values, [piece.numel() for piece in pieces])))
 
 
 def _sum(acc: Tensor | None, inputs: Sequence[Tensor], scalars: Tensor, *, start: bool = True) -> Tensor:

@@ -138,9 +138,9 @@ def combined(rule: Rule, given: Given) -> WeightDict:
     if given.output is not None:
         outputs = given.output(schema)
     else:
-        tensors = [tensor for row in given.rows for tensor in row.held.tensors.values()]
+        inputs = [tensor for row in given.rows for tensor in row.held.tensors.values()]
         columns = Columns(schema, [row.on_host().arrays for row in given.rows]) if given.out is not None else None
-        outputs = outputs_for(schema, place, given.out, columns=columns, tensors=tensors)
+        outputs = outputs_for(schema, place, given.out, columns=columns, inputs=inputs)
     for name, array in fit.items():
         outputs.arrays[name][...] = array
     return outputs.finish()
