@@ -13,6 +13,7 @@ import typer
 
 FRAMEWORKS = {
     "torch": ("torch",),
+    "triton": ("triton", "pytorch-triton", "triton-windows"),
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-gpu"),
     "keras": ("keras",),
     "jax": ("jax",),
@@ -25,11 +26,14 @@ INSTRUCTION_SETS = ("sse2", "avx", "avx2", "f16c", "fma", "avx512f", "neon", "as
 
 
 def info(
+    devices: Annotated[
+        bool, typer.Option("--devices", help="Import torch, and tell how tensors on each device are averaged.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Show version, kernels, instruction sets, threads and the frameworks found (none is imported)."""
-    facts = collect()
+    facts = collect(devices=devices)
     if as_json:
         print(json.dumps(facts, indent=2))
         return
@@ -48,6 +52,10 @@ def info(
         table.add_row("native variants", ", ".join(facts["native_variants"]) + f" (current: {facts['native_variant']})")
     table.add_row("processor", " ".join(facts["instruction_sets"]) or "unknown")
     table.add_row("threads", f"{facts['threads'] or 'unknown, out'} of {facts['processors']} processors")
+    for device in facts["devices"] or ():
+        table.add_row(f"device {device['device']}", f"{device['name']}: averaged {device['averaged']}")
+    if facts["devices"] == []:
+        table.add_row("devices", "torch finds none but the CPU")
     for problem in facts["problems"]:
         table.add_row("problem", Text(problem, "red"))
     for name, version in facts["dependencies"].items():
@@ -59,12 +67,13 @@ def info(
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
-def collect() -> dict[str, Any]:
-    """The facts, as `--json` prints them."""
+def collect(*, devices: bool = False) -> dict[str, Any]:
+    """The facts, as `--json` prints them; with `devices`, those of which torch tells as well."""
     from fed_learn import __version__, kernels
 
-    reasons = kernels.unavailable()
     problems: list[str] = []
+    found = _devices(problems) if devices else None
+    reasons = kernels.unavailable()
 
     def ask(question: Callable[[], Any]) -> Any:
         try:
@@ -84,6 +93,7 @@ def collect() -> dict[str, Any]:
         "instruction_sets": _instruction_sets(),
         "threads": ask(kernels.get_num_threads),
         "processors": os.cpu_count(),
+        "devices": found,
         "problems": problems,
         "dependencies": {name: metadata.version(name) for name in ("numpy", "cffi", "ml-dtypes")},
         "frameworks": {name: _version(name, distributions) for name, distributions in FRAMEWORKS.items()},
@@ -94,8 +104,34 @@ def collect() -> dict[str, Any]:
                 os.environ.get("FED_LEARN_INSTRUCTION_SET"),
             ),
             "FED_LEARN_NUM_THREADS": ("threads of a kernel", os.environ.get("FED_LEARN_NUM_THREADS")),
+            "FED_LEARN_FUSED": ("0: no fused kernels on CUDA devices", os.environ.get("FED_LEARN_FUSED")),
         },
     }
+
+
+def _devices(problems: list[str]) -> list[dict[str, str]]:
+    """The devices that torch finds beside the CPU, and how tensors on them are averaged."""
+    try:
+        import torch
+    except ImportError as error:
+        problems.append(f"--devices: torch cannot be imported: {error}")
+        return []
+    from fed_learn.adapters.torch import without_float64
+    from fed_learn.kernels.torch import not_fused
+
+    found = []
+    kinds = [("cuda", torch.cuda), ("xpu", torch.xpu), ("mps", torch.mps)]
+    for kind, module in kinds:
+        for i in range(module.device_count()):
+            device = torch.device(kind, i)
+            name = module.get_device_name(device) if kind != "mps" else "Metal"
+            if without_float64(device):
+                averaged = "by way of copies on the host, since it has no float64"
+            else:
+                problem = not_fused(device)
+                averaged = "there, by fused kernels" if problem is None else f"there, not fused: {problem}"
+            found.append({"device": str(device), "name": name, "averaged": averaged})
+    return found
 
 
 def _version(module: str, distributions: tuple[str, ...]) -> str | None:

@@ -8,7 +8,13 @@ That the bits are those of the other kernels is tested on the CPU; on other devi
 arithmetic, and claimed where the tests have run.
 """
 
+import functools
+import logging
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -30,8 +36,11 @@ PARALLEL = 1 << 15
 
 Tensor: TypeAlias = torch.Tensor
 Rows: TypeAlias = list[Tensor]
-Operation: TypeAlias = Callable[[Any, list[int]], Flags | None]
-"""Does something with the variables at some positions, of one dtype and device, by the functions of a module."""
+Operation: TypeAlias = Callable[[Any, list[int]], Flags | Tensor | None]
+"""Does something with the variables at some positions, of one dtype and device, by the functions of a module. Returns
+what it found: nothing, `Flags`, or a flag for each variable."""
+
+logger = logging.getLogger(__name__)
 
 
 class TorchKernel(Kernel):
@@ -159,6 +168,40 @@ class TorchKernel(Kernel):
         return _by_groups(targets, targets, lambda how, some: how.copy(_at(sources, some), _at(targets, some)))
 
 
+def arithmetic(device: torch.device) -> ModuleType:
+    """The module whose operations are used on a device: `fused` where that can be, else `unfused`."""
+    return unfused if device.type != "cuda" else _arithmetic(device)[0]
+
+
+def not_fused(device: torch.device) -> str | None:
+    """Why operations on a device are not fused, in a few words; None: they are.
+
+    The first call for a device compiles a kernel, and compares it with plain operations.
+    """
+    return "it is no CUDA device" if device.type != "cuda" else _arithmetic(device)[1]
+
+
+@functools.cache
+def _arithmetic(device: torch.device) -> tuple[ModuleType, str | None]:
+    problem = None
+    if os.environ.get("FED_LEARN_FUSED") == "0":
+        problem = "FED_LEARN_FUSED=0 says so"
+    elif not torch.cuda.is_available():
+        problem = "torch finds no CUDA device"
+    elif "triton" not in sys.modules and "tensorflow" in sys.modules:
+        problem = "Triton cannot be imported once TensorFlow has been: the process would crash (import triton first)"
+    elif find_spec("triton") is None:
+        problem = "Triton is not installed"
+    else:
+        from fed_learn.kernels import fused
+
+        problem = fused.problem(device)
+        if problem is None:
+            return fused, None
+    logger.warning("Averages on %s take several times as long as they could, with the same bits: %s", device, problem)
+    return unfused, problem
+
+
 def _at(values: Sequence[Any], positions: list[int]) -> list[Any]:
     return [values[i] for i in positions]
 
@@ -185,7 +228,9 @@ def _by_groups(dtypes: Sequence[Tensor], places: Sequence[Tensor], operation: Op
         _check_environment()
     found: list[tuple[list[int], Flags]] = []
     for positions in groups.values():
-        flags = operation(unfused, positions)
+        flags = operation(arithmetic(places[positions[0]].device), positions)
+        if isinstance(flags, Tensor):
+            flags = Flags(flags, [(i,) for i in range(len(positions))])
         if flags is not None:
             found.append((positions, flags))
     flagged = [False] * len(places)
