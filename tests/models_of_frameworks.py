@@ -131,6 +131,31 @@ def torch_parallel(seed: int) -> Model:
     return torch.nn.DataParallel(torch_net(seed))
 
 
+def resnet50_shapes() -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """The shape and dtype of all that torchvision's ResNet-50 has in its `state_dict`: 320 tensors, 25.6 M elements."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def conv_and_norm(conv: str, norm: str, out: int, into: int, size: int) -> None:
+        shapes[f"{conv}.weight"] = (out, into, size, size)
+        shapes.update({f"{norm}.{part}": (out,) for part in ("weight", "bias", "running_mean", "running_var")})
+        shapes[f"{norm}.num_batches_tracked"] = ()
+
+    conv_and_norm("conv1", "bn1", 64, 3, 7)
+    into = 64
+    for stage, blocks in enumerate((3, 4, 6, 3)):
+        inner = 64 << stage
+        for block in range(blocks):
+            prefix = f"layer{stage + 1}.{block}"
+            conv_and_norm(f"{prefix}.conv1", f"{prefix}.bn1", inner, into, 1)
+            conv_and_norm(f"{prefix}.conv2", f"{prefix}.bn2", inner, inner, 3)
+            conv_and_norm(f"{prefix}.conv3", f"{prefix}.bn3", 4 * inner, inner, 1)
+            if block == 0:
+                conv_and_norm(f"{prefix}.downsample.0", f"{prefix}.downsample.1", 4 * inner, into, 1)
+            into = 4 * inner
+    shapes |= {"fc.weight": (1000, into), "fc.bias": (1000,)}
+    return {name: (shape, np.dtype(np.float32 if shape else np.int64)) for name, shape in shapes.items()}
+
+
 NET = (
     "mask 0.weight 0.bias 1.weight 1.bias 1.running_mean 1.running_var 1.num_batches_tracked "
     "3.weight 3.bias 4.weight 4.bias 5.weight 5.bias"

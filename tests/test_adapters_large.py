@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from models_of_frameworks import resnet50_shapes
 
 import fed_learn as fl
 from fed_learn import adapters
@@ -166,3 +167,13 @@ def test_the_resnet_has_the_names_of_torchvision_and_works() -> None:
     assert "layer1.0.downsample.0.weight" in names
     assert "layer4.2.bn3.num_batches_tracked" in names
     assert len(names) == 320
+
+
+def test_the_shapes_of_resnet_50_are_those_of_the_network() -> None:
+    torch = pytest.importorskip("torch")
+    with torch.device("meta"):
+        state = resnet50().state_dict()
+    shapes = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state.items()}
+    assert {name: (shape, f"torch.{dtype}") for name, (shape, dtype) in resnet50_shapes().items()} == shapes
+    assert list(shapes) == list(resnet50_shapes())
+    assert len(shapes) == 320
