@@ -52,8 +52,12 @@ class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.owner = owner
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
         with torch._C.DisableTorchFunction():
-            return self.owner.operation(func, args, dict(kwargs or {}))
+            if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+                with self:  # in inference mode composite operations come as they are
+                    return func.decompose(*args, **kwargs)
+            return self.owner.operation(func, args, kwargs)
 
 
 class Pretended:

@@ -9,7 +9,7 @@ waits for a device: what the caller wants to know are tensors, `Flags`.
 Which variables go together, and reading the flags, is left to `torch`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -25,6 +25,9 @@ TILE = 1 << 22
 """Elements at a time on a device: few operations for a model, and a few times 32 MiB for what they need."""
 TILE_ON_CPU = 1 << 18
 """On the CPU, where operations cost little and caches are small."""
+ALONE = 1 << 20
+"""Elements of a variable from which on it is not put together with others: that would move more bytes, and save few
+operations."""
 LARGEST = float(np.finfo(np.float64).max)
 LONG = (torch.int64, torch.uint64)
 
@@ -132,15 +135,18 @@ def _rows(columns: Sequence[Column]) -> list[Column]:
 
 
 def _tiles(tensors: Column) -> list[Tile]:
-    """Cuts the elements of all variables, one after the other, into parts of at most `TILE`."""
+    """Cuts the elements of all variables, one after the other, into parts of at most `TILE`; of large ones by itself."""
     most = TILE_ON_CPU if tensors[0].is_cpu else TILE
-    return list(_cut([tensor.numel() for tensor in tensors], most))
+    sizes = [(i, tensor.numel()) for i, tensor in enumerate(tensors)]
+    large = [tile for i, size in sizes if size >= ALONE for tile in _cut([(i, size)], most)]
+    return [*large, *_cut([(i, size) for i, size in sizes if size < ALONE], most)]
 
 
-def _cut(sizes: Sequence[int], most: int) -> Iterator[Tile]:
+def _cut(sizes: Iterable[tuple[int, int]], most: int) -> Iterator[Tile]:
+    """The tiles of some variables, each given by its position and its size."""
     tile: Tile = []
     room = most
-    for variable, size in enumerate(sizes):
+    for variable, size in sizes:
         start = 0
         while start < size:
             stop = min(size, start + room)
