@@ -158,7 +158,7 @@ class Pretended:
         result = func(*args, **kwargs)
         outputs = result if isinstance(result, (tuple, list)) else [result]
         for output in outputs:
-            if isinstance(output, Tensor) and there.type not in HOST and not func.is_view:
+            if isinstance(output, Tensor) and there.type not in HOST:
                 self.mark(output, there)
         written = {id(tensor) for group in writes for tensor in group}
         fresh = [output for output in outputs if isinstance(output, Tensor) and id(output) not in written]
