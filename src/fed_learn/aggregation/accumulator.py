@@ -451,9 +451,10 @@ class Accumulator:
                 raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
         if not other._count:
             return
-        if self._count and not self._exact and self._devices != other._devices:
-            ours, theirs = (", ".join(dict.fromkeys(one._devices.values())) or "cpu" for one in (self, other))
-            raise MergeError(f"other holds sums on {theirs}, and this accumulator on {ours}")
+        for name in {**self._devices, **other._devices} if self._count else ():
+            ours, theirs = (one._devices.get(name, "cpu") for one in (self, other))
+            if ours != theirs and not self._exact:
+                raise MergeError(f"other holds the sums of {name!r} on {theirs}, and this accumulator on {ours}")
         assert other._schema is not None
         if self._schema is not None:
             self._schema.check(_placeholders(other._schema), "other")

@@ -233,16 +233,17 @@ def _divide(sums: Tensor, divisor: Tensor, outputs: Column, tile: Tile) -> None:
 
 def _not_finite(extremes: Sequence[tuple[Tensor, Tensor]], or_else: Sequence[Tensor] = ()) -> Tensor:
     """For each tile whether its smallest or largest number is not finite, as they are if one is, or something else."""
-    found: Tensor = ~torch.stack([torch.stack(pair) for pair in extremes]).isfinite().all(dim=1)
+    ends = torch.stack([end for pair in extremes for end in pair]).view(-1, 2)
+    found: Tensor = ~ends.isfinite().all(dim=1)
     return found | torch.stack(list(or_else)) if or_else else found
 
 
 def _beyond(inputs: Sequence[Tensor], largest: int) -> Tensor:
     """Whether a 64-bit integer is larger than this in magnitude."""
     # Seen as signed ones, unsigned ones that are too large for these are negative.
-    extremes = torch.stack([torch.stack(torch.aminmax(x.view(torch.int64))) for x in inputs])
+    ends = torch.stack([end for x in inputs for end in torch.aminmax(x.view(torch.int64))])
     least = 0 if inputs[0].dtype == torch.uint64 else -largest
-    return ((extremes < least) | (extremes > largest)).any()
+    return ((ends < least) | (ends > largest)).any()
 
 
 def _combine(operation: Callable[[Tensor, Tensor], Tensor], ones: Column, others: Column, outputs: Column) -> Flags:
