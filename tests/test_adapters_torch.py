@@ -14,8 +14,6 @@ from torch import nn
 import fed_learn as fl
 from fed_learn import adapters
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-
 
 def net(seed: int = 1) -> Any:
     return models.torch_net(seed)
@@ -367,19 +365,6 @@ def test_tensors_are_loaded_as_arrays_are() -> None:
         with pytest.raises((fl.ShapeError, fl.DtypeError, fl.WeightsTypeError), match=r"5\.bias"):
             fl.set_weights(model, zeros | {"5.bias": wrong})
     assert state(model) == before
-
-
-@CUDA
-def test_tensors_on_a_gpu_stay_there() -> None:
-    model = net(2).cuda()
-    for own in (False, True):
-        weights: Any = fl.get_weights(model, copy=own)
-        assert all(tensor.is_cuda for tensor in weights.values())
-    mean = fl.weighted_average([fl.get_weights(model), fl.get_weights(net(1).cuda())], [1, 3])
-    fl.set_weights(model, mean)
-    assert bits(fl.get_weights(model.cpu())) == bits(
-        fl.weighted_average([fl.get_weights(net(2)), fl.get_weights(net(1))], [1, 3])
-    )
 
 
 # Parts of models.

@@ -1,4 +1,7 @@
-"""Torch tensors straight into the averages: the same kind comes out, with the bits of arrays."""
+"""Torch tensors straight into the averages: the same kind comes out, with the bits of arrays.
+
+Tensors that are not on the CPU are in `cuda/test_devices.py`.
+"""
 
 import copy
 import pickle
@@ -16,7 +19,6 @@ import fed_learn as fl
 from fed_learn.adapters.torch import TorchTensors
 from fed_learn.aggregation.round import Round
 
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 KERNELS = (None, *ref.KERNELS)
 Tensors = dict[str, Any]
 FRAMEWORK = TorchTensors()
@@ -49,17 +51,6 @@ def models(seed: int, count: int = 3, dtypes: tuple[Any, ...] = ref.DTYPES) -> l
     ]
 
 
-@pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> set[int]:
-    """Makes all tensors seem to lie on cuda:0, but those whose ids are in the set, which seem to lie on cuda:1."""
-    others: set[int] = set()
-    tensor, empty = TorchTensors.tensor, TorchTensors.empty
-    monkeypatch.setattr(TorchTensors, "device", lambda _, t: "cuda:1" if id(t) in others else "cuda:0")
-    monkeypatch.setattr(TorchTensors, "tensor", lambda self, array, _="": tensor(self, array))
-    monkeypatch.setattr(TorchTensors, "empty", lambda self, shape, dtype, _: empty(self, shape, dtype, "cpu"))
-    return others
-
-
 # The same bits.
 
 
@@ -87,21 +78,6 @@ def fl_stream(arrays: list[dict[str, ref.Array]], weights: list[float]) -> ref.W
     for one, weight in zip(arrays, weights, strict=True):
         stream.add(one, weight)
     return stream.result()
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
-def test_tensors_stay_on_their_device(device: str) -> None:
-    arrays = models(9)
-    clients = [tensors_of(one, device) for one in arrays]
-    for exact in (False, True):
-        expected = fl.weighted_average(arrays, [1, 2, 3], exact=exact, kernel="numpy")
-        mean: Any = fl.weighted_average(clients, [1, 2, 3], exact=exact, kernel="torch")
-        stream = fl.Accumulator(exact=exact, kernel="torch")
-        for client, weight in zip(clients, (1, 2, 3), strict=True):
-            stream.add(client, weight)
-        result: Any = stream.result()
-        assert {t.device.type for t in [*mean.values(), *result.values()]} == {device}
-        assert bits(mean) == bits(result) == bits(expected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -163,66 +139,6 @@ def test_contributions_of_tensors_are_summed_in_the_order_of_their_names() -> No
         assert bits(fl.weighted_average(tensors[::-1], kernel=kernel)) == bits(fl.weighted_average(sent))
         with pytest.raises(fl.DuplicateContributionError):
             fl.weighted_average([tensors[0], tensors[0]], kernel=kernel)
-
-
-def test_tensors_on_a_device_are_averaged_by_the_torch_kernel(elsewhere: set[int]) -> None:
-    arrays = models(6)
-    clients: list[Any] = [tensors_of(one) for one in arrays]
-    for exact in (False, True):
-        expected = fl.weighted_average(arrays, [3, 2, 1], exact=exact)
-        out: Any = {name: torch.zeros_like(t) for name, t in clients[0].items()}
-        assert bits(fl.weighted_average(clients, [3, 2, 1], exact=exact, like=arrays[0])) == bits(expected)
-        assert fl.weighted_average(clients, [3, 2, 1], exact=exact, out=out) is out
-        assert bits(out) == bits(expected)
-        stream, other = fl.Accumulator(exact=exact, like=clients[0]), fl.Accumulator(exact=exact)
-        stream.add(clients[0], 3)
-        other.add(clients[1], 2)
-        stream.merge(other)
-        stream = pickle.loads(pickle.dumps(stream))
-        stream.add(clients[2], 1, borrow=True)
-        assert bits(stream.result()) == bits(expected)
-        assert stream.result(out) is out
-        empty = fl.Accumulator(exact=exact)
-        empty.merge(stream)
-        assert bits(empty.result()) == bits(expected)
-
-
-@pytest.mark.parametrize("kernel", ["native", "numpy"])
-def test_a_kernel_that_cannot_reach_the_device_is_an_error_that_says_what_is_valid(
-    kernel: str, elsewhere: set[int]
-) -> None:
-    weights: Any = of(w=torch.ones(2))
-    for exact in (False, True):
-        with pytest.raises(fl.KernelUnavailableError, match="on cuda:0; valid are auto, torch"):
-            fl.weighted_average([weights], kernel=kernel, exact=exact)
-        with fl.kernels.use(kernel):
-            stream = fl.Accumulator(exact=exact)
-        with pytest.raises(fl.KernelUnavailableError, match="valid are auto, torch"):
-            stream.add(weights, 1)
-
-
-def test_weights_on_several_devices_are_refused_by_name(elsewhere: set[int]) -> None:
-    near, far = torch.ones(2), torch.ones(2)
-    elsewhere.add(id(far))
-    with pytest.raises(fl.WeightsTypeError, match=r"contributions\[0\]: 'b' is on cuda:1, .* on cuda:0"):
-        fl.weighted_average([of(a=near, b=far)])
-    with pytest.raises(fl.WeightsTypeError, match="'b' is on cpu"):
-        fl.weighted_average([of(a=near, b=np.ones(2))])
-    for other, device in ((of(a=far), "cuda:1"), (of(a=np.ones(2, np.float32)), "cpu")):
-        sent: Any = [fl.Contribution("site-1", of(a=near), 1), fl.Contribution("site-2", other, 1)]
-        with pytest.raises(fl.WeightsTypeError, match=f"site-2: weights are on {device}") as caught:
-            fl.weighted_average(sent)
-        assert caught.value.contributor == "site-2"
-        stream, second = fl.Accumulator(), fl.Accumulator()
-        stream.add(sent[0])
-        with pytest.raises(fl.WeightsTypeError, match=f"site-2: weights are on {device}"):
-            stream.add(sent[1])
-        assert stream.contributors == ("site-1",)
-        second.add(sent[1])
-        with pytest.raises(fl.MergeError, match=device):
-            stream.merge(second)
-        with pytest.raises(fl.OutputError, match="the result on cuda:0"):
-            fl.weighted_average([of(a=near)], out=other)
 
 
 # Bad tensors.

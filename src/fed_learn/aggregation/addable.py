@@ -89,7 +89,7 @@ def check_integers(
         count: How many contributions there are with these.
         exact: Whether sums are exact.
         contributor: Whose they are, if they are one's.
-        arrays: Where they are, if they are arrays.
+        arrays: Where they are, arrays or tensors.
 
     Raises:
         IntegerRangeError: Names the variable.
@@ -100,7 +100,8 @@ def check_integers(
         who = f"{contributor}: " if contributor is not None else ""
         index = None
         if arrays is not None:
-            index, _ = first_of((arrays[name] == size) | (arrays[name] == -size), arrays[name])
+            array = look_at(arrays[name]).view(arrays[name])
+            index, _ = first_of((array == size) | (array == -size), array)
         raise IntegerRangeError(
             f"{who}{name!r} holds integers up to {size}, too large to be averaged to the unit as they stream in; "
             "weighted_average can take them",
