@@ -20,9 +20,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+import fed_learn.kernels.unfused as unfused
 from fed_learn.environment import check_environment
 from fed_learn.errors import FloatingPointEnvironmentError
-from fed_learn.kernels import unfused
 from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import Table
@@ -193,7 +193,7 @@ def _arithmetic(device: torch.device) -> tuple[ModuleType, str | None]:
     elif find_spec("triton") is None:
         problem = "Triton is not installed"
     else:
-        from fed_learn.kernels import fused
+        import fed_learn.kernels.fused as fused
 
         problem = fused.problem(device)
         if problem is None:

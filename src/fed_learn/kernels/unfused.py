@@ -135,7 +135,7 @@ def _rows(columns: Sequence[Column]) -> list[Column]:
 
 
 def _tiles(tensors: Column) -> list[Tile]:
-    """Cuts the elements of all variables, one after the other, into parts of at most `TILE`; of large ones by itself."""
+    """Cuts the elements of all variables, in a row, into parts of at most `TILE`; those of large ones by themselves."""
     most = TILE_ON_CPU if tensors[0].is_cpu else TILE
     sizes = [(i, tensor.numel()) for i, tensor in enumerate(tensors)]
     large = [tile for i, size in sizes if size >= ALONE for tile in _cut([(i, size)], most)]
