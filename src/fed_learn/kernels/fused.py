@@ -90,14 +90,9 @@ def _store(pointer, at, count, values, full: tl.constexpr):
 
 
 @triton.jit
-def _either(a, b):
-    return a | b
-
-
-@triton.jit
 def _flag(flag, marks):
-    # All programs that store here store the same.
-    tl.store(flag, 1, mask=tl.reduce(marks.to(tl.int32), 0, _either) != 0)
+    # All that store here store the same, and hardly ever does one: cheaper than a reduction, which would wait.
+    tl.store(tl.broadcast_to(flag, marks.shape), 1, mask=marks)
 
 
 @triton.jit
@@ -163,11 +158,12 @@ def _mean_of_block(
     marks = at < 0
     if limited:
         marks = marks | _beyond(x, largest, kind)
-    for k in tl.range(start, contributions, loop_unroll_factor=4):
-        x = _load(_pointer(addresses, 2 + k, loaded, aligned) + first, at, count, full)
-        acc += tl.load(weights + k).to(tl.float64, bitcast=True) * _as_float64(x, kind)
-        if limited:
-            marks = marks | _beyond(x, largest, kind)
+    if not (reads and divides):
+        for k in tl.range(start, contributions, loop_unroll_factor=4):
+            x = _load(_pointer(addresses, 2 + k, loaded, aligned) + first, at, count, full)
+            acc += tl.load(weights + k).to(tl.float64, bitcast=True) * _as_float64(x, kind)
+            if limited:
+                marks = marks | _beyond(x, largest, kind)
     if divides:
         _flag(flag, marks | ((tl.abs(acc) <= _LARGEST) == 0))
         mean = acc / total
@@ -200,7 +196,10 @@ def mean_kernel(
     aligned: tl.constexpr,
     block: tl.constexpr,
 ):
-    """Sums products, onto sums that are there if it `reads`, and `divides` or leaves the sums as they are."""
+    """Sums products, onto sums that are there if it `reads`, and `divides` or leaves the sums as they are.
+
+    If it does both, it adds nothing: the sums that it reads are complete.
+    """
     program = tl.program_id(0)
     variable = tl.load(table + program).to(tl.int64)
     first = tl.load(table + blocks + program).to(tl.int64) * block
@@ -240,6 +239,8 @@ def _combination_of_block(
     y = _load(_pointer(addresses, 1, loaded, aligned) + first, at, count, full)
     out = _pointer(addresses, 2, loaded, aligned) + first
     if kind == tl.float16 or kind == tl.bfloat16 or kind == tl.float32 or kind == tl.float64:
+        # The compiler may add in float32, or in float16. That gives the same bits: float64 has more than twice the bits
+        # of float32, and float32 those of float16, so that of a sum of two the second rounding alone counts.
         one = _as_float64(x, kind)
         other = _as_float64(y, kind)
         wide = one - other if subtracts else one + other
