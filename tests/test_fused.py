@@ -153,6 +153,14 @@ def test_means_of_all_of_an_integer_dtype(place: Place, dtype: np.dtype[Any]) ->
     assert not any(check_mean(place, columns, WEIGHTS[:4], float(WEIGHTS[:4].sum())))
 
 
+def test_a_boolean_is_true_whatever_bits_say_so(place: Place) -> None:
+    odd = np.array([0, 1, 2, 255], np.uint8).view(bool)
+    assert check_mean(place, [[odd, odd, ~odd]], np.ones(3), 3.0) == [False]
+    output = place.tensor(odd)
+    place.run("mean", [place.tensors([odd])], [output], np.ones(1), 1.0)
+    assert output.view(torch.uint8).tolist() == [0, 1, 1, 1]
+
+
 @pytest.mark.parametrize("dtype", ref.DTYPES, ids=str)
 def test_ties_are_rounded_to_even(place: Place, dtype: np.dtype[Any]) -> None:
     if dtype.kind == "b":
@@ -422,6 +430,32 @@ def test_nothing_is_written_past_the_end(place: Place, dtype: np.dtype[Any], siz
         assert result.tolist() == [value] * size + [77] * (2 * BLOCK)
 
 
+def test_elements_beyond_the_reach_of_32_bits(place: Place) -> None:
+    size = 2**32 + 5
+    assert place.module._table((3, size), CPU, 0).view(3, -1)[:, -1].tolist() == [1, 2**32 // BLOCK, 5]
+    # The last block alone, of tensors of which there is no more than it.
+    x, out = place.tensors([np.arange(5, dtype=np.float32), np.zeros(5, np.float32)])
+    addresses = [tensor.data_ptr() - 2**32 * 4 for tensor in (x, out, x, x)]
+    table = torch.tensor([0, 2**32 // BLOCK, 5], dtype=torch.int32, device=place.device)
+    flags = torch.zeros(1, dtype=torch.int32, device=place.device)
+
+    def launch(kernel: str, header: ref.Array, addresses: list[int], *runtime: int, **constants: Any) -> list[Any]:
+        out.zero_()
+        numbers = torch.tensor([*header.view(np.int64).tolist(), *addresses], device=place.device)
+        call = place.module._Call(numbers, table, flags, aligned=False)
+        call.launch(getattr(place.module, kernel), *runtime, **constants)
+        return out.tolist()
+
+    types: dict[str, Any] = dict(zip(("loaded", "kind"), place.module._TYPES[torch.float32], strict=True))
+    nothing = np.empty(0)
+    word = place.module._WORDS[4]
+    assert launch("scan_kernel", nothing, addresses[:2], word=word, exponent=0, copies=True) == [0, 1, 2, 3, 4]
+    both = [*addresses[2:], addresses[1]]
+    assert launch("combination_kernel", nothing, both, **types, subtracts=False) == [0, 2, 4, 6, 8]
+    header = np.array([0.5, 0.0, 1.0, 2.0])
+    assert launch("mean_kernel", header, addresses, 2, **types, reads=False, divides=True) == [0, 6, 12, 18, 24]
+
+
 def test_a_call_may_have_no_variables(place: Place) -> None:
     assert place.run("mean", [], [], np.ones(2), 2.0) == []
     assert place.run("accumulate", [], [], np.ones(2), start=True) == []
@@ -481,6 +515,7 @@ class TestProblem:
 
     @pytest.fixture(autouse=True)
     def device(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
         monkeypatch.setattr(torch.version, "hip", None)
         fused.problem.cache_clear()
@@ -525,6 +560,10 @@ class TestProblem:
     def test_rocm(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.version, "hip", "6.4")
         assert fused.problem(self.DEVICE) == "that the bits are the same on ROCm has not been tested"
+
+    def test_no_cuda_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert fused.problem(self.DEVICE) == "torch finds no CUDA device"
 
     def test_the_cpu(self) -> None:
         assert fused.problem(CPU) == "they run on CUDA devices, and this is cpu"
@@ -618,7 +657,7 @@ def test_compiled_code_fuses_nothing_flushes_nothing_and_loads_wide(
     (launch,) = launches
     assert (launch.grid, launch.options["aligned"]) == ((2,), True)
     found = instructions(launch.compiled().asm["ptx"])
-    assert not stems(found, "fma", "mad.rn", "mad.f")
+    assert not stems(found, "fma", "mad.r", "mad.f")
     assert not {each for each in found if ".ftz" in each or ".approx" in each}
     # With an explicit rounding the assembler may not fuse them either.
     arithmetic = {each for each in found if re.match(r"(mul|add|sub|div)\b.*\.b?f\d", each)}

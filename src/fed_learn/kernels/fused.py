@@ -13,6 +13,7 @@ what flags mean for the caller are left to `torch.py`.
 
 import functools
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -392,11 +393,11 @@ def _stream(device: torch.device) -> int:
     return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
 
 
-def _call(rows: Iterable[Sequence[Tensor | None]], like: Sequence[Tensor], header: Int64Array) -> _Call:
+def _call(rows: Iterable[Sequence[Tensor]], like: Sequence[Tensor], header: Int64Array) -> _Call:
     """Uploads the addresses of each variable's tensors, all rows of one length, behind a header.
 
     Args:
-        rows: For each variable its tensors; None for one that the kernel does not ask for.
+        rows: For each variable its tensors; any, where the kernel asks for none.
         like: A tensor of each variable's size, on the device.
         header: What comes before the addresses.
     """
@@ -404,7 +405,8 @@ def _call(rows: Iterable[Sequence[Tensor | None]], like: Sequence[Tensor], heade
         nothing = torch.zeros(0, dtype=torch.int32)
         return _Call(nothing, nothing, nothing, aligned=True)
     device = like[0].device
-    addresses = np.array([0 if x is None else x.data_ptr() for row in rows for x in row], np.uint64)
+    # Thousands of tensors: a loop would take longer than the launch does.
+    addresses = np.fromiter(map(Tensor.data_ptr, chain.from_iterable(rows)), np.uint64)
     flags = np.zeros((len(like) + 1) // 2, np.int64)
     numbers = torch.from_numpy(np.concatenate([header, addresses.view(np.int64), flags]))
     numbers = numbers.to(device, non_blocking=True)
@@ -444,7 +446,7 @@ def mean(
         An int32 per variable, on the device: not 0 where a sum is not finite, or a 64-bit integer is beyond
         2**52 // (number of contributions + 2) in magnitude.
     """
-    rows = ((None, output, *column) for output, column in zip(outputs, columns, strict=True))
+    rows = ((output, output, *column) for output, column in zip(outputs, columns, strict=True))
     call = _call(rows, outputs, _header(total, aggregation_weights))
     return _launch_mean(call, outputs, len(aggregation_weights), reads=False, divides=True)
 
@@ -464,7 +466,7 @@ def accumulate(
         aggregation_weights: One float64 per contribution.
         start: Start the sums from the first product, whatever they hold.
     """
-    rows = ((acc, None, *column) for acc, column in zip(sums, columns, strict=True))
+    rows = ((acc, acc, *column) for acc, column in zip(sums, columns, strict=True))
     call = _call(rows, sums, _header(1.0, aggregation_weights))
     inputs = [column[0] for column in columns]
     _launch_mean(call, inputs, len(aggregation_weights), reads=not start, divides=False)
@@ -524,7 +526,7 @@ def not_finite(tensors: Sequence[Tensor]) -> Tensor:
     """An int32 per tensor, on the device: not 0 where it holds a NaN or an infinity."""
     if tensors and tensors[0].dtype not in _EXPONENTS:
         return torch.zeros(len(tensors), dtype=torch.int32, device=tensors[0].device)
-    return _scan([(x, None) for x in tensors], tensors, copies=False)
+    return _scan(zip(tensors, tensors, strict=True), tensors, copies=False)
 
 
 def copy(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
@@ -536,7 +538,7 @@ def copy(tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> Tensor:
     return _scan(zip(tensors, copies, strict=True), copies, copies=True)
 
 
-def _scan(rows: Iterable[Sequence[Tensor | None]], like: Sequence[Tensor], *, copies: bool) -> Tensor:
+def _scan(rows: Iterable[Sequence[Tensor]], like: Sequence[Tensor], *, copies: bool) -> Tensor:
     call = _call(rows, like, np.empty(0, np.int64))
     if not like:
         return call.flags
@@ -557,6 +559,8 @@ def problem(device: torch.device) -> str | None:
         return "that the bits are the same on ROCm has not been tested"
     if device.type != "cuda":
         return f"they run on CUDA devices, and this is {device}"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         return f"they need compute capability {OLDEST[0]}.{OLDEST[1]}, and {device} has {capability[0]}.{capability[1]}"
