@@ -636,16 +636,11 @@ def stems(found: set[str], *starts: str) -> set[str]:
 WIDEST = {1: "v2.b32", 2: "v4.b32", 4: "v4.b32", 8: "v2.b64"}
 """Of the loads of one thread, which has 8 elements."""
 
-# Means of all dtypes, and of the rest what differs from them.
 COMPILED = [
-    *(("mean", dtype) for dtype in ref.DTYPES),
-    *(("accumulate", dtype) for dtype in map(np.dtype, ("float32", "float64", ref.BFLOAT16, "float16", "uint64"))),
-    *(("start", dtype) for dtype in map(np.dtype, ("float32", "int64", "bool"))),
-    *(("divide", dtype) for dtype in map(np.dtype, ("float32", ref.BFLOAT16, "int64"))),
-    *(("add", dtype) for dtype in map(np.dtype, ("float32", "float16", "int64"))),
-    *(("subtract", dtype) for dtype in map(np.dtype, ("float64", ref.BFLOAT16, "int8"))),
-    *((name, np.dtype("float32")) for name in ("not_finite", "copy")),
-    ("copy", np.dtype("int8")),
+    *((name, dtype) for name in ("mean", "start", "accumulate", "divide") for dtype in ref.DTYPES),
+    *((name, dtype) for name in ("add", "subtract") for dtype in COMBINED),
+    *((name, dtype) for name in ("not_finite", "copy") for dtype in ref.FLOATS),
+    *(("copy", np.dtype(f"int{size}")) for size in (8, 16, 32, 64)),
 ]
 
 
