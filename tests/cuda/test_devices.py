@@ -4,16 +4,19 @@ import copy
 import logging
 import pickle
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
 import reference as ref
 import torch
+from interpreted import fused_on_devices, no_triton
 from models_of_frameworks import resnet50_shapes
 from pretended import Pretended
 
 import fed_learn as fl
+import fed_learn.kernels.torch as torch_kernel
 from fed_learn.adapters.torch import TorchTensors
 from fed_learn.kernels import unfused
 from fed_learn.kernels.torch import arithmetic
@@ -30,14 +33,26 @@ def pretended() -> Iterator[Pretended]:
         yield device
 
 
-@pytest.fixture(params=["pretended", pytest.param("real", marks=pytest.mark.skipif(not REAL, reason="no CUDA device"))])
-def cuda(request: pytest.FixtureRequest) -> Iterator[str]:
+NO_TRITON = no_triton()
+WAYS = [
+    "pretended",
+    pytest.param("pretended, fused", marks=pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON))),
+    pytest.param("real", marks=pytest.mark.skipif(not REAL, reason="there is no CUDA device")),
+    pytest.param("real, unfused", marks=pytest.mark.skipif(not REAL, reason="there is no CUDA device")),
+]
+
+
+@pytest.fixture(params=WAYS)
+def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A device that is not the CPU."""
-    if request.param == "real":
+    with ExitStack() as stack:
+        if request.param.startswith("pretended"):
+            stack.enter_context(Pretended())
+        if request.param == "pretended, fused":
+            stack.enter_context(fused_on_devices())
+        if request.param == "real, unfused":
+            monkeypatch.setattr(torch_kernel, "_arithmetic", lambda device: (unfused, None))
         yield "cuda:0"
-    else:
-        with Pretended():
-            yield "cuda:0"
 
 
 def on(device: str, weights: ref.WeightDict) -> Any:
@@ -118,12 +133,20 @@ def test_strides_of_all_kinds_have_the_bits_of_arrays(cuda: str) -> None:
         sent = [torch.from_numpy(array).to(cuda).contiguous(memory_format=memory) for array in arrays]
         wide = [torch.stack([x, x], dim=-1)[..., 0] for x in sent]
         expected = fl.weighted_average([{"w": array} for array in arrays], [1, 2, 3.5], kernel="numpy")
-        for column in (sent, wide, [x.T.mT.T.mT if x.dim() == 2 else x for x in sent]):
+        for column in (sent, wide):
             mean: Any = fl.weighted_average([{"w": x} for x in column], [1, 2, 3.5])  # type: ignore[dict-item]
             assert bits(mean) == bits(expected)
             into: Any = {"w": torch.zeros(2, 5, 3, 4, 7, device=cuda).transpose(0, 1)[:, 1]}
             fl.weighted_average([{"w": x} for x in column], [1, 2, 3.5], out=into)  # type: ignore[dict-item]
             assert bits(into) == bits(expected)
+
+
+def test_variables_that_interleave_in_memory_have_the_bits_of_arrays(cuda: str) -> None:
+    rows = [torch.arange(18.0).to(cuda) * k for k in (1, 2)]
+    sent: list[Any] = [{"a": row[0:12:2], "b": row[6:18:2]} for row in rows]
+    mean: Any = fl.weighted_average(sent)
+    assert mean["a"].tolist() == [1.5 * i for i in range(0, 12, 2)]
+    assert mean["b"].tolist() == [1.5 * i for i in range(6, 18, 2)]
 
 
 def test_models_of_several_tiles_have_the_bits_of_arrays(cuda: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ what flags mean for the caller are left to `torch.py`.
 
 import functools
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
@@ -355,7 +356,8 @@ class _Call(NamedTuple):
         blocks = self.table.numel() // 3
         if blocks:
             # Triton launches on the current device, whatever the tensors are on.
-            with torch.cuda.device_of(self.table):
+            device = self.table.device
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 kernel[(blocks,)](
                     self.numbers,
                     self.table,
@@ -372,7 +374,7 @@ class _Call(NamedTuple):
 
 
 @functools.lru_cache(maxsize=32)
-def _table(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def _table(sizes: tuple[int, ...], device: torch.device, stream: object) -> Tensor:
     """One column per block: its variable, how many blocks of the variable come before it, and its elements.
 
     Args:
@@ -389,8 +391,8 @@ def _table(sizes: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
     return torch.from_numpy(table).to(device, non_blocking=True)
 
 
-def _stream(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream) if device.type == "cuda" else 0
+def _stream(device: torch.device) -> object:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _call(rows: Iterable[Sequence[Tensor]], like: Sequence[Tensor], header: Int64Array) -> _Call:

@@ -281,9 +281,10 @@ class _Writeable:
 
 
 def _tensor(array: Any) -> Tensor:
-    """A flat view, or copy where that cannot be; in inference mode without a gradient."""
+    """A flat contiguous view, or copy where that cannot be; in inference mode without a gradient."""
     if isinstance(array, Tensor):
-        return array if array.dim() == 1 and array.is_contiguous() else array.reshape(-1)
+        whole = array if array.is_contiguous() else array.contiguous()
+        return whole if whole.dim() == 1 else whole.view(-1)
     flat = array.reshape(-1)
     if flat.dtype == BFLOAT16:
         return _tensor(flat.view(np.int16)).view(torch.bfloat16)

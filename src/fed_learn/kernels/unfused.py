@@ -23,11 +23,11 @@ Column: TypeAlias = Sequence[Tensor]
 
 TILE = 1 << 22
 """Elements at a time on a device: few operations for a model, and a few times 32 MiB for what they need."""
-TILE_ON_CPU = 1 << 18
-"""On the CPU, where operations cost little and caches are small."""
 ALONE = 1 << 20
 """Elements of a variable from which on it is not put together with others: that would move more bytes, and save few
 operations."""
+TILE_ON_CPU, ALONE_ON_CPU = 1 << 18, 1 << 14
+"""The same on the CPU, where operations cost little and caches are small."""
 LARGEST = float(np.finfo(np.float64).max)
 LONG = (torch.int64, torch.uint64)
 
@@ -136,10 +136,10 @@ def _rows(columns: Sequence[Column]) -> list[Column]:
 
 def _tiles(tensors: Column) -> list[Tile]:
     """Cuts the elements of all variables, in a row, into parts of at most `TILE`; those of large ones by themselves."""
-    most = TILE_ON_CPU if tensors[0].is_cpu else TILE
+    most, alone = (TILE_ON_CPU, ALONE_ON_CPU) if tensors[0].is_cpu else (TILE, ALONE)
     sizes = [(i, tensor.numel()) for i, tensor in enumerate(tensors)]
-    large = [tile for i, size in sizes if size >= ALONE for tile in _cut([(i, size)], most)]
-    return [*large, *_cut([(i, size) for i, size in sizes if size < ALONE], most)]
+    large = [tile for i, size in sizes if size >= alone for tile in _cut([(i, size)], most)]
+    return [*large, *_cut([(i, size) for i, size in sizes if size < alone], most)]
 
 
 def _cut(sizes: Iterable[tuple[int, int]], most: int) -> Iterator[Tile]:

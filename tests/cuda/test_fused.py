@@ -1,12 +1,9 @@
 """The kernels in Triton: the bits of the numpy kernel, and what they are compiled to.
 
 The bits are compared in Triton's interpreter, on the CPU, and on a CUDA device where there is one. The compiled code is
-looked at without a device: Triton brings the compiler. Triton decides when a module is imported whether its kernels are
-interpreted, so that a second copy of the module is loaded here, which leaves the first as it is.
+looked at without a device: Triton brings the compiler. The rest is in `interpreted.py`.
 """
 
-import functools
-import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -18,12 +15,16 @@ import numpy as np
 import pytest
 import reference as ref
 import torch
+from interpreted import interpreted, no_triton
 
 from fed_learn.kernels.base import Segment
 from fed_learn.kernels.numpy import NumpyKernel
 
-triton = pytest.importorskip("triton")
-from fed_learn.kernels import fused  # noqa: E402 - it imports triton
+if problem := no_triton():
+    pytest.skip(problem, allow_module_level=True)
+import triton
+
+import fed_learn.kernels.fused as fused
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 CPU = torch.device("cpu")
@@ -36,18 +37,6 @@ KERNELS = (fused.mean_kernel, fused.combination_kernel, fused.scan_kernel)
 
 Tensor = torch.Tensor
 Arrays = list[ref.Array]
-
-
-@functools.cache
-def interpreted() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fused_interpreted", fused.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        spec.loader.exec_module(module)
-    return module
 
 
 class Place(NamedTuple):
