@@ -86,10 +86,11 @@ def test_means_on_a_device_have_the_bits_of_arrays_and_stay_there(cuda: str, exa
     clients = [on(cuda, one) for one in arrays]
     before = [bits(one) for one in clients]
     expected = bits(fl.weighted_average(arrays, [3, 2, 1.5], exact=exact, kernel="numpy"))
-    mean = fl.weighted_average(clients, [3, 2, 1.5], exact=exact, like=arrays[0])
-    out = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
-    assert fl.weighted_average(clients, [3, 2, 1.5], exact=exact, out=out) is out  # type: ignore[arg-type]
-    for found in (mean, out):
+    mean: Any = fl.weighted_average(clients, [3, 2, 1.5], exact=exact, like=arrays[0])
+    out: Any = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
+    assert fl.weighted_average(clients, [3, 2, 1.5], exact=exact, out=out) is out
+    both: Any = (mean, out)
+    for found in both:
         assert bits(found) == expected
         assert set(devices_of(found)) == {"cuda:0"}
         assert all(tensor.is_contiguous() for tensor in found.values())
@@ -111,15 +112,15 @@ def test_streams_on_a_device_have_the_bits_of_arrays_and_stay_there(cuda: str, e
     stream.add(clients[2], 1, borrow=True)
     merged = fl.Accumulator(exact=exact)
     merged.merge(stream)
-    out = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
-    assert stream.result(out) is out  # type: ignore[arg-type]
+    out: Any = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
+    assert stream.result(out) is out
     for found in (stream.result(), merged.result(), out):
         assert bits(found) == bits(expected.result())
         assert set(devices_of(found)) == {"cuda:0"}
 
 
 def test_what_was_added_can_be_changed_at_once(cuda: str) -> None:
-    stream, sent = fl.Accumulator(), on(cuda, {"w": np.float32([1, 2])})
+    stream, sent = fl.Accumulator(), on(cuda, {"w": np.array([1, 2], np.float32)})
     stream.add(sent, 1)
     sent["w"].zero_()
     stream.add(sent, 1)
@@ -130,14 +131,14 @@ def test_strides_of_all_kinds_have_the_bits_of_arrays(cuda: str) -> None:
     rng = np.random.default_rng(4)
     for memory in (torch.contiguous_format, torch.channels_last):
         arrays = [ref.values(rng, np.dtype(np.float32), (5, 3, 4, 7)) for _ in range(3)]
-        sent = [torch.from_numpy(array).to(cuda).contiguous(memory_format=memory) for array in arrays]
-        wide = [torch.stack([x, x], dim=-1)[..., 0] for x in sent]
+        sent: list[Any] = [torch.from_numpy(array).to(cuda).contiguous(memory_format=memory) for array in arrays]
+        wide: list[Any] = [torch.stack([x, x], dim=-1)[..., 0] for x in sent]
         expected = fl.weighted_average([{"w": array} for array in arrays], [1, 2, 3.5], kernel="numpy")
         for column in (sent, wide):
-            mean: Any = fl.weighted_average([{"w": x} for x in column], [1, 2, 3.5])  # type: ignore[dict-item]
+            mean: Any = fl.weighted_average([{"w": x} for x in column], [1, 2, 3.5])
             assert bits(mean) == bits(expected)
             into: Any = {"w": torch.zeros(2, 5, 3, 4, 7, device=cuda).transpose(0, 1)[:, 1]}
-            fl.weighted_average([{"w": x} for x in column], [1, 2, 3.5], out=into)  # type: ignore[dict-item]
+            fl.weighted_average([{"w": x} for x in column], [1, 2, 3.5], out=into)
             assert bits(into) == bits(expected)
 
 
@@ -187,7 +188,7 @@ def test_sums_that_overflow_and_large_integers_have_the_bits_of_arrays(cuda: str
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_values_that_are_not_finite_are_refused_by_name_and_index(cuda: str, value: float) -> None:
-    good = {"a": np.zeros((2, 3)), "b": np.zeros((2, 3), np.float32), "n": np.ones(2, np.int64)}
+    good: dict[str, ref.Array] = {"a": np.zeros((2, 3)), "b": np.zeros((2, 3), np.float32), "n": np.ones(2, np.int64)}
     bad = {name: array.copy() for name, array in good.items()}
     bad["b"][1, 2] = value
     sent = [fl.Contribution(f"site-{i}", on(cuda, one), 1) for i, one in enumerate((good, bad))]
@@ -222,7 +223,7 @@ def test_a_model_over_two_devices_and_the_cpu_is_averaged_where_it_lies(pretende
     arrays = models()
     clients = [spread(one) for one in arrays]
     expected = bits(fl.weighted_average(arrays, [3, 2, 1], exact=exact, kernel="numpy"))
-    out = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
+    out: Any = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
     stream, other = fl.Accumulator(exact=exact), fl.Accumulator(exact=exact)
     stream.add(clients[0], 3)
     other.add(clients[1], 2, borrow=True)
@@ -231,7 +232,7 @@ def test_a_model_over_two_devices_and_the_cpu_is_averaged_where_it_lies(pretende
     stream.add(clients[2], 1)
     results = [
         fl.weighted_average(clients, [3, 2, 1], exact=exact),
-        fl.weighted_average(clients, [3, 2, 1], exact=exact, out=out),  # type: ignore[arg-type]
+        fl.weighted_average(clients, [3, 2, 1], exact=exact, out=out),
         stream.result(),
     ]
     for found in results:
@@ -253,7 +254,9 @@ def test_the_state_of_an_optimizer_is_averaged_though_its_steps_are_on_the_cpu(c
 
 
 def test_arrays_beside_tensors_on_a_device_are_averaged_on_the_cpu(cuda: str) -> None:
-    one, two = ({"t": on(cuda, {"t": np.float32([i])})["t"], "a": np.float32([i, 2])} for i in (1, 3))
+    one, two = (
+        {"t": on(cuda, {"t": np.array([i], np.float32)})["t"], "a": np.array([i, 2], np.float32)} for i in (1, 3)
+    )
     stream = fl.Accumulator()
     stream.add(one, 1)
     stream.add(two, 1)
@@ -334,7 +337,7 @@ def test_a_device_without_float64_is_averaged_by_way_of_the_host(pretended: Pret
     arrays = [{name: a for name, a in one.items() if a.dtype != np.float64} for one in models()]
     clients = [on("mps:0", one) for one in arrays]
     expected = bits(fl.weighted_average(arrays, [3, 2, 1], exact=exact, kernel="numpy"))
-    out = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
+    out: Any = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
     stream = fl.Accumulator(exact=exact)
     for client, weight in zip(clients, (3, 2, 1), strict=True):
         stream.add(client, weight)
@@ -342,7 +345,7 @@ def test_a_device_without_float64_is_averaged_by_way_of_the_host(pretended: Pret
         mean = fl.weighted_average(clients, [3, 2, 1], exact=exact, kernel=kernel)
         assert bits(mean) == expected
         assert set(devices_of(mean)) == {"mps:0"}
-    fl.weighted_average(clients, [3, 2, 1], exact=exact, out=out)  # type: ignore[arg-type]
+    fl.weighted_average(clients, [3, 2, 1], exact=exact, out=out)
     assert bits(out) == bits(stream.result()) == expected
     assert set(devices_of(stream.result())) == {"mps:0"}
     with pytest.raises(ValueError, match="no float64"):
@@ -358,19 +361,20 @@ def test_what_was_made_in_inference_mode_is_used_and_written_as_any_other(cuda: 
     stream = fl.Accumulator()
     with torch.inference_mode():
         clients = [on(cuda, one) for one in arrays]
-        out = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
+        out: Any = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
         inside = fl.weighted_average(clients)
         stream.add(clients[0], 1)
     stream.add(clients[1], 1)
     with torch.inference_mode():
         stream.add(clients[2], 1, borrow=True)
-    fl.weighted_average(clients, out=out)  # type: ignore[arg-type]
+    fl.weighted_average(clients, out=out)
     result = stream.result()
-    for found in (inside, out, result, stream.result(out)):  # type: ignore[arg-type]
+    for found in (inside, out, result, stream.result(out)):
         assert bits(found) == expected
-    for one in (inside, result, fl.weighted_average(clients)):
+    results: Any = (inside, result, fl.weighted_average(clients))
+    for one in results:
         for tensor in one.values():  # results belong to whoever asked, in whatever mode
-            assert not tensor.is_inference()  # type: ignore[attr-defined]
+            assert not tensor.is_inference()
 
 
 def test_large_values_are_written_to_tensors_made_in_inference_mode(cuda: str) -> None:
@@ -381,8 +385,8 @@ def test_large_values_are_written_to_tensors_made_in_inference_mode(cuda: str) -
     ]
     with torch.inference_mode():
         clients = [on(cuda, one) for one in arrays]
-        out = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
-    fl.weighted_average(clients, out=out)  # type: ignore[arg-type]
+        out: Any = {name: torch.zeros_like(tensor) for name, tensor in clients[0].items()}
+    fl.weighted_average(clients, out=out)
     assert bits(out) == bits(fl.weighted_average(arrays, kernel="numpy"))
 
 
@@ -408,7 +412,7 @@ def test_the_default_device_of_torch_changes_nothing(pretended: Pretended, defau
 
 
 def test_flushed_subnormals_matter_on_the_cpu_alone(cuda: str) -> None:
-    clients = [on(cuda, {"w": np.float32([1, i])}) for i in (2, 4)]
+    clients = [on(cuda, {"w": np.array([1, i], np.float32)}) for i in (2, 4)]
     stream = fl.Accumulator()
     assert torch.set_flush_denormal(True)
     try:
@@ -417,7 +421,7 @@ def test_flushed_subnormals_matter_on_the_cpu_alone(cuda: str) -> None:
         stream.add(clients[1], 1, borrow=True)
         streamed = stream.result()
         with pytest.raises(fl.FloatingPointEnvironmentError):
-            fl.weighted_average([{"w": np.float32([1])}], kernel="torch")
+            fl.weighted_average([{"w": np.array([1], np.float32)}], kernel="torch")
     finally:
         torch.set_flush_denormal(False)
     assert mean["w"].tolist() == streamed["w"].tolist() == [1.0, 3.0]
@@ -451,7 +455,7 @@ def test_weights_of_a_model_on_a_device_stay_there(cuda: str) -> None:
 
 
 def test_an_accumulator_may_be_used_from_several_streams(pretended: Pretended) -> None:
-    first, second = torch.cuda.Stream(), torch.cuda.Stream()
+    first, second = torch.cuda.Stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
     clients = [on("cuda:0", one) for one in models(4)]
     torch.cuda.synchronize()
     stream, other = fl.Accumulator(), fl.Accumulator()

@@ -221,7 +221,7 @@ def opened(weights: object, who: str, device: str | None = None) -> OpenedWeight
             arrays[name] = framework.view(value, who, name)
         else:
             devices[name] = there
-            arrays[name] = placeholder(tuple(value.shape), dtype)
+            arrays[name] = placeholder(value.shape, dtype)
     held = OpenedWeights(arrays, tensors, owners, devices)
     return held if device is None else _moved(held, device)
 

@@ -63,8 +63,10 @@ class TorchKernel(Kernel):
         total: float,
         table: Table | None = None,
     ) -> list[bool]:
-        columns = [list(map(_tensor, segment.inputs)) for segment in segments]
-        outputs = [_tensor(segment.output) for segment in segments]
+        columns, outputs = [], []
+        for inputs, output in segments:
+            columns.append(list(map(_tensor, inputs)))
+            outputs.append(_tensor(output))
         return _by_groups(
             outputs,
             outputs,
