@@ -5,6 +5,7 @@ import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from pretended import Pretended
 import fed_learn as fl
 import fed_learn.kernels.torch as torch_kernel
 from fed_learn.adapters.torch import TorchTensors
+from fed_learn.aggregation.tensors import opened
 from fed_learn.kernels import unfused
 from fed_learn.kernels.torch import arithmetic
 
@@ -350,6 +352,16 @@ def test_a_device_without_float64_is_averaged_by_way_of_the_host(pretended: Pret
     assert set(devices_of(stream.result())) == {"mps:0"}
     with pytest.raises(ValueError, match="no float64"):
         fl.weighted_average(arrays, device="mps")
+
+
+def test_a_device_of_intel_without_float64_is_averaged_by_way_of_the_host(
+    pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for has_float64 in (False, True):
+        place = f"xpu:{int(has_float64)}"
+        properties = SimpleNamespace(has_fp64=has_float64)
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device, found=properties: found)
+        assert opened(on(place, {"w": np.ones(2)}), "x").devices == ({"w": place} if has_float64 else {})
 
 
 # Modes of torch.

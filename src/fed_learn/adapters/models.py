@@ -101,12 +101,13 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     - a JAX pytree (Flax, Equinox, dicts): key paths. With `copy=False` its arrays, which never change.
 
     Tensors of torch on another device than the CPU stay there, as tensors that `weighted_average` and `Accumulator`
-    take; those of TensorFlow and JAX are copied to the host.
+    take; those of TensorFlow and JAX are copied to the host. With `copy=False` they are the model's own memory, and can
+    be written to: torch has no read-only tensors.
 
     Args:
         model: What to read.
         copy: The caller may keep and change the arrays: they are its own. Else nothing is copied where the framework
-            allows that, and the arrays are read-only.
+            allows that, and the arrays are read-only (tensors on a device are not).
         only: Which variables: a regular expression (`re.search`) or a predicate on names, for parts such as LoRA's.
 
     Returns:
