@@ -195,11 +195,14 @@ def _arithmetic(device: torch.device) -> tuple[ModuleType, str | None]:
     elif find_spec("triton") is None:
         problem = "Triton is not installed"
     else:
-        import fed_learn.kernels.fused as fused
-
-        problem = fused.problem(device)
-        if problem is None:
-            return fused, None
+        try:
+            import fed_learn.kernels.fused as fused
+        except ImportError as error:
+            problem = f"Triton cannot be imported: {error}"
+        else:
+            problem = fused.problem(device)
+            if problem is None:
+                return fused, None
     logger.warning("Averages on %s take several times as long as they could, with the same bits: %s", device, problem)
     return unfused, problem
 

@@ -74,12 +74,13 @@ def mean(columns: Sequence[Column], outputs: Column, aggregation_weights: Float6
     rows, tiles = _rows(columns), _tiles(outputs)
     extremes, large = [], []
     for tile in tiles:
-        inputs = [_gathered(row, tile) for row in rows]
-        sums = _sum(None, inputs, scalars)
-        _divide(sums, scalars[-1:], outputs, tile)
-        extremes.append(torch.aminmax(sums))
-        if outputs[0].dtype in LONG:
-            large.append(_beyond(inputs, 2**52 // (len(inputs) + 2)))
+        acc = torch.empty(_size(tile), dtype=torch.float64, device=outputs[0].device)
+        ends: list[Tensor] = []
+        _sum(acc, _inputs(rows, tile, ends), scalars, start=True)
+        _divide(acc, scalars[-1:], outputs, tile)
+        extremes.append(torch.aminmax(acc))
+        if ends:
+            large.append(_beyond(ends, outputs[0].dtype, 2**52 // (len(rows) + 2)))
     return Flags(_not_finite(extremes, large), _variables(tiles))
 
 
@@ -88,7 +89,7 @@ def accumulate(sums: Column, columns: Sequence[Column], aggregation_weights: Flo
     scalars, rows = on_device(aggregation_weights, sums), _rows(columns)
     for tile in _tiles(sums):
         acc = _gathered(sums, tile)
-        _sum(acc, [_gathered(row, tile) for row in rows], scalars, start=start)
+        _sum(acc, _inputs(rows, tile), scalars, start=start)
         _scatter(acc, sums, tile)
 
 
@@ -160,13 +161,17 @@ def _cut(sizes: Iterable[tuple[int, int]], most: int) -> Iterator[Tile]:
         yield tile
 
 
+def _size(tile: Tile) -> int:
+    return sum(piece.stop - piece.start for piece in tile)
+
+
 def _in_one_piece(tensors: Sequence[Tensor], tile: Tile) -> Tensor | None:
     """The elements of a tile as a view, where they lie one after the other in memory."""
     first, last = tile[0].of(tensors), tile[-1].of(tensors)
     if len(tile) == 1:
         return first
     size, address = first.element_size(), first.data_ptr()
-    count = sum(piece.stop - piece.start for piece in tile)
+    count = _size(tile)
     if last.data_ptr() + last.numel() * size != address + count * size:
         return None
     for piece in tile:
@@ -190,7 +195,7 @@ def _target(tensors: Sequence[Tensor], tile: Tile, dtype: torch.dtype) -> Tensor
     view = _in_one_piece(tensors, tile)
     if view is not None and view.dtype == dtype:
         return view
-    return torch.empty(sum(piece.stop - piece.start for piece in tile), dtype=dtype, device=tensors[0].device)
+    return torch.empty(_size(tile), dtype=dtype, device=tensors[0].device)
 
 
 def _scatter(values: Tensor, tensors: Sequence[Tensor], tile: Tile) -> None:
@@ -200,18 +205,27 @@ def _scatter(values: Tensor, tensors: Sequence[Tensor], tile: Tile) -> None:
         torch._foreach_copy_(pieces, list(torch.split(values, [piece.numel() for piece in pieces])))
 
 
-def _sum(acc: Tensor | None, inputs: Sequence[Tensor], scalars: Tensor, *, start: bool = True) -> Tensor:
-    """`acc + Σ aₖ·xₖ` in order, written to `acc`; with `start` the first product starts it."""
-    if acc is None:
-        acc = torch.empty(inputs[0].shape, dtype=torch.float64, device=inputs[0].device)
-    product = acc if start and len(inputs) == 1 else torch.empty_like(acc)
+def _inputs(rows: Sequence[Column], tile: Tile, ends: list[Tensor] | None = None) -> Iterator[Tensor]:
+    """The elements of a tile of each contribution, one after the other; `ends` takes those of 64-bit integers."""
+    for row in rows:
+        x = _gathered(row, tile)
+        if ends is not None and x.dtype in LONG:
+            ends += torch.aminmax(x.view(torch.int64))
+        yield x
+
+
+def _sum(acc: Tensor, inputs: Iterable[Tensor], scalars: Tensor, *, start: bool) -> None:
+    """`acc += Σ aₖ·xₖ` in order; with `start` the first product starts it, whatever it holds."""
+    product = None
     for k, x in enumerate(inputs):
         # Of one dimension like the tensor, a float64 scalar makes the product float64, in one operation.
-        into = acc if start and not k else product
-        torch.mul(x, scalars[k : k + 1], out=into)
-        if into is not acc:
-            acc.add_(product)
-    return acc
+        scalar = scalars[k : k + 1]
+        if start and not k:
+            torch.mul(x, scalar, out=acc)
+            continue
+        product = torch.empty_like(acc) if product is None else product
+        torch.mul(x, scalar, out=product)
+        acc.add_(product)
 
 
 def _divide(sums: Tensor, divisor: Tensor, outputs: Column, tile: Tile) -> None:
@@ -238,12 +252,17 @@ def _not_finite(extremes: Sequence[tuple[Tensor, Tensor]], or_else: Sequence[Ten
     return found | torch.stack(list(or_else)) if or_else else found
 
 
-def _beyond(inputs: Sequence[Tensor], largest: int) -> Tensor:
-    """Whether a 64-bit integer is larger than this in magnitude."""
-    # Seen as signed ones, unsigned ones that are too large for these are negative.
-    ends = torch.stack([end for x in inputs for end in torch.aminmax(x.view(torch.int64))])
-    least = 0 if inputs[0].dtype == torch.uint64 else -largest
-    return ((ends < least) | (ends > largest)).any()
+def _beyond(ends: Sequence[Tensor], dtype: torch.dtype, largest: int) -> Tensor:
+    """Whether a 64-bit integer is larger than this in magnitude.
+
+    Args:
+        ends: The smallest and the largest of them, seen as signed ones: unsigned ones that are too large for these are
+            negative.
+        dtype: What they are.
+        largest: Positive.
+    """
+    found = torch.stack(list(ends))
+    return ((found < (0 if dtype == torch.uint64 else -largest)) | (found > largest)).any()
 
 
 def _combine(operation: Callable[[Tensor, Tensor], Tensor], ones: Column, others: Column, outputs: Column) -> Flags:
@@ -263,7 +282,7 @@ def _combine(operation: Callable[[Tensor, Tensor], Tensor], ones: Column, others
         if dtype == torch.int64:
             # The sum of two that are not beyond 2**62 wraps around at 2**63 alone.
             wrapped = ((values == torch.iinfo(torch.int64).min) & (x > 0)).any()
-            found[-1] = found[-1] | wrapped | _beyond([x, y], 2**62)
+            found[-1] = found[-1] | wrapped | _beyond([*torch.aminmax(x), *torch.aminmax(y)], dtype, 2**62)
         _scatter(values, outputs, tile)
     return Flags(_not_finite(extremes) if extremes else torch.stack(found), _variables(tiles))
 
