@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -506,6 +507,48 @@ def test_sums_that_were_pickled_on_a_device_go_on_where_there_is_none(caplog: py
         expected = bits(fl.weighted_average(arrays[:2], exact=exact, kernel="numpy"))
         assert bits(stream.result()) == expected
         assert set(devices_of(stream.result())) == {"cpu"}
+
+
+# Fused or not.
+
+
+def choice(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> tuple[Any, str | None]:
+    """What is chosen for a device where torch finds CUDA, with these modules imported."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("triton", "tensorflow", "fed_learn.kernels.fused"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    chosen: tuple[Any, str | None] = torch_kernel._arithmetic.__wrapped__(torch.device("cuda:0"))
+    return chosen
+
+
+def test_operations_are_not_fused_where_that_cannot_be_and_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch_kernel, "find_spec", lambda name: None)
+    assert choice(monkeypatch) == (unfused, "Triton is not installed")
+    assert "with the same bits: Triton is not installed" in caplog.text
+    module, why = choice(monkeypatch, tensorflow=SimpleNamespace())
+    assert (module, str(why).partition(":")[0]) == (unfused, "Triton cannot be imported once TensorFlow has been")
+    module, why = choice(monkeypatch, triton=None)  # as a package that cannot be imported
+    assert module is unfused
+    assert str(why).startswith("Triton cannot be imported: ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert torch_kernel.not_fused(torch.device("cpu")) == "it is no CUDA device"
+    assert torch_kernel._arithmetic.__wrapped__(torch.device("cuda:0"))[1] == "torch finds no CUDA device"
+
+
+def test_the_environment_says_whether_operations_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_kernel, "find_spec", lambda name: None)
+    monkeypatch.setenv("FED_LEARN_FUSED", "0")
+    assert choice(monkeypatch) == (unfused, "FED_LEARN_FUSED=0 says so")
+    monkeypatch.setenv("FED_LEARN_FUSED", "1")
+    with pytest.raises(fl.KernelUnavailableError, match="on cuda:0 cannot be fused: Triton is not installed"):
+        choice(monkeypatch)
+    monkeypatch.setenv("FED_LEARN_FUSED", "yes")
+    with pytest.raises(fl.KernelNameError, match="FED_LEARN_FUSED 'yes' is unknown; valid are 0, 1, auto"):
+        choice(monkeypatch)
 
 
 # What it costs.

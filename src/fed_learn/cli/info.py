@@ -104,7 +104,7 @@ def collect(*, devices: bool = False) -> dict[str, Any]:
                 os.environ.get("FED_LEARN_INSTRUCTION_SET"),
             ),
             "FED_LEARN_NUM_THREADS": ("threads of a kernel", os.environ.get("FED_LEARN_NUM_THREADS")),
-            "FED_LEARN_FUSED": ("0: no fused kernels on CUDA devices", os.environ.get("FED_LEARN_FUSED")),
+            "FED_LEARN_FUSED": ("fused operations on CUDA devices: 0, 1 or auto", os.environ.get("FED_LEARN_FUSED")),
         },
     }
 

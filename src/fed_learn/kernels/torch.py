@@ -22,7 +22,7 @@ import torch
 
 import fed_learn.kernels.unfused as unfused
 from fed_learn.environment import check_environment
-from fed_learn.errors import FloatingPointEnvironmentError
+from fed_learn.errors import FloatingPointEnvironmentError, KernelNameError, KernelUnavailableError
 from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import Table
@@ -39,6 +39,9 @@ Rows: TypeAlias = list[Tensor]
 Operation: TypeAlias = Callable[[Any, list[int]], Flags | Tensor | None]
 """Does something with the variables at some positions, of one dtype and device, by the functions of a module. Returns
 what it found: nothing, `Flags`, or a flag for each variable."""
+
+FUSED = ("0", "1", "auto")
+"""What `FED_LEARN_FUSED` may say: no fused operations; an error where they cannot be; where they can be."""
 
 logger = logging.getLogger(__name__)
 
@@ -185,16 +188,15 @@ def not_fused(device: torch.device) -> str | None:
 
 @functools.cache
 def _arithmetic(device: torch.device) -> tuple[ModuleType, str | None]:
-    problem = None
-    if os.environ.get("FED_LEARN_FUSED") == "0":
-        problem = "FED_LEARN_FUSED=0 says so"
-    elif not torch.cuda.is_available():
-        problem = "torch finds no CUDA device"
-    elif "triton" not in sys.modules and "tensorflow" in sys.modules:
-        problem = "Triton cannot be imported once TensorFlow has been: the process would crash (import triton first)"
-    elif find_spec("triton") is None:
-        problem = "Triton is not installed"
-    else:
+    """The module for a CUDA device, and why it is not the fused one."""
+    asked = os.environ.get("FED_LEARN_FUSED") or "auto"
+    if asked not in FUSED:
+        valid = ", ".join(FUSED)
+        raise KernelNameError(f"FED_LEARN_FUSED {asked!r} is unknown; valid are {valid}", valid=FUSED)
+    if asked == "0":
+        return unfused, "FED_LEARN_FUSED=0 says so"
+    problem = _why_not_triton()
+    if problem is None:
         try:
             import fed_learn.kernels.fused as fused
         except ImportError as error:
@@ -203,8 +205,21 @@ def _arithmetic(device: torch.device) -> tuple[ModuleType, str | None]:
             problem = fused.problem(device)
             if problem is None:
                 return fused, None
+    if asked == "1":
+        message = f"FED_LEARN_FUSED=1, and operations on {device} cannot be fused: {problem}"
+        raise KernelUnavailableError(message, reason=problem)
     logger.warning("Averages on %s take several times as long as they could, with the same bits: %s", device, problem)
     return unfused, problem
+
+
+def _why_not_triton() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device"
+    if "triton" in sys.modules:
+        return None
+    if "tensorflow" in sys.modules:
+        return "Triton cannot be imported once TensorFlow has been: the process would crash (import triton first)"
+    return "Triton is not installed" if find_spec("triton") is None else None
 
 
 def _at(values: Sequence[Any], positions: list[int]) -> list[Any]:
