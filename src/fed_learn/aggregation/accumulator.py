@@ -96,7 +96,7 @@ class Accumulator:
     ) -> None:
         self._device = device
         if device not in (None, "cpu"):
-            tensors.resident_of(device)
+            tensors.resident_there(device)
         self._requested = kernels.requested(kernel)
         self._kernel = kernels.resolve(self._requested)
         self._exact = exact

@@ -135,7 +135,8 @@ class OpenedWeights:
         """The weights without placeholders: copies of tensors that are not on the CPU."""
         if not self.devices:
             return self.weights
-        return self.weights | _copies({name: self.tensors[name] for name in self.devices}, self.owners)
+        tensors = {name: self.tensors[name] for name in self.devices}
+        return self.weights | look_at(next(iter(tensors.values()))).on_host(tensors)
 
     # Where names are dropped or values replaced, arrays and tensors stay in step.
 
@@ -229,12 +230,10 @@ def opened(weights: object, who: str, device: str | None = None) -> OpenedWeight
 def _moved(held: OpenedWeights, device: str) -> OpenedWeights:
     """The weights on a device: arrays and tensors as tensors of torch, arrays and tensors on the CPU as they are."""
     if device == "cpu":
-        tensors = {name: tensor for name, tensor in held.tensors.items() if name not in held.devices}
-        copies = _copies({name: held.tensors[name] for name in held.devices}, held.owners)
-        made = {name: held.owners[name].tensor(np.array(array)) for name, array in copies.items()}
-        views = {name: held.owners[name].view(tensor) for name, tensor in made.items()}
-        return OpenedWeights(held.weights | views, tensors | made, held.owners)
-    framework = resident_of(device)
+        arrays = held.on_host()
+        made = {name: held.owners[name].tensor(np.array(arrays[name])) for name in held.devices}
+        return OpenedWeights(arrays, held.tensors | made, held.owners)
+    framework = resident_there(device)
     arrays, tensors, owners = dict(held.weights), dict(held.tensors), dict(held.owners)
     devices: dict[str, str] = {}
     for name, array in held.weights.items():
@@ -247,29 +246,17 @@ def _moved(held: OpenedWeights, device: str) -> OpenedWeights:
     return OpenedWeights(arrays, tensors, owners, devices)
 
 
-def resident_of(device: str) -> Resident:
+def resident_there(device: str) -> Resident:
     """The framework whose tensors are averaged on a device.
 
     Raises:
         ValueError: There is no such device here.
     """
-    framework = FRAMEWORKS[0].resident
-    assert framework is not None
+    framework = next(framework.resident for framework in FRAMEWORKS if framework.resident is not None)
     problem = framework.lacks(device)
     if problem is not None:
         raise ValueError(f"device {device!r} cannot be used: {problem}")
     return framework
-
-
-def _copies(tensors: Tensors, owners: Mapping[str, Framework]) -> dict[str, Array]:
-    """Tensors as arrays in the memory of the host."""
-    copies: dict[str, Array] = {}
-    for owner in dict.fromkeys(owners[name] for name in tensors):
-        own = {name: tensor for name, tensor in tensors.items() if owners[name] is owner}
-        copies |= (
-            {name: owner.view(t) for name, t in own.items()} if owner.resident is None else owner.resident.on_host(own)
-        )
-    return copies
 
 
 def as_tensors(weights: WeightDict, place: Place) -> Tensors:
