@@ -17,7 +17,8 @@ MODULES = [
     "fed_learn",
     *(m.name for m in pkgutil.walk_packages(fed_learn.__path__, "fed_learn.") if "_native" not in m.name),
 ]
-MODULES.remove("fed_learn.kernels.fused")  # needs Triton, which cannot be imported beside TensorFlow
+for needs_triton in ("fed_learn.kernels.fused", "fed_learn.kernels.fused_kernels"):
+    MODULES.remove(needs_triton)  # which cannot be imported after TensorFlow
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ Triton decides when a module is imported whether its kernels are interpreted, so
 
 import functools
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+import pytest
 
 import fed_learn
+import fed_learn.kernels.torch as torch_kernel
+import fed_learn.kernels.unfused as unfused
 
 
 def no_triton() -> str | None:
@@ -30,31 +32,39 @@ def no_triton() -> str | None:
 @functools.cache
 def interpreted() -> ModuleType:
     """The module `fed_learn.kernels.fused` with interpreted kernels."""
-    path = Path(fed_learn.__file__).parent / "kernels" / "fused.py"
-    spec = importlib.util.spec_from_file_location("fused_interpreted", path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        patch.setitem(sys.modules, "fed_learn.kernels.fused_kernels", _copy_of("fused_kernels"))
+        return _copy_of("fused")
+
+
+def _copy_of(name: str) -> ModuleType:
+    path = Path(fed_learn.__file__).parent / "kernels" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_interpreted", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "1"
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        del os.environ["TRITON_INTERPRET"]
-        if before is not None:
-            os.environ["TRITON_INTERPRET"] = before
+    spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
 def fused_on_devices() -> Iterator[ModuleType]:
-    """Within this context the torch kernel takes the interpreted kernels on CUDA devices, real or pretended."""
-    import fed_learn.kernels.torch as torch_kernel
+    """Within this context the torch kernel takes the interpreted operations on CUDA devices, real or pretended."""
+    module = interpreted()
+    with np.errstate(all="ignore"), _chosen(module):  # of the interpreter
+        yield module
 
-    module, before = interpreted(), torch_kernel._arithmetic
-    torch_kernel._arithmetic = lambda device: (module, None)  # type: ignore[assignment]
-    try:
-        with np.errstate(all="ignore"):  # of the interpreter
-            yield module
-    finally:
-        torch_kernel._arithmetic = before
+
+@contextmanager
+def unfused_on_devices() -> Iterator[None]:
+    """Within this context the torch kernel takes plain operations on CUDA devices, and finds out nothing about them."""
+    with _chosen(unfused):
+        yield
+
+
+@contextmanager
+def _chosen(module: ModuleType) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_kernel, "_arithmetic", lambda device: (module, None))
+        yield

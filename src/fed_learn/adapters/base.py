@@ -1,6 +1,6 @@
 """What the library needs to know of a framework: its tensors, to average them, and its models, to read and load."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -211,6 +211,9 @@ class Resident(Framework, Protocol):
     def contiguous(self, tensor: Any) -> Any:
         """The tensor without its gradient, contiguous: the same memory where it is so already, else a copy."""
 
+    def changed(self, tensor: Any) -> None:
+        """Tells the framework, whose gradients may need the values before, that a tensor was written to."""
+
     def span(self, tensor: Any) -> tuple[int, int]:
         """The addresses at which its memory begins and ends."""
 
@@ -226,7 +229,7 @@ class Resident(Framework, Protocol):
     def mark(self, devices: Iterable[str]) -> Any:
         """A mark in the work that this thread has given to devices so far, for `wait`."""
 
-    def wait(self, mark: Any, tensors: Iterable[Any]) -> None:
+    def wait(self, mark: Any, tensors: Collection[Any]) -> None:
         """Lets the work that this thread gives to devices from now on begin after a mark.
 
         Args:

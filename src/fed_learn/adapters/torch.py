@@ -8,7 +8,7 @@ import functools
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Self
 
 import numpy as np
@@ -106,8 +106,9 @@ class TorchTensors(Resident):
         if not plain.flags.writeable and device != "cpu":  # torch would warn of it, and it is read only
             plain = plain.copy()
         made = torch.from_numpy(plain)
-        # What lies in ordinary memory of the host has been read when this returns.
-        return (made.view(torch.bfloat16) if array.dtype == BFLOAT16 else made).to(device, non_blocking=True)
+        made = made.view(torch.bfloat16) if array.dtype == BFLOAT16 else made
+        # CUDA has read what lies in ordinary memory of the host when this returns; others may read it later.
+        return made.to(device, non_blocking=str(device).startswith("cuda"))
 
     def unwritable(self, tensor: Any) -> str | None:
         return "overlaps itself: its elements share memory" if self.overlaps_itself(tensor) else None
@@ -124,7 +125,9 @@ class TorchTensors(Resident):
         torch, made = _torch(), dict.fromkeys(forms)
         with torch.inference_mode(False):
             for dtype in dict.fromkeys(dtype for _, dtype in forms.values()):
+                # Those that keep the next one aligned come first, so that one of odd size does not cost the others.
                 names = [name for name, form in forms.items() if form[1] == dtype]
+                names.sort(key=lambda name: math.prod(forms[name][0]) % 16 > 0)
                 sizes = [math.prod(forms[name][0]) for name in names]
                 slab = torch.empty(sum(sizes), dtype=getattr(torch, dtype.name), device=device)
                 parts = zip(names, torch.split(slab, sizes), strict=True)
@@ -133,6 +136,10 @@ class TorchTensors(Resident):
 
     def contiguous(self, tensor: Any) -> Any:
         return tensor.detach().contiguous()
+
+    def changed(self, tensor: Any) -> None:
+        if not tensor.is_inference():
+            _torch().autograd.graph.increment_version(tensor)
 
     def write(self, target: Any, source: Any) -> None:
         with _torch().inference_mode():  # takes also what was made in it
@@ -169,6 +176,8 @@ class TorchTensors(Resident):
         torch = _torch()
         try:
             torch.empty(0, device=device)
+            if torch.device(device).type == "meta":
+                return "what lies there has no values"
         except (RuntimeError, AssertionError, NotImplementedError) as error:  # what a build without it raises
             return text_of(error).splitlines()[0]
         return "it has no float64, in which sums are kept" if without_float64(torch.device(device)) else None
@@ -182,7 +191,7 @@ class TorchTensors(Resident):
                 marks.append((device, stream, stream.record_event()))
         return marks
 
-    def wait(self, mark: Any, tensors: Iterable[Any]) -> None:
+    def wait(self, mark: Any, tensors: Collection[Any]) -> None:
         for device, stream, event in mark or ():
             current = _streams(device).current_stream(device)
             if current == stream:
@@ -342,8 +351,7 @@ class TorchModels(Adapter):
         if tensor.is_cpu and isinstance(value, np.ndarray):
             # Takes any strides and byte order, and is no matter for autograd but for the count of changes.
             np.copyto(self._tensors.view(tensor, "model", name), value)
-            if not tensor.is_inference():
-                torch.autograd.graph.increment_version(tensor)
+            self._tensors.changed(tensor)
             return
         if isinstance(value, np.ndarray):
             source = self._tensors.tensor(np.array(value, native_dtype(value.dtype), order="C"))

@@ -22,7 +22,7 @@ from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums
 from fed_learn.aggregation.mean import LIFT
 from fed_learn.aggregation.outputs import Output, new_values, outputs_for
-from fed_learn.aggregation.tensors import check_devices
+from fed_learn.aggregation.tensors import check_devices, device_named
 from fed_learn.aggregation.waiting import Waiting
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.environment import sum_in_order
@@ -66,8 +66,8 @@ class Accumulator:
         round: The round to which they belong. None: the first contribution that states one decides.
         exact: Sum exactly (see `fed_learn.aggregation.exact` for the domain and the memory it takes).
         kernel: Name of the kernel; None: the current one, looked up now.
-        device: Where the sums lie, as torch names it, as in `"cuda:0"`: arrays and tensors that lie elsewhere are moved
-            there. None: each variable's where the first contribution has it.
+        device: Where the sums lie, `"cuda:0"` or a `torch.device`; arrays and tensors that lie elsewhere are moved.
+            None: each variable's where the first contribution has it.
 
     What the first one decides, a wrong first one decides too, and the right ones after it are refused: a server that
     knows the model, the kind and the round says so.
@@ -92,11 +92,9 @@ class Accumulator:
         round: int | None = None,
         exact: bool = False,
         kernel: str | None = None,
-        device: str | None = None,
+        device: object = None,
     ) -> None:
-        self._device = device
-        if device not in (None, "cpu"):
-            tensors.resident_there(device)
+        self._device = device_named(device)
         self._requested = kernels.requested(kernel)
         self._kernel = kernels.resolve(self._requested)
         self._exact = exact

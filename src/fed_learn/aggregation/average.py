@@ -6,6 +6,7 @@ from fed_learn import kernels
 from fed_learn.aggregation.batch import checked_batch, scanned
 from fed_learn.aggregation.mean import counting, mean
 from fed_learn.aggregation.rules import Given, Rule, combined, find
+from fed_learn.aggregation.tensors import device_named
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.weights import WeightDict
 
@@ -18,7 +19,7 @@ def weighted_average(
     out: WeightDict | None = None,
     exact: bool = False,
     kernel: str | None = None,
-    device: str | None = None,
+    device: object = None,
 ) -> WeightDict:
     """The mean of contributions, `Σ aₖ·xₖ / Σ aₖ` for each variable.
 
@@ -41,8 +42,8 @@ def weighted_average(
         exact: Sum exactly, so that the bits do not depend on the list order of bare weight dicts either, and agree
             with those of `Accumulator(exact=True)`. Domain: see `fed_learn.aggregation.exact`.
         kernel: Name of the kernel; None: the current one.
-        device: Where to average, as torch names it, as in `"cuda:0"`: arrays and tensors that lie elsewhere are moved
-            there, and so does the result. None: each variable stays where the first contribution has it.
+        device: Where to average, `"cuda:0"` or a `torch.device`: arrays and tensors that lie elsewhere are moved there,
+            and the result lies there. None: each variable stays where the first contribution has it.
 
     Returns:
         A new dict in the order of `like`, arrays in native byte order, or tensors where the first contribution has
@@ -65,7 +66,7 @@ def weighted_average(
     if kernel is not None:
         kernels.requested(kernel)  # what is wrong with it is said before anything is looked at
     batch = list(contributions)
-    schema, rows, table = checked_batch(batch, aggregation_weights, like, device)
+    schema, rows, table = checked_batch(batch, aggregation_weights, like, device_named(device))
     first = next((row for row in rows if row.contribution is batch[0]), rows[0])
     return mean(rows, schema, out=out, exact=exact, kernel=kernel, table=table, first=first)
 
@@ -79,7 +80,7 @@ def aggregate(
     out: WeightDict | None = None,
     exact: bool = False,
     kernel: str | None = None,
-    device: str | None = None,
+    device: object = None,
 ) -> WeightDict:
     """What a rule makes of contributions. `weighted_average` says more of all arguments but `rule`.
 
@@ -115,7 +116,7 @@ def aggregate(
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
     if kernel is not None:
         kernels.requested(kernel)
-    schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like, device)
+    schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like, device_named(device))
     kind = next((row.contribution.kind for row in rows if row.contribution is not None), Kind.FULL)
     how.check_settings(kind=kind, partial="refuse", exact=exact, stream=False)
     if not how._shows_not_finite:

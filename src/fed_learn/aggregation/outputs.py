@@ -235,6 +235,7 @@ class _ArraysFor:
             if first != name:
                 raise OutputError(f"out: {first!r} and {name!r} are one variable", name=first)
         self._out, self._copied = out, {name: (found.owners[name], tensor) for name, tensor in copied.items()}
+        self._viewed = [(found.owners[n].resident, t) for n, t in found.tensors.items() if n not in copied]
         self.arrays = found.weights
         if copied:
             self.arrays = found.weights | new_arrays(Schema.of({name: found.weights[name] for name in copied}))
@@ -243,6 +244,9 @@ class _ArraysFor:
         """`out`, once the arrays have been written."""
         for name, (owner, tensor) in self._copied.items():
             owner.write(tensor, self.arrays[name])
+        for framework, tensor in self._viewed:
+            if framework is not None:
+                framework.changed(tensor)
         weights: WeightDict = self._out
         return weights
 
@@ -318,6 +322,7 @@ class DeviceOutputs:
         for name, target in self._targets.items():
             if self._made[name].data_ptr() != target.data_ptr():
                 self._framework.write(target, self._made[name])
+            self._framework.changed(target)
         made = self._made | dict(self._beside.finish() if self._beside is not None else {})
         weights: WeightDict = {name: made[name] for name in self._schema} if self._out is None else self._out
         return weights

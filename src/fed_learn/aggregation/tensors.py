@@ -246,6 +246,25 @@ def _moved(held: OpenedWeights, device: str) -> OpenedWeights:
     return OpenedWeights(arrays, tensors, owners, devices)
 
 
+def device_named(device: object) -> str | None:
+    """The name of a device that a caller gives: as text or as torch has it, or None.
+
+    Raises:
+        ValueError: There is no such device here.
+
+    Example:
+        >>> device_named("cpu:0"), device_named(None)
+        ('cpu', None)
+    """
+    if device is None:
+        return None
+    name = str(device)
+    if name.partition(":")[0] == "cpu":
+        return "cpu"
+    resident_there(name)
+    return name
+
+
 def resident_there(device: str) -> Resident:
     """The framework whose tensors are averaged on a device.
 

@@ -65,8 +65,9 @@ class Waiting:
         return list(map(list, zip(*values, strict=True))), list(aggregation_weights)
 
     def values(self) -> list[Any]:
-        """The arrays and tensors of all that waits."""
-        return [value for values, _ in self._rows for value in values]
+        """The arrays and tensors of all that waits, and the memory for copies."""
+        rooms = [value for _, room in self._rooms for value in room.values()]
+        return [*rooms, *(value for values, _ in self._rows for value in values)]
 
     def clear(self) -> None:
         """All that waited has been added; the memory of copies is kept for the next ones."""

@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from fed_learn.errors import described
+
 FRAMEWORKS = {
     "torch": ("torch",),
     "triton": ("triton", "pytorch-triton", "triton-windows"),
@@ -113,25 +115,38 @@ def _devices(problems: list[str]) -> list[dict[str, str]]:
     """The devices that torch finds beside the CPU, and how tensors on them are averaged."""
     try:
         import torch
-    except ImportError as error:
-        problems.append(f"--devices: torch cannot be imported: {error}")
+
+        found = [(kind, i) for kind in ("cuda", "xpu", "mps") for i in range(getattr(torch, kind).device_count())]
+    except Exception as error:  # noqa: BLE001 - of libraries and drivers, which are what this is asked about
+        problems.append(f"--devices: torch does not tell: {described(error)}")
         return []
+    told = []
+    for kind, i in found:
+        facts = {"device": f"{kind}:{i}", "name": kind, "averaged": "unknown"}
+        try:
+            facts |= _device(kind, i)
+        except Exception as error:  # noqa: BLE001 - as above
+            problems.append(f"--devices: {kind}:{i}: {described(error)}")
+        told.append(facts)
+    return told
+
+
+def _device(kind: str, index: int) -> dict[str, str]:
+    """What a device is called, and how tensors on it are averaged."""
+    import torch
+
     from fed_learn.adapters.torch import without_float64
     from fed_learn.kernels.torch import not_fused
 
-    found = []
-    kinds = [("cuda", torch.cuda), ("xpu", torch.xpu), ("mps", torch.mps)]
-    for kind, module in kinds:
-        for i in range(module.device_count()):
-            device = torch.device(kind, i)
-            name = module.get_device_name(device) if kind != "mps" else "Metal"
-            if without_float64(device):
-                averaged = "by way of copies on the host, since it has no float64"
-            else:
-                problem = not_fused(device)
-                averaged = "there, by fused kernels" if problem is None else f"there, not fused: {problem}"
-            found.append({"device": str(device), "name": name, "averaged": averaged})
-    return found
+    device = torch.device(kind, index)
+    name = "Metal" if kind == "mps" else str(getattr(torch, kind).get_device_name(device))
+    if without_float64(device):
+        return {"name": name, "averaged": "by way of copies on the host, since it has no float64"}
+    problem = not_fused(device)
+    return {
+        "name": name,
+        "averaged": "there, by fused operations" if problem is None else f"there, not fused: {problem}",
+    }
 
 
 def _version(module: str, distributions: tuple[str, ...]) -> str | None:

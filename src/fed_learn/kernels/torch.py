@@ -22,14 +22,14 @@ import torch
 
 import fed_learn.kernels.unfused as unfused
 from fed_learn.environment import check_environment
-from fed_learn.errors import FloatingPointEnvironmentError, KernelNameError, KernelUnavailableError
+from fed_learn.errors import FloatingPointEnvironmentError, KernelNameError, KernelUnavailableError, described
 from fed_learn.kernels.base import Kernel, Segment
 from fed_learn.kernels.digits import DIGIT_BITS, Digits, DigitsError, Float64Array, digit_range, halves
 from fed_learn.kernels.memory import Table
 from fed_learn.kernels.unfused import Flags
 from fed_learn.weights import BFLOAT16, Array
 
-TILE = 1 << 20
+EXACT_TILE = 1 << 20
 """Elements at a time of exact sums: bounds the memory of the intermediate tensors to a few times 8 MiB."""
 PARALLEL = 1 << 15
 """Elements for which torch starts another thread."""
@@ -110,8 +110,8 @@ class TorchKernel(Kernel):
         rows = list(map(_tensor, digits.rows))
         for first, column in zip(starts, inputs, strict=True):
             for a, x in zip(aggregation_weights, map(_tensor, column), strict=True):
-                for start in range(0, x.numel(), TILE):
-                    tile = x[start : start + TILE]
+                for start in range(0, x.numel(), EXACT_TILE):
+                    tile = x[start : start + EXACT_TILE]
                     here = slice(first + start, first + start + tile.numel())
                     for products in _exact_products(tile, a):
                         _deposit(products, [row[here] for row in rows], digits.units(), touched)
@@ -122,10 +122,10 @@ class TorchKernel(Kernel):
         _check_environment()
         rows = list(map(_tensor, digits.rows))
         for first, output in zip(starts, map(_tensor, outputs), strict=True):
-            for start in range(0, output.numel(), TILE):
-                tile = output[start : start + TILE]
+            for start in range(0, output.numel(), EXACT_TILE):
+                tile = output[start : start + EXACT_TILE]
                 here = slice(first + start, first + start + tile.numel())
-                _finish(_as_float64([row[here] for row in rows], digits.units()), total, tile)
+                unfused.write_quotients(_as_float64([row[here] for row in rows], digits.units()), total, tile)
 
     @torch.inference_mode()
     def exact_mean(self, segments: Sequence[Segment], aggregation_weights: Float64Array, total: float) -> None:
@@ -134,14 +134,14 @@ class TorchKernel(Kernel):
             top, bottom = digit_range([segment.output.dtype], aggregation_weights)
             inputs, output = list(map(_tensor, segment.inputs)), _tensor(segment.output)
             units = Digits(top, [np.zeros(0, np.int64)] * (top - bottom + 1)).units()
-            for start in range(0, output.numel(), TILE):
-                tile = output[start : start + TILE]
+            for start in range(0, output.numel(), EXACT_TILE):
+                tile = output[start : start + EXACT_TILE]
                 rows = list(torch.zeros((len(units), tile.numel()), dtype=torch.int64, device=tile.device))
                 touched = [False] * len(rows)
                 for a, x in zip(aggregation_weights, inputs, strict=True):
-                    for products in _exact_products(x[start : start + TILE], a):
+                    for products in _exact_products(x[start : start + EXACT_TILE], a):
                         _deposit(products, rows, units, touched)
-                _finish(_as_float64(rows, units), total, tile)
+                unfused.write_quotients(_as_float64(rows, units), total, tile)
 
     @torch.inference_mode()
     def add(self, bases: Sequence[Array], differences: Sequence[Array], outputs: Sequence[Array]) -> list[bool]:
@@ -199,8 +199,8 @@ def _arithmetic(device: torch.device) -> tuple[ModuleType, str | None]:
     if problem is None:
         try:
             import fed_learn.kernels.fused as fused
-        except ImportError as error:
-            problem = f"Triton cannot be imported: {error}"
+        except Exception as error:  # noqa: BLE001 - of Triton, which may be old, broken or made for another system
+            problem = f"Triton cannot be imported: {described(error)}"
         else:
             problem = fused.problem(device)
             if problem is None:
@@ -208,7 +208,7 @@ def _arithmetic(device: torch.device) -> tuple[ModuleType, str | None]:
     if asked == "1":
         message = f"FED_LEARN_FUSED=1, and operations on {device} cannot be fused: {problem}"
         raise KernelUnavailableError(message, reason=problem)
-    logger.warning("Averages on %s take several times as long as they could, with the same bits: %s", device, problem)
+    logger.warning("Operations on %s are not fused, and take several times as long as they could: %s", device, problem)
     return unfused, problem
 
 
@@ -229,8 +229,8 @@ def _at(values: Sequence[Any], positions: list[int]) -> list[Any]:
 def _by_groups(dtypes: Sequence[Tensor], places: Sequence[Tensor], operation: Operation) -> list[bool]:
     """Does something with all variables, those of one dtype and device together, and reads what was found.
 
-    Where a flag is about several variables, each of them is done again alone. Nothing is written to that is read, so
-    that changes nothing.
+    Where a flag is about several variables, each of them is done again alone: an operation that returns flags writes to
+    nothing that it reads, so it can be repeated.
 
     Args:
         dtypes: A tensor of each variable's dtype.
@@ -244,6 +244,8 @@ def _by_groups(dtypes: Sequence[Tensor], places: Sequence[Tensor], operation: Op
     for i, (like, beside) in enumerate(zip(dtypes, places, strict=True)):
         if beside.numel():
             groups.setdefault((like.dtype, beside.device), []).append(i)
+    for positions in groups.values():
+        positions.sort(key=lambda i: places[i].numel() % 16 > 0)  # as they lie in one piece of memory, if they do
     if not groups or any(device.type == "cpu" for _, device in groups):
         _check_environment()
     found: list[tuple[list[int], Flags]] = []
@@ -309,11 +311,6 @@ def _tensor(array: Any) -> Tensor:
     if flat.dtype == BFLOAT16:
         return _tensor(flat.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(flat if flat.flags.writeable else np.asarray(_Writeable(flat)))
-
-
-def _finish(acc: Tensor, total: float, output: Tensor) -> None:
-    """Writes means."""
-    unfused.divide([acc], total, [output])
 
 
 def _exact_products(x: Tensor, aggregation_weight: float) -> Iterable[Tensor]:

@@ -4,7 +4,7 @@ Few operations for many variables: those of one dtype and device are taken toget
 elements. What lies in one piece of memory is taken as it is; the rest is put together by one operation per
 contribution and tile. Products and sums are separate operations: `add(alpha=)`, `addcmul`, `lerp` and their like fuse
 them, on the CPU as well. A total divides as a tensor, since division by a number may become a product. Nothing here
-waits for a device: what the caller wants to know are tensors, `Flags`.
+waits for a device: what is found is returned as tensors, `Flags`.
 
 Which variables go together, and reading the flags, is left to `torch`.
 """
@@ -30,6 +30,8 @@ TILE_ON_CPU, ALONE_ON_CPU = 1 << 18, 1 << 14
 """The same on the CPU, where operations cost little and caches are small."""
 LARGEST = float(np.finfo(np.float64).max)
 LONG = (torch.int64, torch.uint64)
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By their bytes the integers as which elements are copied."""
 
 
 class Flags(NamedTuple):
@@ -88,7 +90,7 @@ def accumulate(sums: Column, columns: Sequence[Column], aggregation_weights: Flo
     """Adds `Σ aₖ·xₖ` to float64 sums, or starts them from the first product; see `Kernel.accumulate`."""
     scalars, rows = on_device(aggregation_weights, sums), _rows(columns)
     for tile in _tiles(sums):
-        acc = _gathered(sums, tile)
+        acc = _target(sums, tile) if start else _gathered(sums, tile)
         _sum(acc, _inputs(rows, tile), scalars, start=start)
         _scatter(acc, sums, tile)
 
@@ -101,6 +103,11 @@ def divide(sums: Column, total: float, outputs: Column) -> Flags:
         _divide(acc, divisor, outputs, tile)
         extremes.append(torch.aminmax(acc))
     return Flags(_not_finite(extremes), _variables(tiles))
+
+
+def write_quotients(sums: Tensor, total: float, output: Tensor) -> None:
+    """Writes `round(sums / total)` of one variable, of which nothing is to be found out."""
+    _round_quotients(sums, on_device([total], [output]), output)
 
 
 def add(bases: Column, differences: Column, outputs: Column) -> Flags:
@@ -121,7 +128,7 @@ def not_finite(tensors: Column) -> Flags:
 
 def copy(tensors: Column, copies: Column) -> Flags | None:
     """Copies tensors, and looks for NaN and infinity in the copies of floating-point ones."""
-    torch._foreach_copy_(list(copies), list(tensors))
+    _copy(list(copies), list(tensors))
     return not_finite(copies) if copies[0].is_floating_point() else None
 
 
@@ -190,19 +197,32 @@ def _gathered(tensors: Sequence[Tensor], tile: Tile) -> Tensor:
     return torch.cat([piece.of(tensors) for piece in tile]) if view is None else view
 
 
-def _target(tensors: Sequence[Tensor], tile: Tile, dtype: torch.dtype) -> Tensor:
+def _target(tensors: Sequence[Tensor], tile: Tile) -> Tensor:
     """Where to write what `_scatter` then puts in its place: there already, if it lies in one piece."""
     view = _in_one_piece(tensors, tile)
-    if view is not None and view.dtype == dtype:
-        return view
-    return torch.empty(_size(tile), dtype=dtype, device=tensors[0].device)
+    return torch.empty(_size(tile), dtype=tensors[0].dtype, device=tensors[0].device) if view is None else view
 
 
 def _scatter(values: Tensor, tensors: Sequence[Tensor], tile: Tile) -> None:
     """Writes the elements of a tile to where they belong, unless they lie there."""
     pieces = [piece.of(tensors) for piece in tile]
     if pieces[0].data_ptr() != values.data_ptr():
-        torch._foreach_copy_(pieces, list(torch.split(values, [piece.numel() for piece in pieces])))
+        _copy(pieces, list(torch.split(values, [piece.numel() for piece in pieces])))
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    """Copies tensors of one dtype, many small ones by one operation.
+
+    It takes them as signed integers: there is none for unsigned ones on CUDA, and the bits of a NaN stay as they are.
+    """
+    word = WORDS[targets[0].element_size()]
+    pairs = [(target.view(word), source.view(word)) for target, source in zip(targets, sources, strict=True)]
+    small = [pair for pair in pairs if pair[0].numel() < ALONE]
+    for target, source in pairs:
+        if target.numel() >= ALONE:
+            target.copy_(source)
+    if small:
+        torch._foreach_copy_([target for target, _ in small], [source for _, source in small])
 
 
 def _inputs(rows: Sequence[Column], tile: Tile, ends: list[Tensor] | None = None) -> Iterator[Tensor]:
@@ -229,20 +249,24 @@ def _sum(acc: Tensor, inputs: Iterable[Tensor], scalars: Tensor, *, start: bool)
 
 
 def _divide(sums: Tensor, divisor: Tensor, outputs: Column, tile: Tile) -> None:
-    """Writes means."""
-    dtype = outputs[0].dtype
-    if dtype.is_floating_point:
-        # The rounding of float64 to 16 bits is by way of float32, and that to float32 is the division's own.
-        values = _target(outputs, tile, torch.float32 if dtype.itemsize == 2 else dtype)
+    """Writes the means of a tile."""
+    values = _target(outputs, tile)
+    _round_quotients(sums, divisor, values)
+    _scatter(values, outputs, tile)
+
+
+def _round_quotients(sums: Tensor, divisor: Tensor, values: Tensor) -> None:
+    """`values = round(sums / divisor)`."""
+    dtype = values.dtype
+    if not dtype.is_floating_point:
+        values.copy_(torch.div(sums, divisor).round_())  # half to even
+    elif dtype.itemsize == 2:  # by way of float32
+        values.copy_(torch.div(sums, divisor, out=torch.empty_like(sums, dtype=torch.float32)))
+    else:  # rounding to float32 is the division's own
         torch.div(sums, divisor, out=values)
         if dtype == torch.float64:
             # The mean of finite values is finite; only its rounding could leave the range.
             values.clamp_(-LARGEST, LARGEST)
-        elif dtype.itemsize == 2:
-            values = values.to(dtype)
-    else:
-        values = torch.div(sums, divisor).round_().to(dtype)  # half to even
-    _scatter(values, outputs, tile)
 
 
 def _not_finite(extremes: Sequence[tuple[Tensor, Tensor]], or_else: Sequence[Tensor] = ()) -> Tensor:
