@@ -312,7 +312,8 @@ class DeviceOutputs:
         new = {name: form for name, form in there.items() if name not in self._targets}
         self._made = {name: framework.contiguous(target) for name, target in self._targets.items()}
         self._made |= framework.empty(new, place.devices)
-        host = [tensor for tensor in inputs if framework.device(tensor) == "cpu"]
+        own = framework.tensor_type() or ()  # inputs on the CPU may be tensors of others
+        host = [tensor for tensor in inputs if not isinstance(tensor, own) or framework.device(tensor) == "cpu"]
         self._beside = ViewOutputs(beside, place.only(beside), rest, columns, host) if beside else None
         self.arrays: Mapping[str, Any] = {**self._made, **(self._beside.arrays if self._beside else {})}
         self.arrays = {name: self.arrays[name] for name in schema}
