@@ -13,6 +13,13 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "README.md").read_text(encoding="utf-8")
 
 
+def printed_by(code: str, page: str) -> list[str]:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, page, "exec"), {})
+    return printed.getvalue().splitlines()
+
+
 def test_the_table_of_moments_has_every_event_in_every_stack() -> None:
     rows = re.findall(r"^\| ([A-Z_]+) \| (.+) \|$", PAGE, re.MULTILINE)
     assert [name for name, _ in rows] == [event.name for event in fl.EventType]
@@ -30,7 +37,11 @@ def test_links_and_paths_exist(page: str) -> None:
 
 def test_the_loop_of_the_page_runs() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code, "docs/README.md", "exec"), {})
-    assert printed.getvalue().splitlines() == ["('site-1', 'site-2') [1. 1.]", "('site-1', 'site-2') [1.5 1.5]"]
+    assert printed_by(code, "docs/README.md") == ["('site-1', 'site-2') [1. 1.]", "('site-1', 'site-2') [1.5 1.5]"]
+
+
+def test_the_code_on_gpus_runs_with_and_without_one() -> None:
+    torch = pytest.importorskip("torch")
+    (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "gpu.md").read_text(encoding="utf-8"), re.DOTALL)
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    assert printed_by(code, "docs/gpu.md") == [f"True {{{device!r}}}"]
