@@ -503,7 +503,7 @@ def test_an_accumulator_may_be_used_from_several_streams(pretended: Pretended) -
 def test_sums_that_were_pickled_on_a_device_go_on_where_there_is_none(caplog: pytest.LogCaptureFixture) -> None:
     arrays = models()
     pickled = []
-    with Pretended():
+    with unfused_on_devices(), Pretended():  # also where there is a GPU, on which fused ones would be tried
         for exact in (False, True):
             stream = fl.Accumulator(exact=exact)
             stream.add(on("cuda:0", arrays[0]), 1, "site-1")
