@@ -32,6 +32,8 @@ def no_triton() -> str | None:
 @functools.cache
 def interpreted() -> ModuleType:
     """The module `fed_learn.kernels.fused` with interpreted kernels."""
+    import triton  # noqa: F401 - which cannot be imported while its kernels are to be interpreted
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         patch.setitem(sys.modules, "fed_learn.kernels.fused_kernels", _copy_of("fused_kernels"))
