@@ -275,7 +275,7 @@ def test_a_variable_on_another_device_is_refused_by_name(pretended: Pretended) -
     mixed = near | {"b": far["b"]}
     for other, device in ((mixed, "cuda:1"), (near | {"b": torch.ones(2, dtype=torch.float64)}, "cpu")):
         sent = [fl.Contribution("site-1", near, 1), fl.Contribution("site-2", other, 1)]
-        message = f"site-2: 'b' is on {device}, and what comes before on cuda:0; .* device= moves it there"
+        message = f"site-2: 'b' is on {device}, and what comes before on cuda:0; .*device= of weighted_average"
         with pytest.raises(fl.WeightsTypeError, match=message) as caught:
             fl.weighted_average(sent)
         assert (caught.value.contributor, caught.value.name) == ("site-2", "b")
@@ -312,9 +312,9 @@ def test_contributions_are_moved_to_the_device_that_is_named(pretended: Pretende
 
 
 def test_a_device_that_is_not_there_is_an_error_that_names_it() -> None:
-    for device in ("cuda:99", "nowhere", "meta"):
+    for device in ("cuda:99", "nowhere", "meta", "hpu", 1.5, True):
         for call in (
-            lambda device=device: fl.weighted_average([{"w": np.ones(1)}], device=device),
+            lambda device=device: fl.weighted_average([fl.Contribution("a", {"w": np.ones(1)}, 1)], device=device),
             lambda device=device: fl.Accumulator(device=device),
         ):
             with pytest.raises(ValueError, match=f"device '{device}' cannot be used: "):
@@ -335,7 +335,81 @@ def test_a_kernel_that_cannot_reach_the_device_is_an_error_that_says_what_is_val
             stream.add(weights, 1)
 
 
+# What is nearly the usual case.
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_order_of_names_and_equal_dtypes_of_another_make_do(cuda: str, exact: bool) -> None:
+    first = on(cuda, {"a": np.ones(2, np.float32), "n": np.array([4])})
+    stream = fl.Accumulator(exact=exact)
+    stream.add(first, 1)
+    second = on(cuda, {"n": np.array([8]), "a": np.full(2, 3, np.float32)})
+    for one in (copy.deepcopy(stream), pickle.loads(pickle.dumps(stream))):
+        one.add(second, 1)
+        assert {name: t.tolist() for name, t in one.result().items()} == {"a": [2.0, 2.0], "n": [6]}
+    likes = pickle.loads(pickle.dumps({"n": np.zeros(1, np.int64), "a": np.zeros(2, np.float32)}))
+    for like in (likes, {"a": np.zeros(2, ">f4"), "n": np.zeros(1, np.longlong)}):
+        mean = fl.weighted_average([first, second], like=like, exact=exact)
+        assert list(mean) == list(like)
+        assert (mean["a"].tolist(), mean["n"].tolist()) == ([2.0, 2.0], [6])
+
+
+def test_strided_tensors_are_copied_to_the_host(cuda: str) -> None:
+    x: Any = torch.arange(6.0).to(cuda).view(3, 2)[:, 1]
+    for sent in ([{"w": x}] * 2, [{"w": x[:1].expand(3)}] * 2):
+        expected = bits({"w": np.array(sent[0]["w"].tolist(), np.float32)})
+        for settings in ({"exact": True}, {"device": "cpu"}, {"aggregation_weights": [1, 1e-300]}):
+            assert bits(fl.weighted_average(sent, **settings)) == expected
+
+
+def test_numpy_scalars_are_moved_as_well(cuda: str) -> None:
+    sent: list[Any] = [{"a": np.float32(i), "b": np.ones(1)} for i in (1, 3)]
+    mean = fl.weighted_average(sent, device=cuda)
+    assert (mean["a"].item(), set(devices_of(mean))) == (2.0, {"cuda:0"})
+
+
+def test_out_on_a_device_is_refused_for_what_is_wrong_with_it(cuda: str) -> None:
+    sent = [on(cuda, {"b": np.ones(1)})]
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (on(cuda, {"b": np.ones(1), "c": np.ones(1)}), fl.NamesError, "out: .*'c'"),
+        ([1], fl.WeightsTypeError, "out: weights are a list"),
+        ("x", fl.WeightsTypeError, "out: weights are a str"),
+        ({"b": None}, fl.WeightsTypeError, "out: 'b' is"),
+    ]
+    for exact in (False, True):
+        for out, error, message in cases:
+            with pytest.raises(error, match=message):
+                fl.weighted_average(sent, out=out, exact=exact)
+
+
+def test_an_accumulator_with_a_device_takes_no_sums_from_elsewhere(cuda: str) -> None:
+    stream, other = fl.Accumulator(device=cuda), fl.Accumulator()
+    other.add({"w": np.ones(1)}, 1)
+    with pytest.raises(fl.MergeError, match="other holds the sums of 'w' on cpu, and this accumulator on cuda:0"):
+        stream.merge(other)
+
+
+def test_the_first_variable_with_integers_that_are_too_large_is_named(cuda: str) -> None:
+    large = on(cuda, {"b": np.array([2**60])}) | {"a": np.array([2**61])}
+    with pytest.raises(fl.IntegerRangeError) as caught:
+        fl.Accumulator().add(large, 1, "site-1")
+    assert caught.value.name == "b"
+
+
 # Devices without float64.
+
+
+def test_out_on_a_device_without_float64_shares_no_memory_with_inputs(pretended: Pretended) -> None:
+    x, y = (on("mps:0", {"w": np.array(values, np.float32)})["w"] for values in ([3, 4], [1, 2]))
+    with pytest.raises(fl.OutputError, match="overlaps an input in memory"):
+        fl.weighted_average([{"b": x}, {"b": y}], out={"b": x.detach()})
+    z = torch.zeros(4).to("mps:0")
+    overlapping: Any = {"b": z[:2], "c": z[1:3]}
+    with pytest.raises(fl.OutputError, match="'b' and 'c' overlap in memory"):
+        fl.weighted_average([{"b": x, "c": y}], out=overlapping)
+    apart: Any = {"b": z[:2], "c": z[2:]}
+    fl.weighted_average([{"b": x, "c": y}], out=apart)
+    assert z.tolist() == [3.0, 4.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("exact", [False, True])
@@ -507,7 +581,8 @@ def test_sums_that_were_pickled_on_a_device_go_on_where_there_is_none(caplog: py
         for exact in (False, True):
             stream = fl.Accumulator(exact=exact)
             stream.add(on("cuda:0", arrays[0]), 1, "site-1")
-            pickled.append(pickle.dumps(stream))
+            pickled.append(pickle.dumps(stream, protocol=5))
+        empty = pickle.dumps(fl.Accumulator(device="cuda:0"))
     if REAL:
         pytest.skip("there is a device")
     for exact, data in zip((False, True), pickled, strict=True):
@@ -519,6 +594,9 @@ def test_sums_that_were_pickled_on_a_device_go_on_where_there_is_none(caplog: py
         expected = bits(fl.weighted_average(arrays[:2], exact=exact, kernel="numpy"))
         assert bits(stream.result()) == expected
         assert set(devices_of(stream.result())) == {"cpu"}
+    stream = pickle.loads(empty)
+    stream.add(arrays[0], 1)
+    assert bits(stream.result()) == bits(arrays[0])
 
 
 # Fused or not.
@@ -591,6 +669,14 @@ def test_a_mean_of_large_models_takes_few_operations_and_waits_once(pretended: P
         assert log.bytes_moved / elements < 450
     expected = fl.weighted_average([{n: FRAMEWORK.view(t) for n, t in c.items()} for c in clients], range(1, 11))
     assert bits(mean) == bits(expected)
+
+
+def test_one_value_among_many_variables_is_found_with_few_waits(pretended: Pretended) -> None:
+    sent = on("cuda:0", {f"{i}": np.full(1, np.inf if i == 1234 else 1.0) for i in range(2000)})
+    with pretended.counting() as log:
+        with pytest.raises(fl.NonFiniteError, match="'1234'"):
+            fl.weighted_average([sent, sent])
+        assert len(log.synchronisations) < 30
 
 
 def test_what_goes_to_the_host_goes_in_one_transfer_per_contribution(pretended: Pretended) -> None:

@@ -24,6 +24,8 @@ SMALL = 64 << 10
 """Bytes of a tensor up to which it is copied to the host to look at its values, as counters are."""
 LARGE = 64 << 20
 """Bytes of a tensor above which it is copied from a device alone: a copy of it on the device would take memory."""
+MOST_AT_ONCE = 256 << 20
+"""Bytes of the tensors that are copied from a device at once."""
 
 
 class TorchTensors(Resident):
@@ -102,6 +104,9 @@ class TorchTensors(Resident):
 
     def tensor(self, array: Array, placement: Any = None) -> Any:
         torch, device = _torch(), placement or "cpu"
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # a result is to be a tensor like any other
+                return self.tensor(array, placement)
         plain = array.view(np.int16) if array.dtype == BFLOAT16 else array
         if not plain.flags.writeable and device != "cpu":  # torch would warn of it, and it is read only
             plain = plain.copy()
@@ -149,16 +154,18 @@ class TorchTensors(Resident):
         torch = _torch()
         arrays: dict[str, Array] = {}
         together: dict[Any, list[str]] = {}
+        sizes: dict[Any, int] = {}
         for name, tensor in tensors.items():
             if tensor.is_cpu or tensor.nbytes > LARGE or not tensor.numel():
                 arrays[name] = self.view(tensor)
-            else:
-                together.setdefault(tensor.device, []).append(name)
+                continue
+            sizes[tensor.device] = sizes.get(tensor.device, 0) + tensor.nbytes
+            together.setdefault((tensor.device, sizes[tensor.device] // MOST_AT_ONCE), []).append(name)
         with torch.inference_mode():
             for names in together.values():
                 # The longest elements come first, so that each array is aligned.
                 names.sort(key=lambda name: -tensors[name].element_size())
-                pieces = [tensors[name].detach().reshape(-1).view(torch.uint8) for name in names]
+                pieces = [tensors[name].detach().contiguous().view(-1).view(torch.uint8) for name in names]
                 ends = np.cumsum([piece.numel() for piece in pieces])
                 memory: Array = torch.cat(pieces).cpu().numpy()
                 memory.setflags(write=False)
@@ -178,7 +185,7 @@ class TorchTensors(Resident):
             torch.empty(0, device=device)
             if torch.device(device).type == "meta":
                 return "what lies there has no values"
-        except (RuntimeError, AssertionError, NotImplementedError) as error:  # what a build without it raises
+        except (RuntimeError, AssertionError, ImportError, TypeError) as error:  # what a build without it raises
             return text_of(error).splitlines()[0]
         return "it has no float64, in which sums are kept" if without_float64(torch.device(device)) else None
 
@@ -207,6 +214,8 @@ class TorchTensors(Resident):
 
     def span(self, tensor: Any) -> tuple[int, int]:
         start = int(tensor.data_ptr())
+        if not (tensor.is_cpu or tensor.is_cuda):  # what other devices call an address need not be one
+            start = (int(tensor.untyped_storage().data_ptr()) << 64) + tensor.storage_offset() * tensor.element_size()
         if tensor.is_contiguous() or not tensor.numel():
             return start, start + int(tensor.nbytes)
         last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))

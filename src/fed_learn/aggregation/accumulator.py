@@ -195,6 +195,8 @@ class Accumulator:
                 self._waiting = Waiting()  # what it has room for may be what was refused
             copies = self._waiting.room_for(row.arrays, place if on_devices else None)
         values = finite_values(kernel, row, copies, on_devices=on_devices)
+        if copies is not None:
+            self._mark()  # what is refused from here on has been written to memory that is used again
         largest = largest_integers(row, values)
         if a:
             check_addable(row, values, exact=self._exact)
@@ -332,22 +334,22 @@ class Accumulator:
         self._waiting = Waiting()
         self._done = None
         self._requested = kernels.requested()
+        self._sums = {name: acc if acc.flags.writeable else acc.copy() for name, acc in self._sums.items()}
         self._put_on_devices()
         self._kernel = kernels.resolve(device=next(iter(self._devices.values()), "cpu") if self._sums else "cpu")
 
     def _put_on_devices(self) -> None:
         """Puts sums that were unpickled on their devices; leaves all on the host where one of these is missing."""
-        framework = None if self._place is None else self._place.resident
-        if framework is None:
-            return
-        assert self._place is not None
-        for device in dict.fromkeys(self._devices.values()):
-            problem = framework.lacks(device)
+        named = [] if self._device in (None, "cpu") else [str(self._device)]
+        for device in dict.fromkeys([*self._devices.values(), *named]):
+            problem = tensors.why_not_there(device)
             if problem is not None:
                 logger.warning("Sums of an accumulator were on %s, and stay on the host here: %s", device, problem)
-                self._place, self._device = self._place.on_host(), None if self._device is None else "cpu"
+                self._place = None if self._place is None else self._place.on_host()
+                self._device = None if self._device is None else "cpu"
                 return
-        if self._sums:
+        framework = None if self._place is None else self._place.resident
+        if framework is not None and self._sums:
             assert self._schema is not None
             arrays, self._sums = self._sums, self._new_sums(self._schema)
             for name, acc in self._sums.items():
@@ -449,8 +451,9 @@ class Accumulator:
                 raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
         if not other._count:
             return
-        for name in {**self._devices, **other._devices} if self._count else ():
-            ours, theirs = (one._devices.get(name, "cpu") for one in (self, other))
+        for name in other._schema or () if self._count or self._device is not None else ():
+            theirs = other._devices.get(name, "cpu")
+            ours = self._devices.get(name, "cpu") if self._count else self._device
             if ours != theirs and not self._exact:
                 raise MergeError(f"other holds the sums of {name!r} on {theirs}, and this accumulator on {ours}")
         assert other._schema is not None

@@ -222,7 +222,9 @@ class Terms:
         arrays = as_weight_dict(found, who)
         schema = Schema.of(arrays, who) if schema is None else schema
         schema.check(arrays, who)
-        return held.replaced({name: np.asarray(arrays[name], dtype) for name, (_, dtype) in schema.items()})
+        # A placeholder has the dtype already, and what is made of one would have no values.
+        fit = {n: arrays[n] if n in held.devices else np.asarray(arrays[n], dtype) for n, (_, dtype) in schema.items()}
+        return held.replaced(fit)
 
     def _checked_for_job(self, sent: Contribution, who: str, aggregation_weight: float, tell: Tell) -> Checked:
         held = self._fitted(opened(sent.weights, who), who, tell)

@@ -212,7 +212,8 @@ class _ArraysFor:
 
     Args:
         out: What should be a weight dict of arrays and tensors.
-        devices: Where the result lies, as far as it is not on the CPU.
+        schema: Names, shapes and dtypes of the result.
+        devices: Where it lies, as far as it is not on the CPU.
         inputs: Tensors that must not be written to, as far as arrays do not share their memory.
 
     Raises:
@@ -222,8 +223,9 @@ class _ArraysFor:
         arrays: What to write to, by name.
     """
 
-    def __init__(self, out: Any, devices: Mapping[str, str], inputs: Sequence[Any] = ()) -> None:
+    def __init__(self, out: Any, schema: Schema, devices: Mapping[str, str], inputs: Sequence[Any] = ()) -> None:
         found = opened(out, "out")
+        schema.check(as_weight_dict(found.weights, "out"), "out")
         _check_output(found, devices)
         _refuse_overlap_on_devices(found, inputs)
         own, seen = set(map(id, inputs)), dict[int, str]()
@@ -266,7 +268,7 @@ class ViewOutputs(ArrayOutputs):
         self, schema: Schema, place: Place | None, out: Any, columns: Columns | None, inputs: Sequence[Any]
     ) -> None:
         self._place = place
-        self._target = None if out is None else _ArraysFor(out, {} if place is None else place.devices, inputs)
+        self._target = None if out is None else _ArraysFor(out, schema, {} if place is None else place.devices, inputs)
         super().__init__(schema, None if self._target is None else self._target.arrays, columns)
 
     def finish(self) -> WeightDict:
@@ -304,8 +306,8 @@ class DeviceOutputs:
         rest = None
         if out is not None:
             target = opened(out, "out")
+            schema.check(as_weight_dict(target.weights, "out"), "out")
             _check_output(target, place.devices)
-            schema.check(target.weights, "out")
             _refuse_overlap_on_devices(target, inputs)
             self._targets = {name: plain(target.tensors[name]) for name in there}
             rest = {name: out[name] for name in beside}
@@ -330,14 +332,19 @@ class DeviceOutputs:
 
 
 def _refuse_overlap_on_devices(out: OpenedWeights, inputs: Sequence[Any]) -> None:
-    """Refuses tensors to write to that share memory with one another or with an input, on each device."""
-    for device in dict.fromkeys(out.devices.values()):
-        own = {name: tensor for name, tensor in out.tensors.items() if out.devices.get(name) == device}
-        framework = out.owners[next(iter(own))].resident
-        assert framework is not None
-        kind = framework.tensor_type()
-        there = (t for t in inputs if kind is not None and isinstance(t, kind) and framework.device(t) == device)
-        _refuse_overlap_of_tensors(framework, own, there)
+    """Refuses tensors to write to that share memory with one another or with an input, on each device but the CPU."""
+    places: dict[str, dict[str, Any]] = {}
+    framework: Resident | None = None
+    for name, tensor in out.tensors.items():
+        resident = out.owners[name].resident
+        if resident is not None and resident.placement(tensor) != "cpu":
+            framework = resident
+            places.setdefault(resident.placement(tensor), {})[name] = tensor
+    if framework is not None:
+        kind = framework.tensor_type() or ()
+        own = [tensor for tensor in inputs if isinstance(tensor, kind)]
+        for place, there in places.items():
+            _refuse_overlap_of_tensors(framework, there, (t for t in own if framework.placement(t) == place))
 
 
 def _refuse_overlap_of_tensors(framework: Resident, out: Tensors, inputs: Iterable[Any]) -> None:

@@ -233,13 +233,13 @@ def _moved(held: OpenedWeights, device: str) -> OpenedWeights:
         arrays = held.on_host()
         made = {name: held.owners[name].tensor(np.array(arrays[name])) for name in held.devices}
         return OpenedWeights(arrays, held.tensors | made, held.owners)
-    framework = resident_there(device)
+    framework = _resident()
     arrays, tensors, owners = dict(held.weights), dict(held.tensors), dict(held.owners)
     devices: dict[str, str] = {}
     for name, array in held.weights.items():
-        if not isinstance(array, np.ndarray):
+        if not isinstance(array, np.ndarray | np.generic):
             continue
-        value = held.tensors[name] if held.owners.get(name) is framework else array
+        value = held.tensors[name] if held.owners.get(name) is framework else np.asarray(array)
         tensors[name], owners[name] = framework.moved(value, device), framework
         devices[name] = framework.device(tensors[name])
         arrays[name] = placeholder(array.shape, native_dtype(array.dtype))
@@ -261,21 +261,21 @@ def device_named(device: object) -> str | None:
     name = str(device)
     if name.partition(":")[0] == "cpu":
         return "cpu"
-    resident_there(name)
-    return name
-
-
-def resident_there(device: str) -> Resident:
-    """The framework whose tensors are averaged on a device.
-
-    Raises:
-        ValueError: There is no such device here.
-    """
-    framework = next(framework.resident for framework in FRAMEWORKS if framework.resident is not None)
-    problem = framework.lacks(device)
+    problem = why_not_there(name)
     if problem is not None:
-        raise ValueError(f"device {device!r} cannot be used: {problem}")
-    return framework
+        raise ValueError(f"device {name!r} cannot be used: {problem}")
+    framework = _resident()
+    return framework.device(framework.moved(np.zeros(0, np.float32), name))  # with its number
+
+
+def why_not_there(device: str) -> str | None:
+    """Why nothing can be averaged on a device of this name here, in a few words; None: it can."""
+    return _resident().lacks(device)
+
+
+def _resident() -> Resident:
+    """The framework whose tensors stay on their devices."""
+    return next(framework.resident for framework in FRAMEWORKS if framework.resident is not None)
 
 
 def as_tensors(weights: WeightDict, place: Place) -> Tensors:
@@ -346,7 +346,8 @@ def magnitudes(values: Mapping[str, Any]) -> dict[str, int]:
     """The largest absolute values of arrays and tensors of integers."""
     tensors = {name: value for name, value in values.items() if not isinstance(value, np.ndarray)}
     found = {name: ARRAYS.magnitude(value) for name, value in values.items() if name not in tensors}
-    return found | look_at(next(iter(tensors.values()))).magnitudes(tensors) if tensors else found
+    found |= look_at(next(iter(tensors.values()))).magnitudes(tensors) if tensors else {}
+    return {name: found[name] for name in values}
 
 
 def label_of(contributor: Any) -> str:
@@ -372,7 +373,7 @@ def check_devices(devices: Mapping[str, str], expected: Mapping[str, str], who: 
         if here != there:
             raise WeightsTypeError(
                 f"{who}: {name!r} is on {here}, and what comes before on {there}; a variable that is averaged lies on "
-                "one device, and device= moves it there",
+                "one device (device= of weighted_average and Accumulator moves it)",
                 contributor=who,
                 name=name,
                 device=here,

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from itertools import compress
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -229,8 +230,8 @@ def _at(values: Sequence[Any], positions: list[int]) -> list[Any]:
 def _by_groups(dtypes: Sequence[Tensor], places: Sequence[Tensor], operation: Operation) -> list[bool]:
     """Does something with all variables, those of one dtype and device together, and reads what was found.
 
-    Where a flag is about several variables, each of them is done again alone: an operation that returns flags writes to
-    nothing that it reads, so it can be repeated.
+    Where a flag is about several variables, each half of them is done again, until it is known which of them it is: an
+    operation that returns flags writes to nothing that it reads, so it can be repeated.
 
     Args:
         dtypes: A tensor of each variable's dtype.
@@ -248,38 +249,36 @@ def _by_groups(dtypes: Sequence[Tensor], places: Sequence[Tensor], operation: Op
         positions.sort(key=lambda i: places[i].numel() % 16 > 0)  # as they lie in one piece of memory, if they do
     if not groups or any(device.type == "cpu" for _, device in groups):
         _check_environment()
-    found: list[tuple[list[int], Flags]] = []
-    for positions in groups.values():
-        flags = operation(arithmetic(places[positions[0]].device), positions)
-        if isinstance(flags, Tensor):
-            flags = Flags(flags, [(i,) for i in range(len(positions))])
-        if flags is not None:
-            found.append((positions, flags))
     flagged = [False] * len(places)
-    for positions, flags, values in _read(found):
-        for variables, value in zip(flags.variables, values, strict=True):
-            for i in _at(positions, list(variables)) if value else ():
-                alone = len(variables) == 1
-                flagged[i] = flagged[i] or alone or any(_by_groups([dtypes[i]], [places[i]], _only(operation, i)))
+    left = list(groups.values())
+    while left:
+        suspects, left = _suspects(left, places, operation), []
+        for positions in suspects:
+            if len(positions) == 1:
+                flagged[positions[0]] = True
+            else:
+                half = len(positions) // 2
+                left += [positions[:half], positions[half:]]
     return flagged
 
 
-def _only(operation: Operation, i: int) -> Operation:
-    """The operation on one variable alone."""
-    return lambda how, _: operation(how, [i])
-
-
-def _read(found: Sequence[tuple[list[int], Flags]]) -> Iterable[tuple[list[int], Flags, list[int]]]:
-    """Flags with their values, which are read from each device at once."""
-    devices: dict[torch.device, list[tuple[list[int], Flags]]] = {}
-    for positions, flags in found:
-        devices.setdefault(flags.values.device, []).append((positions, flags))
-    for here in devices.values():
-        values = torch.cat([flags.values.to(torch.int32) for _, flags in here]).tolist()
-        start = 0
-        for positions, flags in here:
-            yield positions, flags, values[start : start + len(flags.variables)]
-            start += len(flags.variables)
+def _suspects(groups: Sequence[list[int]], places: Sequence[Tensor], operation: Operation) -> list[list[int]]:
+    """Does something with the variables of each group; returns those that flags are about, which are read at once."""
+    found: dict[torch.device, tuple[list[Tensor], list[list[int]]]] = {}
+    for positions in groups:
+        device = places[positions[0]].device
+        flags = operation(arithmetic(device), positions)
+        if flags is None:
+            continue
+        if isinstance(flags, Tensor):
+            flags = Flags(flags, [(i,) for i in range(len(positions))])
+        values, variables = found.setdefault(device, ([], []))
+        values.append(flags.values.to(torch.int32))
+        variables += [_at(positions, list(some)) for some in flags.variables]
+    suspects: list[list[int]] = []
+    for values, variables in found.values():
+        suspects += compress(variables, torch.cat(values).tolist())
+    return suspects
 
 
 def _check_environment() -> None:
