@@ -329,6 +329,38 @@ print(json.dumps(report))
 """
 
 
+NORMALIZED = """
+import keras, numpy as np
+import fed_learn as fl
+
+def made(values):
+    inner = keras.Sequential([keras.Input((1,)), keras.layers.Normalization(name="norm")], name="inner")
+    inner.layers[0].adapt(np.float32(values))
+    return keras.Sequential([keras.Input((1,)), inner], name="net")
+
+site, server = made([[8], [10], [12]]), made([[0], [1], [2]])
+x = np.float32([[10], [12]])
+expected = site.predict(x, verbose=0)
+assert not np.array_equal(server.predict(x, verbose=0), expected)  # and predict is compiled now
+fl.set_weights(server, fl.get_weights(site))
+called = np.asarray(keras.ops.convert_to_numpy(server(x)))
+assert np.array_equal(called, expected) and np.array_equal(server.predict(x, verbose=0), expected), (called, expected)
+fixed = keras.Sequential([keras.Input((1,)), keras.layers.Normalization(mean=3.0, variance=4.0)], name="fixed")
+assert fl.get_weights(fl.set_weights(fixed, {})) == {}
+print(expected.ravel().tolist())
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch", "jax"])
+def test_what_layers_derive_from_their_variables_is_derived_when_they_are_loaded(backend: str) -> None:
+    pytest.importorskip(backend)
+    environment = os.environ | {"KERAS_BACKEND": backend}
+    command = [sys.executable, "-c", NORMALIZED]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == pytest.approx([0.0, 1.5**0.5])
+
+
 @pytest.mark.parametrize("backend", ["torch", "jax"])
 def test_models_of_keras_keep_the_contract_on_other_back_ends(backend: str) -> None:
     pytest.importorskip(backend)

@@ -235,6 +235,25 @@ def test_a_tensor_in_the_state_dict_that_is_not_the_modules_is_refused(made: tor
             use(model)
 
 
+def test_extra_state_that_is_a_tensor_is_no_obstacle_to_what_is_chosen_beside_it() -> None:
+    class Scaled(nn.Linear):  # as layers of Transformer Engine are
+        def get_extra_state(self) -> Any:
+            return torch.zeros(3, dtype=torch.uint8)
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    model = nn.Sequential(Scaled(2, 2), nn.Linear(2, 1))
+    with pytest.raises(fl.ModelError, match=r"'0\._extra_state' of its state_dict is not one of its parameters"):
+        fl.get_weights(model)
+    for own in (False, True):
+        weights = fl.get_weights(model, only="weight|bias", copy=own)
+        assert list(weights) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    other = nn.Sequential(Scaled(2, 2), nn.Linear(2, 1))
+    fl.set_weights(other, weights, only="weight|bias")
+    assert bits(fl.get_weights(other, only="weight|bias")) == bits(weights)
+
+
 def test_extra_state_that_is_no_tensor_is_left_out() -> None:
     class Versioned(nn.Linear):
         def get_extra_state(self) -> Any:

@@ -100,12 +100,14 @@ class KerasModels(Adapter):
         if backend == "torch":
             inner = {name: (replace(v, tensor=v.tensor.value), value) for name, (v, value) in values.items()}
             self._torch.load(None, inner)
-            return model
-        for variable, value in values.values():
-            if backend == "jax":  # which might go on to use the memory of an array
-                variable.tensor.assign(copied_like(variable.tensor.value, value))
-            else:
-                variable.tensor.assign(value.astype(native_dtype(value.dtype), copy=False))
+        else:
+            for variable, value in values.values():
+                if backend == "jax":  # which might go on to use the memory of an array
+                    variable.tensor.assign(copied_like(variable.tensor.value, value))
+                else:
+                    variable.tensor.assign(value.astype(native_dtype(value.dtype), copy=False))
+        if not isinstance(model, list | tuple):
+            _derive(model, {id(variable.tensor) for variable, _ in values.values()})
         return model
 
     def hint(self, missing: Sequence[str], extra: Sequence[str]) -> str:
@@ -151,6 +153,26 @@ def _built(model: Any) -> list[Any]:
                 name=layer.name,
             )
     return layers
+
+
+def _derive(model: Any, written: set[int]) -> None:
+    """Lets layers derive anew what they keep beside their variables, as they do when Keras loads a file: Normalization.
+
+    Args:
+        model: The model.
+        written: The ids of the variables that have new values.
+    """
+    derived = False
+    for layer in model._flatten_layers():
+        derive = getattr(layer, "finalize_state", None)
+        own = (*layer._trainable_variables, *layer._non_trainable_variables) if callable(derive) else ()
+        if any(id(variable) in written for variable in own):
+            derive()
+            derived = True
+    # What was compiled before may have the old values as constants.
+    for function in ("train_function", "test_function", "predict_function") if derived else ():
+        if getattr(model, function, None) is not None:
+            setattr(model, function, None)
 
 
 def _has_codes(layer: Any) -> bool:

@@ -9,6 +9,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -278,9 +279,10 @@ class TorchModels(Adapter):
         return module is not None and isinstance(model, module)
 
     def variables(self, model: Any) -> list[Variable]:
-        found = _held(model)
+        found, foreign = _held(model)
         parameters = None if isinstance(model, Mapping) else set(map(id, model.parameters()))
-        return [self._variable(name, tensor, parameters) for name, tensor in found.items()]
+        variables = [self._variable(name, tensor, parameters) for name, tensor in found.items()]
+        return [replace(v, problem=_is_foreign(v.name)) if v.name in foreign else v for v in variables]
 
     def _variable(self, name: str, tensor: Any, parameters: set[int] | None) -> Variable:
         if _is_uninitialized(tensor):
@@ -302,8 +304,9 @@ class TorchModels(Adapter):
 
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
         """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
-        held = _held(model)
-        return plain_views(held if chosen is None else {name: held[name] for name in held if chosen(name)})
+        held, foreign = _held(model)
+        taken = held if chosen is None else {name: held[name] for name in held if chosen(name)}
+        return plain_views(taken) if foreign.isdisjoint(taken) else None
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """The value of a variable, as an array; as a tensor where it is not on the CPU, and it stays there."""
@@ -416,26 +419,23 @@ def plain_views(tensors: Mapping[str, Any]) -> dict[str, Array] | None:
     return views
 
 
-def _held(model: Any) -> dict[str, Any]:
-    """The tensors of a model by name, as in its `state_dict`."""
+def _held(model: Any) -> tuple[dict[str, Any], frozenset[str]]:
+    """The tensors of a model by name, as in its `state_dict`, and the names of those that are not its own."""
     tensor = _torch().Tensor
     if isinstance(model, Mapping):
-        return {name: value for name, value in model.items() if isinstance(value, tensor)}
+        return {name: value for name, value in model.items() if isinstance(value, tensor)}, frozenset()
     module = unwrapped(model)
     held: dict[str, Any] = {}
     if _collect(module, "", held):
-        return held
+        return held, frozenset()
     own = {*map(id, module.parameters()), *map(id, module.buffers())}
-    held.clear()
-    for path, value in module.state_dict(keep_vars=True).items():
-        if isinstance(value, tensor):
-            name = path.replace("_orig_mod.", "")
-            if id(value) not in own:
-                raise ModelError(
-                    f"model: {name!r} of its state_dict is not one of its parameters or buffers", name=name
-                )
-            held[name] = value
-    return held
+    tensors = {path: value for path, value in module.state_dict(keep_vars=True).items() if isinstance(value, tensor)}
+    held = {path.replace("_orig_mod.", ""): value for path, value in tensors.items()}
+    return held, frozenset(name for name, value in held.items() if id(value) not in own)
+
+
+def _is_foreign(name: str) -> ModelError:
+    return ModelError(f"model: {name!r} of its state_dict is not one of its parameters or buffers", name=name)
 
 
 def _collect(module: Any, prefix: str, held: dict[str, Any]) -> bool:
