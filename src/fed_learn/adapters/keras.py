@@ -165,8 +165,8 @@ def _derive(model: Any, written: set[int]) -> None:
     derived = False
     for layer in model._flatten_layers():
         derive = getattr(layer, "finalize_state", None)
-        own = (*layer._trainable_variables, *layer._non_trainable_variables) if callable(derive) else ()
-        if any(id(variable) in written for variable in own):
+        own = (*layer._trainable_variables, *layer._non_trainable_variables)
+        if derive is not None and any(id(variable) in written for variable in own):
             derive()
             derived = True
     # What was compiled before may have the old values as constants.

@@ -97,6 +97,7 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     - a torch `state_dict`: its names. With `copy=False` live views.
     - `keras.Model` or `keras.Layer`, built, or a list of `keras.Variable`: `variable.path`; metrics and random seeds
       are left out. With `copy=False` snapshots (on the torch back end live views).
+    - a layer or model of Keras 2 (`tf_keras`), built: the names of its weights. With `copy=False` snapshots.
     - `tf.Module`: paths of attributes; a list of `tf.Variable`: index and name. With `copy=False` snapshots.
     - a JAX pytree (Flax, Equinox, dicts): key paths. With `copy=False` its arrays, which never change.
 

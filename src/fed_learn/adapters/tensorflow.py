@@ -113,10 +113,13 @@ class TensorFlowTensors(Framework):
 
 
 class TensorFlowModels(Adapter):
-    """`Adapter` for `tf.Module`s, by the paths of their attributes, and lists of `tf.Variable`, by index and name."""
+    """`Adapter` for `tf.Module`s, by the paths of their attributes, and lists of `tf.Variable`, by index and name.
+
+    Layers and models of Keras 2 (`tf_keras`), which are `tf.Module`s too, have the names that it gives their weights.
+    """
 
     name = "tensorflow"
-    models = "tf.Module, a list of tf.Variable"
+    models = "tf.Module, a tf_keras model, a list of tf.Variable"
 
     def __init__(self) -> None:
         self._tensors = TensorFlowTensors()
@@ -133,6 +136,8 @@ class TensorFlowModels(Adapter):
     def variables(self, model: Any) -> list[Variable]:
         if isinstance(model, list | tuple):
             named = {f"{index}/{one.name.removesuffix(':0')}": one for index, one in enumerate(model)}
+        elif isinstance(model, _keras2_layer()):
+            named = _weights_of_keras2(model)
         else:
             named = _attributes(model)
         return [self._variable(name, variable) for name, variable in named.items()]
@@ -162,6 +167,32 @@ class TensorFlowModels(Adapter):
         for variable, array in arrays:
             variable.assign(array.astype(native_dtype(array.dtype), copy=False), read_value=False)
         return model
+
+
+def _keras2_layer() -> Any:
+    """The class of the layers and models of Keras 2; an empty tuple where it has not been imported."""
+    return getattr(getattr(sys.modules.get("tf_keras"), "layers", None), "Layer", ())
+
+
+def _weights_of_keras2(model: Any) -> dict[str, Any]:
+    """The weights of a layer or model of Keras 2 by their names: as a `tf.Module` it would have only some of them."""
+    plain = (_keras2_layer().build, sys.modules["tf_keras"].Model.build)
+    for layer in model._flatten_layers():
+        if not layer.built and (layer is model or type(layer).build not in plain):
+            raise ModelError(
+                f"model: layer {layer.name!r} is not built, and may have no variables yet; "
+                "call the model on a batch first, or its build(input_shape)",
+                name=layer.name,
+            )
+    named: dict[str, Any] = {}
+    for variable in model.weights:
+        name = variable.name.removesuffix(":0")
+        if named.setdefault(name, variable) is not variable:
+            raise ModelError(
+                f"model: two variables have the name {name!r}; name the layers of each part as no other part has them",
+                name=name,
+            )
+    return named
 
 
 def _attributes(module: Any) -> dict[str, Any]:

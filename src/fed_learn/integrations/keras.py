@@ -103,6 +103,7 @@ class KerasEvaluator(_NamesKept, FrameworkEvaluator):
         layout: LayoutMap | None = None,
         mode: str | None = None,
     ) -> None:
+        _check_keras3(model, "KerasEvaluator")
         _check_data(data)
         _check_metric(metric, model, loss)
         super().__init__(model, data, metric, loss=loss, batch_size=batch_size, layout=layout, mode=mode)
@@ -167,6 +168,7 @@ class KerasLearner(_NamesKept, FrameworkLearner):
         layout: LayoutMap | None = None,
         seed: int = 0,
     ) -> None:
+        _check_keras3(model, "KerasLearner")
         if not getattr(model, "compiled", False) or getattr(model, "optimizer", None) is None:
             raise ValueError("the model is not compiled: call its compile() with an optimizer and a loss")
         _check_data(data)
@@ -243,6 +245,16 @@ def evaluate(
     """
     scores = {name: _score_of(name, metric, model, loss) for name, metric in metrics.items()}
     return score_batches(scores, (Batch(x, y, _outputs(model, x)) for x, y in _batches(data, batch_size, None)))
+
+
+def _check_keras3(model: object, who: str) -> None:
+    """Refuses models of Keras 2, which have other methods."""
+    if not isinstance(model, keras.Model):
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise TypeError(
+            f"{who} takes a model of Keras 3, not a {kind}; a Learner of your own, with fl.get_weights and "
+            "fl.set_weights, trains any model"
+        )
 
 
 def _score_of(name: str, metric: Metric, model: keras.Model, loss: Any) -> Score:
