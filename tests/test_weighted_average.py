@@ -901,3 +901,24 @@ def test_threads_do_not_write_beside_their_elements(kernel: str) -> None:
     with num_threads(5):
         weighted_average([client, client], out=out, kernel=kernel)
     assert slab.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("prefix", "whose"),
+    [("module.", ", as torch.nn.DataParallel has it"), ("base_model.model.", ", as PEFT has it"), ("encoder.", "")],
+)
+def test_names_with_something_in_front_say_how_to_make_them_the_same(prefix: str, whose: str) -> None:
+    plain = {"a.w": np.ones(2), "b": np.ones(1)}
+    longer = {prefix + name: array for name, array in plain.items()}
+    with pytest.raises(fl.NamesError) as caught:
+        fl.weighted_average([plain, longer])
+    assert f"All that is added has {prefix!r} in front{whose}: {{name.removeprefix({prefix!r}): array" in str(
+        caught.value
+    )
+    with pytest.raises(fl.NamesError) as caught:
+        fl.weighted_average([longer, plain])
+    assert f"All that is missed has {prefix!r} in front{whose}: {{{prefix!r} + name: array" in str(caught.value)
+    for other in ({f"{prefix}a.w": np.ones(2), "c": np.ones(1)}, longer | {"more": np.ones(1)}):
+        with pytest.raises(fl.NamesError) as caught:
+            fl.weighted_average([plain, other])
+        assert "in front" not in str(caught.value)

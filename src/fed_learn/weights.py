@@ -345,7 +345,8 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
         missing = [name for name in self if name not in weights]
         extra = [name for name in weights if name not in self]
         return NamesError(
-            f"{about(contributor)}has other variables than expected: {misses_and_adds(missing, extra)}",
+            f"{about(contributor)}has other variables than expected: {misses_and_adds(missing, extra)}"
+            f"{_of_prefix(missing, extra)}",
             contributor=contributor,
             name=next(iter(missing or extra), None),
             missing=tuple(missing),
@@ -404,6 +405,30 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
     def _is_counter(self, name: str) -> bool:
         """Whether integers are a number beside weights, rather than the weights of a model that was begun with them."""
         return math.prod(self[name][0]) == 1 and any(dtype in FLOATS for _, dtype in self.values())
+
+
+WRAPPERS = {
+    "module.": "torch.nn.DataParallel",
+    "_orig_mod.": "torch.compile",
+    "_module.": "Opacus",
+    "base_model.model.": "PEFT",
+}
+"""What puts a name in front of the names of a model's variables, and whose doing it is."""
+
+
+def _of_prefix(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """What to do about names that differ by what is in front of all of them; empty where they differ otherwise."""
+    for shorter, longer, what in ((missing, extra, "added"), (extra, missing, "missed")):
+        prefix = longer[0].removesuffix(shorter[0]) if shorter and longer else ""
+        if not prefix.endswith(".") or {prefix + name for name in shorter} != set(longer):
+            continue
+        whose = f", as {WRAPPERS[prefix]} has it" if prefix in WRAPPERS else ""
+        change = f"name.removeprefix({prefix!r})" if what == "added" else f"{prefix!r} + name"
+        return (
+            f". All that is {what} has {brief(prefix)} in front{whose}: "
+            f"{{{change}: array for name, array in weights.items()}} makes them the same"
+        )
+    return ""
 
 
 def misses_and_adds(missing: Sequence[str], extra: Sequence[str]) -> str:
