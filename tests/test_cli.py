@@ -327,6 +327,20 @@ def test_info_prints_a_setting_that_looks_like_markup_as_it_is() -> None:
     assert "FED_LEARN_KERNEL '[/bold]foo[red]' is unknown" in " ".join(done.stdout.split())
 
 
+def test_info_asks_torch_for_devices_where_it_is_told_to() -> None:
+    facts = json.loads(run("info", "--json").stdout)
+    assert facts["devices"] is None
+    facts = json.loads(run("info", "--devices", "--json").stdout)
+    assert (facts["problems"], facts["kernels"]["torch"]["available"]) == ([], True)
+    for device in facts["devices"]:  # where there are any
+        assert device["device"].partition(":")[0] in ("cuda", "xpu", "mps")
+        assert device["averaged"] in ("there, fused", "by way of copies on the host, since it has no float64") or (
+            device["averaged"].startswith("there, not fused: ")
+        )
+    table = run("info", "--devices", CUDA_VISIBLE_DEVICES="").stdout
+    assert "torch finds none but the CPU" in table or "device xpu" in table or "device mps" in table
+
+
 def test_info_knows_of_no_problem_where_there_is_none() -> None:
     facts = json.loads(run("info", "--json", FED_LEARN_KERNEL="numpy", FED_LEARN_NUM_THREADS="3").stdout)
     assert (facts["kernel"], facts["threads"], facts["problems"]) == ("numpy", 3, [])

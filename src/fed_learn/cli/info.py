@@ -111,15 +111,15 @@ def collect(*, devices: bool = False) -> dict[str, Any]:
     }
 
 
-def _devices(problems: list[str]) -> list[dict[str, str]]:
-    """The devices that torch finds beside the CPU, and how tensors on them are averaged."""
+def _devices(problems: list[str]) -> list[dict[str, str]] | None:
+    """The devices that torch finds beside the CPU, and how tensors on them are averaged; None: it does not tell."""
     try:
         import torch
 
         found = [(kind, i) for kind in ("cuda", "xpu", "mps") for i in range(getattr(torch, kind).device_count())]
     except Exception as error:  # noqa: BLE001 - of libraries and drivers, which are what this is asked about
         problems.append(f"--devices: torch does not tell: {described(error)}")
-        return []
+        return None
     told = []
     for kind, i in found:
         facts = {"device": f"{kind}:{i}", "name": kind, "averaged": "unknown"}
