@@ -259,8 +259,11 @@ def copied_like(leaf: Any, value: Any) -> Any:
         return np.array(value, dtype=leaf.dtype)
     jax = _jax()
     with _x64() if leaf.dtype.itemsize == 8 else nullcontext():  # JAX would make a shorter one of it
-        # device_put would go on to use the memory of an array.
-        own = jax.numpy.array(value.astype(native_dtype(value.dtype), copy=False), copy=True)
+        if isinstance(value, np.ndarray):
+            # JAX may go on to use the memory of an array, and copies it after it has returned: it gets one of its own.
+            own = jax.numpy.asarray(np.array(value, native_dtype(value.dtype), order="C"))
+        else:
+            own = jax.numpy.array(value, copy=True)
         # To be committed to a device matters to what may be computed with what.
         return own if not leaf.committed and own.sharding == leaf.sharding else jax.device_put(own, leaf.sharding)
 
