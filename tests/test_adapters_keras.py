@@ -345,6 +345,9 @@ assert not np.array_equal(server.predict(x, verbose=0), expected)  # and predict
 fl.set_weights(server, fl.get_weights(site))
 called = np.asarray(keras.ops.convert_to_numpy(server(x)))
 assert np.array_equal(called, expected) and np.array_equal(server.predict(x, verbose=0), expected), (called, expected)
+compiled = server.predict_function
+fl.set_weights(server, fl.get_weights(site))  # the same values, for which nothing is compiled again
+assert compiled is not None and server.predict_function is compiled
 fixed = keras.Sequential([keras.Input((1,)), keras.layers.Normalization(mean=3.0, variance=4.0)], name="fixed")
 assert fl.get_weights(fl.set_weights(fixed, {})) == {}
 print(expected.ravel().tolist())

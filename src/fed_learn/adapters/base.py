@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
 
-from fed_learn.errors import DtypeError, FedLearnError, WeightsTypeError
+from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeError
 from fed_learn.weights import SUPPORTED_DTYPES, Array
 
 DTYPES = {dtype.name: dtype for dtype in SUPPORTED_DTYPES}
@@ -80,6 +80,28 @@ class Adapter(Protocol):
             ModelError: A variable cannot be written to; nothing has been.
             TiedVariablesError: Variables share memory, and their values differ there; nothing has been written.
         """
+
+
+def built_layers(model: Any, plain: Collection[Any]) -> list[Any]:
+    """The layers of a model of Keras, none of which may still be without its variables.
+
+    Args:
+        model: The model, or a layer.
+        plain: The `build` of classes that make no variables. Their layers need not have been called: an augmentation
+            that only training uses.
+
+    Raises:
+        ModelError: Names the layer.
+    """
+    layers: list[Any] = model._flatten_layers()
+    for layer in layers:
+        if not layer.built and (layer is model or type(layer).build not in plain):
+            raise ModelError(
+                f"model: layer {layer.name!r} is not built, and may have no variables yet; "
+                "call the model on a batch first, or its build(input_shape)",
+                name=layer.name,
+            )
+    return layers
 
 
 def given(array: Array, *, copy: bool) -> Array:
@@ -165,7 +187,7 @@ class Framework(Protocol):
         """What `tensor()` takes to put an array where this tensor lies: a str, if it means the same everywhere."""
 
     def view(self, tensor: Any, contributor: str | None = None, name: str | None = None) -> Array:
-        """An array that shares the memory of a tensor on the CPU; a copy of one on another device.
+        """An array that shares the memory of a tensor on the CPU; a read-only copy of one on another device.
 
         One of a tensor on the CPU is read-only if the tensor is not to be written to in that way.
 
@@ -189,10 +211,7 @@ class Framework(Protocol):
 
 
 class Resident(Framework, Protocol):
-    """A framework with tensors that stay on their device: a kernel computes with them where they lie."""
-
-    kernel: str
-    """The name of that kernel."""
+    """A framework with tensors that stay on their device: the torch kernel computes with them where they lie."""
 
     def empty(self, forms: Mapping[str, Form], devices: Mapping[str, str]) -> dict[str, Any]:
         """New contiguous tensors, by name.

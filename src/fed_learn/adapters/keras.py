@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Adapter, Framework, Variable, averageable, checked, given
+from fed_learn.adapters.base import Adapter, Framework, Variable, averageable, built_layers, checked, given
 from fed_learn.adapters.jax import JaxTensors, copied_like
 from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchModels, TorchTensors, plain_views
@@ -96,7 +96,7 @@ class KerasModels(Adapter):
         return np.asarray(variable.value)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
-        backend = _backend()
+        backend, before = _backend(), _deriving(model, {id(variable.tensor) for variable, _ in values.values()})
         if backend == "torch":
             inner = {name: (replace(v, tensor=v.tensor.value), value) for name, (v, value) in values.items()}
             self._torch.load(None, inner)
@@ -106,8 +106,7 @@ class KerasModels(Adapter):
                     variable.tensor.assign(copied_like(variable.tensor.value, value))
                 else:
                     variable.tensor.assign(value.astype(native_dtype(value.dtype), copy=False))
-        if not isinstance(model, list | tuple):
-            _derive(model, {id(variable.tensor) for variable, _ in values.values()})
+        _derive(model, before)
         return model
 
     def hint(self, missing: Sequence[str], extra: Sequence[str]) -> str:
@@ -142,35 +141,43 @@ def _ends_with(name: str, end: str) -> bool:
 
 def _built(model: Any) -> list[Any]:
     """The layers of a model, none of which may still be without its variables."""
-    layers: list[Any] = model._flatten_layers()
     keras = sys.modules["keras"]
-    for layer in layers:
-        # Parts that make no variables themselves need not have been called: an augmentation that only training uses.
-        if not layer.built and (layer is model or type(layer).build not in (keras.Layer.build, keras.Model.build)):
-            raise ModelError(
-                f"model: layer {layer.name!r} is not built, and may have no variables yet; "
-                "call the model on a batch first, or its build(input_shape)",
-                name=layer.name,
-            )
-    return layers
+    return built_layers(model, (keras.Layer.build, keras.Model.build))
 
 
-def _derive(model: Any, written: set[int]) -> None:
-    """Lets layers derive anew what they keep beside their variables, as they do when Keras loads a file: Normalization.
+def _deriving(model: Any, written: set[int]) -> list[tuple[Any, list[Array]]]:
+    """The layers that keep something derived from their variables, such as Normalization, and the variables' values.
 
     Args:
         model: The model.
-        written: The ids of the variables that have new values.
+        written: The ids of the variables that get new values; layers without one of these are left as they are.
     """
-    derived = False
-    for layer in model._flatten_layers():
-        derive = getattr(layer, "finalize_state", None)
-        own = (*layer._trainable_variables, *layer._non_trainable_variables)
-        if derive is not None and any(id(variable) in written for variable in own):
-            derive()
-            derived = True
-    # What was compiled before may have the old values as constants.
-    for function in ("train_function", "test_function", "predict_function") if derived else ():
+    layers = () if isinstance(model, list | tuple) else model._flatten_layers()
+    found = [layer for layer in layers if getattr(layer, "finalize_state", None) is not None]
+    return [(layer, _own_values(layer)) for layer in found if not written.isdisjoint(map(id, _own(layer)))]
+
+
+def _own(layer: Any) -> list[Any]:
+    return [*layer._trainable_variables, *layer._non_trainable_variables]
+
+
+def _own_values(layer: Any) -> list[Array]:
+    return [np.array(sys.modules["keras"].ops.convert_to_numpy(variable)) for variable in _own(layer)]
+
+
+def _derive(model: Any, before: Sequence[tuple[Any, list[Array]]]) -> None:
+    """Lets layers derive anew what they keep beside their variables, as they do when Keras loads a file.
+
+    Args:
+        model: The model.
+        before: The layers, and their variables' values before these were written.
+    """
+    changed = False
+    for layer, values in before:
+        layer.finalize_state()
+        changed |= not all(map(np.array_equal, values, _own_values(layer)))
+    # What was compiled before has the old values as constants. It is compiled again, which takes its time.
+    for function in ("train_function", "test_function", "predict_function") if changed else ():
         if getattr(model, function, None) is not None:
             setattr(model, function, None)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fed_learn.adapters.base import DTYPES, Adapter, Framework, Variable, checked, given, not_averageable
+from fed_learn.adapters.base import DTYPES, Adapter, Framework, Variable, built_layers, checked, given, not_averageable
 from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
 from fed_learn.weights import BFLOAT16, Array, native_dtype
 
@@ -136,7 +136,7 @@ class TensorFlowModels(Adapter):
     def variables(self, model: Any) -> list[Variable]:
         if isinstance(model, list | tuple):
             named = {f"{index}/{one.name.removesuffix(':0')}": one for index, one in enumerate(model)}
-        elif isinstance(model, _keras2_layer()):
+        elif isinstance(model, keras2_layer()):
             named = _weights_of_keras2(model)
         else:
             named = _attributes(model)
@@ -169,21 +169,19 @@ class TensorFlowModels(Adapter):
         return model
 
 
-def _keras2_layer() -> Any:
-    """The class of the layers and models of Keras 2; an empty tuple where it has not been imported."""
+def keras2_layer() -> Any:
+    """The class of the layers and models of Keras 2, for `isinstance`; an empty tuple where it has not been imported.
+
+    Example:
+        >>> isinstance(3, keras2_layer())
+        False
+    """
     return getattr(getattr(sys.modules.get("tf_keras"), "layers", None), "Layer", ())
 
 
 def _weights_of_keras2(model: Any) -> dict[str, Any]:
     """The weights of a layer or model of Keras 2 by their names: as a `tf.Module` it would have only some of them."""
-    plain = (_keras2_layer().build, sys.modules["tf_keras"].Model.build)
-    for layer in model._flatten_layers():
-        if not layer.built and (layer is model or type(layer).build not in plain):
-            raise ModelError(
-                f"model: layer {layer.name!r} is not built, and may have no variables yet; "
-                "call the model on a batch first, or its build(input_shape)",
-                name=layer.name,
-            )
+    built_layers(model, (keras2_layer().build, sys.modules["tf_keras"].Model.build))
     named: dict[str, Any] = {}
     for variable in model.weights:
         name = variable.name.removesuffix(":0")

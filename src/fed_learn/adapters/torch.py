@@ -40,7 +40,7 @@ class TorchTensors(Resident):
         tensor([7., 7.], requires_grad=True)
     """
 
-    name = kernel = "torch"
+    name = "torch"
 
     @property
     def resident(self) -> Self:

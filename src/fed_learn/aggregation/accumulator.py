@@ -455,7 +455,8 @@ class Accumulator:
             theirs = other._devices.get(name, "cpu")
             ours = self._devices.get(name, "cpu") if self._count else self._device
             if ours != theirs and not self._exact:
-                raise MergeError(f"other holds the sums of {name!r} on {theirs}, and this accumulator on {ours}")
+                message = f"other holds the sums of {name!r} on {theirs}, and this accumulator on {ours}"
+                raise MergeError(f"{message}; give both the same device=")
         assert other._schema is not None
         if self._schema is not None:
             self._schema.check(_placeholders(other._schema), "other")

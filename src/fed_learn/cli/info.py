@@ -143,10 +143,7 @@ def _device(kind: str, index: int) -> dict[str, str]:
     if without_float64(device):
         return {"name": name, "averaged": "by way of copies on the host, since it has no float64"}
     problem = not_fused(device)
-    return {
-        "name": name,
-        "averaged": "there, by fused operations" if problem is None else f"there, not fused: {problem}",
-    }
+    return {"name": name, "averaged": "there, fused" if problem is None else f"there, not fused: {problem}"}
 
 
 def _version(module: str, distributions: tuple[str, ...]) -> str | None:

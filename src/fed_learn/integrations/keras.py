@@ -16,6 +16,7 @@ import keras
 import numpy as np
 
 from fed_learn.adapters.layout import LayoutMap
+from fed_learn.adapters.tensorflow import keras2_layer
 from fed_learn.errors import ModelError
 from fed_learn.integrations.batches import check_repeatable, count_of, form_of, in_order, pair_of, shuffled, tensors_in
 from fed_learn.integrations.components import (
@@ -249,7 +250,7 @@ def evaluate(
 
 def _check_keras3(model: object, who: str) -> None:
     """Refuses models of Keras 2, which have other methods."""
-    if not isinstance(model, keras.Model):
+    if isinstance(model, keras2_layer()):
         kind = f"{type(model).__module__}.{type(model).__qualname__}"
         raise TypeError(
             f"{who} takes a model of Keras 3, not a {kind}; a Learner of your own, with fl.get_weights and "

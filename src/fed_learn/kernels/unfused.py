@@ -133,8 +133,10 @@ def copy(tensors: Column, copies: Column) -> Flags | None:
 
 
 def on_device(numbers: Sequence[float] | Float64Array, beside: Column) -> Tensor:
-    """Numbers as float64 beside tensors, in one transfer for which nobody waits."""
-    return torch.from_numpy(np.array(numbers, np.float64)).to(beside[0].device, non_blocking=True)
+    """Numbers as float64 beside tensors, in one transfer, for which nobody waits on CUDA."""
+    device = beside[0].device
+    # CUDA has read what lies in ordinary memory of the host when this returns; others may read it later.
+    return torch.from_numpy(np.array(numbers, np.float64)).to(device, non_blocking=device.type == "cuda")
 
 
 def _rows(columns: Sequence[Column]) -> list[Column]:
