@@ -20,7 +20,7 @@ LAYERS = (
     ("limits",),
     ("errors",),
     ("arguments", "environment", "disk", "weights", "events"),
-    ("npy", "values"),
+    ("npy", "values", "policies"),
     ("contribution",),
     ("kernels", "adapters", "model_meta", "protos"),
     ("numproto",),

@@ -116,6 +116,10 @@ class DuplicateContributionError(ContributionError, ValueError):
     """The contributor already contributed to this aggregate."""
 
 
+class NotSameError(ContributionError, ValueError):
+    """A variable that has to be equal everywhere differs, as codes that cannot be averaged. Attribute: `expected`."""
+
+
 class TiedVariablesError(ContributionError, ValueError):
     """Names that a model has for one variable come with different values. Attribute: `names`."""
 
