@@ -527,6 +527,20 @@ def same_values(one: Array, other: Array) -> bool:
     return one.shape == other.shape and bool(same_elements(one, other).all())
 
 
+def same_bits(one: Array, other: Array) -> bool:
+    """Whether two arrays have one shape and dtype, whatever their byte order, and the same bits everywhere.
+
+    Example:
+        >>> same_bits(np.array([np.nan, 0.0]), np.array([np.nan, 0.0], ">f8")), same_bits(np.zeros(1), -np.zeros(1))
+        (True, False)
+    """
+    dtype = native_dtype(one.dtype)
+    if one.shape != other.shape or native_dtype(other.dtype) != dtype:
+        return False
+    first, second = (np.array(x, dtype, order="C", copy=None).reshape(-1).view(np.uint8) for x in (one, other))
+    return bool(np.array_equal(first, second))
+
+
 def same_elements(one: Array, other: Array) -> npt.NDArray[np.bool_]:
     """Where two arrays of one shape hold equal values, NaN being equal to NaN."""
     with np.errstate(invalid="ignore"):

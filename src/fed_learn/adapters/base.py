@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 
 from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeError
-from fed_learn.weights import SUPPORTED_DTYPES, Array
+from fed_learn.weights import SUPPORTED_DTYPES, Array, same_bits
 
 DTYPES = {dtype.name: dtype for dtype in SUPPORTED_DTYPES}
 
@@ -202,6 +202,18 @@ class Framework(Protocol):
             array: Contiguous, in native byte order.
             placement: As from `placement()`; None: the CPU, or what is usual in the framework.
         """
+
+    def code(self, tensor: Any) -> str | None:
+        """What it is, in a few words, if it holds codes, that have no mean: packed weights, random keys; else None."""
+        return None
+
+    def alike(self, one: Any, other: Any) -> bool:
+        """Whether two tensors have the same shape, dtype and bits, also such as cannot be averaged."""
+        return same_bits(self.view(one), self.view(other))
+
+    def copied(self, tensor: Any) -> Any:
+        """The same values in memory that nobody else changes."""
+        return tensor
 
     def unwritable(self, tensor: Any) -> str | None:
         """Why nothing can be written to it, in words that follow its name."""

@@ -91,6 +91,21 @@ class JaxTensors(Framework):
                 settings.enter_context(jax.default_device(movable))
             return jax.device_put(array, placement)
 
+    def code(self, tensor: Any) -> str | None:
+        jax = _jax()
+        if jax.dtypes.issubdtype(tensor.dtype, jax.dtypes.prng_key):
+            return "a random key"
+        raw = str(tensor.dtype) == "uint32" and tuple(tensor.shape[-1:]) in ((2,), (4,))
+        return "a random key, as it seems" if raw else None
+
+    def alike(self, one: Any, other: Any) -> bool:
+        jax = _jax()
+        if one.dtype != other.dtype:
+            return False
+        if jax.dtypes.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        return super().alike(one, other)
+
     def unwritable(self, tensor: Any) -> str | None:
         return "is a JAX array, which cannot be changed; use what is returned"
 

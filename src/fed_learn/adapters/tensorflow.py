@@ -10,7 +10,7 @@ import numpy as np
 
 from fed_learn.adapters.base import DTYPES, Adapter, Framework, Variable, built_layers, checked, given, not_averageable
 from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
-from fed_learn.weights import BFLOAT16, Array, native_dtype
+from fed_learn.weights import BFLOAT16, Array, native_dtype, same_bits
 
 MEMORY_ALIGNMENT = 64
 """Bytes at which memory must begin that TensorFlow is to use: its operations end the process over any other."""
@@ -102,6 +102,12 @@ class TensorFlowTensors(Framework):
             return tensor
         with tensorflow.device(placement):
             return tensorflow.identity(tensor)
+
+    def alike(self, one: Any, other: Any) -> bool:
+        return bool(one.dtype == other.dtype) and same_bits(np.asarray(one), np.asarray(other))
+
+    def copied(self, tensor: Any) -> Any:
+        return _tensorflow().identity(tensor)
 
     def unwritable(self, tensor: Any) -> str | None:
         if isinstance(tensor, _tensorflow().Variable):

@@ -4,6 +4,7 @@ reinterpretation.
 Nothing here imports torch: it is there when there are tensors.
 """
 
+import copy
 import functools
 import importlib
 import math
@@ -115,6 +116,31 @@ class TorchTensors(Resident):
         made = made.view(torch.bfloat16) if array.dtype == BFLOAT16 else made
         # CUDA has read what lies in ordinary memory of the host when this returns; others may read it later.
         return made.to(device, non_blocking=str(device).startswith("cuda"))
+
+    def code(self, tensor: Any) -> str | None:
+        if tensor.dtype in _quantized_dtypes():
+            return "quantized numbers of torch"
+        kind = type(tensor)
+        if kind.__module__.startswith("bitsandbytes.") and str(tensor.dtype) in ("torch.uint8", "torch.int8"):
+            return f"{4 if kind.__name__ == 'Params4bit' else 8}-bit codes of bitsandbytes"
+        return None
+
+    def alike(self, one: Any, other: Any) -> bool:
+        torch = _torch()
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            return False
+        if one.dtype in _quantized_dtypes():
+            return bool(torch.equal(one, other))
+        states = [state for tensor in (one, other) if (state := getattr(tensor, "quant_state", None)) is not None]
+        if len(states) == 2:  # what 4-bit codes stand for
+            mine, theirs = (state.as_dict(packed=True) for state in states)
+            if mine.keys() != theirs.keys() or not all(self.alike(mine[name], theirs[name]) for name in mine):
+                return False
+        flat = [t.detach().cpu().contiguous().reshape(-1).view(torch.uint8) for t in (one, other)]
+        return bool(torch.equal(*flat))
+
+    def copied(self, tensor: Any) -> Any:
+        return tensor.detach().clone() if type(tensor) in _plain_kinds() else copy.deepcopy(tensor)
 
     def unwritable(self, tensor: Any) -> str | None:
         return "overlaps itself: its elements share memory" if self.overlaps_itself(tensor) else None
@@ -510,6 +536,12 @@ def _streams(device: str) -> Any:
 @functools.cache
 def _plain_kinds() -> tuple[type, type]:
     return _torch().Tensor, _torch().nn.Parameter
+
+
+@functools.cache
+def _quantized_dtypes() -> frozenset[Any]:
+    names = ("quint8", "qint8", "qint32", "quint4x2", "quint2x4")
+    return frozenset(getattr(_torch(), name) for name in names if hasattr(_torch(), name))
 
 
 @functools.cache

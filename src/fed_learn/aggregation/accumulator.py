@@ -9,6 +9,7 @@ import copy
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, overload
 
@@ -17,6 +18,7 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation import tensors
 from fed_learn.aggregation.addable import check_addable, check_integers, finite_values, largest_integers
+from fed_learn.aggregation.apart import Apart, Plan, assembled, copied, part_of, planned
 from fed_learn.aggregation.arrays import is_frozen
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums
@@ -39,7 +41,8 @@ from fed_learn.errors import (
 )
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import DigitsError, Float64Array
-from fed_learn.weights import Array, Schema, WeightDict, size_text
+from fed_learn.policies import Policies
+from fed_learn.weights import Array, Schema, WeightDict, listed, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class Accumulator:
             contribution decides.
         round: The round to which they belong. None: the first contribution that states one decides.
         exact: Sum exactly (see `fed_learn.aggregation.exact` for the domain and the memory it takes).
+        policies: As of `weighted_average`; `"keep"` needs `like`. What is summed or the largest is kept exactly.
         kernel: Name of the kernel; None: the current one, looked up now.
         device: Where the sums lie, `"cuda:0"` or a `torch.device`; arrays and tensors that lie elsewhere are moved.
             None: each variable's where the first contribution has it.
@@ -74,7 +78,7 @@ class Accumulator:
 
     Raises:
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
-        ValueError: There is no such kind, or no such device here.
+        ValueError: There is no such kind, or no such device here; or a policy is none, or fits no variable.
 
     Example:
         >>> mean = Accumulator()
@@ -91,6 +95,7 @@ class Accumulator:
         kind: Kind | None = None,
         round: int | None = None,
         exact: bool = False,
+        policies: Mapping[str, str] | None = None,
         kernel: str | None = None,
         device: object = None,
     ) -> None:
@@ -99,7 +104,14 @@ class Accumulator:
         self._kernel = kernels.resolve(self._requested)
         self._exact = exact
         self._place: tensors.Place | None = None
-        self._schema = None if like is None else tensors.schema_of(like, "like")
+        self._policies = Policies(policies)
+        self._planned = like is not None  # else the first contribution decides
+        self._plan = planned(self._policies, like, "like")
+        self._order = self._ordered(like, self._plan)
+        kept = [] if self._plan is None else self._plan.names("keep")
+        self._kept: dict[str, Any] = {} if like is None else {name: copied(like[name]) for name in kept}
+        self._apart: Apart | None = None
+        self._schema = None if like is None else tensors.schema_of(_averaged(self._plan, like), "like")
         self._sums: dict[str, Float64Array] = {}
         self._exact_sums: ExactSums | None = None
         self._total: float | Fraction = Fraction() if exact else 0.0
@@ -169,7 +181,18 @@ class Accumulator:
         contribution = self._as_contribution(weights, aggregation_weight, contributor)
         named = isinstance(weights, Contribution) or contributor is not None
         terms = Terms(self._schema, self._kind, self._round, device=self._device)
-        self.take(terms.check(contribution, self._contributors if named else ()), borrow=borrow, named=named)
+        plan, order, parts = self._plan, self._order, None
+        if not self._planned:
+            plan = planned(self._policies, contribution.weights, tensors.label_of(contribution.contributor))
+        if plan is not None:
+            if plan.names("keep") and not self._kept:
+                raise ValueError(f"policies: {listed(plan.names('keep'))} are kept as in the global model: give like=")
+            given, parts = plan.apply(contribution.weights, tensors.label_of(contribution.contributor))
+            order, contribution = self._ordered(contribution.weights, plan), contribution.settled(weights=given)
+        row = terms.check(contribution, self._contributors if named else ())
+        self.take(row if parts is None else replace(row, apart=parts), borrow=borrow, named=named)
+        if not self._planned:
+            self._planned, self._plan, self._order = True, plan, order
 
     def take(self, row: Checked, *, borrow: bool = False, named: bool = True) -> None:
         """Adds a checked contribution, of which only the values are looked at, unless that is done as well.
@@ -183,6 +206,10 @@ class Accumulator:
             ContributionError, ExactDomainError: As `add` does, for values and weights that cannot be added.
         """
         held, a = row.held, row.aggregation_weight
+        beside, apart = None, self._apart
+        if row.apart is not None:
+            apart = Apart(row.apart.plan) if apart is None else apart
+            beside = apart.check(row.apart, row.contributor)
         if self._count:
             check_devices(held.devices, self._devices, row.contributor)
         kernel, place = self._kernel_for(held.device), held.place
@@ -204,6 +231,9 @@ class Accumulator:
 
         names = {row.contributor: None} if named else {}
         self._schema = Schema.of(row.arrays) if self._schema is None else self._schema
+        if beside is not None and apart is not None:
+            self._apart = apart
+            apart.take(beside, row.contributor, counts=bool(a))
         if not a:
             self._contributors.update(names)
             return
@@ -269,6 +299,7 @@ class Accumulator:
             self._place, self._kernel = other._place, kernel
         self._schema = other._schema if self._schema is None else self._schema
         assert self._schema is not None
+        self._merge_apart(other)
         self._add_waiting()
         start = self._start(self._schema)
         if self._exact_sums is not None and other._exact_sums is not None:
@@ -299,7 +330,10 @@ class Accumulator:
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
-        outputs = outputs_for(self._schema, self._place, out, on_devices=not self._exact)
+        apart = {} if self._apart is None else self._kept | self._apart.values()
+        order = [*(self._order or (*self._schema, *apart))]
+        into = part_of(out, order, self._schema) if apart and out is not None else out
+        outputs = outputs_for(self._schema, self._place, into, on_devices=not self._exact)
         if self._exact:
             self._divide_exact(outputs)
         else:
@@ -314,7 +348,13 @@ class Accumulator:
                         "borrowed weights have changed before they were added",
                         name=name,
                     )
-        return outputs.finish()
+        mean = outputs.finish()
+        return assembled(order, mean, apart, out) if apart else mean
+
+    @staticmethod
+    def _ordered(weights: Any, plan: Plan | None) -> list[str] | None:
+        """Names of the variables of the result, in order; None if all are averaged."""
+        return None if plan is None or weights is None else [name for name in weights if plan.of.get(name) != "local"]
 
     def __copy__(self) -> "Accumulator":
         return copy.deepcopy(self)  # one that shared the sums would add to those of both
@@ -449,6 +489,8 @@ class Accumulator:
         for contributor in other._contributors:
             if contributor in self._contributors:
                 raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
+        if self._apart is not None and other._apart is not None:
+            self._apart.check_mergeable(other._apart)
         if not other._count:
             return
         for name in other._schema or () if self._count or self._device is not None else ():
@@ -472,6 +514,15 @@ class Accumulator:
                 round=other._round,
                 expected=self._round,
             )
+
+    def _merge_apart(self, other: "Accumulator") -> None:
+        """Takes in what is not averaged; that it agrees has been checked."""
+        if other._apart is None:
+            return
+        if self._apart is None:
+            self._planned, self._plan, self._order = True, other._plan, self._order or other._order
+            self._apart = Apart(other._apart.plan)
+        self._apart.merge(other._apart)
 
     def _as_contribution(
         self, weights: WeightDict | Contribution, aggregation_weight: float | None, contributor: str | None
@@ -502,6 +553,10 @@ class Accumulator:
         self._round = round if self._round is None else self._round
         self._largest.update({name: max(size, self._largest.get(name, 0)) for name, size in largest.items()})
         self._contributors.update(contributors)
+
+
+def _averaged(plan: Plan | None, weights: Any) -> Any:
+    return weights if plan is None else plan.apply(weights, "like")[0]
 
 
 def _placeholders(schema: Schema) -> dict[str, Array]:

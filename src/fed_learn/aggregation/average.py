@@ -1,14 +1,20 @@
 """`weighted_average` and `aggregate`: what a batch of contributions makes together, by the mean or by any rule."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
 
 from fed_learn import kernels
-from fed_learn.aggregation.batch import checked_batch, scanned
+from fed_learn.aggregation.apart import Apart, Plan, assembled, copied, part_of, planned
+from fed_learn.aggregation.batch import Checked, checked_batch, masks_of, scanned
 from fed_learn.aggregation.mean import counting, mean
 from fed_learn.aggregation.rules import Given, Rule, combined, find
-from fed_learn.aggregation.tensors import device_named
+from fed_learn.aggregation.tensors import as_tensors, device_named, label_of, opened
 from fed_learn.contribution import Contribution, Kind
-from fed_learn.weights import WeightDict
+from fed_learn.errors import NonFiniteError
+from fed_learn.weights import Schema, WeightDict, finite_elements, listed
 
 
 def weighted_average(
@@ -17,6 +23,7 @@ def weighted_average(
     *,
     like: WeightDict | None = None,
     out: WeightDict | None = None,
+    policies: Mapping[str, str] | None = None,
     exact: bool = False,
     kernel: str | None = None,
     device: object = None,
@@ -39,6 +46,10 @@ def weighted_average(
         like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does, so
             give it where contributions are not to be trusted, or the wrong one may be refused.
         out: A weight dict of the same schema to write the result to; its content is undefined after an error.
+        policies: What becomes of variables by regular expressions of their names, the first that is found deciding:
+            `{"bn": "local", "steps": "max"}`; see `fed_learn.policies.Policy`. All others are averaged, but for codes
+            (4- and 8-bit weights, extra states, random keys), which have to be the same everywhere. `"keep"` takes the
+            variable from `like`, or no difference where contributions are differences; `"local"` ones are left out.
         exact: Sum exactly, so that the bits do not depend on the list order of bare weight dicts either, and agree
             with those of `Accumulator(exact=True)`. Domain: see `fed_learn.aggregation.exact`.
         kernel: Name of the kernel; None: the current one.
@@ -55,7 +66,7 @@ def weighted_average(
         OutputError: `out` cannot be written to.
         ExactDomainError: With `exact`, a value or weight outside of the domain.
         FloatingPointEnvironmentError: The process does not compute as numbers are defined, and that would matter.
-        ValueError: There is no such device here.
+        ValueError: There is no such device here, or a policy is none, or fits no variable.
 
     Example:
         >>> import numpy as np
@@ -66,9 +77,18 @@ def weighted_average(
     if kernel is not None:
         kernels.requested(kernel)  # what is wrong with it is said before anything is looked at
     batch = list(contributions)
+    plan = plan_of(batch, like, policies)
+    if plan is not None:
+        how = find("mean")
+        return _combined_by(plan, how, batch, aggregation_weights, like, out, exact, kernel, device_named(device))
     schema, rows, table = checked_batch(batch, aggregation_weights, like, device_named(device))
-    first = next((row for row in rows if row.contribution is batch[0]), rows[0])
-    return mean(rows, schema, out=out, exact=exact, kernel=kernel, table=table, first=first)
+    first = next((k for k, row in enumerate(rows) if row.contribution is batch[0]), 0)
+
+    def combine(given: list[Checked]) -> WeightDict:
+        known = table if given is rows else None
+        return mean(given, schema, out=out, exact=exact, kernel=kernel, table=known, first=given[first])
+
+    return _but_for_masks(combine, rows, like, out)
 
 
 def aggregate(
@@ -78,6 +98,7 @@ def aggregate(
     rule: str | Rule = "mean",
     like: WeightDict | None = None,
     out: WeightDict | None = None,
+    policies: Mapping[str, str] | None = None,
     exact: bool = False,
     kernel: str | None = None,
     device: object = None,
@@ -90,6 +111,8 @@ def aggregate(
         rule: The name of a rule, one of `fed_learn.rules.available()`, or a `fed_learn.rules.Rule`.
         like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does.
         out: A weight dict of the same schema to write the result to.
+        policies: What becomes of variables by regular expressions of their names; the rule combines those that are
+            `"mean"`.
         exact: Sum exactly.
         kernel: Name of the kernel; None: the current one.
         device: Where to average; None: where the weights lie.
@@ -104,7 +127,7 @@ def aggregate(
         OutputError: `out` cannot be written to.
         ExactDomainError: With `exact`, a value or weight outside of the domain.
         ValueError: There is no such rule, it cannot sum exactly, or it makes a model by the state of a job; or no such
-            device.
+            device; or a policy is none, or fits no variable.
 
     Example:
         >>> import numpy as np
@@ -116,12 +139,118 @@ def aggregate(
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
     if kernel is not None:
         kernels.requested(kernel)
-    schema, rows, _ = checked_batch(list(contributions), aggregation_weights, like, device_named(device))
+    batch = list(contributions)
+    plan = plan_of(batch, like, policies)
+    if plan is not None:
+        return _combined_by(plan, how, batch, aggregation_weights, like, out, exact, kernel, device_named(device))
+    schema, rows, _ = checked_batch(batch, aggregation_weights, like, device_named(device))
+    return _combined(how, rows, schema, like, out, exact, kernel)
+
+
+def _combined(
+    how: Rule,
+    rows: list[Checked],
+    schema: Schema,
+    like: WeightDict | None,
+    out: WeightDict | None,
+    exact: bool,
+    kernel: str | None,
+) -> WeightDict:
     kind = next((row.contribution.kind for row in rows if row.contribution is not None), Kind.FULL)
     how.check_settings(kind=kind, partial="refuse", exact=exact, stream=False)
-    if not how._shows_not_finite:
-        rows = [scanned(row, kernel, exact=exact) for row in rows]
     for row in rows:
         if row.contribution is not None:
             how.check(row.contribution)
-    return combined(how, Given(counting(rows), schema, exact=exact, kernel=kernel, out=out))
+
+    def combine(given: list[Checked]) -> WeightDict:
+        if not how._shows_not_finite:
+            given = [scanned(row, kernel, exact=exact) for row in given]
+        return combined(how, Given(counting(given), schema, exact=exact, kernel=kernel, out=out))
+
+    return _but_for_masks(combine, rows, like, out)
+
+
+def plan_of(batch: Sequence[Any], like: WeightDict | None, policies: Mapping[str, str] | None) -> Plan | None:
+    """Which variables of a batch are not averaged; None: all are."""
+    if like is not None:
+        return planned(policies, like, "like")
+    first = batch[0] if batch else None
+    if isinstance(first, Contribution):
+        return planned(policies, first.weights, label_of(first.contributor))
+    return planned(policies, first, "contributions[0]")
+
+
+def _combined_by(
+    plan: Plan,
+    how: Rule,
+    batch: list[Any],
+    aggregation_weights: Sequence[float] | None,
+    like: WeightDict | None,
+    out: Any,
+    exact: bool,
+    kernel: str | None,
+    device: str | None,
+) -> WeightDict:
+    """What a rule makes of contributions of which some variables are not averaged."""
+    averaged, _ = plan.apply(like, "like")
+    schema, rows, _ = checked_batch(batch, aggregation_weights, averaged, device, plan)
+    apart = Apart(plan)
+    for row in rows:
+        assert row.apart is not None
+        apart.take(apart.check(row.apart, row.contributor), row.contributor, counts=bool(row.aggregation_weight))
+    first: Any = like if like is not None else batch[0].weights if isinstance(batch[0], Contribution) else batch[0]
+    order = [name for name in first if plan.of.get(name) != "local"]
+    kept = _kept(plan, like, rows)
+    into = None if out is None else part_of(out, order, schema)
+    made = _combined(how, rows, schema, averaged, into, exact, kernel) if schema else {}
+    return assembled(order, made, kept | apart.values(), out)
+
+
+def _kept(plan: Plan, like: Any, rows: Sequence[Checked]) -> dict[str, Any]:
+    """The variables that stay as they are in the global model: its own, or no difference to them.
+
+    Raises:
+        ValueError: The global model is not given.
+    """
+    names = plan.names("keep")
+    if not names:
+        return {}
+    if like is None:
+        raise ValueError(f"policies: {listed(names)} are kept as they are in the global model: give it as like=")
+    kept = {name: copied(like[name]) for name in names}
+    if rows[0].contribution is None or rows[0].contribution.kind is Kind.FULL:
+        return kept
+    held = opened(kept, "like")
+    zeros = {name: np.zeros_like(array) for name, array in held.on_host().items()}
+    return zeros if held.place is None else zeros | as_tensors({n: zeros[n] for n in held.owners}, held.place)
+
+
+def _but_for_masks(
+    combine: Callable[[list[Checked]], WeightDict], rows: list[Checked], like: WeightDict | None, out: Any
+) -> WeightDict:
+    """What contributions make together, but for infinities that are the same in all of them, which stay as they are.
+
+    Raises:
+        NonFiniteError: They are not the same; or there is only one contribution, and none in `like` either.
+    """
+    try:
+        return combine(rows)
+    except NonFiniteError:
+        masks = masks_of(rows, like)
+        if masks is None:
+            raise
+    filled = []
+    for row in rows:
+        arrays = row.only(list(masks)).on_host().arrays
+        zeros = {n: np.where(finite_elements(arrays[n]), arrays[n], arrays[n].dtype.type(0)) for n in masks}
+        filled.append(replace(row, filled=zeros, scanned=False).only(list(row.arrays)))
+    made = combine(filled)
+    held = opened({name: made[name] for name in masks}, "mean")
+    arrays = {name: np.array(array) for name, array in held.on_host().items()}
+    for name, mask in masks.items():
+        place = ~finite_elements(mask)
+        arrays[name][place] = mask[place]
+    if out is not None:
+        return assembled(list(made), {}, arrays, out)
+    tensors = {} if held.place is None else as_tensors({name: arrays[name] for name in held.owners}, held.place)
+    return {**made, **arrays, **tensors}

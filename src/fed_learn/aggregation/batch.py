@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from fed_learn import kernels
+from fed_learn.aggregation.apart import Parts, Plan
 from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.outputs import new_arrays
@@ -54,6 +55,7 @@ from fed_learn.weights import (
     check_finite,
     finite_elements,
     listed,
+    native_dtype,
     same_values,
 )
 
@@ -78,6 +80,7 @@ class Checked:
         unchanged: Names of those among `filled` that leave the global model as it is.
         form: Equal for contributions of the same variables; None: all variables of the global model.
         unless_alone: Why it is refused if nobody else sent one of this form.
+        apart: Its variables that are not averaged, by their policies.
     """
 
     contributor: str
@@ -90,6 +93,7 @@ class Checked:
     unchanged: frozenset[str] = frozenset()
     form: Hashable = None
     unless_alone: NonFiniteError | None = None
+    apart: Parts | None = None
 
     @property
     def arrays(self) -> dict[str, Array]:
@@ -158,6 +162,8 @@ class Terms:
         kernel: The kernel that looks for values that are not finite; None: that is left to the sums.
         exact: Whether values have to lie in the domain of exact sums.
         device: Where to move weights that lie elsewhere; None: they stay where they are.
+        plan: Which variables are not averaged, in a job; None: all are. The schema is that of the others.
+        beside: Names, shapes and dtypes of those, as far as they are sent; None: not known yet.
     """
 
     schema: Schema | None = None
@@ -170,6 +176,8 @@ class Terms:
     kernel: Kernel | None = None
     exact: bool = False
     device: str | None = None
+    plan: Plan | None = None
+    beside: Schema | None = None
 
     def check(self, sent: Contribution, contributors: Container[str] = (), tell: Tell | None = None) -> Checked:
         """Checks a contribution.
@@ -227,14 +235,17 @@ class Terms:
         return held.replaced(fit)
 
     def _checked_for_job(self, sent: Contribution, who: str, aggregation_weight: float, tell: Tell) -> Checked:
-        held = self._fitted(opened(sent.weights, who), who, tell)
+        given, apart = (sent.weights, None) if self.plan is None else self._apart(self.plan, sent, who)
+        held = self._fitted(opened(given, who), who, tell)
         if sent.kind is Kind.DIFF:
             check_differences(self.schema or Schema.of(held.weights, who), who)
         flagged: list[str] | None = None
         if self.own:
-            held, weights, flagged = self._owned(OpenedWeights(held.on_host(), {}, {}), sent.weights)
+            held, weights, flagged = self._owned(OpenedWeights(held.on_host(), {}, {}), given)
         else:
-            weights = held.as_sent(sent.weights)
+            weights = held.as_sent(given)
+        if apart is not None:
+            weights = self._whole(weights, apart)
         contribution = sent.settled(
             contributor=who,
             weights=weights,
@@ -242,7 +253,8 @@ class Terms:
             n_iter=checked_n_iter(sent.n_iter, who),
             round=sent.round if self.round is None else self.round,
         )
-        checked = Checked(who, aggregation_weight, held, contribution, form=self._form(held.weights))
+        form = self._form(held.weights, apart)
+        checked = Checked(who, aggregation_weight, held, contribution, form=form, apart=apart)
         return checked if self.kernel is None else self._scanned(checked, self.kernel, flagged)
 
     def _fitted(self, held: OpenedWeights, who: str, tell: Tell) -> OpenedWeights:
@@ -263,6 +275,42 @@ class Terms:
                 continue
             tell(f"{who}: {listed(names)} came as {came} and is rounded to {expected}, as the global model has it")
         return held.replaced(fit, host)
+
+    def _apart(self, plan: Plan, sent: Contribution, who: str) -> tuple[Any, Parts | None]:
+        """What of a contribution is averaged, and the rest as arrays of its own, checked.
+
+        Raises:
+            NotSameError: A variable differs from the global model's that has to be the same.
+        """
+        given, parts = plan.apply(sent.weights, who)
+        if parts is None:
+            return given, None
+        found = without_tensors(parts.beside | parts.same, who)
+        if self.beside is None:
+            found = as_weight_dict(found, who)
+        elif found:
+            found, _ = self.beside.fit(as_weight_dict(numbers_as_arrays(found, self.beside), who), who)
+        own = {name: np.array(array, native_dtype(array.dtype)) for name, array in found.items()}
+        check_finite({name: own[name] for name in parts.beside}, who)
+        same = {name: own[name] for name in parts.same}
+        for name, array in same.items() if self.model is not None else ():
+            base = self._base(name)
+            if base is None or not (_is_no_difference if sent.kind is Kind.DIFF else same_values)(array, base):
+                plan.refuse(name, who, "the global model")
+        return given, Parts(
+            plan,
+            {name: own[name] for name in parts.largest},
+            {name: own[name] for name in parts.summed},
+            {} if self.model is not None else same,
+        )
+
+    def _whole(self, weights: Any, apart: Parts) -> Any:
+        """The weights with those that are combined in other ways, in the order of the global model."""
+        every = {**weights, **apart.beside, **apart.same}
+        if len(every) == len(weights):
+            return weights
+        ordered = {name: every[name] for name in self.model or every if name in every}
+        return FrozenWeights.adopt(ordered) if self.own else ordered
 
     def _owned(self, held: OpenedWeights, sent: Any) -> tuple[OpenedWeights, FrozenWeights, list[str] | None]:
         """A copy, unless what was sent is frozen already; and which variables are not finite, if that was checked.
@@ -330,10 +378,14 @@ class Terms:
                 unchanged.add(name)
         return replace(checked, filled=filled, unchanged=frozenset(unchanged))
 
-    def _form(self, arrays: WeightDict) -> Hashable:
+    def _form(self, arrays: WeightDict, apart: Parts | None) -> Hashable:
         if self.schema:
             return None if len(arrays) == len(self.schema) else tuple(arrays)
-        return tuple(sorted((name, array.shape, array.dtype.str) for name, array in arrays.items()))
+        form = tuple(sorted((name, array.shape, array.dtype.str) for name, array in arrays.items()))
+        if apart is None:
+            return form
+        beside = tuple(sorted((name, array.shape, array.dtype.str) for name, array in apart.beside.items()))
+        return form, beside, tuple(sorted((name, _digest(array)) for name, array in apart.same.items()))
 
     def _base(self, name: str) -> Array | None:
         """A variable of the global model, as an array."""
@@ -347,6 +399,7 @@ def checked_batch(
     aggregation_weights: Sequence[float] | None,
     like: WeightDict | None,
     device: str | None = None,
+    plan: Plan | None = None,
 ) -> tuple[Schema, list[Checked], Table | None]:
     """Checks a batch, strictly. Whether values are finite is not checked: the sums show that.
 
@@ -355,10 +408,11 @@ def checked_batch(
         aggregation_weights: One number ≥ 0 per weight dict; None: they count equally.
         like: Sets names, shapes and dtypes; None: the first one does.
         device: Where to move weights that lie elsewhere; None: they stay where they are.
+        plan: Which variables are not averaged, that `like` is without; None: all are.
 
     Returns:
-        The schema; the contributions in the order in which they are summed: by name, or as listed where they are bare
-        weight dicts; and the addresses of their arrays, if the check has found them.
+        The schema of what is averaged; the contributions in the order in which they are summed: by name, or as listed
+        where they are bare weight dicts; and the addresses of their arrays, if the check has found them.
 
     Raises:
         ContributionError: Something is wrong with one of them.
@@ -366,6 +420,8 @@ def checked_batch(
     """
     if not batch:
         raise EmptyAggregationError("no contributions to average")
+    if plan is not None:
+        return _checked_apart(batch, aggregation_weights, like, device, plan)
     schema = None if like is None else schema_of(like, "like")
     if not all(isinstance(item, Contribution) for item in batch):
         return _checked_weight_dicts(batch, aggregation_weights, schema, device)
@@ -374,6 +430,29 @@ def checked_batch(
             "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
         )
     return *_checked_contributions(batch, schema, device), None
+
+
+def _checked_apart(
+    batch: Sequence[Any],
+    aggregation_weights: Sequence[float] | None,
+    like: WeightDict | None,
+    device: str | None,
+    plan: Plan,
+) -> tuple[Schema, list[Checked], Table | None]:
+    """The same with what is not averaged beside the rest of each contribution."""
+    averaged: list[Any] = []
+    parts: dict[int | str, Parts | None] = {}
+    for label, item in zip(_labels(len(batch)), batch, strict=True):
+        if isinstance(item, Contribution):
+            given, apart = plan.apply(item.weights, label_of(item.contributor))
+            averaged.append(item.settled(weights=given))
+            parts[id(averaged[-1])] = apart
+        else:
+            given, parts[label] = plan.apply(item, label)
+            averaged.append(given)
+    schema, rows, table = checked_batch(averaged, aggregation_weights, like, device)
+    own = [parts[row.contributor if row.contribution is None else id(row.contribution)] for row in rows]
+    return schema, [replace(row, apart=apart) for row, apart in zip(rows, own, strict=True)], table
 
 
 def _checked_contributions(
@@ -457,6 +536,38 @@ def scanned(row: Checked, kernel: str | None = None, *, exact: bool = False) -> 
     return replace(row, scanned=True)
 
 
+def masks_of(rows: Sequence[Checked], like: WeightDict | None) -> dict[str, Array] | None:
+    """Variables with values that are not finite, all of them the same in all contributions: masks of −inf.
+
+    NaN, which is what a training that has failed leaves too, has to be in the global model as well; and so has all of a
+    single contribution.
+
+    Args:
+        rows: Contributions to differ in nothing.
+        like: The global model, as far as it is known and has values.
+
+    Returns:
+        By name what holds them; None: some are not the same.
+    """
+    found: dict[str, Array] = {}
+    kernel = kernels.resolve()
+    flagged = {name: None for row in rows for name in row.on_host().held.not_finite(kernel)}
+    for name in flagged:
+        arrays = [row.only([name]).on_host().arrays[name] for row in rows]
+        base, place = arrays[0], ~finite_elements(arrays[0])
+        known = None if like is None or name not in like else without_tensors({name: like[name]}, "like")[name]
+        sure = isinstance(known, np.ndarray) and known.shape == base.shape
+        with np.errstate(invalid="ignore"):  # of signalling NaNs
+            doubtful = len(rows) == 1 or bool(np.isnan(base).any())
+        if doubtful and not (sure and same_values(np.asarray(known)[place], base[place])):
+            return None
+        for array in arrays[1:]:
+            if not np.array_equal(~finite_elements(array), place) or not same_values(array[place], base[place]):
+                return None
+        found[name] = base
+    return found or None
+
+
 def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:
     """The contribution while the global model is not known: infinities wait for another who sends the same."""
     who = checked.contributor
@@ -465,10 +576,19 @@ def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:
             raise _not_finite(name, array, who)
     name, array = next(iter(arrays.items()))
     constants = {name: array.copy() for name, array in arrays.items()}
-    digests = tuple(hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest() for array in constants.values())
+    digests = tuple(map(_digest, constants.values()))
     averaged = tuple(name for name in checked.arrays if name not in constants)
     form = (checked.form, averaged, digests)
     return replace(checked, constants=constants, form=form, unless_alone=_not_finite(name, array, who))
+
+
+def _digest(array: Array) -> bytes:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
+
+
+def _is_no_difference(array: Array, base: Array) -> bool:
+    """Whether a difference is 0 everywhere, or NaN where the global model is not finite."""
+    return not array[finite_elements(base)].any() and bool(np.isnan(array[~finite_elements(base)]).all())
 
 
 def _agrees(array: Array, base: Array, kind: Kind) -> bool:

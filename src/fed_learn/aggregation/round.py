@@ -16,6 +16,7 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation import agreement
 from fed_learn.aggregation.accumulator import Accumulator
+from fed_learn.aggregation.apart import Apart, Plan, planned
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.outputs import Output
@@ -69,7 +70,8 @@ class Combined:
     """The contributions of a round, combined.
 
     Attributes:
-        mean: What the rule made of the variables that are averaged: full weights or differences.
+        mean: What the rule made of the variables that are averaged, and what policies made of others: full weights or
+            differences.
         constants: Variables that are taken as a contributor sent them, since the global model is not known.
         sent: Names of the variables that were sent, the kept constants among them.
         kind: Whether `mean` holds full weights or differences.
@@ -147,8 +149,9 @@ class Round:
         self.settings = settings = AggregationSettings() if settings is None else settings
         self._model = model or None
         self._kernel = kernels.resolve(settings.kernel)
+        self._plan, schema, beside = _schemas(settings, self._model)
         self._terms = Terms(
-            schema=None if self._model is None else schema_of(self._model, "global model") or None,
+            schema=schema,
             kind=settings.kind,
             round=number,
             of_job=True,
@@ -157,6 +160,8 @@ class Round:
             own=own,
             kernel=self._kernel,
             exact=settings.exact,
+            plan=self._plan,
+            beside=beside,
         )
         self._told = Told() if told is None else told
         self._rows: dict[str, Checked] = {}
@@ -411,12 +416,18 @@ class Round:
             problem = agreement.of_another_part(rows)
             if problem is not None:
                 raise problem
-            if [row for row in rows if row.filled]:  # there constants are put back into the mean
+            # Constants are put back into the mean, and what is apart comes beside it.
+            if [row for row in rows if row.filled or row.apart is not None]:
                 given = replace(given, output=None)
             mean = self._combined_of(given, rows, list(rows[0].averaged))
         constants: dict[str, Any] = {}
         for row in () if self._terms.schema else reversed(rows):
             constants |= row.constants
+        apart = {} if settings.stream else _combined_apart(rows)
+        if self._terms.schema is None:
+            constants |= apart
+        else:
+            mean = {**mean, **apart}
         return Combined(self._with_constants(mean, rows), constants, names, settings.kind)
 
     def sent(self, contributions: Sequence[Contribution]) -> tuple[str, ...]:
@@ -429,10 +440,14 @@ class Round:
         return frozenset(name for row in rows for name in row.averaged if name not in row.unchanged)
 
     def _names_sent(self, rows: Sequence[Checked]) -> tuple[str, ...]:
-        if self._terms.schema and None in [row.form for row in rows]:
+        if self._terms.schema and None in [row.form for row in rows] and self._plan is None:
             return tuple(self._terms.schema)
         names = {name: None for row in rows for name in row.arrays}
-        return tuple(name for name in self._terms.schema or names if name in names)
+        for row in rows:
+            names |= {} if row.apart is None else dict.fromkeys([*row.apart.beside, *row.apart.same])
+        if self._plan is not None:  # clients have them as they are
+            names |= dict.fromkeys(self._plan.names("keep", "same"))
+        return tuple(name for name in (self._model if self._terms.schema else names) or () if name in names)
 
     def _combined_of(self, given: Given, rows: Sequence[Checked], names: Sequence[str]) -> WeightDict:
         """Combines some variables of contributions that all have them."""
@@ -473,7 +488,13 @@ class Round:
         self._streams[key] = stream
         kept = {name: placeholder(array.shape, array.dtype) for name, array in row.arrays.items()}
         filled = dict.fromkeys(row.filled, np.empty(0))
-        return replace(row, contribution=row.sent.without_weights(), held=OpenedWeights(kept, {}, {}), filled=filled)
+        return replace(
+            row,
+            contribution=row.sent.without_weights(),
+            held=OpenedWeights(kept, {}, {}),
+            filled=filled,
+            apart=None if row.apart is None else row.apart.emptied(),
+        )
 
     def _forget_streams(self) -> None:
         """Drops the sums of refused contributions: of one sum either all contributions are refused, or none."""
@@ -571,15 +592,22 @@ class Round:
         return mean
 
     def _base(self, name: str) -> Array:
+        """A variable of the global model, as an array."""
         assert self._model is not None
         return np.asarray(without_tensors({name: self._model[name]}, "global model")[name])
 
     def _tell(self) -> None:
-        """Logs once that only a part of the global model is averaged, and which constants are kept."""
+        """Logs once that only a part of the global model is averaged, and which constants and codes are kept."""
         schema, rows = self._terms.schema, self._rows.values()
         if not schema or not rows:
             return
-        sent = set(self._names_sent(list(rows)))
+        if self._plan is not None and self._plan.codes:
+            self._told.once(
+                ("codes",),
+                f"{listed(self._plan.codes)}: {' and '.join(sorted(set(self._plan.codes.values())))}, which have no "
+                "mean: kept as they are in the global model, and clients that send others are refused",
+            )
+        sent = schema.keys() & self._names_sent(list(rows))
         if len(sent) < len(schema):
             kept = [name for name in schema if name not in sent]
             self._told.once(
@@ -594,3 +622,38 @@ class Round:
                 ("constants", frozenset(constants)),
                 f"{listed(constants)}: not finite in the global model, and the same from clients: kept there as it is",
             )
+
+
+def _schemas(
+    settings: AggregationSettings, model: WeightDict | None
+) -> tuple[Plan | None, Schema | None, Schema | None]:
+    """Which variables of a model are not averaged; the schema of those that are; and that of the others that are sent.
+
+    Raises:
+        ValueError: Policies leave nothing to be averaged, or one fits no variable.
+    """
+    schema = None if model is None else schema_of(model, "global model")
+    if not schema:
+        if "keep" in settings.policies.values():
+            raise ValueError("policies: nothing can be kept as it is in the global model, which is not known")
+        return Plan(settings.policies, {}, {}, open=True), None, None
+    plan = planned(settings.policies, model, "global model")
+    if plan is None:
+        return None, schema, None
+    averaged, beside = plan.schema(schema, "mean"), plan.schema(schema, "max", "sum", "same")
+    if not averaged:
+        raise ValueError("policies leave no variable of the global model to be averaged")
+    return plan, averaged, beside
+
+
+def _combined_apart(rows: Sequence[Checked]) -> dict[str, Any]:
+    """What becomes of the variables that are the largest, summed or the same, by the contributions that have them."""
+    made: dict[str, Any] = {}
+    apart = [(row.contributor, row.apart) for row in rows if row.apart is not None]
+    for name in dict.fromkeys(name for _, parts in apart for name in (*parts.beside, *parts.same)):
+        one = Apart(Plan(apart[0][1].plan.policies, {}, apart[0][1].plan.codes))
+        for who, parts in apart:
+            only = parts.only(name)
+            one.take(one.check(only, who), who)
+        made |= one.values()
+    return made

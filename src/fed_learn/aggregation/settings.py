@@ -1,11 +1,12 @@
 """The settings of aggregation: frozen, and checked when they are made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from fed_learn import kernels
 from fed_learn.aggregation.rules import Rule, find
 from fed_learn.arguments import check_choice, check_count
 from fed_learn.contribution import Kind
+from fed_learn.policies import Policies
 
 PARTIAL = ("same", "average", "refuse")
 """What becomes of contributions that hold a part of the global model's variables.
@@ -23,6 +24,8 @@ class AggregationSettings:
         rule: The rule that combines them, given by its name or as a `Rule`; kept as a `Rule`.
         kind: The kind of contributions that is expected.
         partial: One of `PARTIAL`.
+        policies: What becomes of variables by regular expressions of their names; see `fed_learn.policies`. Kept as
+            `Policies`.
         exact: Sum exactly (see `fed_learn.weighted_average`).
         stream: Add up contributions as they come, and keep none.
         kernel: Name of the kernel; None: the one that is current when a round begins.
@@ -46,6 +49,7 @@ class AggregationSettings:
     rule: Rule | str = "mean"
     kind: Kind = Kind.FULL
     partial: str = "same"
+    policies: Policies = field(default_factory=Policies)
     exact: bool = False
     stream: bool = False
     kernel: str | None = None
@@ -59,8 +63,11 @@ class AggregationSettings:
         check_choice("partial", self.partial, PARTIAL)
         if self.stream and self.partial == "average":
             raise ValueError("partial='average' needs all contributions of a round at once, which stream=True drops")
+        object.__setattr__(self, "policies", Policies(self.policies))
         object.__setattr__(self, "kind", Kind(self.kind))
         object.__setattr__(self, "rule", find(self.rule))
+        if self.policies and self.how.makes_model:
+            raise ValueError(f"rule {self.how.name!r} makes the global model itself: leave policies= out")
         self.how.check_settings(kind=self.kind, partial=self.partial, exact=self.exact, stream=self.stream)
         kernels.resolve(self.kernel)
 

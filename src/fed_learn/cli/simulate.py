@@ -71,6 +71,18 @@ def simulate(
         ),
     ] = None,
     rule: Annotated[str, typer.Option(help="How contributions are combined: mean.")] = "mean",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="REGEX=POLICY",
+            help="What becomes of variables with such a name: mean, same, keep, local, max or sum. Again for more.",
+            show_default="mean",
+        ),
+    ] = None,
+    partial: Annotated[
+        str | None,
+        typer.Option(help="What becomes of parts of the model: same, average or refuse.", show_default="same"),
+    ] = None,
     kernel: Annotated[str, typer.Option(help="What averages: auto, native or numpy.")] = "auto",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of the aggregation.", show_default="all processors")
@@ -149,6 +161,8 @@ def simulate(
             exact=exact and not getattr(aggregator, "exact", False),
             kernel=None if kernel == "auto" else kernel,
             rule=rule,
+            policies={**settings.policies, **_policies(policy or [])},
+            partial=partial or settings.partial or "same",
             aggregator=aggregator,
         )
     )
@@ -165,6 +179,8 @@ def simulate(
         "local_epochs": local_epochs,
         "kind": kind.value,
         "rule": rule,
+        "policies": dict(demo.server.settings.aggregation.policies),
+        "partial": demo.server.settings.aggregation.partial,
         "kernel": demo.server.settings.aggregation.kernel,
         "threads": kernels.get_num_threads(),
         "exact": exact,
@@ -233,6 +249,17 @@ def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
         f"{where}; kept in {out}: {', '.join(files)}. It cannot be resumed: run it again with another --out, or with "
         "--overwrite"
     )
+
+
+def _policies(given: list[str]) -> dict[str, str]:
+    """Policies as the command takes them: a regular expression, the last equals sign, and the policy."""
+    found = {}
+    for one in given:
+        pattern, equals, policy = one.rpartition("=")
+        if not equals:
+            raise typer.BadParameter(f"{one!r} is not REGEX=POLICY, as in bn=local", param_hint="--policy")
+        found[pattern] = policy
+    return found
 
 
 def _as_wrong_use(function: Callable[[], T]) -> T:

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Self
 
+from fed_learn.aggregation.settings import PARTIAL
 from fed_learn.client.fed_privacy import LaplacianProtocol, PercentileProtocol, SVTProtocol
 from fed_learn.components.config import build_component
 from fed_learn.errors import ConfigError
+from fed_learn.policies import Policies
 from fed_learn.server.model_aggregator import ModelAggregator
 
 AGGREGATORS: dict[str, type] = {"ModelAggregator": ModelAggregator}
@@ -26,6 +28,8 @@ class ServerConfig:
         validate_on_server: Whether the server validates, if the file says so.
         num_rounds_per_valid: Rounds from one validation on the server to the next.
         exclude_vars: Regular expression of variables that are not aggregated.
+        policies: What becomes of variables by regular expressions of their names.
+        partial: What becomes of parts of the model, if the file says so.
         handlers: Entries of the server's handlers, None where the file has none.
         aggregator: The entry of the aggregator.
         filters: Entries of the filters that each client's difference goes through.
@@ -42,6 +46,8 @@ class ServerConfig:
     validate_on_server: bool | None = None
     num_rounds_per_valid: int | None = None
     exclude_vars: str | None = None
+    policies: Policies = field(default_factory=Policies)
+    partial: str | None = None
     handlers: list[Any] | None = None
     aggregator: Any = None
     filters: Sequence[Any] = ()
@@ -81,6 +87,8 @@ class ServerConfig:
             validate_on_server=_typed(found, "validate_on_server", bool),
             num_rounds_per_valid=_positive(found, "num_rounds_per_valid"),
             exclude_vars=exclude_vars,
+            policies=_policies(found),
+            partial=_partial(found),
             handlers=_typed(found, "handlers", list),
             aggregator=found.get("aggregator"),
             filters=filters,
@@ -169,7 +177,8 @@ class ServerConfig:
 
 def _groups(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any], set[str]]]:
     """Where settings stand: what to call the place, what is there, and which keys are known in it."""
-    of_server = {"num_rounds", "min_num_clients", "validate_on_server", "num_rounds_per_valid", "exclude_vars"}
+    of_server = {"num_rounds", "min_num_clients", "validate_on_server", "num_rounds_per_valid"}
+    of_server |= {"exclude_vars", "policies", "partial"}
     groups = [("", settings, of_server | {"handlers", "aggregator", "filters", "servers", "client"})]
     servers, client = _typed(settings, "servers", list) or [], _typed(settings, "client", dict) or {}
     for number, server in enumerate(servers):
@@ -194,6 +203,20 @@ def _positive(settings: dict[str, Any], key: str) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{key!r} must be a number of at least 1, not {value!r}")
+    return value
+
+
+def _policies(settings: dict[str, Any]) -> Policies:
+    try:
+        return Policies(_typed(settings, "policies", dict))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"'policies': {str(error).removeprefix('policies: ')}") from error
+
+
+def _partial(settings: dict[str, Any]) -> str | None:
+    value: str | None = _typed(settings, "partial", str)
+    if value is not None and value not in PARTIAL:
+        raise ConfigError(f"'partial' must be {' or '.join(map(repr, PARTIAL))}, not {value!r}")
     return value
 
 

@@ -1,15 +1,17 @@
 """`FederatedServer`: the server's side of a job, from the first event to the last."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 from fed_learn import kernels
+from fed_learn.aggregation.apart import planned
 from fed_learn.aggregation.rules import ClaraRule, Rule
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
 from fed_learn.events import EventHandler
 from fed_learn.model_meta import FLContext
+from fed_learn.policies import Policies
 from fed_learn.server.client_pool import ClientPool, declared_score
 from fed_learn.server.job import Job
 from fed_learn.server.model_aggregator import Aggregator
@@ -46,13 +48,16 @@ class FederatedServer:
             all is averaged, and the rest of the global model kept; of different parts the commonest counts, and the
             others are refused. `"average"`: each variable is averaged over those who sent it (not with `stream`).
             `"refuse"`: a part is refused.
+        policies: What becomes of variables by regular expressions of their names, the first that is found deciding:
+            `{"bn": "local"}` for FedBN; see `fed_learn.policies.Policy`. Clients are not sent what is `"local"`, of
+            which the global model keeps what it began with. Codes are `"same"`; all others are averaged.
         kernel: Name of the kernel; None: the current one, looked up now.
         rule: How contributions are combined: the name of a rule, one of `fed_learn.rules.available()`, or a `Rule`.
         aggregator: Makes the global model in place of the weighted mean; needs `kind=Kind.DIFF`. A round in which it
             raises, or leaves no model of the job's schema, fails like one with too few contributions.
 
     Raises:
-        ValueError: An argument is out of its range.
+        ValueError: An argument is out of its range, or a policy fits no variable.
         TypeError: A handler lacks `handle_event` or `rollback`, an aggregator `process`, or a count is not an int.
         ContributionError: `weights` is no weight dict, or holds dtypes or values that cannot be averaged.
         KernelNameError, KernelUnavailableError: The kernel cannot be used.
@@ -90,6 +95,7 @@ class FederatedServer:
         exact: bool = False,
         stream: bool = False,
         partial: str = "same",
+        policies: Mapping[str, str] | None = None,
         kernel: str | None = None,
         rule: str | Rule = "mean",
         aggregator: Aggregator | None = None,
@@ -100,6 +106,7 @@ class FederatedServer:
             rule=rule if aggregator is None else ClaraRule(aggregator),
             kind=kind,
             partial=partial,
+            policies=Policies(policies),
             exact=exact,
             stream=stream,
             kernel=kernels.resolve(kernel).name,
@@ -110,6 +117,7 @@ class FederatedServer:
             num_rounds=num_rounds, handlers=handlers, on_handler_error=on_handler_error, aggregation=aggregation
         )
         self.weights = initial_model(weights, aggregation.kind)
+        planned(aggregation.policies, self.weights, "global model")  # whether each policy fits a variable
         self.ctx = FLContext()
 
     @property

@@ -90,6 +90,21 @@ class JobRounds(JobEvents):
             return self.settings.aggregation.min_contributions
         return self._num_clients if self._num_clients is not None else max(1, len(self._asked))
 
+    @property
+    def local(self) -> frozenset[str]:
+        """Names of the variables that clients keep to themselves: they are not sent, and theirs are not taken."""
+        policies = self.settings.aggregation.policies
+        return frozenset(name for name in self.schema if policies.of(name) == "local") if policies else frozenset()
+
+    def sent(self, weights: FrozenWeights | None = None) -> FrozenWeights:
+        """What clients are sent of a model: all but what is local to each of them.
+
+        Args:
+            weights: The model; None: the global model.
+        """
+        whole, local = self._weights if weights is None else weights, self.local
+        return whole if not local else FrozenWeights.adopt({n: whole[n] for n in whole if n not in local})
+
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
         """START_ROUND; a handler may replace the global model.
 

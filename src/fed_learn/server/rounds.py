@@ -49,7 +49,7 @@ def _register(job: Job, clients: ClientPool) -> None:
 
 def _run_round(job: Job, clients: ClientPool, number: int) -> None:
     job.start_round(number)
-    weights = job.weights
+    weights = job.sent()
     for name in clients:
         job.send_model(name)
     for name, answer in clients.ask(lambda client: client.train_round(number, lambda: weights)):
@@ -108,6 +108,7 @@ def _local_bests(job: Job, clients: ClientPool) -> dict[str, FrozenWeights]:
 
 
 def _validate_everywhere(job: Job, clients: ClientPool, model: str, weights: FrozenWeights) -> None:
-    for name, answer in clients.ask(lambda client: client.validate_model(model, weights)):
+    sent = job.sent(weights)
+    for name, answer in clients.ask(lambda client: client.validate_model(model, sent)):
         job.receive_validation_result(name, answer)
         _stop_if_it_left(job, clients, name)

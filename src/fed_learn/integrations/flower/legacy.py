@@ -3,7 +3,7 @@
 import logging
 import math
 import operator
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -58,6 +58,7 @@ class LegacyFedAvg(StrategyBase, FlowerFedAvg):
     Args:
         num_rounds: As of Flower's `ServerConfig`.
         partial: As of `FedAvg`; a shorter list of parameters is the beginning of the longer one.
+        policies: As of `FedAvg`, but `"local"`: of a list without names nobody could tell what is left out of it.
         node_names: As of `FedAvg`, by Flower's client ids.
         **flower: Arguments of Flower's `FedAvg`.
 
@@ -79,6 +80,7 @@ class LegacyFedAvg(StrategyBase, FlowerFedAvg):
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
         partial: str = "same",
+        policies: Mapping[str, str] | None = None,
         exact: bool = False,
         kernel: str | None = None,
         rule: str | Rule = "mean",
@@ -99,10 +101,16 @@ class LegacyFedAvg(StrategyBase, FlowerFedAvg):
         self.kernel = kernel
         self.rule = rule
         self.partial = partial
+        self.policies = policies
         self.validation_metric = validation_metric
         self.validation_mode = validation_mode
         self.n_iter_key = n_iter_key
         self.node_names = node_names
+        if "local" in (policies or {}).values():
+            raise ValueError(
+                "policies: 'local' variables are left out of messages, and parameters have no names here by which a "
+                "client could tell which are left; use 'keep', or fed_learn.integrations.flower.FedAvg"
+            )
         self._job_check()
 
     def __repr__(self) -> str:

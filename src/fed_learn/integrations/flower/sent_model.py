@@ -37,6 +37,7 @@ class SentModel:
         self._ever: dict[str, None] = {}
         self._narrow = False
         self.part: tuple[str, ...] | None = None
+        self._carry(list(job.schema))
 
     @property
     def record(self) -> ArrayRecord:
@@ -133,10 +134,12 @@ class SentModel:
         )
         self._job.change_schema(schema)
         self.part = None
+        self._carry(list(schema))
 
     def _carry(self, names: Sequence[str]) -> None:
-        """Notes which variables messages carry from now on."""
-        schema = self._job.schema
+        """Notes which variables messages carry from now on: never those that clients keep to themselves."""
+        schema, local = self._job.schema, self._job.local
+        names = [name for name in names if name not in local]
         part = None if len(names) == len(schema) or not schema else tuple(names)
         if part != self.part:
             self.part, self._written = part, (self._job.weights, None)

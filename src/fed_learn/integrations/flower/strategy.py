@@ -1,7 +1,7 @@
 """`FedAvg` in the place of Flower's, and `WithHandlers` around any other strategy of its Message API."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from traceback import walk_tb
 from typing import Any
 
@@ -53,6 +53,9 @@ class FedAvg(JobStrategy, FlowerFedAvg):
             all is averaged, and the rest of the global model kept; of different parts the commonest counts, and the
             others are refused. `"average"`: each variable is averaged over those who sent it (not with `stream`).
             `"refuse"`: a part is refused.
+        policies: What becomes of variables by regular expressions of their names, the first that is found deciding:
+            `{"bn": "local"}` for FedBN; see `fed_learn.policies.Policy`. Messages do not carry what is `"local"`. Codes
+            are `"same"`; all others are averaged.
         exact: Average with exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
         rule: How contributions are combined: the name of a rule, one of `fed_learn.rules.available()`, or a `Rule`.
@@ -101,6 +104,7 @@ class FedAvg(JobStrategy, FlowerFedAvg):
         on_bad_contribution: str = "reject",
         on_handler_error: str = "raise",
         partial: str = "same",
+        policies: Mapping[str, str] | None = None,
         exact: bool = False,
         kernel: str | None = None,
         rule: str | Rule = "mean",
@@ -123,6 +127,7 @@ class FedAvg(JobStrategy, FlowerFedAvg):
             train_metrics_aggr_fn=train_metrics_aggr_fn or mean_metrics,
             evaluate_metrics_aggr_fn=evaluate_metrics_aggr_fn or mean_metrics,
         )
+        self.policies = policies
         self.exact = exact
         self.kernel = kernel
         self.rule = rule

@@ -7,7 +7,7 @@ Users derive classes from strategies and give names of their own, so names here 
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord
@@ -22,6 +22,7 @@ from fed_learn.errors import NothingAggregatedError
 from fed_learn.events import EventHandler
 from fed_learn.integrations.flower.flower_job import Aggregate, FlowerJob
 from fed_learn.integrations.flower.names import NodeNames, check_node_names
+from fed_learn.policies import Policies
 from fed_learn.server import JobResult
 from fed_learn.server.job import Job
 from fed_learn.server.settings import JobSettings
@@ -42,6 +43,7 @@ class StrategyBase:
         on_bad_contribution: What a refused one does.
         on_handler_error: What a handler that raised does.
         partial: What becomes of parts of the model.
+        policies: What becomes of variables by their names.
         exact: Whether sums are exact.
         kernel: Name of the kernel; None: the current one.
         stream: Whether contributions are added up as they arrive.
@@ -58,6 +60,7 @@ class StrategyBase:
     on_bad_contribution: str
     on_handler_error: str
     partial: str = "same"
+    policies: Mapping[str, str] | None = None
     exact: bool = False
     kernel: str | None = None
     stream: bool = False
@@ -93,6 +96,7 @@ class StrategyBase:
             rule=self.rule,
             kind=self.kind,
             partial=self.partial,
+            policies=Policies(self.policies),
             exact=self.exact,
             stream=self.stream,
             kernel=kernels.resolve(self.kernel).name,

@@ -45,6 +45,7 @@ from fed_learn.errors import (
 )
 from fed_learn.integrations.nvflare import props
 from fed_learn.limits import LEFT_OUT
+from fed_learn.policies import Policies
 from fed_learn.server.job_events import nothing_aggregated
 from fed_learn.values import mean_of, whole_number_of
 from fed_learn.weights import items_of
@@ -69,6 +70,7 @@ class _Averaging:
         min_contributions: int = 1,
         require_weight: bool = False,
         partial: str = "same",
+        policies: dict[str, str] | None = None,
         exact: bool = False,
         kernel: str | None = None,
         rule: str | Rule = "mean",
@@ -83,6 +85,7 @@ class _Averaging:
             rule=rule,
             kind=KINDS[expected_data_kind],
             partial=partial,
+            policies=Policies(policies),
             exact=exact,
             stream=stream,
             kernel=kernel,
@@ -109,6 +112,7 @@ class _Averaging:
         self.min_contributions = min_contributions
         self.require_weight = require_weight
         self.partial = partial
+        self.policies = policies
         self.exact = exact
         self.kernel = kernel
         self.rule = rule
@@ -395,6 +399,10 @@ class WeightedAverageAggregator(_Averaging, ModelAggregator):  # type: ignore[mi
         partial: What becomes of models that hold a part of the variables. `"same"`: a part that is the same from all is
             averaged, and the global model keeps the rest; of different parts the commonest counts. `"average"`: each
             variable is averaged over those who sent it, as NVFlare does (not with `stream`). `"refuse"`: it is refused.
+        policies: What becomes of variables by regular expressions of their names, the first that is found deciding:
+            `{"bn": "local"}` for FedBN; see `fed_learn.policies.Policy`. The global model keeps its own of what is
+            `"local"`, which NVFlare sends all the same: clients do not load it. Codes are `"same"`; all others are
+            averaged.
         exact: Exact sums (see `fed_learn.weighted_average`).
         kernel: Name of the kernel; None: the current one.
         rule: How contributions are combined: the name of a rule, one of `fed_learn.rules.available()`, or a `Rule`.
@@ -484,6 +492,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
         min_contributions: int = 1,
         require_weight: bool = False,
         partial: str = "same",
+        policies: dict[str, str] | None = None,
         exact: bool = False,
         kernel: str | None = None,
         rule: str | Rule = "mean",
@@ -498,6 +507,7 @@ class WeightedAverageDXOAggregator(_Averaging, Aggregator):  # type: ignore[misc
             min_contributions=min_contributions,
             require_weight=require_weight,
             partial=partial,
+            policies=policies,
             exact=exact,
             kernel=kernel,
             rule=rule,
