@@ -190,6 +190,8 @@ class Accumulator:
             given, parts = plan.apply(contribution.weights, tensors.label_of(contribution.contributor))
             order, contribution = self._ordered(contribution.weights, plan), contribution.settled(weights=given)
         row = terms.check(contribution, self._contributors if named else ())
+        if plan is not None and parts is not None:
+            plan.check_names(parts, row.contributor)
         self.take(row if parts is None else replace(row, apart=parts), borrow=borrow, named=named)
         if not self._planned:
             self._planned, self._plan, self._order = True, plan, order

@@ -20,7 +20,7 @@ from fed_learn import kernels
 from fed_learn.adapters.tensors import framework_of, plain
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import magnitude
-from fed_learn.aggregation.tensors import as_tensors, opened
+from fed_learn.aggregation.tensors import Place, as_tensors, opened, schema_of
 from fed_learn.errors import IntegerRangeError, NamesError, NotSameError, OutputError, WeightsTypeError, a_type
 from fed_learn.limits import MOST_NAMED
 from fed_learn.policies import Policies, codes_in
@@ -219,6 +219,34 @@ def planned(policies: Mapping[str, str] | None, weights: object, who: str) -> Pl
     return Plan(own, found, codes)
 
 
+def schemas_of(policies: Policies, model: WeightDict | None) -> tuple[Plan | None, Schema | None, Schema | None]:
+    """What becomes of the variables of a job's global model.
+
+    Args:
+        policies: The user's.
+        model: The global model; None or empty: it is not known.
+
+    Returns:
+        Which variables are not averaged, None if all are; the schema of those that are; that of the others that are
+        sent. The schemas are None where the global model is not known.
+
+    Raises:
+        ValueError: Policies leave nothing to be averaged, or one fits no variable.
+    """
+    schema = None if model is None else schema_of(model, "global model")
+    if not schema:
+        if "keep" in policies.values():
+            raise ValueError("policies: nothing can be kept as it is in the global model, which is not known")
+        return Plan(policies, {}, {}, open=True), None, None
+    plan = planned(policies, model, "global model")
+    if plan is None:
+        return None, schema, None
+    averaged = plan.schema(schema, "mean")
+    if not averaged:
+        raise ValueError("policies leave no variable of the global model to be averaged")
+    return plan, averaged, plan.schema(schema, "max", "sum", "same")
+
+
 def _check_fitting(policies: Policies, names: Collection[str]) -> None:
     """Refuses expressions that are found in no name, and so would do nothing.
 
@@ -302,7 +330,8 @@ def alike(one: Any, other: Any) -> bool | None:
 class Apart:
     """What becomes of the variables that are not averaged, as contributions come.
 
-    Sums are exact, so that they do not depend on the order, and rounded once; of zeros the largest is +0.
+    Sums of floating-point numbers are kept exactly, in the domain of `exact`, and rounded at the end, so that they do
+    not depend on the order; those of integers have to stay within their dtype. Of zeros the largest is +0.
 
     Args:
         plan: Which variables these are.
@@ -312,8 +341,14 @@ class Apart:
         self.plan = plan
         self._same: dict[str, tuple[str, Any]] = {}
         self._largest: dict[str, Array] = {}
-        self._sums: dict[str, tuple[ExactSums, Array, int]] = {}
-        self._places: dict[str, Any] = {}
+        self._sums: dict[str, tuple[ExactSums, Array]] = {}
+        self._counts: dict[str, tuple[Array, Array]] = {}  # of integers, in int64
+        self._places: dict[str, Place] = {}
+
+    @property
+    def _likes(self) -> dict[str, Array]:
+        """An array of the shape and dtype of each variable that is combined."""
+        return self._largest | {name: like for name, (_, like) in (*self._sums.items(), *self._counts.items())}
 
     def check(self, parts: Parts, who: str) -> Parts:
         """Opens the variables of a contribution, and refuses what does not agree with what came before.
@@ -325,31 +360,40 @@ class Apart:
             ContributionError: One of its children.
             ExactDomainError: A value that is to be summed is outside of the domain of exact sums.
         """
-        self.plan.check_names(parts, who)
         for name, value in parts.same.items():
             first, first_value = self._same.get(name, (who, value))
             self.plan.check_same(name, value, first_value, who, first)
         held = opened(parts.beside, who)
         arrays = as_weight_dict(held.on_host(), who)
-        before = self._largest | {name: like for name, (_, like, _) in self._sums.items()}
-        Schema.of(before or arrays).check(arrays, who) if arrays else None
+        before = self._likes
+        known = {name: before[name] for name in arrays if name in before}
+        Schema.of(known).check({name: arrays[name] for name in known}, who)
+        Schema.of(arrays, who)
         check_finite(arrays, who)
         summed = {name: arrays[name] for name in parts.summed}
         check_domain(summed, 1.0, who)
         for name, array in summed.items():
-            self._check_range(name, array, who)
-        if not before:
-            self._places = {n: held.place.only([n]) for n in held.owners} if held.place is not None else {}
-        return Parts(parts.plan, {name: arrays[name] for name in parts.largest}, summed, parts.same)
+            if array.dtype.kind in "iub":
+                self._counted(name, array, who)
+        if held.place is not None:
+            self._places = {name: held.place.only([name]) for name in held.owners} | self._places
+        return Parts(self.plan, {name: arrays[name] for name in parts.largest}, summed, parts.same)
 
-    def _check_range(self, name: str, array: Array, who: str) -> None:
-        if array.dtype.kind not in "iub":
-            return
-        before = self._sums[name][2] if name in self._sums else 0
-        most = 1 if array.dtype.kind == "b" else np.iinfo(array.dtype).max
-        if before + magnitude_of(array) > most:
-            text = f"{who}: {name!r} is summed, and the sum leaves the range of {array.dtype}"
+    def _counted(self, name: str, array: Array, who: str, dtype: np.dtype[Any] | None = None) -> Array:
+        """The sum of integers with those of an array.
+
+        Raises:
+            IntegerRangeError: It leaves the range of the dtype, or int64 on the way.
+        """
+        dtype = array.dtype if dtype is None else dtype
+        before = self._counts[name][0] if name in self._counts else np.zeros(array.shape, np.int64)
+        bounds = (0, 1) if dtype == np.bool_ else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+        fits = not array.size or int(np.abs(before).max()) + magnitude(array) < 2**63
+        after = before + array.astype(np.int64) if fits else before
+        if not fits or (after.size and not bounds[0] <= int(after.min()) <= int(after.max()) <= bounds[1]):
+            text = f"{who}: {name!r} is summed, and the sum leaves the range of {dtype}"
             raise IntegerRangeError(text, contributor=who, name=name)
+        return after
 
     def take(self, parts: Parts, who: str, *, counts: bool = True) -> None:
         """Takes in variables that `check` has opened.
@@ -366,20 +410,12 @@ class Apart:
             now[now == 0] = 0  # of zeros of both signs numpy's choice depends on the order
             self._largest[name] = now
         for name, array in parts.summed.items() if counts else ():
-            sums, like, most = self._sums.get(name) or (ExactSums([array.size]), np.zeros_like(array), 0)
+            if array.dtype.kind in "iub":
+                self._counts[name] = self._counted(name, array, who), np.zeros_like(array)
+                continue
+            sums, like = self._sums.get(name) or (ExactSums([array.size]), np.zeros_like(array))
             sums.add(kernels.resolve(device="cpu"), [[np.array(array, order="C")]], [1.0])
-            self._sums[name] = sums, like, most + magnitude_of(array)
-
-    def merge(self, other: "Apart") -> None:
-        """Takes in what another has; it stays as it is. `check_mergeable` comes first."""
-        for name, (who, value) in other._same.items():
-            self._same.setdefault(name, (who, value))
-        self.take(Parts(self.plan, other._largest), "other")
-        for name, (sums, like, most) in other._sums.items():
-            mine, _, before = self._sums.get(name) or (ExactSums([like.size]), like, 0)
-            mine.merge(sums)
-            self._sums[name] = mine, like, before + most
-        self._places = self._places or other._places
+            self._sums[name] = sums, like
 
     def check_mergeable(self, other: "Apart") -> None:
         """Refuses what `merge` could not take in.
@@ -387,11 +423,22 @@ class Apart:
         Raises:
             ContributionError: Variables differ that have to be the same, or the sum of integers leaves their range.
         """
-        zeros = {name: like for name, (_, like, _) in other._sums.items()}
-        self.check(Parts(self.plan, other._largest, zeros, other.same), "other")
-        for name, (_, like, most) in other._sums.items():
-            if name in self._sums and like.dtype.kind in "iub":
-                self._check_range(name, np.array(most, np.uint64), "other")
+        likes = {name: np.zeros_like(like) for name, like in other._likes.items() if name not in other._largest}
+        if other._likes:
+            self.check(Parts(self.plan, other._largest, likes, other.same), "other")
+        for name, (count, like) in other._counts.items():
+            self._counted(name, count, "other", like.dtype)
+
+    def merge(self, other: "Apart") -> None:
+        """Takes in what another has; it stays as it is. `check_mergeable` comes first."""
+        self.take(Parts(self.plan, other._largest, {}, other.same), "other")
+        for name, (count, like) in other._counts.items():
+            self._counts[name] = self._counted(name, count, "other", like.dtype), like
+        for name, (sums, like) in other._sums.items():
+            mine, _ = self._sums.get(name) or (ExactSums([like.size]), like)
+            mine.merge(sums)
+            self._sums[name] = mine, like
+        self._places = self._places or other._places
 
     @property
     def same(self) -> dict[str, Any]:
@@ -404,27 +451,14 @@ class Apart:
         Raises:
             NonFiniteError: A sum leaves the range of its dtype.
         """
-        kernel = kernels.resolve(device="cpu")
         made: dict[str, Array] = {name: np.array(array) for name, array in self._largest.items()}
-        for name, (sums, like, _) in self._sums.items():
+        made |= {name: np.array(count, like.dtype) for name, (count, like) in self._counts.items()}
+        for name, (sums, like) in self._sums.items():
             made[name] = np.empty_like(like, order="C")
-            if like.dtype.kind in "iub":
-                sums.integer_mean(kernel, 0, Fraction(1), made[name])
-            else:
-                sums.divide(kernel, [0], Fraction(1), [made[name]])
+            sums.divide(kernels.resolve(device="cpu"), [0], Fraction(1), [made[name]])
         check_finite(made, "sum")
         tensors = {name: as_tensors({name: made[name]}, place)[name] for name, place in self._places.items()}
         return {name: copied(value) for name, value in self.same.items()} | made | tensors
-
-
-def magnitude_of(array: Array) -> int:
-    """The largest absolute value of integers or booleans.
-
-    Example:
-        >>> magnitude_of(np.array([True])), magnitude_of(np.array([-3]))
-        (1, 3)
-    """
-    return int(array.any()) if array.dtype == bool else magnitude(array)
 
 
 def copied(value: Any) -> Any:

@@ -197,6 +197,7 @@ def _combined_by(
     apart = Apart(plan)
     for row in rows:
         assert row.apart is not None
+        plan.check_names(row.apart, row.contributor)
         apart.take(apart.check(row.apart, row.contributor), row.contributor, counts=bool(row.aggregation_weight))
     first: Any = like if like is not None else batch[0].weights if isinstance(batch[0], Contribution) else batch[0]
     order = [name for name in first if plan.of.get(name) != "local"]

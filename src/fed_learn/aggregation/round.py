@@ -16,13 +16,13 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation import agreement
 from fed_learn.aggregation.accumulator import Accumulator
-from fed_learn.aggregation.apart import Apart, Plan, planned
+from fed_learn.aggregation.apart import Apart, Plan, schemas_of
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.outputs import Output
 from fed_learn.aggregation.rules import Given, combined, failure_of
 from fed_learn.aggregation.settings import AggregationSettings
-from fed_learn.aggregation.tensors import OpenedWeights, placeholder, schema_of, without_tensors
+from fed_learn.aggregation.tensors import OpenedWeights, placeholder, without_tensors
 from fed_learn.aggregation.told import Told
 from fed_learn.contribution import (
     ClientFailure,
@@ -149,7 +149,7 @@ class Round:
         self.settings = settings = AggregationSettings() if settings is None else settings
         self._model = model or None
         self._kernel = kernels.resolve(settings.kernel)
-        self._plan, schema, beside = _schemas(settings, self._model)
+        self._plan, schema, beside = schemas_of(settings.policies, self._model)
         self._terms = Terms(
             schema=schema,
             kind=settings.kind,
@@ -169,7 +169,8 @@ class Round:
         self._streams: dict[Hashable, Accumulator] = {}
         self._given_up: set[Hashable] = set()
         self._closed = False
-        self._alike = True  # whether all hold the whole global model, so that `close` has nothing to decide
+        # Whether all hold the whole global model, so that `close` has nothing to decide or to tell.
+        self._alike = self._plan is None or not self._plan.codes
         self._seen: dict[int, _Seen] = {}
         self._foreseen: tuple[list[Checked], Combined | None, float] = [], None, 0.0
         self._report = RoundReport(-1, kernel=self._kernel.name)
@@ -622,28 +623,6 @@ class Round:
                 ("constants", frozenset(constants)),
                 f"{listed(constants)}: not finite in the global model, and the same from clients: kept there as it is",
             )
-
-
-def _schemas(
-    settings: AggregationSettings, model: WeightDict | None
-) -> tuple[Plan | None, Schema | None, Schema | None]:
-    """Which variables of a model are not averaged; the schema of those that are; and that of the others that are sent.
-
-    Raises:
-        ValueError: Policies leave nothing to be averaged, or one fits no variable.
-    """
-    schema = None if model is None else schema_of(model, "global model")
-    if not schema:
-        if "keep" in settings.policies.values():
-            raise ValueError("policies: nothing can be kept as it is in the global model, which is not known")
-        return Plan(settings.policies, {}, {}, open=True), None, None
-    plan = planned(settings.policies, model, "global model")
-    if plan is None:
-        return None, schema, None
-    averaged, beside = plan.schema(schema, "mean"), plan.schema(schema, "max", "sum", "same")
-    if not averaged:
-        raise ValueError("policies leave no variable of the global model to be averaged")
-    return plan, averaged, beside
 
 
 def _combined_apart(rows: Sequence[Checked]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 from fed_learn import kernels
-from fed_learn.aggregation.apart import planned
+from fed_learn.aggregation.apart import schemas_of
 from fed_learn.aggregation.rules import ClaraRule, Rule
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.client.fed_client import FederatedClient
@@ -117,7 +117,7 @@ class FederatedServer:
             num_rounds=num_rounds, handlers=handlers, on_handler_error=on_handler_error, aggregation=aggregation
         )
         self.weights = initial_model(weights, aggregation.kind)
-        planned(aggregation.policies, self.weights, "global model")  # whether each policy fits a variable
+        schemas_of(aggregation.policies, self.weights)  # whether policies fit it
         self.ctx = FLContext()
 
     @property

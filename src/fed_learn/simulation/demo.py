@@ -15,6 +15,7 @@ from fed_learn.handlers import ModelSelectionHandler, ServerValidationHandler
 from fed_learn.server import FederatedServer, JobResult
 from fed_learn.simulation.datasets import Dataset, Split, load_split
 from fed_learn.simulation.frameworks import networks
+from fed_learn.simulation.local import WithLocalVariables
 from fed_learn.simulation.network import Network
 from fed_learn.weights import FrozenDict, WeightDict
 
@@ -123,6 +124,8 @@ def build_demo(
         name = f"site-{i + 1}"
         network = kinds[i % len(kinds)]
         learner = network.learner(train, selection, local_epochs=local_epochs, seed=seed * 1000 + i)
+        if "local" in server.settings.aggregation.policies.values():
+            learner = WithLocalVariables(learner, network.init())
         clients.append(
             FederatedClient(name, learner, handlers=client_handlers(name), kind=kind, filters=client_filters(i))
         )
