@@ -178,10 +178,18 @@ def test_a_bad_tensor_is_refused_by_contributor_and_variable(kind: str, kernel: 
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
-def test_quantized_tensors_are_refused() -> None:
-    quantized: Any = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
-    with pytest.raises(fl.DtypeError, match=r"site-1: 'w' has dtype torch\.qint8"):
-        fl.weighted_average([fl.Contribution("site-1", {"w": quantized}, 1)])
+def test_quantized_tensors_are_kept_where_they_are_equal_and_refused_else() -> None:
+    def sent(name: str, number: float, scale: float) -> fl.Contribution:
+        quantized: Any = torch.quantize_per_tensor(torch.full((2,), number), scale, 0, torch.qint8)
+        return fl.Contribution(name, {"w": quantized, "b": torch.tensor([number])}, 1)  # type: ignore[dict-item]
+
+    found: Any = fl.weighted_average([sent("site-1", 1.0, 0.1), sent("site-2", 1.0, 0.1)])
+    assert torch.equal(found["w"], torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8))
+    for other in (sent("site-2", 2.0, 0.1), sent("site-2", 1.0, 0.2)):
+        with pytest.raises(fl.NotSameError, match=r"site-2: 'w' is not the same as that of site-1.*quantized numbers"):
+            fl.weighted_average([sent("site-1", 1.0, 0.1), other])
+    with pytest.raises(ValueError, match="'w' has the policy 'mean', but it is quantized numbers of torch"):
+        fl.weighted_average([sent("site-1", 1.0, 0.1)], policies={"w": "mean"})
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -111,6 +111,22 @@ def integers_for_floats() -> Row:
     return flower.both("client 2 sends integers for a float32 variable", flower.sent(weights), weights[0])
 
 
+def codes(client: int) -> dict[str, Any]:
+    """A layer quantized to four bits by each client for itself, as bitsandbytes names it."""
+    state = {"w.absmax": f32(1), "w.quant_state.bitsandbytes__nf4": np.array([123, 125], np.uint8)}
+    return {"w": np.array([16 * client, 1], np.uint8), **state, "lora": f32(client)}
+
+
+def other_codes() -> Row:
+    weights = [codes(0), codes(0), codes(8)]
+    return flower.both("client 2 sends other 4-bit codes", flower.sent(weights), codes(0))
+
+
+def other_codes_in_nvflare() -> Row:
+    models = nvflare.sent([codes(0), codes(0), codes(8)])
+    return nvflare.both("site-3 sends other 4-bit codes", models, codes(0))
+
+
 def parts_in_nvflare() -> Row:
     whole = {"a": f32(1), "b": f32(1)}
     return nvflare.both("site-3 leaves a variable out", nvflare.sent([whole, whole, {"a": f32(4)}]), whole)
@@ -224,6 +240,8 @@ STRICT = "a wrong number in the mean cannot be told afterwards"
 NONE = "only by the stack's own averaging"
 DTYPES = "the model is the authority: a mean does not change its dtypes"
 
+CODES = "the mean of codes stands for no weights"
+
 DIFFERENCES: dict[str, Sequence[Difference]] = {
     f"Flower {version('flwr')}": (
         Difference(flower.one_nan, STRICT, NONE),
@@ -252,6 +270,7 @@ DIFFERENCES: dict[str, Sequence[Difference]] = {
         Difference(flower.int64_counter, DTYPES, "initial arrays in float64"),
         Difference(flower.wrong_dtype, "one bad reply ends no run", '`on_bad_contribution="raise"`'),
         Difference(integers_for_floats, "an integer where a fraction is due has been cut off", NONE),
+        Difference(other_codes, CODES, '`policies={"w": "keep"}`'),
         Difference(misnamed_weight, "the others' work is not lost", '`on_bad_contribution="raise"`'),
         Difference(flower.zero_total, "the round fails with a word, and a job of such rounds ends with an error", NONE),
         Difference(all_refused, "a job that ends with its initial model has failed", NONE),
@@ -286,6 +305,7 @@ DIFFERENCES: dict[str, Sequence[Difference]] = {
         Difference(wider_floats_in_nvflare, DTYPES, "a global model in float64"),
         Difference(nvflare.int64_counters, DTYPES, "a global model in float64"),
         Difference(integers_for_floats_in_nvflare, "an integer where a fraction is due has been cut off", NONE),
+        Difference(other_codes_in_nvflare, CODES, '`policies={"w": "keep"}`'),
         Difference(nvflare.wrong_dtype, DTYPES, NONE),
         Difference(nvflare.duplicate, "one client counts once", NONE),
         Difference(nvflare.stale, "it was trained from another model", NONE),
