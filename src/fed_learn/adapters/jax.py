@@ -93,6 +93,8 @@ class JaxTensors(Framework):
 
     def code(self, tensor: Any) -> str | None:
         jax = _jax()
+        if isinstance(tensor, jax.core.Tracer):  # which has no values, whatever it is
+            return None
         if jax.dtypes.issubdtype(tensor.dtype, jax.dtypes.prng_key):
             return "a random key"
         raw = str(tensor.dtype) == "uint32" and tuple(tensor.shape[-1:]) in ((2,), (4,))
