@@ -16,7 +16,7 @@ import reference as ref
 import torch
 
 import fed_learn as fl
-from fed_learn.adapters.torch import TorchTensors
+from fed_learn.adapters.torch_tensors import TorchTensors
 from fed_learn.aggregation.round import Round
 
 KERNELS = (None, *ref.KERNELS)

@@ -15,7 +15,7 @@ from interpreted import interpreted, no_triton
 from pretended import Pretended
 
 import fed_learn as fl
-from fed_learn.adapters.torch import TorchTensors
+from fed_learn.adapters.torch_tensors import TorchTensors
 from fed_learn.kernels import torch as kernel
 from fed_learn.kernels import unfused
 from fed_learn.weights import Array

@@ -20,7 +20,7 @@ from pretended import Pretended
 
 import fed_learn as fl
 import fed_learn.kernels.torch as torch_kernel
-from fed_learn.adapters.torch import TorchTensors
+from fed_learn.adapters.torch_tensors import TorchTensors
 from fed_learn.aggregation.tensors import opened
 from fed_learn.kernels import unfused
 from fed_learn.kernels.torch import arithmetic

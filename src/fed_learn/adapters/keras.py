@@ -12,7 +12,8 @@ import numpy as np
 from fed_learn.adapters.base import Adapter, Framework, Variable, averageable, built_layers, checked, given
 from fed_learn.adapters.jax import JaxTensors, copied_like
 from fed_learn.adapters.tensorflow import TensorFlowTensors
-from fed_learn.adapters.torch import TorchModels, TorchTensors, plain_views
+from fed_learn.adapters.torch import TorchModels
+from fed_learn.adapters.torch_tensors import TorchTensors, plain_views
 from fed_learn.errors import DtypeError, ModelError
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 

@@ -14,7 +14,7 @@ import numpy as np
 from fed_learn.adapters.base import Framework
 from fed_learn.adapters.jax import JaxTensors
 from fed_learn.adapters.tensorflow import TensorFlowTensors
-from fed_learn.adapters.torch import TorchTensors
+from fed_learn.adapters.torch_tensors import TorchTensors
 from fed_learn.errors import as_failure
 from fed_learn.limits import MOST_VARIABLES
 

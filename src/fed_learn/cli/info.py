@@ -135,7 +135,7 @@ def _device(kind: str, index: int) -> dict[str, str]:
     """What a device is called, and how tensors on it are averaged."""
     import torch
 
-    from fed_learn.adapters.torch import without_float64
+    from fed_learn.adapters.torch_tensors import without_float64
     from fed_learn.kernels.torch import not_fused
 
     device = torch.device(kind, index)
