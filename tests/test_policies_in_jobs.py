@@ -184,6 +184,28 @@ def test_a_server_refuses_policies_that_would_do_nothing_or_leave_nothing(polici
         fl.FederatedServer(model(), num_rounds=1, policies=policies)
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("stream", [False, True])
+def test_differences_leave_out_codes_and_what_is_kept_needs_no_difference(stream: bool) -> None:
+    class Trainer(Site):
+        def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult:
+            self.received.append({name: array.tolist() for name, array in weights.items()})
+            own = {
+                "fc": weights["fc"] + self.number,
+                "seen": weights["seen"] + 1,
+                "best": weights["best"] + self.number,
+            }
+            return fl.TrainingResult({**weights, **own}, aggregation_weight=1)
+
+    server = fl.FederatedServer(model(), num_rounds=2, policies=POLICIES, kind=fl.Kind.DIFF, stream=stream)
+    sites = Trainer(1), Trainer(3)
+    result = server.run([fl.FederatedClient(f"site-{s.number}", s, kind=fl.Kind.DIFF) for s in sites])
+    found = {name: array.tolist() for name, array in result.weights.items()}
+    assert found == {"fc": [4, 4], "bn": [5], "codes": [7, 9], "scale": [0.5], "seen": 4, "best": [5]}
+    with pytest.raises(fl.DtypeError, match="'codes' has dtype uint8, which cannot hold a difference"):
+        fl.FederatedServer(model(), num_rounds=1, kind=fl.Kind.DIFF)
+
+
 # Flower
 
 

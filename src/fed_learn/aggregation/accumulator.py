@@ -18,7 +18,7 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation import tensors
 from fed_learn.aggregation.addable import check_addable, check_integers, finite_values, largest_integers
-from fed_learn.aggregation.apart import Apart, Plan, assembled, copied, part_of, planned
+from fed_learn.aggregation.apart import Apart, Plan, assembled, check_fitting, copied, part_of, planned
 from fed_learn.aggregation.arrays import is_frozen
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums
@@ -107,6 +107,7 @@ class Accumulator:
         self._policies = Policies(policies)
         self._planned = like is not None  # else the first contribution decides
         self._plan = planned(self._policies, like, "like")
+        check_fitting(self._policies, like)
         self._order = self._ordered(like, self._plan)
         kept = [] if self._plan is None else self._plan.names("keep")
         self._kept: dict[str, Any] = {} if like is None else {name: copied(like[name]) for name in kept}
@@ -184,6 +185,7 @@ class Accumulator:
         plan, order, parts = self._plan, self._order, None
         if not self._planned:
             plan = planned(self._policies, contribution.weights, tensors.label_of(contribution.contributor))
+            check_fitting(self._policies, contribution.weights)
         if plan is not None:
             if plan.names("keep") and not self._kept:
                 raise ValueError(f"policies: {listed(plan.names('keep'))} are kept as in the global model: give like=")

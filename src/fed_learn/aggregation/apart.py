@@ -6,7 +6,6 @@ model of a job to `batch`.
 """
 
 import copy
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -37,8 +36,6 @@ from fed_learn.weights import (
     native_dtype,
     same_bits,
 )
-
-logger = logging.getLogger(__name__)
 
 MOST_STRANGE, LONGEST_STRANGE = 1000, 200
 """Names that the global model does not have are looked at by expressions only as far as that cannot take long."""
@@ -196,7 +193,7 @@ def planned(policies: Mapping[str, str] | None, weights: object, who: str) -> Pl
         who: Whose weights these are.
 
     Raises:
-        ValueError: A policy fits none of the variables, or wants the mean of codes; see `Policies`.
+        ValueError: A policy wants the mean of codes; see `Policies`.
         ContributionError: The weights cannot be read.
     """
     own = policies if isinstance(policies, Policies) else Policies(policies)
@@ -207,8 +204,6 @@ def planned(policies: Mapping[str, str] | None, weights: object, who: str) -> Pl
     if not own and not codes:
         return None
     every = dict.fromkeys([name for name in known if isinstance(name, str)])
-    if every:
-        _check_fitting(own, every)
     found = {name: own.of(name) or ("same" if name in codes else "mean") for name in every}
     for name, why in codes.items():
         if found[name] != "same" and found[name] not in ("keep", "local") and "random" not in why:
@@ -231,7 +226,7 @@ def schemas_of(policies: Policies, model: WeightDict | None) -> tuple[Plan | Non
         sent. The schemas are None where the global model is not known.
 
     Raises:
-        ValueError: Policies leave nothing to be averaged, or one fits no variable.
+        ValueError: Policies leave nothing to be averaged, or one wants the mean of codes.
     """
     schema = None if model is None else schema_of(model, "global model")
     if not schema:
@@ -247,19 +242,22 @@ def schemas_of(policies: Policies, model: WeightDict | None) -> tuple[Plan | Non
     return plan, averaged, plan.schema(schema, "max", "sum", "same")
 
 
-def _check_fitting(policies: Policies, names: Collection[str]) -> None:
-    """Refuses expressions that are found in no name, and so would do nothing.
+def check_fitting(policies: Mapping[str, str] | None, weights: object) -> None:
+    """Refuses expressions that are found in no name of a model, and so would do nothing, but for local variables.
+
+    These may be at the clients alone.
+
+    Args:
+        policies: The user's.
+        weights: The global model, or the first contribution; where that is none, or has no variables, nothing is known.
 
     Raises:
-        ValueError: Says which.
+        ValueError: Says which expression.
     """
-    for pattern, policy in policies.items():
-        if any(Policies({pattern: policy}).of(name) for name in names):
-            continue
-        text = f"policies: {pattern!r} fits none of the {len(names)} variables ({listed(names, 3)})"
-        if policy != "local":
-            raise ValueError(text)
-        logger.debug("%s: clients may have such variables all the same", text)
+    names = [name for name in weights if isinstance(name, str)] if policies and isinstance(weights, Mapping) else []
+    for pattern, policy in (policies or {}).items() if names else ():
+        if policy != "local" and not any(Policies({pattern: policy}).of(name) for name in names):
+            raise ValueError(f"policies: {pattern!r} fits none of the {len(names)} variables ({listed(names, 3)})")
 
 
 def codes_of(weights: Mapping[Any, Any]) -> dict[str, str]:

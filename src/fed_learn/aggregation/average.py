@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.aggregation.apart import Apart, Plan, assembled, copied, part_of, planned
+from fed_learn.aggregation.apart import Apart, Plan, assembled, check_fitting, copied, part_of, planned
 from fed_learn.aggregation.batch import Checked, checked_batch, masks_of, scanned
 from fed_learn.aggregation.mean import counting, mean
 from fed_learn.aggregation.rules import Given, Rule, combined, find
@@ -172,12 +172,14 @@ def _combined(
 
 def plan_of(batch: Sequence[Any], like: WeightDict | None, policies: Mapping[str, str] | None) -> Plan | None:
     """Which variables of a batch are not averaged; None: all are."""
-    if like is not None:
-        return planned(policies, like, "like")
-    first = batch[0] if batch else None
-    if isinstance(first, Contribution):
-        return planned(policies, first.weights, label_of(first.contributor))
-    return planned(policies, first, "contributions[0]")
+    who, decides = "like", like
+    if like is None and batch:
+        first = batch[0]
+        named = isinstance(first, Contribution)
+        who, decides = (label_of(first.contributor), first.weights) if named else ("contributions[0]", first)
+    plan = planned(policies, decides, who)
+    check_fitting(policies, decides)
+    return plan
 
 
 def _combined_by(

@@ -25,7 +25,7 @@ from fed_learn.events import EventHandler, EventType, check_handlers, fire_event
 from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, JobContext, ModelData
 from fed_learn.values import numbers_as_arrays, split_metrics
-from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict
+from fed_learn.weights import FrozenWeights, Schema, WeightDict, as_weight_dict, same_bits
 
 logger = logging.getLogger(__name__)
 
@@ -209,8 +209,15 @@ class FederatedClient:
         return FrozenWeights(arrays)
 
     def _difference(self, trained: FrozenWeights, received: FrozenWeights) -> FrozenWeights:
+        """The difference, without the variables whose dtype can hold none, as codes have it, if they are unchanged."""
+        still = {
+            name
+            for name, array in trained.items()
+            if array.dtype.kind in "bu" and name in received and same_bits(array, received[name])
+        }
+        moved = {name: array for name, array in trained.items() if name not in still} if still else trained
         with self._named_in_errors():
-            return FrozenWeights.adopt(difference(trained, received))
+            return FrozenWeights.adopt(difference(moved, received))
 
     def _filtered(self, diff: FrozenWeights, train_ctx: TrainContext) -> FrozenWeights:
         own = {name: array.copy() for name, array in diff.items()}

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 
 from fed_learn import kernels
-from fed_learn.aggregation.apart import schemas_of
 from fed_learn.aggregation.rules import ClaraRule, Rule
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.client.fed_client import FederatedClient
@@ -116,8 +115,7 @@ class FederatedServer:
         self.settings = JobSettings(
             num_rounds=num_rounds, handlers=handlers, on_handler_error=on_handler_error, aggregation=aggregation
         )
-        self.weights = initial_model(weights, aggregation.kind)
-        schemas_of(aggregation.policies, self.weights)  # whether policies fit it
+        self.weights = initial_model(weights, aggregation.kind, aggregation.policies)
         self.ctx = FLContext()
 
     @property

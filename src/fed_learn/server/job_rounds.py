@@ -57,7 +57,7 @@ class JobRounds(JobEvents):
     """
 
     def __init__(self, settings: JobSettings, weights: WeightDict, num_clients: int | None = None) -> None:
-        model = initial_model(weights, settings.aggregation.kind)
+        model = initial_model(weights, settings.aggregation.kind, settings.aggregation.policies)
         super().__init__(settings.handlers, settings.on_handler_error, model)
         self.settings = settings
         if settings.num_rounds is not None:

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from fed_learn.aggregation.apart import check_fitting, schemas_of
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.arguments import check_choice, check_count
 from fed_learn.contribution import Kind
 from fed_learn.events import EventHandler, check_handlers
+from fed_learn.policies import Policies
 from fed_learn.weights import (
     FrozenWeights,
     Schema,
@@ -50,22 +52,26 @@ class JobSettings:
         object.__setattr__(self, "handlers", tuple(check_handlers(self.handlers)))
 
 
-def initial_model(weights: WeightDict, kind: Kind) -> FrozenWeights:
+def initial_model(weights: WeightDict, kind: Kind, policies: Policies | None = None) -> FrozenWeights:
     """The first global model of a job, a copy of its own.
 
     Args:
         weights: Arrays or tensors. Values that are not finite are constants, as in a mask of −inf. Empty: the model
             is not known yet.
         kind: The kind of the contributions that will come.
+        policies: What becomes of its variables; those that are not combined need not be such as can be.
 
     Raises:
         ContributionError: It is no weight dict, or holds dtypes or values that cannot be averaged.
-        ValueError: It is empty, and contributions are differences.
+        ValueError: It is empty, and contributions are differences; or policies do not fit it.
     """
     arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
     schema = Schema.of(arrays, "global model")
+    plan, averaged, _ = schemas_of(policies or Policies(), arrays)
+    check_fitting(policies, arrays)
     if kind is Kind.DIFF:
-        check_differences(schema, "global model")
+        combined = averaged if plan is None or averaged is None else averaged | plan.schema(schema, "max", "sum")
+        check_differences(schema if combined is None else Schema(combined), "global model")
         if not arrays:
             raise ValueError("differences need a global model to be added to, and this one is empty")
     if not any(finite_elements(array).any() for array in arrays.values() if array.size):

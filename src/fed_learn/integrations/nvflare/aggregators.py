@@ -21,6 +21,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
+from fed_learn.aggregation.apart import check_fitting
 from fed_learn.aggregation.round import UNUSABLE, Round
 from fed_learn.aggregation.rules import Rule
 from fed_learn.aggregation.settings import AggregationSettings
@@ -172,6 +173,7 @@ class _Averaging:
             if self._global and len(self._skipped) == len(self._global):
                 raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
             model = None if self._global is None else self._averaged_part(self._global, "the global model")
+            check_fitting(self._settings.policies, model)
             self._begun_round = Round(self._settings, number=self._round, model=model, own=False, told=self._told)
         return self._begun_round
 
