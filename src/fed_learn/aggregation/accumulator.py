@@ -18,12 +18,13 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation import tensors
 from fed_learn.aggregation.addable import check_addable, check_integers, finite_values, largest_integers
-from fed_learn.aggregation.apart import Apart, Plan, assembled, check_fitting, copied, part_of, planned
+from fed_learn.aggregation.apart import Apart, assembled, copied, part_of
 from fed_learn.aggregation.arrays import is_frozen
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums
 from fed_learn.aggregation.mean import LIFT
 from fed_learn.aggregation.outputs import Output, new_values, outputs_for
+from fed_learn.aggregation.plan import Plan, check_fitting, planned
 from fed_learn.aggregation.tensors import check_devices, device_named
 from fed_learn.aggregation.waiting import Waiting
 from fed_learn.contribution import Contribution, Kind

@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.aggregation.apart import Apart, Plan, assembled, check_fitting, copied, part_of, planned
-from fed_learn.aggregation.batch import Checked, checked_batch, masks_of, scanned
+from fed_learn.aggregation.apart import Apart, assembled, copied, part_of
+from fed_learn.aggregation.batch import Checked
 from fed_learn.aggregation.mean import counting, mean
+from fed_learn.aggregation.plan import Plan, check_fitting, planned
 from fed_learn.aggregation.rules import Given, Rule, combined, find
+from fed_learn.aggregation.strict import checked_batch, masks_of, scanned
 from fed_learn.aggregation.tensors import as_tensors, device_named, label_of, opened
 from fed_learn.contribution import Contribution, Kind
 from fed_learn.errors import NonFiniteError

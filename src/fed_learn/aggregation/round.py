@@ -16,10 +16,11 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation import agreement
 from fed_learn.aggregation.accumulator import Accumulator
-from fed_learn.aggregation.apart import Apart, Plan, schemas_of
+from fed_learn.aggregation.apart import Apart
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.differences import add_difference
 from fed_learn.aggregation.outputs import Output
+from fed_learn.aggregation.plan import Plan, schemas_of
 from fed_learn.aggregation.rules import Given, combined, failure_of
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import OpenedWeights, placeholder, without_tensors

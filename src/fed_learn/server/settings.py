@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fed_learn.aggregation.apart import check_fitting, schemas_of
+from fed_learn.aggregation.plan import check_fitting, schemas_of
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.arguments import check_choice, check_count

@@ -21,7 +21,7 @@ from nvflare.app_common.app_constant import AppConstants
 from nvflare.app_common.app_event_type import AppEventType
 from nvflare.app_common.utils.fl_model_utils import FLModelUtils
 
-from fed_learn.aggregation.apart import check_fitting
+from fed_learn.aggregation.plan import check_fitting
 from fed_learn.aggregation.round import UNUSABLE, Round
 from fed_learn.aggregation.rules import Rule
 from fed_learn.aggregation.settings import AggregationSettings
