@@ -40,7 +40,7 @@ def test_flowers_strategy_combines_by_a_rule() -> None:
 
 @pytest.mark.parametrize("strategy", [FedAvg, LegacyFedAvg])
 def test_an_unknown_rule_is_refused_when_a_strategy_of_flowers_is_made(strategy: Any) -> None:
-    with pytest.raises(ValueError, match="rule must be 'mean'"):
+    with pytest.raises(ValueError, match="rule must be 'lora' or 'mean'"):
         strategy(rule="medium")
 
 
@@ -58,5 +58,5 @@ def test_nvflares_aggregator_combines_by_a_rule(tensors: bool) -> None:
         meta = {"client_name": f"site-{k}", "NUM_STEPS_CURRENT_ROUND": k}
         aggregator.accept_model(FLModel(params={"w": w}, meta=meta, current_round=0))
     assert np.asarray(aggregator.aggregate_model().params["w"]).tolist() == [3, -1]
-    with pytest.raises(ValueError, match="rule must be 'mean'"):
+    with pytest.raises(ValueError, match="rule must be 'lora' or 'mean'"):
         WeightedAverageDXOAggregator(rule="medium")

@@ -25,7 +25,7 @@ LAYERS = (
     ("kernels", "adapters", "model_meta", "protos"),
     ("numproto",),
     ("aggregation",),
-    ("components",),
+    ("lora", "components"),
     ("handlers",),
     ("client",),
     ("server",),

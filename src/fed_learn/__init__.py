@@ -10,7 +10,7 @@ Example:
     {'w': array([1., 1.], dtype=float32)}
 """
 
-from fed_learn import kernels
+from fed_learn import kernels, lora
 from fed_learn.adapters import get_weights, set_weights
 from fed_learn.adapters.layout import LayoutMap, align
 from fed_learn.aggregation import Accumulator, aggregate, rules, weighted_average
@@ -126,6 +126,7 @@ __all__ = [
     "fire_event",
     "get_weights",
     "kernels",
+    "lora",
     "rules",
     "set_weights",
     "weighted_average",

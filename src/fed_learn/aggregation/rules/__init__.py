@@ -2,6 +2,18 @@
 
 from fed_learn.aggregation.rules.base import Given, Rule, available, combined, failure_of, find, register
 from fed_learn.aggregation.rules.clara import ClaraRule
+from fed_learn.aggregation.rules.lora import LoraRule
 from fed_learn.aggregation.rules.mean import MeanRule
 
-__all__ = ["ClaraRule", "Given", "MeanRule", "Rule", "available", "combined", "failure_of", "find", "register"]
+__all__ = [
+    "ClaraRule",
+    "Given",
+    "LoraRule",
+    "MeanRule",
+    "Rule",
+    "available",
+    "combined",
+    "failure_of",
+    "find",
+    "register",
+]
