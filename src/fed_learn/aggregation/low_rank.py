@@ -23,7 +23,7 @@ from fed_learn.weights import Array, Schema, about
 Matrix: TypeAlias = npt.NDArray[np.float64]
 
 _FACTOR = re.compile(
-    r"(?P<module>(?:.*\.)?)lora_(?P<embedding>embedding_)?(?P<half>[AB])(?P<end>(?:\.[^.]+)?(?:\.weight)?)"
+    r"(?P<module>(?:.*\.)?)lora_(?P<embedding>embedding_)?(?P<half>[AB])(?P<end>(?:\.(?!bias$)[^.]+)?(?:\.weight)?)"
 )
 _BIAS = re.compile(r"(?:.*\.)?lora_B(?:\.[^.]+)?\.bias")
 _OTHER_FORMS = re.compile(r"(^|\.)lora_E($|\.)")
@@ -88,9 +88,7 @@ def layers_in(schema: Schema, who: str | None = None) -> list[Layer]:
 def _layers_named(names: Collection[str], who: str | None) -> list[Layer]:
     for name in names:
         if _OTHER_FORMS.search(name):
-            message = (
-                f"{about(who)}{name!r} is of AdaLoRA, whose products have a third factor: only LoRA is averaged here"
-            )
+            message = f"{about(who, name)}is of AdaLoRA, whose products have a third factor: only LoRA's are averaged"
             raise NamesError(message, contributor=who, name=name)
     found = []
     for name in names:
