@@ -198,6 +198,7 @@ def test_anything_wrong_with_the_last_variable_leaves_all_others_as_they_were(ca
         assert bits(case.read(model)) == before
 
 
+@pytest.mark.filterwarnings("ignore:only=:UserWarning")  # a part of these models is frozen, and more is trained
 @every_case
 def test_only_chooses_by_expression_or_predicate_and_a_part_is_loaded_back(case: models.Case) -> None:
     source, target = case.make(1), case.make(2)

@@ -98,9 +98,15 @@ def test_adapters_of_low_rank_are_read_averaged_and_loaded_alone() -> None:
         model.get_layer("d").enable_lora(2)
         for variable in model.weights:
             variable.assign(np.random.default_rng(id(model)).standard_normal(variable.shape))
+    with pytest.warns(
+        UserWarning, match=r"only='lora_' leaves out what this model trains as well: .net/d/bias"
+    ):
+        fl.get_weights(pair[0], only="lora_")  # Keras goes on to train it
+    for model in pair:
+        model.get_layer("d").bias.trainable = False
     parts = [fl.get_weights(model, only="lora_") for model in pair]
     assert list(parts[0]) == ["net/d/lora_kernel_a", "net/d/lora_kernel_b"]
-    assert [v.name for v in adapters.variables(pair[0]) if not v.trainable] == ["net/d/kernel"]
+    assert [v.name for v in adapters.variables(pair[0]) if not v.trainable] == ["net/d/kernel", "net/d/bias"]
     base = bits(fl.get_weights(pair[0], only="/(kernel|bias)"))
     mean = fl.weighted_average(parts, [1, 2])
     fl.set_weights(pair[0], mean, only="lora_")

@@ -418,6 +418,21 @@ def test_adapters_of_low_rank_are_read_averaged_and_loaded_alone() -> None:
         fl.set_weights(models_[0], mean)
 
 
+def test_a_pattern_that_drops_what_is_trained_beside_adapters_is_told() -> None:
+    model = nn.Sequential(Adapted(), nn.Linear(6, 2))
+    with pytest.warns(
+        UserWarning, match=r"only='lora_' leaves out what this model trains .*: '1.weight', '1.bias'"
+    ):
+        fl.get_weights(torch.nn.DataParallel(model), only="lora_")
+    # All that is trained, nothing of it, a part of a model without frozen ones, or of a dict: nothing to tell.
+    fl.get_weights(model, only="lora_|^1")
+    fl.get_weights(model, only="base_layer")
+    fl.get_weights(nn.Sequential(nn.Linear(6, 2), nn.BatchNorm1d(2)), only="^0")
+    fl.get_weights(model.state_dict(), only="lora_")
+    model[1].requires_grad_(False)
+    fl.get_weights(model, only="lora_")
+
+
 def test_parametrized_modules_are_read_by_what_they_store() -> None:
     source, target = (nn.utils.parametrizations.weight_norm(nn.Linear(3, 2)) for _ in range(2))
     weights = fl.get_weights(source)

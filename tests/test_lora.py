@@ -135,9 +135,9 @@ def test_factors_are_computed_in_float64_and_rounded_once(dtype: Any) -> None:
 
 
 def test_other_variables_get_the_weighted_mean_and_the_order_of_the_first_stays() -> None:
-    head = {"classifier.weight": np.float32([[1.0, 2.0]])}
+    head = {"classifier.weight": np.array([[1.0, 2.0]], np.float32)}
     first = {**head, **adapter(1, 2), "steps": np.array(3)}
-    second = {**adapter(2, 2), "classifier.weight": np.float32([[5.0, 4.0]]), "steps": np.array(5)}
+    second = {**adapter(2, 2), "classifier.weight": np.array([[5.0, 4.0]], np.float32), "steps": np.array(5)}
     found = fl.lora.average([first, second], [3, 1]).weights
     assert list(found) == ["classifier.weight", A, B, "steps"]
     assert found["classifier.weight"].tolist() == [[2.0, 2.5]]
@@ -275,7 +275,7 @@ def test_configurations_that_cannot_be_used_are_refused(wrong: Any, text: str) -
 def test_without_a_configuration_only_what_needs_no_scaling_is_done() -> None:
     for arguments in ({"rank": 3}, {"method": "stack"}, {"method": "residual", "base": {"q.weight": np.zeros((7, 9))}}):
         with pytest.raises(fl.ConfigError, match="that takes their scaling: pass config="):
-            fl.lora.average([adapter(1, 2), adapter(2, 2)], **arguments)  # type: ignore[arg-type]
+            fl.lora.average([adapter(1, 2), adapter(2, 2)], **arguments)
     with pytest.raises(fl.ConfigError, match=r"have ranks \[2, 3\]"):
         fl.lora.average([adapter(1, 2), adapter(2, 3)])
 
@@ -356,7 +356,7 @@ def test_arguments_that_do_not_fit_together_are_refused() -> None:
         ({"aggregation_weights": [1, -1]}, fl.AggregationWeightError, r"adapters\[1\]: aggregation weight -1"),
     ):
         with pytest.raises(error, match=text):
-            fl.lora.average(both, **arguments)  # type: ignore[arg-type]
+            fl.lora.average(both, **arguments)
     with pytest.raises(fl.EmptyAggregationError, match="no adapters"):
         fl.lora.average([])
     sent = [fl.Contribution("a", both[0], 1), fl.Contribution("a", both[1], 1)]
@@ -365,7 +365,7 @@ def test_arguments_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(fl.AggregationWeightError, match="bring their own"):
         fl.lora.average(sent, [1, 1])
     with pytest.raises(fl.KindError):
-        fl.lora.average([fl.Contribution("a", both[0], 1, kind="diff")])
+        fl.lora.average([fl.Contribution("a", both[0], 1, kind=fl.Kind.DIFF)])
 
 
 def test_results_beyond_the_range_of_a_dtype_are_refused() -> None:

@@ -4,14 +4,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import torch
+from torch import nn
 
 import fed_learn as fl
-
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-
-from torch import nn  # noqa: E402 - only where there is torch
 
 # PEFT and what it loads warn of their own matters.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -87,15 +85,16 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(20, (5, 6), generator=random), images
 
 
-@torch.no_grad()
 def alike(one: Any, other: Any) -> None:
-    for found, expected in zip(one.eval()(*inputs()), other.eval()(*inputs()), strict=True):
+    with torch.no_grad():
+        pairs = list(zip(one.eval()(*inputs()), other.eval()(*inputs()), strict=True))
+    for found, expected in pairs:
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def loaded(weights: Any, config: Any, model: Any = None) -> Any:
     made = client(99, config, model)
-    result = peft.set_peft_model_state_dict(made, dict(weights))
+    result: Any = peft.set_peft_model_state_dict(made, dict(weights))
     assert not result.unexpected_keys
     assert not [key for key in result.missing_keys if "lora_" in key or "modules_to_save" in key]
     return made
@@ -165,7 +164,7 @@ def test_weights_stored_as_inputs_by_outputs_take_the_residual_too() -> None:
         def __init__(self) -> None:
             super().__init__()
             torch.manual_seed(1)
-            self.c_attn = Conv1D(6, 4)
+            self.c_attn = Conv1D(6, 4)  # type: ignore[no-untyped-call]
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             out: torch.Tensor = self.c_attn(x)
@@ -187,12 +186,12 @@ def test_weights_stored_as_inputs_by_outputs_take_the_residual_too() -> None:
 def test_the_dict_of_the_whole_model_and_the_file_give_the_same_factors(tmp_path: Path) -> None:
     config = config_of()
     clients = [client(seed, config) for seed in range(2)]
-    found = fl.lora.average(list(map(peft.get_peft_model_state_dict, clients)), config=config).weights
-    whole = fl.lora.average([one.state_dict() for one in clients], config=config).weights
+    found: Any = fl.lora.average(list(map(peft.get_peft_model_state_dict, clients)), config=config).weights
+    whole: Any = fl.lora.average([one.state_dict() for one in clients], config=config).weights
     inside = "base_model.model.q_proj.lora_A.default.weight"
-    assert torch.equal(whole[inside], found["base_model.model.q_proj.lora_A.weight"])  # type: ignore[arg-type]
+    assert torch.equal(whole[inside], found["base_model.model.q_proj.lora_A.weight"])
     embed = "base_model.model.embed.lora_embedding_A"
-    assert torch.equal(whole[f"{embed}.default"], found[embed])  # type: ignore[arg-type]
+    assert torch.equal(whole[f"{embed}.default"], found[embed])
     assert "base_model.model.q_proj.base_layer.weight" in whole
     files = []
     for i, one in enumerate(clients):
@@ -204,7 +203,7 @@ def test_the_dict_of_the_whole_model_and_the_file_give_the_same_factors(tmp_path
     assert isinstance(made.config, dict)
     assert made.weights.keys() == found.keys()
     for name, array in made.weights.items():
-        assert array.tobytes() == found[name].numpy().tobytes()  # type: ignore[attr-defined]
+        assert array.tobytes() == found[name].numpy().tobytes()
 
 
 def test_magnitudes_of_dora_load_beside_the_factors() -> None:
@@ -212,19 +211,19 @@ def test_magnitudes_of_dora_load_beside_the_factors() -> None:
     clients = [client(seed, config) for seed in range(2)]
     dicts = list(map(peft.get_peft_model_state_dict, clients))
     name = "base_model.model.q_proj.lora_magnitude_vector"
-    made = fl.lora.average(dicts, config=config)
-    assert torch.equal(made.weights[name], (dicts[0][name] + dicts[1][name]) / 2)  # type: ignore[arg-type]
-    assert torch.equal(peft.get_peft_model_state_dict(loaded(made.weights, config))[name], made.weights[name])  # type: ignore[arg-type]
+    made: Any = fl.lora.average(dicts, config=config)
+    assert torch.equal(made.weights[name], (dicts[0][name] + dicts[1][name]) / 2)
+    assert torch.equal(peft.get_peft_model_state_dict(loaded(made.weights, config))[name], made.weights[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_tensors_come_back_as_tensors_of_their_dtype(dtype: Any) -> None:
     clients = [client(seed, config_of()) for seed in range(2)]
     dicts = [{n: t.to(dtype) for n, t in peft.get_peft_model_state_dict(one).items()} for one in clients]
-    made = fl.lora.average(dicts)
-    assert all(type(value) is torch.Tensor for value in made.weights.values())
-    assert {value.dtype for value in made.weights.values()} == {dtype}
+    made: Any = fl.lora.average(dicts).weights
+    assert all(type(value) is torch.Tensor for value in made.values())
+    assert {value.dtype for value in made.values()} == {dtype}
     arrays = fl.lora.average([fl.get_weights(one) for one in dicts]).weights
-    assert {n: t.float().numpy().tobytes() for n, t in made.weights.items()} == {
+    assert {n: t.float().numpy().tobytes() for n, t in made.items()} == {
         n: array.astype("float32").tobytes() for n, array in arrays.items()
     }

@@ -47,7 +47,8 @@ class Adapter(Protocol):
     It may also have a method `hint(missing, extra)`, which says in a sentence what to do when these names are missing
     and too many, or returns an empty string; and a method `views(model, chosen)`, which reads a plain model at once:
     the names for which `chosen` is true (None: all), as `get` gives each without a copy, or None for a model in which
-    anything is out of the ordinary. Then `variables` and `get` say what is wrong, or do what takes longer.
+    anything is out of the ordinary. Then `variables` and `get` say what is wrong, or do what takes longer. And a method
+    `trained(model)`, which says of each parameter by its name whether training changes it, or that it is frozen.
     """
 
     name: str

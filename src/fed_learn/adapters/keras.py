@@ -79,6 +79,13 @@ class KerasModels(Adapter):
             return None
         return views if all(view.dtype in SUPPORTED_DTYPES for view in views.values()) else None
 
+    def trained(self, model: Any) -> dict[str, bool]:
+        if isinstance(model, list | tuple):
+            return {}
+        changed = {id(variable) for variable in model.trainable_weights}
+        parameters = [variable for layer in model._flatten_layers() for variable in layer._trainable_variables]
+        return {variable.path: id(variable) in changed for variable in parameters}
+
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """The value of a variable, as a read-only view or a copy.
 

@@ -5,6 +5,7 @@ Here is what all frameworks have in common: which variables, the checks, and tha
 """
 
 import re
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
@@ -17,7 +18,7 @@ from fed_learn.adapters.tensorflow import TensorFlowModels
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.errors import ModelError, NamesError, TiedVariablesError
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, listed
 
 M = TypeVar("M")
 Only: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
@@ -109,7 +110,8 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
         model: What to read.
         copy: The caller may keep and change the arrays: they are its own. Else nothing is copied where the framework
             allows that, and the arrays are read-only (tensors on a device are not).
-        only: Which variables: a regular expression (`re.search`) or a predicate on names, for parts such as LoRA's.
+        only: Which variables: a regular expression (`re.search`) or a predicate on names, for parts such as LoRA's. A
+            `UserWarning` names variables that are trained and left out, where the model also has frozen parameters.
 
     Returns:
         A new dict, in the model's order, which does not depend on anything but its architecture; an empty one of a
@@ -126,7 +128,9 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
         {'weight': (2, 3), 'bias': (2,)}
     """
     adapter = adapter_of(model)
-    views = getattr(adapter, "views", None)
+    views, trained = getattr(adapter, "views", None), getattr(adapter, "trained", None)
+    if only is not None and trained is not None:
+        _tell_of_trained(trained(model), only)
     plain: dict[str, Array] | None = views(model, _predicate(only)) if views is not None else None
     if plain:
         return {name: np.array(view) for name, view in plain.items()} if copy else plain
@@ -212,6 +216,19 @@ def _chosen(found: list[Variable], only: Only | None) -> tuple[Variable, ...]:
         some = ", ".join(repr(variable.name) for variable in found[:3])
         raise NamesError(f"only={only!r} fits none of the model's {len(found)} variables ({some} …)")
     return chosen
+
+
+def _tell_of_trained(trained: Mapping[str, bool], only: Only) -> None:
+    """Warns of what training changes and `only` leaves out, if a part is frozen, as of a model with adapters."""
+    fits = _predicate(only)
+    changed = [name for name in trained if trained[name]]
+    left = [name for name in changed if fits is not None and not fits(name)]
+    if left and len(left) < len(changed) < len(trained):
+        warnings.warn(
+            f"only={only!r} leaves out what this model trains as well: {listed(left)}. Each client keeps its own; take "
+            "them in, or freeze them",
+            stacklevel=3,
+        )
 
 
 def _sound(chosen: Iterable[Variable]) -> tuple[Variable, ...]:

@@ -68,6 +68,12 @@ class TorchModels(Adapter):
         taken = held if chosen is None else {name: held[name] for name in held if chosen(name)}
         return plain_views(taken) if foreign.isdisjoint(taken) else None
 
+    def trained(self, model: Any) -> dict[str, bool]:
+        if isinstance(model, Mapping):
+            return {}
+        named = unwrapped(model).named_parameters()
+        return {name.replace("_orig_mod.", ""): bool(parameter.requires_grad) for name, parameter in named}
+
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """The value of a variable, as an array; as a tensor where it is not on the CPU, and it stays there."""
         tensor = variable.tensor.detach()
