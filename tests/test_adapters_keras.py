@@ -98,9 +98,7 @@ def test_adapters_of_low_rank_are_read_averaged_and_loaded_alone() -> None:
         model.get_layer("d").enable_lora(2)
         for variable in model.weights:
             variable.assign(np.random.default_rng(id(model)).standard_normal(variable.shape))
-    with pytest.warns(
-        UserWarning, match=r"only='lora_' leaves out what this model trains as well: .net/d/bias"
-    ):
+    with pytest.warns(UserWarning, match=r"only='lora_' leaves out what this model trains as well: .net/d/bias"):
         fl.get_weights(pair[0], only="lora_")  # Keras goes on to train it
     for model in pair:
         model.get_layer("d").bias.trainable = False

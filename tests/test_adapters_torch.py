@@ -420,9 +420,7 @@ def test_adapters_of_low_rank_are_read_averaged_and_loaded_alone() -> None:
 
 def test_a_pattern_that_drops_what_is_trained_beside_adapters_is_told() -> None:
     model = nn.Sequential(Adapted(), nn.Linear(6, 2))
-    with pytest.warns(
-        UserWarning, match=r"only='lora_' leaves out what this model trains .*: '1.weight', '1.bias'"
-    ):
+    with pytest.warns(UserWarning, match=r"only='lora_' leaves out what this model trains .*: '1.weight', '1.bias'"):
         fl.get_weights(torch.nn.DataParallel(model), only="lora_")
     # All that is trained, nothing of it, a part of a model without frozen ones, or of a dict: nothing to tell.
     fl.get_weights(model, only="lora_|^1")

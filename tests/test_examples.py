@@ -43,6 +43,16 @@ def test_a_plain_loop_is_shorter_than_forty_lines(script: str) -> None:
     assert len((EXAMPLES / script).read_text(encoding="utf-8").splitlines()) < 40
 
 
+def test_a_qlora_job_learns_and_leaves_its_base_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    *lines, last = run(EXAMPLES / "qlora.py", tmp_path).splitlines()
+    losses = [float(line.rpartition(" ")[2]) for line in lines]
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.5
+    assert last.startswith("the base is the same, byte for byte; a client sends 69,632 of ")
+
+
 def test_the_same_handlers_decide_the_same_in_three_stacks(tmp_path: Path) -> None:
     # The script fails if they do not: rounds, scores, refusals, and the bits of models.
     printed = run(EXAMPLES / "same_handlers" / "run.py", tmp_path)
