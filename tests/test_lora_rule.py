@@ -120,6 +120,21 @@ def test_what_the_rule_cannot_do_is_refused_with_a_way_out() -> None:
         )
 
 
+def test_codes_of_a_quantized_base_stay_as_they_are_beside_the_adapters() -> None:
+    base = {"q.base_layer.weight": np.arange(8, dtype=np.uint8)}
+    base["q.base_layer.weight.quant_state.bitsandbytes__nf4"] = np.zeros(9, np.uint8)
+    whole = [{**base, **weights} for weights in CLIENTS.values()]
+    for found in (
+        fl.aggregate(whole, list(COUNTS.values()), rule="lora"),
+        fl.lora.average(whole, [10, 20, 70]).weights,
+    ):
+        check(found)
+        assert {name: found[name].tobytes() for name in base} == {n: a.tobytes() for n, a in base.items()}
+    whole[1] = {**whole[1], "q.base_layer.weight": np.zeros(8, np.uint8)}
+    with pytest.raises(fl.NotSameError, match=r"'q.base_layer.weight'"):
+        fl.aggregate(whole, rule="lora")
+
+
 @pytest.mark.not_quick
 @pytest.mark.parametrize("tensors", [False, True])
 def test_nvflares_aggregator_averages_products(tensors: bool) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fed_learn.errors import AggregatorError, DtypeError, NamesError, ShapeError
-from fed_learn.weights import Array, Schema, about
+from fed_learn.weights import Array, Schema, about, listed
 
 Matrix: TypeAlias = npt.NDArray[np.float64]
 
@@ -110,10 +110,9 @@ def _layers_named(names: Collection[str], who: str | None) -> list[Layer]:
             bias = f"{b.removesuffix('weight')}bias" if end.endswith(".weight") else None
             found.append(Layer(module.removesuffix("."), a, b, bias if bias in names else None, bool(embedding)))
     if not found:
-        some = ", ".join(map(repr, list(names)[:3]))
+        some = f"; there are {listed(names)}" if names else ""
         raise NamesError(
-            f"{about(who)}no variable is a factor of LoRA, as '….lora_A.weight' and '….lora_B.weight' are (there are "
-            f"{some} …)",
+            f"{about(who)}no variable is a factor of LoRA, as '….lora_A.weight' and '….lora_B.weight' are{some}",
             contributor=who,
         )
     strays = [name for name in names if _BIAS.fullmatch(name) and name not in {layer.bias for layer in found}]

@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from fed_learn.aggregation import weighted_average
-from fed_learn.aggregation.batch import Checked, Terms, scanned
+from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.low_rank import (
     Factors,
     Layer,
@@ -21,6 +21,7 @@ from fed_learn.aggregation.low_rank import (
 )
 from fed_learn.aggregation.mean import counting
 from fed_learn.aggregation.outputs import outputs_for
+from fed_learn.aggregation.strict import scanned
 from fed_learn.aggregation.tensors import opened
 from fed_learn.arguments import check_choice, check_count
 from fed_learn.contribution import Contribution, Kind, check_aggregation_weight

@@ -49,7 +49,10 @@ class LoraRule(Rule):
 
     def check(self, contribution: Contribution) -> None:
         """Refuses one without adapters, or with half of one."""
-        layers_in(schema_of(contribution.weights, contribution.contributor), contribution.contributor)
+        who, weights = contribution.contributor, contribution.weights
+        # What else there is may be anything, as long as it is the same everywhere: the extra state of a module.
+        named = {name: value for name, value in (weights or {}).items() if "lora_" in name}
+        layers_in(schema_of(named, who), who)
 
     def combine(self, given: Given) -> WeightDict:
         """The factors of the mean of the products, and the mean of all else."""
