@@ -11,7 +11,7 @@ Example:
 """
 
 from fed_learn import kernels, lora
-from fed_learn.adapters import get_weights, set_weights
+from fed_learn.adapters import Description, describe, get_weights, set_weights
 from fed_learn.adapters.layout import LayoutMap, align
 from fed_learn.aggregation import Accumulator, aggregate, rules, weighted_average
 from fed_learn.client import FederatedClient
@@ -75,6 +75,7 @@ __all__ = [
     "ContextKey",
     "Contribution",
     "ContributionError",
+    "Description",
     "DtypeError",
     "DuplicateContributionError",
     "EmptyAggregationError",
@@ -123,6 +124,7 @@ __all__ = [
     "WeightsTypeError",
     "aggregate",
     "align",
+    "describe",
     "fire_event",
     "get_weights",
     "kernels",

@@ -78,11 +78,20 @@ def size_text(weights: object) -> str:
     except BaseException as error:  # noqa: BLE001 - from outside; the checks say what is wrong with it
         as_failure(error)
         return f"{a_type(type(weights))} in the place of weights"
-    count = f"{len(weights)} variable{'s' * (len(weights) != 1)}"
+    return f"{len(weights)} variable{'s' * (len(weights) != 1)}, {bytes_text(size)}"
+
+
+def bytes_text(size: int) -> str:
+    """A number of bytes for people to read.
+
+    Example:
+        >>> bytes_text(48), bytes_text(102_230_000)
+        ('48 B', '102.2 MB')
+    """
     for unit, bytes_of_one in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if size >= bytes_of_one:
-            return f"{count}, {size / bytes_of_one:.1f} {unit}"
-    return f"{count}, {size} B"
+            return f"{size / bytes_of_one:.1f} {unit}"
+    return f"{size} B"
 
 
 class FrozenWeights(FrozenDict):

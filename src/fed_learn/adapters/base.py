@@ -1,14 +1,19 @@
 """What the library needs to know of a framework: its tensors, to average them, and its models, to read and load."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeError
+from fed_learn.policies import Role
 from fed_learn.weights import SUPPORTED_DTYPES, Array, same_bits
 
+STATISTICS = frozenset(
+    "running_mean running_var moving_mean moving_variance moving_stddev renorm_mean renorm_stddev mean variance".split()
+)
+"""What layers of torch and Keras call the statistics that they keep of what passes through them."""
 DTYPES = {dtype.name: dtype for dtype in SUPPORTED_DTYPES}
 
 
@@ -22,7 +27,8 @@ class Variable:
         dtype: Its dtype as numpy has it.
         tensor: The framework's own object; the model's, not a copy.
         trainable: Whether training changes it; None where that cannot be known, as of a torch `state_dict`.
-        role: A parameter, or a buffer that training only keeps account in (BatchNorm); None where it is not known.
+        role: What it is to the model, from which its policy follows; None where nobody can know. A frozen parameter is
+            `"trained"`, and not trainable.
         identity: Equal for two names of one variable (tied weights).
         problem: Why it cannot be averaged or read, to be raised if it is asked for; None for all others.
     """
@@ -32,7 +38,7 @@ class Variable:
     dtype: np.dtype[Any]
     tensor: Any
     trainable: bool | None
-    role: Literal["parameter", "buffer"] | None
+    role: Role | None
     identity: object
     problem: FedLearnError | None = None
 
@@ -117,6 +123,45 @@ def given(array: Array, *, copy: bool) -> Array:
     view = array.view()
     view.setflags(write=False)
     return view
+
+
+def role_of_buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], finite: Callable[[], bool]) -> Role:
+    """The role of a variable that belongs to a layer, and that no optimizer changes.
+
+    Args:
+        name: What the layer calls it.
+        shape: Its shape.
+        dtype: Its dtype.
+        finite: Whether all its values are numbers, asked only where it matters: a mask has infinities.
+
+    Example:
+        >>> role_of_buffer("num_batches_tracked", (), np.dtype("int64"), lambda: True)
+        'counter'
+        >>> role_of_buffer("mask", (8, 8), np.dtype("float32"), lambda: False)
+        'constant'
+    """
+    if dtype.kind in "biu":
+        return "counter" if not shape and dtype.kind != "b" else "constant"
+    return "statistic" if name in STATISTICS or finite() else "constant"
+
+
+def role_of_any(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, trained: bool) -> Role | None:
+    """The role of a variable of which no layer tells more than its name; None: it may be anything.
+
+    Args:
+        name: What it is called, without the path.
+        shape: Its shape.
+        dtype: Its dtype; integers are not trained, whatever is said of them.
+        trained: Whether it is told that it is.
+
+    Example:
+        >>> float32, int64 = np.dtype("float32"), np.dtype("int64")
+        >>> role_of_any("w", (2,), float32, trained=False), role_of_any("steps", (), int64, trained=True)
+        (None, 'counter')
+    """
+    if dtype.kind in "biu":
+        return role_of_buffer(name, shape, dtype, lambda: True)
+    return "trained" if trained else "statistic" if name in STATISTICS else None
 
 
 def averageable(dtype: str, name: str) -> tuple[np.dtype[Any], DtypeError | None]:

@@ -4,12 +4,14 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from fed_learn.adapters.base import Adapter, Framework, Variable, averageable, checked, given, not_averageable
+from fed_learn.adapters.base import Adapter, Framework, Variable, checked, given, not_averageable
+from fed_learn.adapters.trees import NUMBERS, leaf_dtype, loaded_leaf, told_by_name
 from fed_learn.errors import FedLearnError, ModelError, WeightsTypeError
+from fed_learn.policies import Role
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
 
@@ -116,16 +118,27 @@ class JaxTensors(Framework):
         raise TypeError(self.unwritable(target))
 
 
-class JaxModels(Adapter):
-    """`Adapter` for JAX pytrees: dicts, Flax linen and nnx, Equinox; by their key paths.
+class Held(NamedTuple):
+    """A variable as it is held in a pytree: its place among the leaves, its path, and the box of Flax it is in."""
 
-    Variables are the arrays, also numpy's. Left out are functions, Python's numbers, typed random keys and the
-    `RngState` of nnx; of a random key of the old kind nobody can tell that it is one: use `only=`. Arrays can not be
-    changed: `load` returns a new tree. It shares with the old one what is not loaded.
+    place: int
+    path: tuple[Any, ...]
+    leaf: Any
+    box: Any
+
+
+class JaxModels(Adapter):
+    """`Adapter` for JAX pytrees: dicts, Flax linen and nnx, Equinox, optax; by their key paths.
+
+    Variables are the arrays, also numpy's, and Python's numbers in a tree that `jit` takes and gives back with arrays
+    in their place, as in a `TrainState` before its first step: its names do not depend on that. Numbers are settings,
+    and left out, in a module of Equinox, and in a tree that also holds functions or text. Left out as well are typed
+    random keys and the `RngState` of nnx. Arrays can not be changed: `load` returns a new tree. It shares with the old
+    one what is not loaded.
     """
 
     name = "jax"
-    models = "a pytree with a jax.Array in it (a dict, Flax, Equinox)"
+    models = "a pytree with a jax.Array in it (a dict, Flax, Equinox, optax)"
 
     def __init__(self) -> None:
         self._tensors = JaxTensors()
@@ -142,15 +155,20 @@ class JaxModels(Adapter):
         except (TypeError, ValueError):  # a dict whose keys have no order is no pytree
             return False
         kinds = (array, _jax().ShapeDtypeStruct)
-        return any(isinstance(leaf, kinds) for leaf in leaves if leaf is not model)
+        if any(isinstance(leaf, kinds) for leaf in leaves if leaf is not model):
+            return True
+        # One of numpy's arrays alone, as a state that was restored from a file; not any list of arrays.
+        held = type(model) not in (list, tuple) and all(isinstance(leaf, (np.ndarray, *NUMBERS)) for leaf in leaves)
+        return held and any(isinstance(leaf, np.ndarray) for leaf in leaves if leaf is not model)
 
     def variables(self, model: Any) -> list[Variable]:
         tree, _ = _opened(model)
         found = []
-        for name, (path, leaf, box) in _held(tree).items():
-            dtype, problem = self._dtype(name, leaf)
-            trainable, role = _role(tree, path, box)
-            found.append(Variable(name, tuple(leaf.shape), dtype, leaf, trainable, role, name, problem))
+        for name, held in _held(tree).items():
+            dtype, problem = self._dtype(name, held.leaf)
+            trainable, role = _role(tree, name, held, dtype)
+            shape = tuple(np.shape(held.leaf))
+            found.append(Variable(name, shape, dtype, held.leaf, trainable, role, name, problem))
         return found
 
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
@@ -158,7 +176,7 @@ class JaxModels(Adapter):
         held = _held(_opened(model)[0])
         kinds, views = (np.ndarray, _jax().Array), {}
         for name in held if chosen is None else filter(chosen, held):
-            leaf = held[name][1]
+            leaf = held[name].leaf
             if not isinstance(leaf, kinds) or leaf.dtype not in SUPPORTED_DTYPES:
                 return None
             try:
@@ -177,27 +195,23 @@ class JaxModels(Adapter):
         device is copied in any case.
         """
         leaf = variable.tensor
-        array = leaf if isinstance(leaf, np.ndarray) else self._tensors.view(leaf, "model", variable.name)
-        return given(array, copy=copy)
+        if isinstance(leaf, (np.ndarray, *NUMBERS)):
+            return given(np.asarray(leaf, variable.dtype), copy=copy)
+        return given(self._tensors.view(leaf, "model", variable.name), copy=copy)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
-        jax = _jax()
         tree, closed = _opened(model)
-        leaves, structure = jax.tree_util.tree_flatten(tree)
-        places = {
-            jax.tree_util.keystr(path, simple=True, separator="/"): place
-            for place, (path, leaf, box) in enumerate(_leaves(tree))
-            if _is_variable(leaf, box)
-        }
+        leaves, structure = _jax().tree_util.tree_flatten(tree)
+        held = _held(tree)
         for name, (variable, value) in values.items():
-            leaves[places[name]] = copied_like(variable.tensor, value)
-        return closed(jax.tree_util.tree_unflatten(structure, leaves))
+            leaves[held[name].place] = copied_like(variable.tensor, value)
+        return closed(_jax().tree_util.tree_unflatten(structure, leaves))
 
     def _dtype(self, name: str, leaf: Any) -> tuple[np.dtype[Any], FedLearnError | None]:
         """Its dtype, and why it cannot be read or averaged."""
         jax = _jax()
-        if isinstance(leaf, np.ndarray):
-            return averageable(leaf.dtype.name, name)
+        if isinstance(leaf, (np.ndarray, *NUMBERS)):
+            return leaf_dtype(leaf, name)
         if isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             return checked(self._tensors, leaf, name)
         message = f"model: {name!r} is a Ref, which can change; freeze it first"
@@ -229,16 +243,18 @@ def _leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any, Any]]:
     return found
 
 
-def _held(tree: Any) -> dict[str, tuple[tuple[Any, ...], Any, Any]]:
-    """Path, leaf and box of the variables by name."""
+def _held(tree: Any) -> dict[str, Held]:
+    """The variables by name."""
     keystr = _jax().tree_util.keystr
-    held: dict[str, tuple[tuple[Any, ...], Any, Any]] = {}
-    for path, leaf, box in _leaves(tree):
-        if _is_variable(leaf, box):
+    held: dict[str, Held] = {}
+    leaves = _leaves(tree)
+    numbers = _traced_numbers(tree, leaves)
+    for place, (path, leaf, box) in enumerate(leaves):
+        if place in numbers or _is_variable(leaf, box):
             name = keystr(path, simple=True, separator="/")
             if name in held:
                 raise ModelError(f"model: two variables have the path {name!r}", name=name)
-            held[name] = path, leaf, box
+            held[name] = Held(place, path, leaf, box)
     return held
 
 
@@ -251,14 +267,30 @@ def _is_variable(leaf: Any, box: Any) -> bool:
     return isinstance(leaf, (np.ndarray, getattr(jax, "Ref", ())))
 
 
-def _role(tree: Any, path: tuple[Any, ...], box: Any) -> tuple[bool | None, Literal["parameter", "buffer"] | None]:
-    """Whether it is trained, and its role, where nnx or the collections of linen tell it."""
-    collection = getattr(path[0], "key", None) if isinstance(tree, Mapping) and "params" in tree else None
-    if isinstance(box, _flax("nnx", "Param")) or collection == "params":
-        return True, "parameter"
-    if isinstance(box, _flax("nnx", "BatchStat")) or collection == "batch_stats":
-        return False, "buffer"
-    return None, None
+def _traced_numbers(tree: Any, leaves: list[tuple[tuple[Any, ...], Any, Any]]) -> set[int]:
+    """The places of the numbers that are arrays once the tree has been through `jit`."""
+    numbers = {place for place, (_, leaf, _) in enumerate(leaves) if isinstance(leaf, NUMBERS)}
+    if not numbers:
+        return numbers
+    known = (np.ndarray, *NUMBERS, _jax().Array, _jax().ShapeDtypeStruct)
+    if not all(isinstance(leaf, known) for _, leaf, _ in leaves):  # jit does not take such a tree
+        return set()
+    module = getattr(sys.modules.get("equinox"), "Module", None)
+    if module is None:
+        return numbers
+    nodes = _jax().tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: isinstance(node, module))[0]
+    settings = [path for path, node in nodes if isinstance(node, module)]
+    return {place for place in numbers if not any(leaves[place][0][: len(path)] == path for path in settings)}
+
+
+def _role(tree: Any, name: str, held: Held, dtype: np.dtype[Any]) -> tuple[bool | None, Role | None]:
+    """Whether it is trained, and its role, where nnx or a name tells it."""
+    if isinstance(held.box, _flax("nnx", "Param")):
+        return True, "trained"
+    if isinstance(held.box, _flax("nnx", "BatchStat")):
+        return False, "statistic"
+    collections = "params" in tree if isinstance(tree, Mapping) else hasattr(tree, "params")
+    return told_by_name(name, tuple(np.shape(held.leaf)), dtype, collections=collections)
 
 
 def _on_cpu(leaf: Any) -> Array | None:
@@ -272,8 +304,8 @@ def _on_cpu(leaf: Any) -> Array | None:
 
 def copied_like(leaf: Any, value: Any) -> Any:
     """A copy of the value where and as the leaf is."""
-    if isinstance(leaf, np.ndarray):
-        return np.array(value, dtype=leaf.dtype)
+    if isinstance(leaf, (np.ndarray, *NUMBERS)):
+        return loaded_leaf(leaf, np.asarray(value))
     jax = _jax()
     with _x64() if leaf.dtype.itemsize == 8 else nullcontext():  # JAX would make a shorter one of it
         if isinstance(value, np.ndarray):

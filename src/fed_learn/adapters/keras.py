@@ -9,13 +9,25 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Adapter, Framework, Variable, averageable, built_layers, checked, given
+from fed_learn.adapters.base import (
+    DTYPES,
+    Adapter,
+    Framework,
+    Variable,
+    averageable,
+    built_layers,
+    checked,
+    given,
+    role_of_any,
+    role_of_buffer,
+)
 from fed_learn.adapters.jax import JaxTensors, copied_like
 from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.adapters.torch_tensors import TorchTensors, plain_views
 from fed_learn.errors import DtypeError, ModelError
-from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
+from fed_learn.policies import Role
+from fed_learn.weights import SUPPORTED_DTYPES, Array, finite_elements, native_dtype
 
 TENSORS: dict[str, Framework] = {"tensorflow": TensorFlowTensors(), "jax": JaxTensors(), "torch": TorchTensors()}
 """By back end."""
@@ -198,31 +210,40 @@ def _of_layer(model: Any) -> list[Variable]:
     # Keras tells in no public way which variables were made to be trained, once a layer is frozen.
     layers = _built(model)
     trained = {id(variable) for variable in model.trainable_weights}
-    parameters = {id(variable) for layer in layers for variable in layer._trainable_variables}
-    codes = {
-        id(variable): layer
-        for layer in layers
-        if _has_codes(layer)
-        for variable in (*layer._trainable_variables, *layer._non_trainable_variables)
-        if variable.dtype.startswith(("int", "uint"))
-    }
+    roles: dict[int, Role] = {id(variable): "trained" for layer in layers for variable in layer._trainable_variables}
+    quantized = {}
+    for layer in filter(_has_codes, layers):  # what such a layer makes beside the codes tells what they stand for
+        quantized |= {id(v): layer for v in _own(layer) if v.dtype.startswith(("int", "uint"))}
+        roles |= dict.fromkeys(map(id, layer._non_trainable_variables), "code")
     return [
-        _variable(one, id(one) in trained, "parameter" if id(one) in parameters else "buffer", codes.get(id(one)))
-        for one in model.weights
+        _variable(v, id(v) in trained, roles.get(id(v)) or _role_beside(v), quantized.get(id(v))) for v in model.weights
     ]
 
 
-def _variable(variable: Any, trainable: bool, role: Any, quantized: Any = None) -> Variable:
+def _role_beside(variable: Any) -> Role:
+    """The role of a variable that is not trained."""
+    dtype = np.dtype(DTYPES.get(sys.modules["keras"].backend.standardize_dtype(variable.dtype), np.void))
+    values = sys.modules["keras"].ops.convert_to_numpy
+    return role_of_buffer(
+        variable.name, tuple(variable.shape), dtype, lambda: bool(finite_elements(values(variable)).all())
+    )
+
+
+def _variable(variable: Any, trainable: bool, role: Role | None, quantized: Any = None) -> Variable:
     # Its own dtype may be one that the back end does not have: JAX makes shorter ones of 64 bits.
     name, value, framework = variable.path, variable.value, TENSORS.get(_backend())
     if framework is not None:
         dtype, problem = checked(framework, value, name)
     else:
         dtype, problem = averageable(sys.modules["keras"].backend.standardize_dtype(value.dtype), name)
+    if role is None:
+        role = role_of_any(variable.name, tuple(variable.shape), dtype, trained=bool(variable.trainable))
+    if getattr(variable, "overwrite_with_gradient", False):  # scales of float8, which no optimizer changes
+        role = "statistic"
     if quantized is not None:
         problem = DtypeError(
             f"model: {name!r} has the codes of a layer quantized to {quantized.quantization_mode}, "
-            "which cannot be averaged",
+            "which cannot be averaged; only= takes the others, as only='lora_'",
             contributor="model",
             name=name,
             dtype=dtype,

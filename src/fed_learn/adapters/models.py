@@ -17,6 +17,7 @@ from fed_learn.adapters.keras import KerasModels
 from fed_learn.adapters.tensorflow import TensorFlowModels
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.adapters.torch import TorchModels
+from fed_learn.adapters.trees import TreeModels
 from fed_learn.errors import ModelError, NamesError, TiedVariablesError
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, listed
 
@@ -24,8 +25,8 @@ M = TypeVar("M")
 Only: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
 """Which variables: those in whose names the regular expression is found (`re.search`), or for which it is true."""
 
-BUILT_IN: tuple[Adapter, ...] = (KerasModels(), TorchModels(), TensorFlowModels(), JaxModels())
-"""In this order: a Keras model on the torch back end is also a `torch.nn.Module`."""
+BUILT_IN: tuple[Adapter, ...] = (KerasModels(), TorchModels(), TensorFlowModels(), TreeModels(), JaxModels())
+"""In this order: a Keras model on the torch back end is also a `torch.nn.Module`, a dict of arrays a pytree of JAX."""
 ADAPTERS: list[Adapter] = [*BUILT_IN]
 """Asked in this order: first those that were registered."""
 
@@ -87,7 +88,12 @@ def variables(model: object, only: Only | None = None) -> tuple[Variable, ...]:
         >>> [(v.name, v.trainable) for v in variables(torch.nn.BatchNorm1d(2))][1:3]
         [('bias', True), ('running_mean', False)]
     """
-    return _sound(_chosen(adapter_of(model).variables(model), only))
+    return _sound(chosen_variables(model, only))
+
+
+def chosen_variables(model: object, only: Only | None = None) -> tuple[Variable, ...]:
+    """The same, also those that cannot be averaged or read: `Variable.problem` says why."""
+    return _chosen(adapter_of(model).variables(model), only)
 
 
 def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -> dict[str, Array]:
@@ -100,7 +106,8 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
       are left out. With `copy=False` snapshots (on the torch back end live views).
     - a layer or model of Keras 2 (`tf_keras`), built: the names of its weights. With `copy=False` snapshots.
     - `tf.Module`: paths of attributes; a list of `tf.Variable`: index and name. With `copy=False` snapshots.
-    - a JAX pytree (Flax, Equinox, dicts): key paths. With `copy=False` its arrays, which never change.
+    - a JAX pytree (Flax, Equinox, optax, dicts): key paths. With `copy=False` its arrays, which never change.
+    - a dict of numpy arrays, also nested, as `flax.serialization` gives it: the same key paths, without JAX too.
 
     Tensors of torch on another device than the CPU stay there, as tensors that `weighted_average` and `Accumulator`
     take; those of TensorFlow and JAX are copied to the host. With `copy=False` they are the model's own memory, and can
@@ -142,8 +149,8 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
     """Loads a weight dict into a model: all of it, or nothing if anything is wrong with it.
 
     Values are copied in place: optimizers keep their hold on the variables, and what is frozen stays frozen. A JAX
-    pytree cannot be changed; a new one is returned, an `nnx.Module` as well. It shares with the old one what was not
-    loaded.
+    pytree cannot be changed; a new one is returned, an `nnx.Module` as well, and for a dict of numpy arrays a new
+    dict. It shares with the old one what was not loaded.
 
     Args:
         model: What to load into; see `get_weights`.

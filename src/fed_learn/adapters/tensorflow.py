@@ -4,11 +4,21 @@ import functools
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import DTYPES, Adapter, Framework, Variable, built_layers, checked, given, not_averageable
+from fed_learn.adapters.base import (
+    DTYPES,
+    Adapter,
+    Framework,
+    Variable,
+    built_layers,
+    checked,
+    given,
+    not_averageable,
+    role_of_any,
+)
 from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
 from fed_learn.weights import BFLOAT16, Array, native_dtype, same_bits
 
@@ -153,8 +163,8 @@ class TensorFlowModels(Adapter):
         shape = variable.shape
         if problem is None and not shape.is_fully_defined():  # some variables may change their shape
             shape = self._tensors.view(variable, "model", name).shape
-        role: Literal["parameter"] | None = "parameter" if variable.trainable else None
         known = tuple(shape) if problem is None else ()
+        role = role_of_any(name.rpartition("/")[2], known, dtype, trained=bool(variable.trainable))
         return Variable(name, known, dtype, variable, bool(variable.trainable), role, id(variable), problem)
 
     def get(self, variable: Variable, *, copy: bool) -> Array:

@@ -1,0 +1,249 @@
+"""What a person reads before a first federation: the variables of a model, and what becomes of each.
+
+Names, roles and what cannot be averaged come from the adapters; policies from the user and, where he says nothing, from
+the roles.
+"""
+
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from fed_learn.adapters.base import Variable
+from fed_learn.adapters.models import Only, chosen_variables
+from fed_learn.errors import printable
+from fed_learn.policies import POLICY_OF_ROLE, Policies, Policy, Role, codes_in
+from fed_learn.weights import Schema, bytes_text
+
+LONG = 60
+"""Rows from which variables of one kind, whose names differ in numbers, share a line of the table."""
+NARROWEST = 24
+"""Columns that names have at least, however narrow the terminal is."""
+NUMBER = re.compile(r"(?<![^./_\[\]-])\d+(?![^./_\[\]-])")
+"""A number that is a part of a name of its own: of a layer, not that of `conv1`."""
+
+
+@dataclass(frozen=True)
+class DescribedVariable:
+    """One row of a `Description`.
+
+    Attributes:
+        name: Its name in the weight dict.
+        shape: Its shape; empty where a variable has none that can be told.
+        dtype: Its dtype, as the framework calls it.
+        role: See `fed_learn.policies.Role`; None where nobody can know.
+        policy: See `fed_learn.policies.Policy`; None where it cannot be sent at all: see `problem`.
+        trainable: Whether training changes it; None where that cannot be known.
+        nbytes: Its bytes.
+        tied_to: The first name of the same variable, if it has several and this is a later one; else None.
+        problem: Why it can be neither averaged nor sent; else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: Role | None
+    policy: Policy | None
+    trainable: bool | None
+    nbytes: int
+    tied_to: str | None = None
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` returns: one row for each variable; as text a table.
+
+    In the table of a long model, variables that differ in numbers of their names alone share a line, which says how
+    many they are; the rows are always all there.
+
+    Attributes:
+        variables: The rows, in the model's order.
+    """
+
+    variables: tuple[DescribedVariable, ...]
+
+    def __iter__(self) -> Iterator[DescribedVariable]:
+        return iter(self.variables)
+
+    def __len__(self) -> int:
+        return len(self.variables)
+
+    @property
+    def policies(self) -> dict[str, str]:
+        r"""The policies of all variables that have another than `"mean"`, each by its own name, for `policies=`.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(2))
+            >>> describe(model, policies={"running": "local"}).policies
+            {'^0\\.running_mean$': 'local', '^0\\.running_var$': 'local'}
+        """
+        return {f"^{re.escape(v.name)}$": v.policy for v in self if v.policy not in (None, "mean")}
+
+    @property
+    def summary(self) -> str:
+        """How many variables, numbers and bytes there are, and how many of each policy; tied variables count once."""
+        own = [variable for variable in self if variable.tied_to is None]
+        lines = [f"{_amount(own)}, {sum(prod(v.shape) for v in own if v.problem is None):,} numbers"]
+        for policy in dict.fromkeys(variable.policy for variable in own):
+            what = "cannot be averaged" if policy is None else policy
+            lines.append(f"{what}: {_amount([variable for variable in own if variable.policy == policy])}")
+        tied = len(self) - len(own)
+        if tied:
+            lines.append(f"{tied} more name{'s' * (tied != 1)} of the same variables (tied)")
+        return "; ".join(lines)
+
+    def table(self, width: int | None = None) -> str:
+        """The table, with the summary beneath it.
+
+        Args:
+            width: Columns that it may take; None: those of the terminal.
+        """
+        width = width or shutil.get_terminal_size((100, 24)).columns
+        groups = _grouped(self.variables) if len(self) >= LONG else {v.name: [v] for v in self}
+        several = any(len(group) > 1 for group in groups.values())
+        cells = [_cells(name, group, several) for name, group in groups.items()]
+        lines = _aligned([("name", "shape", "dtype", "role", "policy", "trained", "bytes"), *cells], width)
+        if several:
+            lines.append("(n x: so many variables, whose names have other numbers in the place of *)")
+        for group in groups.values():
+            if group[0].problem is not None:
+                more = f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
+                lines += ["", *textwrap.wrap(f"{group[0].problem}{more}", width)]
+        return "\n".join([*lines, "", *textwrap.wrap(self.summary, width)])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def describe(model: object, *, only: Only | None = None, policies: Mapping[str, str] | None = None) -> Description:
+    """The variables of a model or of weights: names, shapes, dtypes, roles, and what becomes of each: its policy.
+
+    To be read before a first federation: whether a mask is averaged, BatchNorm's statistics are shared, a frozen base
+    is sent. Nothing is refused here; a variable that cannot be averaged has its `problem`.
+
+    Args:
+        model: What `get_weights` takes: a model, a `state_dict`, a weight dict.
+        only: Which variables; see `get_weights`.
+        policies: Regular expressions of names and their policies; the first that is found in a name decides, and a
+            variable's role where none is. See `fed_learn.policies.Policies`.
+
+    Raises:
+        ModelError: No adapter knows the model.
+        NamesError: `only` fits none of the names, or is no regular expression.
+        ValueError, TypeError: The policies are none.
+
+    Example:
+        >>> import torch
+        >>> description = describe(torch.nn.BatchNorm1d(2), policies={"running": "local"})
+        >>> print(description.table(width=80))
+        name                 shape  dtype    role       policy  trained  bytes
+        weight               2      float32  trained    mean    yes      8 B
+        bias                 2      float32  trained    mean    yes      8 B
+        running_mean         2      float32  statistic  local   no       8 B
+        running_var          2      float32  statistic  local   no       8 B
+        num_batches_tracked  ()     int64    counter    mean    no       8 B
+        <BLANKLINE>
+        5 variables, 40 B, 9 numbers; mean: 3 variables, 24 B; local: 2 variables, 16 B
+        >>> [variable.name for variable in description if variable.role == "counter"]
+        ['num_batches_tracked']
+    """
+    found = chosen_variables(model, only)
+    if isinstance(model, Mapping) and all(variable.name in model for variable in found):
+        order = {name: place for place, name in enumerate(model)}
+        found = tuple(sorted(found, key=lambda variable: order[variable.name]))
+    return described(found, policies)
+
+
+def described(variables: Iterable[Variable], policies: Mapping[str, str] | None = None) -> Description:
+    """The same, of variables that an adapter or the header of a file has told.
+
+    Raises:
+        ValueError, TypeError: The policies are none.
+    """
+    variables, chosen = tuple(variables), Policies(policies)
+    codes = codes_in(Schema((v.name, (v.shape, v.dtype)) for v in variables if v.problem is None))
+    first: dict[object, str] = {}
+    rows = []
+    for variable in variables:
+        role: Role | None = "code" if variable.name in codes else variable.role
+        policy: Any = None
+        if variable.problem is None:
+            policy = chosen.of(variable.name) or ("mean" if role is None else POLICY_OF_ROLE[role])
+        name = first.setdefault(variable.identity, variable.name)
+        rows.append(
+            DescribedVariable(
+                variable.name,
+                variable.shape,
+                _dtype_text(variable),
+                role,
+                policy,
+                variable.trainable,
+                prod(variable.shape) * variable.dtype.itemsize,
+                None if name == variable.name else name,
+                None if variable.problem is None else str(variable.problem),
+            )
+        )
+    return Description(tuple(rows))
+
+
+def _dtype_text(variable: Variable) -> str:
+    if variable.problem is None:
+        return variable.dtype.name
+    return str(getattr(variable.tensor, "dtype", "unknown")).removeprefix("torch.")
+
+
+def _amount(variables: list[DescribedVariable]) -> str:
+    count = len(variables)
+    return f"{count} variable{'s' * (count != 1)}, {bytes_text(sum(v.nbytes for v in variables))}"
+
+
+def _grouped(variables: Iterable[DescribedVariable]) -> dict[str, list[DescribedVariable]]:
+    """The variables that share a line, by what stands for their names."""
+    kinds: dict[tuple[object, ...], list[DescribedVariable]] = {}
+    for v in variables:
+        pattern = NUMBER.sub("*", v.name)
+        kind = (pattern, v.shape, v.dtype, v.role, v.policy, v.trainable, v.tied_to, v.problem is None)
+        kinds.setdefault(kind, []).append(v)
+    groups: dict[str, list[DescribedVariable]] = {}
+    for kind, group in kinds.items():
+        pattern = str(kind[0])
+        # Two groups may have one pattern: the first layer has another shape. Each begins with a name of its own then.
+        known = pattern if len(group) > 1 and pattern not in groups else group[0].name
+        groups[known] = group
+    return groups
+
+
+def _cells(name: str, group: list[DescribedVariable], several: bool) -> tuple[str, ...]:
+    variable = group[0]
+    if several and len(group) > 1:
+        name = f"{len(group)} x {name}"
+    if variable.tied_to is not None:
+        name += f" (tied to {variable.tied_to})"
+    return (
+        name,
+        "x".join(map(str, variable.shape)) or "()",
+        variable.dtype,
+        variable.role or "?",
+        variable.policy or "-",
+        {True: "yes", False: "no", None: "?"}[variable.trainable],
+        bytes_text(sum(v.nbytes for v in group)),
+    )
+
+
+def _aligned(rows: list[tuple[str, ...]], width: int) -> list[str]:
+    """The lines of a table; names that are too long go on in the next line."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(min(widths[0], width - sum(widths[1:]) - 2 * (len(widths) - 1)), NARROWEST)
+    lines = []
+    for name, *others in rows:
+        indented = textwrap.wrap(printable(name), widths[0], subsequent_indent="  ", break_on_hyphens=False)
+        begin, *rest = indented or [""]
+        cells = [begin, *others]
+        lines.append("  ".join(cell.ljust(size) for cell, size in zip(cells, widths, strict=True)).rstrip())
+        lines += rest
+    return lines
