@@ -11,7 +11,10 @@ from fed_learn.policies import Role
 from fed_learn.weights import SUPPORTED_DTYPES, Array, same_bits
 
 STATISTICS = frozenset(
-    ["running_mean", "running_var", "moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev", "mean", "variance"]
+    (
+        *("running_mean", "running_var"),
+        *("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev", "mean", "variance"),
+    )
 )
 """What layers of torch and Keras call the statistics that they keep of what passes through them."""
 DTYPES = {dtype.name: dtype for dtype in SUPPORTED_DTYPES}

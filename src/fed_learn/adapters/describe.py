@@ -7,16 +7,16 @@ the roles.
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 from fed_learn.adapters.base import Variable
-from fed_learn.adapters.models import Only, chosen_variables
+from fed_learn.adapters.models import Only, adapter_of, choose
 from fed_learn.errors import printable
 from fed_learn.policies import POLICY_OF_ROLE, Policies, Policy, Role, codes_in
-from fed_learn.weights import Schema, bytes_text
+from fed_learn.weights import Schema, bytes_text, listed
 
 LONG = 60
 """Rows from which variables of one kind, whose names differ in numbers, share a line of the table."""
@@ -135,7 +135,7 @@ def describe(model: object, *, only: Only | None = None, policies: Mapping[str, 
     Raises:
         ModelError: No adapter knows the model.
         NamesError: `only` fits none of the names, or is no regular expression.
-        ValueError, TypeError: The policies are none.
+        ValueError, TypeError: The policies are none, or an expression is found in none of the model's names.
 
     Example:
         >>> import torch
@@ -152,28 +152,34 @@ def describe(model: object, *, only: Only | None = None, policies: Mapping[str, 
         >>> [variable.name for variable in description if variable.role == "counter"]
         ['num_batches_tracked']
     """
-    found = chosen_variables(model, only)
+    found = adapter_of(model).variables(model)
     if isinstance(model, Mapping) and all(variable.name in model for variable in found):
-        order = {name: place for place, name in enumerate(model)}
-        found = tuple(sorted(found, key=lambda variable: order[variable.name]))
-    return described(found, policies)
+        order = {name: place for place, name in enumerate(model)}  # weights are read in the order in which they are
+        found = sorted(found, key=lambda variable: order[variable.name])
+    return described(found, only=only, policies=policies)
 
 
-def described(variables: Iterable[Variable], policies: Mapping[str, str] | None = None) -> Description:
+def described(
+    variables: Sequence[Variable], *, only: Only | None = None, policies: Mapping[str, str] | None = None
+) -> Description:
     """The same, of variables that an adapter or the header of a file has told.
 
     Raises:
-        ValueError, TypeError: The policies are none.
+        NamesError, ValueError, TypeError: See `describe`.
     """
-    variables, chosen = tuple(variables), Policies(policies)
+    wanted = Policies(policies)
+    for pattern in wanted:
+        if not any(re.search(pattern, variable.name) for variable in variables):
+            names = listed((variable.name for variable in variables), 3)
+            raise ValueError(f"policies: {pattern!r} fits none of the {len(variables)} variables ({names})")
     codes = codes_in(Schema((v.name, (v.shape, v.dtype)) for v in variables if v.problem is None))
     first: dict[object, str] = {}
     rows = []
-    for variable in variables:
+    for variable in choose(variables, only):
         role: Role | None = "code" if variable.name in codes else variable.role
         policy: Any = None
         if variable.problem is None:
-            policy = chosen.of(variable.name) or ("mean" if role is None else POLICY_OF_ROLE[role])
+            policy = wanted.of(variable.name) or ("mean" if role is None else POLICY_OF_ROLE[role])
         name = first.setdefault(variable.identity, variable.name)
         rows.append(
             DescribedVariable(
@@ -194,7 +200,8 @@ def described(variables: Iterable[Variable], policies: Mapping[str, str] | None 
 def _dtype_text(variable: Variable) -> str:
     if variable.problem is None:
         return variable.dtype.name
-    return str(getattr(variable.tensor, "dtype", "unknown")).removeprefix("torch.")
+    told = getattr(variable.problem, "dtype", None) or getattr(variable.tensor, "dtype", "unknown")
+    return str(told).removeprefix("torch.")
 
 
 def _amount(variables: list[DescribedVariable]) -> str:

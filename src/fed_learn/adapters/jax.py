@@ -167,6 +167,8 @@ class JaxModels(Adapter):
         for name, held in _held(tree).items():
             dtype, problem = self._dtype(name, held.leaf)
             trainable, role = _role(tree, name, held, dtype)
+            if isinstance(held.leaf, _jax().Array) and self._tensors.code(held.leaf) is not None:
+                role = "code"
             shape = tuple(np.shape(held.leaf))
             found.append(Variable(name, shape, dtype, held.leaf, trainable, role, name, problem))
         return found

@@ -6,7 +6,7 @@ Here is what all frameworks have in common: which variables, the checks, and tha
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -88,12 +88,7 @@ def variables(model: object, only: Only | None = None) -> tuple[Variable, ...]:
         >>> [(v.name, v.trainable) for v in variables(torch.nn.BatchNorm1d(2))][1:3]
         [('bias', True), ('running_mean', False)]
     """
-    return _sound(chosen_variables(model, only))
-
-
-def chosen_variables(model: object, only: Only | None = None) -> tuple[Variable, ...]:
-    """The same, also those that cannot be averaged or read: `Variable.problem` says why."""
-    return _chosen(adapter_of(model).variables(model), only)
+    return _sound(choose(adapter_of(model).variables(model), only))
 
 
 def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -> dict[str, Array]:
@@ -141,7 +136,7 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     plain: dict[str, Array] | None = views(model, _predicate(only)) if views is not None else None
     if plain:
         return {name: np.array(view) for name, view in plain.items()} if copy else plain
-    chosen = _sound(_chosen(adapter.variables(model), only))
+    chosen = _sound(choose(adapter.variables(model), only))
     return {variable.name: adapter.get(variable, copy=copy) for variable in chosen}
 
 
@@ -174,7 +169,7 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
         3.0
     """
     adapter = adapter_of(model)
-    known = {variable.name: variable for variable in _chosen(adapter.variables(model), only)}
+    known = {variable.name: variable for variable in choose(adapter.variables(model), only)}
     values, arrays = _opened(weights)
     meant = _sound(v for name, v in known.items() if strict or name in arrays)
     expected = Schema((v.name, (v.shape, v.dtype)) for v in meant)
@@ -214,7 +209,12 @@ def _predicate(only: Only | None) -> Callable[[str], object] | None:
         raise NamesError(f"only={only!r} is no regular expression: {error}") from error
 
 
-def _chosen(found: list[Variable], only: Only | None) -> tuple[Variable, ...]:
+def choose(found: Sequence[Variable], only: Only | None) -> tuple[Variable, ...]:
+    """Those of the variables that `only` means, as `get_weights` takes it.
+
+    Raises:
+        NamesError: It fits none of the names, or is no regular expression.
+    """
     fits = _predicate(only)
     if fits is None:
         return tuple(found)

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from fed_learn.cli.bench import bench
+from fed_learn.cli.describe import describe
 from fed_learn.cli.info import info
 from fed_learn.cli.simulate import simulate
 
@@ -35,4 +36,5 @@ def _options(
 
 app.command()(simulate)
 app.command()(bench)
+app.command()(describe)
 app.command()(info)

@@ -4,13 +4,13 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fed_learn.cli.interrupts import StoppedError
+from fed_learn.cli.options import as_wrong_use, policies_of
 from fed_learn.contribution import GLOBAL_BEST, Kind
 from fed_learn.disk import remove
 from fed_learn.errors import ConfigError, described
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from fed_learn.simulation.demo import Demo
 
 DEFAULT_ROUNDS = 20
-T = TypeVar("T")
 FILES = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.json", "metrics.png")
 
 
@@ -133,10 +132,10 @@ def simulate(
     aggregator = settings.build_aggregator(exact)
     kind = kind or (Kind.FULL if aggregator is None else Kind.DIFF)
     kernels.set_num_threads(threads)
-    _as_wrong_use(kernels.get_num_threads)
+    as_wrong_use(kernels.get_num_threads)
     started = time.perf_counter()
     replacing = _Replacing()
-    demo = _as_wrong_use(
+    demo = as_wrong_use(
         lambda: build_demo(
             dataset.value,
             framework=framework.value,
@@ -161,7 +160,7 @@ def simulate(
             exact=exact and not getattr(aggregator, "exact", False),
             kernel=None if kernel == "auto" else kernel,
             rule=rule,
-            policies={**settings.policies, **_policies(policy or [])},
+            policies={**settings.policies, **policies_of(policy or [])},
             partial=partial or settings.partial or "same",
             aggregator=aggregator,
         )
@@ -249,27 +248,6 @@ def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
         f"{where}; kept in {out}: {', '.join(files)}. It cannot be resumed: run it again with another --out, or with "
         "--overwrite"
     )
-
-
-def _policies(given: list[str]) -> dict[str, str]:
-    """Policies as the command takes them: a regular expression, the last equals sign, and the policy."""
-    found = {}
-    for one in given:
-        pattern, equals, policy = one.rpartition("=")
-        if not equals:
-            raise typer.BadParameter(f"{one!r} is not REGEX=POLICY, as in bn=local", param_hint="--policy")
-        found[pattern] = policy
-    return found
-
-
-def _as_wrong_use(function: Callable[[], T]) -> T:
-    """Calls it; a value out of range is the user's mistake."""
-    try:
-        return function()
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
 
 
 def _print_summary(console: Any, summary: dict[str, Any]) -> None:

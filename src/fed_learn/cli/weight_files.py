@@ -1,0 +1,181 @@
+"""The variables in files of weights and models, for `fed-learn describe`. Nothing is ever unpickled.
+
+Of `.safetensors` the header is enough. Files of a framework need that framework, which is imported here; the variables
+are those that its adapter tells.
+"""
+
+import importlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fed_learn.adapters.base import Variable, averageable
+from fed_learn.adapters.models import adapter_of
+from fed_learn.errors import ConfigError, WeightsTypeError, text_of
+from fed_learn.weights import BFLOAT16, listed
+
+Found = tuple[list[Variable], list[str]]
+"""The variables, and what else a reader should know, a sentence each."""
+
+SAFETENSORS = {
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+}
+"""What the header of a `.safetensors` file calls the dtypes that can be averaged."""
+LONGEST_HEADER = 100_000_000
+"""Bytes of a `.safetensors` header, by its specification."""
+
+
+def read_variables(path: Path, key: str | None = None) -> Found:
+    """The variables in a file, and remarks.
+
+    Args:
+        path: The file; its ending says what it is.
+        key: The entry of a torch checkpoint in which the weights are, with dots for entries of entries; None: the
+            only one that can be it.
+
+    Raises:
+        ConfigError: No such kind of file is known, its framework is not installed, or there is no such entry.
+        WeightsTypeError: The file is damaged, or holds no weights.
+    """
+    kind = path.suffix.lower()
+    if key is not None and kind not in TORCH:
+        raise ConfigError(f"--key is for checkpoints of torch ({', '.join(TORCH)}), not for {path.name}")
+    if kind in TORCH:
+        return _torch(path, key)
+    if kind not in READERS:
+        known = ", ".join((*READERS, *TORCH))
+        raise ConfigError(f"{path.name}: no such file is known; known are {known}")
+    return READERS[kind](path)
+
+
+def _safetensors(path: Path) -> Found:
+    variables = []
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > LONGEST_HEADER:
+            raise WeightsTypeError(f"{path.name} is no .safetensors file: its header would have {length} bytes")
+        try:
+            header = json.loads(file.read(length))
+            entries = {name: (e["dtype"], tuple(map(int, e["shape"]))) for name, e in header.items() if name != META}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise WeightsTypeError(f"{path.name} is no .safetensors file: {text_of(error)}") from error
+    for name, (code, shape) in entries.items():
+        dtype, problem = averageable(SAFETENSORS.get(code, code), name)
+        variables.append(Variable(name, shape, dtype, None, None, None, name, problem))
+    return variables, []
+
+
+def _numpy(path: Path) -> Found:
+    try:
+        held = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
+        weights = {path.stem: held} if isinstance(held, np.ndarray) else dict(held)
+    except (ValueError, OSError) as error:
+        raise WeightsTypeError(f"{path.name} cannot be read: {text_of(error)}") from error
+    remarks = []
+    halves = [name for name, array in weights.items() if array.dtype == "V2"]
+    if halves:
+        remarks.append(f"{listed(halves)}: two-byte values without a dtype, taken for bfloat16")
+        weights |= {name: weights[name].view(BFLOAT16) for name in halves}
+    return _of_model(weights, path), remarks
+
+
+def _keras(path: Path) -> Found:
+    keras = _imported("keras", path)
+    if path.name.endswith(".weights.h5"):
+        return _keras_weights(path)
+    try:
+        model = keras.saving.load_model(path, compile=False)
+    except (ValueError, TypeError, OSError, KeyError) as error:  # a class of the user's own, or no such file
+        raise WeightsTypeError(
+            f"{path.name} cannot be read: {text_of(error)} (of a model in Python, fl.describe(model) tells the same)"
+        ) from error
+    return _of_model(model, path), []
+
+
+def _keras_weights(path: Path) -> Found:
+    h5py, found = _imported("h5py", path), []
+
+    def visit(name: str, entry: Any) -> None:
+        if isinstance(entry, h5py.Dataset):
+            dtype, problem = averageable(str(entry.dtype), name)
+            found.append(Variable(name, tuple(entry.shape), dtype, None, None, None, name, problem))
+
+    try:
+        with h5py.File(path) as file:
+            file.visititems(visit)
+    except OSError as error:
+        raise WeightsTypeError(f"{path.name} cannot be read: {text_of(error)}") from error
+    remark = "Names are those in the file. fl.get_weights has other names, which only the model knows: variable.path."
+    return found, [remark]
+
+
+def _torch(path: Path, key: str | None) -> Found:
+    torch = _imported("torch", path)
+    pickle = importlib.import_module("pickle")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsTypeError(
+            f"{path.name} holds more than tensors, as after torch.save(model), and is not unpickled, since that may run "
+            "any program: save model.state_dict() instead"
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise WeightsTypeError(f"{path.name} cannot be read: {text_of(error)}") from error
+    return _entry(checkpoint, path, key, torch.Tensor)
+
+
+def _entry(checkpoint: Any, path: Path, key: str | None, tensor: type) -> Found:
+    """The variables of the one `state_dict` in a checkpoint, or of the one that is asked for."""
+    entries = dict(_state_dicts(checkpoint, "", tensor))
+    if key is not None:
+        if key not in entries:
+            raise ConfigError(f"--key {key}: {path.name} has weights in {listed(filter(None, entries)) or 'no entry'}")
+        return _of_model(entries[key], path), []
+    if not entries:
+        kind = type(checkpoint).__name__
+        raise WeightsTypeError(f"{path.name} holds no state_dict: it is a {kind}")
+    if len(entries) > 1:
+        raise ConfigError(f"{path.name} has weights in several entries: {listed(entries)}; choose one with --key")
+    ((name, weights),) = entries.items()
+    remarks = [f"Entry {name!r} of the checkpoint, which has {listed(map(str, checkpoint))}."] if name else []
+    return _of_model(weights, path), remarks
+
+
+def _state_dicts(value: Any, name: str, tensor: type) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parts of a checkpoint that are a `state_dict` each, by the names of the entries that lead to them."""
+    if not isinstance(value, Mapping) or "param_groups" in value:  # which only an optimizer has
+        return
+    if value and any(isinstance(part, tensor) for part in value.values()):
+        yield name, value
+        return
+    for key, part in value.items():
+        yield from _state_dicts(part, f"{name}.{key}" if name else str(key), tensor)
+
+
+def _of_model(model: Any, path: Path) -> list[Variable]:
+    if isinstance(model, Mapping) and not model:
+        raise WeightsTypeError(f"{path.name} holds no arrays")
+    found = adapter_of(model).variables(model)
+    if isinstance(model, Mapping):  # in the order of the file
+        order = {name: place for place, name in enumerate(model)}
+        found.sort(key=lambda variable: order[variable.name])
+    return found
+
+
+def _imported(module: str, path: Path) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{path.name} can be read only where {module} is installed: {text_of(error)}") from error
+
+
+META = "__metadata__"
+READERS = {".safetensors": _safetensors, ".npz": _numpy, ".npy": _numpy, ".keras": _keras, ".h5": _keras}
+"""By the ending of the file."""
+TORCH = (".pt", ".pth", ".bin")
