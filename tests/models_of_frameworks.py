@@ -11,6 +11,8 @@ import pytest
 
 from fed_learn.weights import BFLOAT16, Array
 
+LETTERS = {"trained": "t", "statistic": "s", "counter": "n", "constant": "k", "code": "c", None: "."}
+"""How the roles of variables are written below."""
 FRAMEWORKS = ("torch", "tensorflow", "keras", "jax", "flax", "equinox")
 Model = Any
 Weights = dict[str, Array]
@@ -161,14 +163,14 @@ NET = (
     "3.weight 3.bias 4.weight 4.bias 5.weight 5.bias"
 )
 HALF = "seen 0.weight 0.bias 1.weight 1.bias 2.weight 2.bias"
-# One letter for each variable: yes, no, parameter, buffer; a dot for what is not known.
+# One letter for each variable: yes, no; see `LETTERS`; a dot for what is not known.
 TORCH = [
     Case(name, ("torch",), make, train, torch_read, NET, trainable, roles, live=True)
     for name, make, train, trainable, roles in (
-        ("torch module", torch_net, torch_train, "nnyyynnnyyyyyy", "bppppbbbpppppp"),
-        ("torch compiled", torch_compiled, torch_train, "nnyyynnnyyyyyy", "bppppbbbpppppp"),
-        ("torch DataParallel", torch_parallel, torch_train, "nnyyynnnyyyyyy", "bppppbbbpppppp"),
-        ("torch state_dict", torch_state, torch_train_state, "." * 14, "." * 14),
+        ("torch module", torch_net, torch_train, "nnyyynnnyyyyyy", "kttttssntttttt"),
+        ("torch compiled", torch_compiled, torch_train, "nnyyynnnyyyyyy", "kttttssntttttt"),
+        ("torch DataParallel", torch_parallel, torch_train, "nnyyynnnyyyyyy", "kttttssntttttt"),
+        ("torch state_dict", torch_state, torch_train_state, "." * 14, "k....ssn......"),
     )
 ] + [
     Case(
@@ -179,7 +181,7 @@ TORCH = [
         torch_read,
         HALF,
         "nyyyyyy",
-        "bpppppp",
+        "ntttttt",
         live=True,
     )
     for dtype in ("float16", "bfloat16")
@@ -259,7 +261,7 @@ KERAS = [
         keras_read,
         names,
         "yyyynnnnyy",
-        "ppppbbpppp",
+        "ttttsstttt",
     )
     for kind, policy, names in (
         ("sequential", None, keras_names("net/")),
@@ -350,7 +352,7 @@ TENSORFLOW = [
         tensorflow_read,
         MODULE,
         "nyyyyy",
-        ".ppppp",
+        "nttttt",
     ),
     Case(
         "list of tf.Variable",
@@ -360,7 +362,7 @@ TENSORFLOW = [
         tensorflow_read_list,
         "0/kernel 1/Variable 2/Variable",
         "yyy",
-        "ppp",
+        "ttn",
     ),
 ]
 
@@ -514,8 +516,8 @@ NNX = (
 )
 JAX = [
     Case("jax dict", ("jax",), jax_dict, jax_train_dict, jax_read_dict, DICT, "." * 4, "." * 4),
-    Case("flax linen", ("jax", "flax"), linen_model, linen_train, linen_read, LINEN, "nnyyyyyy", "bbpppppp"),
-    Case("flax nnx", ("jax", "flax"), nnx_model, nnx_train, nnx_read, NNX, "yy.yyyyynyn", "pp.pppppbpb"),
+    Case("flax linen", ("jax", "flax"), linen_model, linen_train, linen_read, LINEN, "nnyyyyyy", "sstttttt"),
+    Case("flax nnx", ("jax", "flax"), nnx_model, nnx_train, nnx_read, NNX, "yynyyyyynyn", "ttntttttsts"),
     Case(
         "equinox",
         ("jax", "equinox"),

@@ -141,7 +141,7 @@ def test_only_trees_with_an_array_of_jax_are_taken() -> None:
     for thing in (
         jnp.zeros(2),
         [np.zeros(2)],
-        {"w": np.zeros(2)},
+        {"w": np.zeros(2), "f": np.tanh},
         {"f": np.tanh},
         {1: jnp.zeros(1), "a": jnp.zeros(1)},
     ):

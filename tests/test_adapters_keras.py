@@ -78,7 +78,7 @@ def test_frozen_layers_are_told_and_stay_frozen() -> None:
     model.trainable = False
     assert {v.trainable for v in adapters.variables(model)} == {False}
     # Frozen, statistics are still told from what could be trained.
-    assert [v.role for v in adapters.variables(model)].count("buffer") == 2
+    assert [v.role for v in adapters.variables(model)].count("statistic") == 2
     fl.set_weights(model, plus_one(fl.get_weights(model)))
     assert not model.trainable_weights
 
@@ -87,8 +87,8 @@ def test_a_layer_frozen_before_it_is_built_has_parameters_too() -> None:
     layer = layers.BatchNormalization(trainable=False)
     layer.build((None, 3))
     assert [(v.trainable, v.role) for v in adapters.variables(layer)] == [
-        *[(False, "parameter")] * 2,
-        *[(False, "buffer")] * 2,
+        *[(False, "trained")] * 2,
+        *[(False, "statistic")] * 2,
     ]
 
 

@@ -133,10 +133,11 @@ def test_real_models_count_what_they_should_and_come_back_to_the_bit(
     pytest.importorskip(needs)
     model = make()
     found = adapters.variables(model)
-    for role, (tensors, elements) in (("parameter", parameters), ("buffer", buffers)):
-        chosen = [int(np.prod(v.shape)) for v in found if v.role == role]
-        assert (len(chosen), sum(chosen)) == (tensors, elements)
-        assert all(v.trainable is (role == "parameter") for v in found if v.role == role)
+    for trained, (tensors, elements) in ((True, parameters), (False, buffers)):
+        chosen = [v for v in found if (v.role == "trained") is trained]
+        assert (len(chosen), sum(int(np.prod(v.shape)) for v in chosen)) == (tensors, elements)
+        assert {v.role for v in chosen} <= ({"trained"} if trained else {"statistic", "counter"})
+        assert all(v.trainable is trained for v in chosen)
     weights = fl.get_weights(model)
     assert len(weights) == parameters[0] + buffers[0]
     assert sum(array.size for array in weights.values()) == numbers

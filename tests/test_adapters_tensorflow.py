@@ -122,5 +122,5 @@ def test_frozen_variables_are_told() -> None:
     frozen = tf.Variable(1.0, trainable=False)
     assert [(v.trainable, v.role) for v in adapters.variables([frozen, tf.Variable(1.0)])] == [
         (False, None),
-        (True, "parameter"),
+        (True, "trained"),
     ]

@@ -235,23 +235,38 @@ def test_a_tensor_in_the_state_dict_that_is_not_the_modules_is_refused(made: tor
             use(model)
 
 
+class Scaled(nn.Linear):  # as layers of Transformer Engine are
+    state = 0
+
+    def get_extra_state(self) -> Any:
+        return torch.full((3,), self.state, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Any) -> None:
+        raise AssertionError("what others have sent is not unpickled")
+
+
 def test_extra_state_that_is_a_tensor_is_no_obstacle_to_what_is_chosen_beside_it() -> None:
-    class Scaled(nn.Linear):  # as layers of Transformer Engine are
-        def get_extra_state(self) -> Any:
-            return torch.zeros(3, dtype=torch.uint8)
-
-        def set_extra_state(self, state: Any) -> None:
-            pass
-
-    model = nn.Sequential(Scaled(2, 2), nn.Linear(2, 1))
-    with pytest.raises(fl.ModelError, match=r"'0\._extra_state' of its state_dict is not one of its parameters"):
-        fl.get_weights(model)
+    model, other = (nn.Sequential(Scaled(2, 2), nn.Linear(2, 1)) for _ in range(2))
     for own in (False, True):
         weights = fl.get_weights(model, only="weight|bias", copy=own)
         assert list(weights) == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    other = nn.Sequential(Scaled(2, 2), nn.Linear(2, 1))
     fl.set_weights(other, weights, only="weight|bias")
     assert bits(fl.get_weights(other, only="weight|bias")) == bits(weights)
+
+
+def test_extra_state_that_is_a_tensor_is_a_code_and_loaded_only_where_it_is_the_same() -> None:
+    source, target = (nn.Sequential(Scaled(2, 2), nn.Linear(2, 1)) for _ in range(2))
+    weights = fl.get_weights(source)
+    assert weights["0._extra_state"].tolist() == [0, 0, 0]
+    assert [v.name for v in adapters.variables(source) if v.role == "code"] == ["0._extra_state"]
+    before = state(target)
+    weights["0._extra_state"][1] = 7
+    with pytest.raises(fl.NotSameError, match=r"'0\._extra_state' differs from the model's own.*only="):
+        fl.set_weights(target, weights)
+    assert state(target) == before
+    weights["0._extra_state"][1] = 0
+    fl.set_weights(target, weights)
+    assert bits(fl.get_weights(target)) == bits(weights)
 
 
 def test_extra_state_that_is_no_tensor_is_left_out() -> None:

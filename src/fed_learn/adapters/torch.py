@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Adapter, Variable, checked, given
+from fed_learn.adapters.base import Adapter, Variable, checked, given, role_of_any, role_of_buffer
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
 from fed_learn.adapters.torch_tensors import TorchTensors, is_uninitialized, plain_views
-from fed_learn.errors import ModelError
-from fed_learn.weights import Array, native_dtype
+from fed_learn.errors import ModelError, NotSameError
+from fed_learn.policies import Role, codes_in
+from fed_learn.weights import Array, Schema, native_dtype, same_bits
 
 
 class TorchModels(Adapter):
@@ -42,12 +43,18 @@ class TorchModels(Adapter):
         found, foreign = _held(model)
         parameters = None if isinstance(model, Mapping) else set(map(id, model.parameters()))
         variables = [self._variable(name, tensor, parameters) for name, tensor in found.items()]
-        return [replace(v, problem=_is_foreign(v.name)) if v.name in foreign else v for v in variables]
+        known = Schema((v.name, (v.shape, v.dtype)) for v in variables if v.problem is None)
+        codes = codes_in(known) | {v.name: why for v in variables if (why := self._tensors.code(v.tensor)) is not None}
+        variables = [replace(v, role="code") if v.name in codes else v for v in variables]
+        return [
+            replace(v, problem=_is_foreign(v.name)) if v.name in foreign and v.name not in codes else v
+            for v in variables
+        ]
 
     def _variable(self, name: str, tensor: Any, parameters: set[int] | None) -> Variable:
-        if is_uninitialized(tensor):
-            raise ModelError(f"model: {name!r} is not initialized; run a batch through the model first", name=name)
         dtype, problem = checked(self._tensors, tensor, name)
+        if problem is not None and is_uninitialized(tensor):
+            problem = ModelError(f"model: {name!r} is not initialized; run a batch through the model first", name=name)
         identity: object = id(tensor)
         if problem is None and tensor.numel() and tensor.data_ptr():  # else it has no address of its own
             identity = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
@@ -57,10 +64,16 @@ class TorchModels(Adapter):
             dtype,
             tensor,
             trainable=None if parameters is None else bool(tensor.requires_grad),
-            role=None if parameters is None else "parameter" if id(tensor) in parameters else "buffer",
+            role=None if problem else self._role(name.rpartition(".")[2], tensor, dtype, parameters),
             identity=identity,
             problem=problem,
         )
+
+    def _role(self, name: str, tensor: Any, dtype: np.dtype[Any], parameters: set[int] | None) -> Role | None:
+        shape = tuple(tensor.shape)
+        if parameters is None or id(tensor) in parameters:
+            return role_of_any(name, shape, dtype, trained=parameters is not None)
+        return role_of_buffer(name, shape, dtype, lambda: bool(tensor.isfinite().all()))
 
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
         """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
@@ -83,6 +96,7 @@ class TorchModels(Adapter):
         return given(self._tensors.view(tensor, "model", variable.name), copy=copy)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
+        values = self._without_codes(model, values)
         for name, (variable, _) in values.items():
             if self._tensors.overlaps_itself(variable.tensor):
                 raise ModelError(f"model: {name!r} is expanded: its elements share memory", name=name)
@@ -92,6 +106,32 @@ class TorchModels(Adapter):
         for variable, value in self._apart(list(once.values())):
             self._write(variable.tensor, value, variable.name)
         return model
+
+    def _without_codes(
+        self, model: Any, values: Mapping[str, tuple[Variable, Any]]
+    ) -> Mapping[str, tuple[Variable, Any]]:
+        """Without the codes that can only be written by what made them, if they are what the model has.
+
+        Raises:
+            NotSameError: They are not. A random state that is a buffer of its own is loaded as any other is.
+        """
+        if not any(variable.role == "code" for variable, _ in values.values()):
+            return values
+        foreign = _held(model)[1]
+        left = dict(values)
+        for name, (variable, value) in values.items():
+            if variable.role != "code" or not (name in foreign or self._tensors.code(variable.tensor) is not None):
+                continue
+            given = value if isinstance(value, np.ndarray) else self._tensors.view(value, "weights", name)
+            if not same_bits(self._tensors.view(variable.tensor, "model", name), given):
+                raise NotSameError(
+                    f"weights: {name!r} differs from the model's own, and is not loaded: what it holds are codes or "
+                    "the state of a module, not numbers. Give every client the same, or leave it out with only=",
+                    contributor="weights",
+                    name=name,
+                )
+            del left[name]
+        return left
 
     def _apart(self, values: list[tuple[Variable, Any]]) -> list[tuple[Variable, Any]]:
         """The same, but copies of what lies in the memory of the variables: one might be written before it is read.
@@ -175,7 +215,11 @@ def _held(model: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def _is_foreign(name: str) -> ModelError:
-    return ModelError(f"model: {name!r} of its state_dict is not one of its parameters or buffers", name=name)
+    return ModelError(
+        f"model: {name!r} of its state_dict is not one of its parameters or buffers, and cannot be loaded; only= "
+        "chooses the others",
+        name=name,
+    )
 
 
 def _collect(module: Any, prefix: str, held: dict[str, Any]) -> bool:

@@ -36,7 +36,9 @@ def describe(
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(metavar="ENTRY", help="The entry of a checkpoint in which the weights are.", show_default="the only one"),
+        typer.Option(
+            metavar="ENTRY", help="The entry of a checkpoint in which the weights are.", show_default="the only one"
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
