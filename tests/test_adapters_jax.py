@@ -128,6 +128,84 @@ def test_adapters_of_low_rank_are_read_and_loaded_alone() -> None:
     assert bits(fl.get_weights(new, only="base_module")) == bits(fl.get_weights(model, only="base_module"))
 
 
+# Names that do not depend on training.
+
+
+def train_state() -> Any:
+    import flax.linen as nn
+    import optax
+    from flax.training import train_state
+
+    net = nn.Dense(2)
+    params = net.init(jax.random.key(0), np.ones((1, 3), np.float32))["params"]
+    return train_state.TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(0.1))
+
+
+def forms(weights: Any) -> Any:
+    return {name: (array.dtype.name, array.shape) for name, array in weights.items()}
+
+
+def test_a_train_state_has_the_same_names_before_and_after_its_first_step() -> None:
+    from flax import serialization
+
+    first = train_state()
+    assert type(first.step) is int
+    gradients = jax.tree.map(jnp.ones_like, first.params)
+    later = jax.jit(lambda state, gradients: state.apply_gradients(grads=gradients))(first, gradients)
+    assert isinstance(later.step, jax.Array)
+    weights = fl.get_weights(later)
+    assert forms(fl.get_weights(first)) == forms(weights)
+    assert list(fl.get_weights(first)) == list(weights)
+    assert weights["step"] == 1
+    # Each loads what the other has, and keeps its own kind of number.
+    assert (type(fl.set_weights(first, weights).step), fl.set_weights(first, weights).step) == (int, 1)
+    assert isinstance(fl.set_weights(later, fl.get_weights(first)).step, jax.Array)
+    assert fl.set_weights(later, fl.get_weights(first)).step == 0
+    # So do what is restored from a file, and what was fetched to the host.
+    restored = serialization.msgpack_restore(serialization.msgpack_serialize(serialization.to_state_dict(later)))
+    for other in (restored, serialization.to_state_dict(jax.device_get(later)), jax.device_get(later)):
+        assert bits(fl.get_weights(other)) == bits(weights)
+    assert {v.name: v.role for v in adapters.variables(later)} == {
+        name: {"p": "trained", "o": "statistic", "s": "counter"}[name[0]] if not name.endswith("count") else "counter"
+        for name in weights
+    }
+
+
+def test_a_state_of_optax_is_read_and_loaded() -> None:
+    import optax
+
+    optimizer = optax.chain(optax.clip(1.0), optax.adam(0.1))
+    state = optimizer.init({"w": jnp.ones(2)})
+    weights = fl.get_weights(state)
+    assert list(weights) == ["1/0/count", "1/0/mu/w", "1/0/nu/w"]
+    new = fl.set_weights(state, {name: array + array.dtype.type(2) for name, array in weights.items()})
+    assert jax.tree.structure(new) == jax.tree.structure(state)
+    assert (int(new[1][0].count), new[1][0].mu["w"].tolist()) == (2, [2, 2])
+
+
+def test_the_settings_of_equinox_are_no_variables() -> None:
+    model = equinox.nn.Sequential([equinox.nn.Linear(2, 2, key=jax.random.key(0)), equinox.nn.Dropout(0.5)])
+    assert [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, float)] == [0.5]
+    assert list(fl.get_weights(model)) == ["layers/0/weight", "layers/0/bias"]
+    assert list(fl.get_weights({"model": model, "step": 0}))[-1] == "step"
+
+
+def test_numbers_are_as_wide_as_jax_makes_them() -> None:
+    tree = {"w": jnp.zeros(1), "n": 1, "x": 0.5, "b": True}
+    assert {name: array.dtype.name for name, array in fl.get_weights(tree).items()} == {
+        "b": "bool",
+        "n": "int32",
+        "w": "float32",
+        "x": "float32",
+    }
+    assert {n: a.dtype for n, a in fl.get_weights(tree).items()} == {n: a.dtype for n, a in jax.jit(dict)(tree).items()}
+
+
+def test_raw_random_keys_are_codes() -> None:
+    tree = {"w": jnp.zeros(2), "dropout": jax.random.PRNGKey(0)}
+    assert {v.name: v.role for v in adapters.variables(tree)} == {"dropout": "code", "w": None}
+
+
 # What is refused.
 
 

@@ -235,7 +235,7 @@ def test_a_tensor_in_the_state_dict_that_is_not_the_modules_is_refused(made: tor
             use(model)
 
 
-class Scaled(nn.Linear):  # as layers of Transformer Engine are
+class Stateful(nn.Linear):  # as layers of Transformer Engine are
     state = 0
 
     def get_extra_state(self) -> Any:
@@ -246,7 +246,7 @@ class Scaled(nn.Linear):  # as layers of Transformer Engine are
 
 
 def test_extra_state_that_is_a_tensor_is_no_obstacle_to_what_is_chosen_beside_it() -> None:
-    model, other = (nn.Sequential(Scaled(2, 2), nn.Linear(2, 1)) for _ in range(2))
+    model, other = (nn.Sequential(Stateful(2, 2), nn.Linear(2, 1)) for _ in range(2))
     for own in (False, True):
         weights = fl.get_weights(model, only="weight|bias", copy=own)
         assert list(weights) == ["0.weight", "0.bias", "1.weight", "1.bias"]
@@ -255,7 +255,7 @@ def test_extra_state_that_is_a_tensor_is_no_obstacle_to_what_is_chosen_beside_it
 
 
 def test_extra_state_that_is_a_tensor_is_a_code_and_loaded_only_where_it_is_the_same() -> None:
-    source, target = (nn.Sequential(Scaled(2, 2), nn.Linear(2, 1)) for _ in range(2))
+    source, target = (nn.Sequential(Stateful(2, 2), nn.Linear(2, 1)) for _ in range(2))
     weights = fl.get_weights(source)
     assert weights["0._extra_state"].tolist() == [0, 0, 0]
     assert [v.name for v in adapters.variables(source) if v.role == "code"] == ["0._extra_state"]

@@ -40,7 +40,23 @@ POLICY_OF_ROLE: Mapping[Role, Policy] = {
     "code": "same",
 }
 
-_CODE_DTYPES = tuple(map(np.dtype, ("uint8", "int8", "uint32")))
+_CODE_DTYPES = tuple(map(np.dtype, ("uint8", "int8", "uint32", "int32")))
+_PACKED = (
+    ("qweight", ("scales", "qzeros", "g_idx"), "packed codes of GPTQ or AWQ"),
+    ("_blocks", ("_scales",), "4-bit codes (MXFP4)"),
+    *((f".state{n}", (f".absmax{n}", f".qmap{n}"), "8-bit state of an optimizer of bitsandbytes") for n in (1, 2)),
+    *(
+        (f"/{kind}", (f"/{of}_scale", f"/{of}_zero", "/g_idx"), "codes of a quantized layer of Keras")
+        for kind, of in (
+            ("kernel", "kernel"),
+            ("quantized_kernel", "kernel"),
+            ("embeddings", "embeddings"),
+            ("reverse_embeddings", "reverse_embeddings"),
+        )
+    ),
+)
+"""How the names of packed weights end, those of what is needed to unpack them, the first of which is always there, and
+what they are."""
 _RANDOM = re.compile(r"(^|[/._])(\w*_)?(rng|prng|key|seed)s?(_state|_key|_counter)?($|[/._])")
 
 
@@ -107,7 +123,7 @@ def _compiled(policies: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[s
 def codes_in(schema: Schema) -> dict[str, str]:
     """Variables that are codes, whatever their numbers say, and what they are, in a few words.
 
-    Known by their names and dtypes alone, as those of bitsandbytes, Transformer Engine, torch and JAX are.
+    Known by their names and dtypes alone, as those of bitsandbytes, GPTQ, Keras, Transformer Engine, torch and JAX are.
 
     Example:
         >>> codes_in(Schema.of({"w": np.zeros(8, np.uint8), "w.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8)}))
@@ -126,11 +142,22 @@ def codes_in(schema: Schema) -> dict[str, str]:
             stem = name.removesuffix("weight")
             parts = [part for part in (name, f"{stem}SCB", f"{stem}weight_format") if part in schema]
             found |= dict.fromkeys(parts, "8-bit codes of bitsandbytes")
+        elif (packed := _packed_parts(name, schema)) is not None:
+            found |= packed
         elif dtype == np.uint8 and name.rpartition(".")[2] == "_extra_state":
             found[name] = "the extra state of a module"
         elif _is_random_state(name, schema[name][0], dtype):
             found[name] = "the state of a random generator"
     return {name: found[name] for name in schema if name in found}
+
+
+def _packed_parts(name: str, schema: Schema) -> dict[str, str] | None:
+    """The parts of packed weights of this name, and what they are; None if these are none."""
+    for end, others, what in _PACKED:
+        stem = name.removesuffix(end)
+        if stem != name and stem + others[0] in schema:
+            return {part: what for part in (name, *(stem + other for other in others)) if part in schema}
+    return None
 
 
 def _is_random_state(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:

@@ -10,6 +10,8 @@ from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeE
 from fed_learn.policies import Role
 from fed_learn.weights import SUPPORTED_DTYPES, Array, same_bits
 
+ONLY = "; only= chooses the others"
+"""What to do where one variable of a model cannot be averaged."""
 STATISTICS = frozenset(
     (
         *("running_mean", "running_var"),
@@ -176,17 +178,17 @@ def averageable(dtype: str, name: str) -> tuple[np.dtype[Any], DtypeError | None
 
     Example:
         >>> averageable("float8_e4m3fn", "w")[1]
-        DtypeError("model: 'w' has dtype float8_e4m3fn, which cannot be averaged")
+        DtypeError("model: 'w' has dtype float8_e4m3fn, which cannot be averaged; only= chooses the others")
     """
     known = DTYPES.get(dtype)
     if known is not None:
         return known, None
-    return np.dtype(np.void), not_averageable(dtype, "model", name)
+    return np.dtype(np.void), not_averageable(dtype, "model", name, ONLY)
 
 
-def not_averageable(dtype: object, contributor: str, name: str) -> DtypeError:
-    """The error for a dtype that no kernel takes."""
-    message = f"{contributor}: {name!r} has dtype {dtype}, which cannot be averaged"
+def not_averageable(dtype: object, contributor: str, name: str, hint: str = "") -> DtypeError:
+    """The error for a dtype that no kernel takes; the hint follows the text."""
+    message = f"{contributor}: {name!r} has dtype {dtype}, which cannot be averaged{hint}"
     return DtypeError(message, contributor=contributor, name=name, dtype=dtype, expected=None)
 
 
@@ -200,7 +202,9 @@ def checked(framework: "Framework", tensor: Any, name: str) -> tuple[np.dtype[An
     """
     try:
         return framework.check(tensor, "model", name), None
-    except (DtypeError, WeightsTypeError) as error:
+    except DtypeError as error:
+        return np.dtype(np.void), not_averageable(error.dtype, "model", name, ONLY)
+    except WeightsTypeError as error:
         return np.dtype(np.void), error
 
 

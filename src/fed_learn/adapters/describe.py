@@ -104,16 +104,14 @@ class Description:
             width: Columns that it may take; None: those of the terminal.
         """
         width = width or shutil.get_terminal_size((100, 24)).columns
-        groups = _grouped(self.variables) if len(self) >= LONG else {v.name: [v] for v in self}
-        several = any(len(group) > 1 for group in groups.values())
-        cells = [_cells(name, group, several) for name, group in groups.items()]
+        groups = _grouped(self.variables) if len(self) >= LONG else [(v.name, [v]) for v in self]
+        several = any(len(group) > 1 for _, group in groups)
+        cells = [_cells(name, group) for name, group in groups]
         lines = _aligned([("name", "shape", "dtype", "role", "policy", "trained", "bytes"), *cells], width)
         if several:
             lines.append("(n x: so many variables, whose names have other numbers in the place of *)")
-        for group in groups.values():
-            if group[0].problem is not None:
-                more = f" (and {len(group) - 1} more like it)" if len(group) > 1 else ""
-                lines += ["", *textwrap.wrap(f"{group[0].problem}{more}", width)]
+        for text in _problems(self.variables):
+            lines += ["", *textwrap.wrap(text, width)]
         return "\n".join([*lines, "", *textwrap.wrap(self.summary, width)])
 
     def __str__(self) -> str:
@@ -204,30 +202,35 @@ def _dtype_text(variable: Variable) -> str:
     return str(told).removeprefix("torch.")
 
 
+def _problems(variables: Iterable[DescribedVariable]) -> list[str]:
+    """What is wrong with variables, once for all with which the same is."""
+    alike: dict[str, list[DescribedVariable]] = {}
+    for variable in variables:
+        if variable.problem is not None:
+            alike.setdefault(variable.problem.replace(repr(variable.name), ""), []).append(variable)
+    return [
+        f"{first.problem}" + (f". So it is with {len(others)} more: {listed(v.name for v in others)}" if others else "")
+        for first, *others in alike.values()
+    ]
+
+
 def _amount(variables: list[DescribedVariable]) -> str:
     count = len(variables)
     return f"{count} variable{'s' * (count != 1)}, {bytes_text(sum(v.nbytes for v in variables))}"
 
 
-def _grouped(variables: Iterable[DescribedVariable]) -> dict[str, list[DescribedVariable]]:
-    """The variables that share a line, by what stands for their names."""
+def _grouped(variables: Iterable[DescribedVariable]) -> list[tuple[str, list[DescribedVariable]]]:
+    """The variables that share a line, and what stands for their names."""
     kinds: dict[tuple[object, ...], list[DescribedVariable]] = {}
     for v in variables:
-        pattern = NUMBER.sub("*", v.name)
-        kind = (pattern, v.shape, v.dtype, v.role, v.policy, v.trainable, v.tied_to, v.problem is None)
+        kind = (NUMBER.sub("*", v.name), v.shape, v.dtype, v.role, v.policy, v.trainable, v.tied_to, v.problem is None)
         kinds.setdefault(kind, []).append(v)
-    groups: dict[str, list[DescribedVariable]] = {}
-    for kind, group in kinds.items():
-        pattern = str(kind[0])
-        # Two groups may have one pattern: the first layer has another shape. Each begins with a name of its own then.
-        known = pattern if len(group) > 1 and pattern not in groups else group[0].name
-        groups[known] = group
-    return groups
+    return [(str(kind[0]) if len(group) > 1 else group[0].name, group) for kind, group in kinds.items()]
 
 
-def _cells(name: str, group: list[DescribedVariable], several: bool) -> tuple[str, ...]:
+def _cells(name: str, group: list[DescribedVariable]) -> tuple[str, ...]:
     variable = group[0]
-    if several and len(group) > 1:
+    if len(group) > 1:
         name = f"{len(group)} x {name}"
     if variable.tied_to is not None:
         name += f" (tied to {variable.tied_to})"
@@ -245,7 +248,7 @@ def _cells(name: str, group: list[DescribedVariable], several: bool) -> tuple[st
 def _aligned(rows: list[tuple[str, ...]], width: int) -> list[str]:
     """The lines of a table; names that are too long go on in the next line."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = max(min(widths[0], width - sum(widths[1:]) - 2 * (len(widths) - 1)), NARROWEST)
+    widths[0] = min(widths[0], max(width - sum(widths[1:]) - 2 * (len(widths) - 1), NARROWEST))
     lines = []
     for name, *others in rows:
         indented = textwrap.wrap(printable(name), widths[0], subsequent_indent="  ", break_on_hyphens=False)

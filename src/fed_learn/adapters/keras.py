@@ -11,6 +11,7 @@ import numpy as np
 
 from fed_learn.adapters.base import (
     DTYPES,
+    ONLY,
     Adapter,
     Framework,
     Variable,
@@ -243,7 +244,7 @@ def _variable(variable: Any, trainable: bool, role: Role | None, quantized: Any 
     if quantized is not None:
         problem = DtypeError(
             f"model: {name!r} has the codes of a layer quantized to {quantized.quantization_mode}, "
-            "which cannot be averaged; only= takes the others, as only='lora_'",
+            f"which cannot be averaged{ONLY}, as only='lora_'",
             contributor="model",
             name=name,
             dtype=dtype,

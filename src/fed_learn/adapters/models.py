@@ -14,6 +14,7 @@ import numpy as np
 from fed_learn.adapters.base import Adapter, Variable
 from fed_learn.adapters.jax import JaxModels
 from fed_learn.adapters.keras import KerasModels
+from fed_learn.adapters.optimizers import KerasOptimizers, TorchOptimizers
 from fed_learn.adapters.tensorflow import TensorFlowModels
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.adapters.torch import TorchModels
@@ -25,7 +26,15 @@ M = TypeVar("M")
 Only: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
 """Which variables: those in whose names the regular expression is found (`re.search`), or for which it is true."""
 
-BUILT_IN: tuple[Adapter, ...] = (KerasModels(), TorchModels(), TensorFlowModels(), TreeModels(), JaxModels())
+BUILT_IN: tuple[Adapter, ...] = (
+    KerasModels(),
+    KerasOptimizers(),
+    TorchModels(),
+    TorchOptimizers(),
+    TensorFlowModels(),
+    TreeModels(),
+    JaxModels(),
+)
 """In this order: a Keras model on the torch back end is also a `torch.nn.Module`, a dict of arrays a pytree of JAX."""
 ADAPTERS: list[Adapter] = [*BUILT_IN]
 """Asked in this order: first those that were registered."""
@@ -102,6 +111,8 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     - a layer or model of Keras 2 (`tf_keras`), built: the names of its weights. With `copy=False` snapshots.
     - `tf.Module`: paths of attributes; a list of `tf.Variable`: index and name. With `copy=False` snapshots.
     - a JAX pytree (Flax, Equinox, optax, dicts): key paths. With `copy=False` its arrays, which never change.
+    - the state of a `torch.optim.Optimizer` or a `keras.optimizers.Optimizer`, without its hyperparameters:
+      `state.0.exp_avg`, `variable.path`. As of a model of the framework.
     - a dict of numpy arrays, also nested, as `flax.serialization` gives it: the same key paths, without JAX too.
 
     Tensors of torch on another device than the CPU stay there, as tensors that `weighted_average` and `Accumulator`

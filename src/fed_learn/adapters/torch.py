@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Adapter, Variable, checked, given, role_of_any, role_of_buffer
+from fed_learn.adapters.base import ONLY, Adapter, Variable, checked, given, role_of_any, role_of_buffer
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
 from fed_learn.adapters.torch_tensors import TorchTensors, is_uninitialized, plain_views
 from fed_learn.errors import ModelError, NotSameError
@@ -215,11 +215,8 @@ def _held(model: Any) -> tuple[dict[str, Any], frozenset[str]]:
 
 
 def _is_foreign(name: str) -> ModelError:
-    return ModelError(
-        f"model: {name!r} of its state_dict is not one of its parameters or buffers, and cannot be loaded; only= "
-        "chooses the others",
-        name=name,
-    )
+    what = f"model: {name!r} of its state_dict is not one of its parameters or buffers"
+    return ModelError(f"{what}, and cannot be loaded{ONLY}", name=name)
 
 
 def _collect(module: Any, prefix: str, held: dict[str, Any]) -> bool:

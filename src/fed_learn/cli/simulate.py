@@ -13,7 +13,7 @@ from fed_learn.cli.interrupts import StoppedError
 from fed_learn.cli.options import as_wrong_use, policies_of
 from fed_learn.contribution import GLOBAL_BEST, Kind
 from fed_learn.disk import remove
-from fed_learn.errors import ConfigError, described
+from fed_learn.errors import described
 from fed_learn.handlers import Handler
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.simulation.datasets import Dataset
