@@ -97,7 +97,7 @@ def test_averages_of_momenta_are_the_mean() -> None:
     (_, one), (_, two) = (trained(torch.optim.Adam, seed=seed) for seed in (0, 1))
     mean = fl.weighted_average([fl.get_weights(one), fl.get_weights(two)], [1, 1])
     fl.set_weights(one, mean)
-    assert list(one.state.values())[0]["exp_avg"].tolist() == mean["state.0.exp_avg"].tolist()
+    assert next(iter(one.state.values()))["exp_avg"].tolist() == mean["state.0.exp_avg"].tolist()
 
 
 @pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.SGD])

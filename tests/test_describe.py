@@ -105,11 +105,11 @@ def test_variables_that_differ_in_numbers_share_a_line_of_a_long_table_which_say
         "name",
         "embed",
         "layers.0.conv1.weight",
-        "69 x layers.*.conv1.weight",
+        "layers.*.conv1.weight",
         "head",
     ]
-    assert "2.5 kB" in lines[3]
-    assert lines[5] == "(n x: so many variables, whose names have other numbers in the place of *)"
+    assert lines[3].split() == ["layers.*.conv1.weight", "69", "3x3", "float32", "?", "mean", "?", "2.5", "kB"]
+    assert lines[5] == "(n: so many variables, whose names have other numbers in the place of *)"
     assert len(description) == 72
     short = fl.describe(dict(list(long_model().items())[:50]))
     assert len([line for line in short.table(100).splitlines() if "conv1" in line]) == 49
@@ -118,7 +118,7 @@ def test_variables_that_differ_in_numbers_share_a_line_of_a_long_table_which_say
 def test_groups_that_look_alike_do_not_hide_one_another() -> None:
     weights = {f"l.{i}": np.zeros(1 + i % 2) for i in range(80)}
     lines = fl.describe(weights).table(100).splitlines()
-    assert [line.split()[:4] for line in lines[1:3]] == [["40", "x", "l.*", "1"], ["40", "x", "l.*", "2"]]
+    assert [line.split()[:3] for line in lines[1:3]] == [["l.*", "40", "1"], ["l.*", "40", "2"]]
 
 
 def test_what_cannot_be_averaged_is_told_once_for_all_with_which_it_is_so() -> None:
@@ -128,7 +128,7 @@ def test_what_cannot_be_averaged_is_told_once_for_all_with_which_it_is_so() -> N
     ]
     variables = [Variable(e.name or "", (), np.dtype(np.void), None, None, None, e.name, e) for e in problems]
     description = described(variables)
-    assert [(v.dtype, v.policy, v.problem) for v in description][0] == ("qint8", None, str(problems[0]))
+    assert next((v.dtype, v.policy, v.problem) for v in description) == ("qint8", None, str(problems[0]))
     text = " ".join(description.table(200).split())
     assert "'a' has dtype qint8, which cannot be averaged. So it is with 1 more: 'b'" in text
     assert "cannot be averaged: 2 variables" in description.summary

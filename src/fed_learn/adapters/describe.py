@@ -107,9 +107,10 @@ class Description:
         groups = _grouped(self.variables) if len(self) >= LONG else [(v.name, [v]) for v in self]
         several = any(len(group) > 1 for _, group in groups)
         cells = [_cells(name, group) for name, group in groups]
-        lines = _aligned([("name", "shape", "dtype", "role", "policy", "trained", "bytes"), *cells], width)
+        rows = [("name", "n", "shape", "dtype", "role", "policy", "trained", "bytes"), *cells]
+        lines = _aligned(rows if several else [(name, *others) for name, _, *others in rows], width)
         if several:
-            lines.append("(n x: so many variables, whose names have other numbers in the place of *)")
+            lines.append("(n: so many variables, whose names have other numbers in the place of *)")
         for text in _problems(self.variables):
             lines += ["", *textwrap.wrap(text, width)]
         return "\n".join([*lines, "", *textwrap.wrap(self.summary, width)])
@@ -230,12 +231,11 @@ def _grouped(variables: Iterable[DescribedVariable]) -> list[tuple[str, list[Des
 
 def _cells(name: str, group: list[DescribedVariable]) -> tuple[str, ...]:
     variable = group[0]
-    if len(group) > 1:
-        name = f"{len(group)} x {name}"
     if variable.tied_to is not None:
         name += f" (tied to {variable.tied_to})"
     return (
         name,
+        str(len(group)),
         "x".join(map(str, variable.shape)) or "()",
         variable.dtype,
         variable.role or "?",
@@ -251,9 +251,24 @@ def _aligned(rows: list[tuple[str, ...]], width: int) -> list[str]:
     widths[0] = min(widths[0], max(width - sum(widths[1:]) - 2 * (len(widths) - 1), NARROWEST))
     lines = []
     for name, *others in rows:
-        indented = textwrap.wrap(printable(name), widths[0], subsequent_indent="  ", break_on_hyphens=False)
-        begin, *rest = indented or [""]
+        begin, *rest = _folded(printable(name), widths[0])
         cells = [begin, *others]
         lines.append("  ".join(cell.ljust(size) for cell, size in zip(cells, widths, strict=True)).rstrip())
         lines += rest
+    return lines
+
+
+def _folded(name: str, width: int) -> list[str]:
+    """A name in lines of this width, broken between its parts where that can be."""
+    lines = [""]
+    for part in re.split(r"(?<=[./ ])", name):
+        rest = part
+        if lines[-1].strip() and len(lines[-1]) + len(part) > width:
+            lines.append("  ")
+        while len(lines[-1]) + len(rest) > width:
+            cut = width - len(lines[-1])
+            lines[-1] += rest[:cut]
+            rest = rest[cut:]
+            lines.append("  ")
+        lines[-1] += rest
     return lines

@@ -224,10 +224,13 @@ def _of_layer(model: Any) -> list[Variable]:
 def _role_beside(variable: Any) -> Role:
     """The role of a variable that is not trained."""
     dtype = np.dtype(DTYPES.get(sys.modules["keras"].backend.standardize_dtype(variable.dtype), np.void))
-    values = sys.modules["keras"].ops.convert_to_numpy
-    return role_of_buffer(
-        variable.name, tuple(variable.shape), dtype, lambda: bool(finite_elements(values(variable)).all())
-    )
+    tensors = TENSORS.get(_backend())
+
+    def finite() -> bool:
+        value = np.asarray(variable.value) if tensors is None else tensors.view(variable.value, "model", variable.path)
+        return bool(finite_elements(value).all())
+
+    return role_of_buffer(variable.name, tuple(variable.shape), dtype, finite)
 
 
 def _variable(variable: Any, trainable: bool, role: Role | None, quantized: Any = None) -> Variable:

@@ -90,8 +90,8 @@ class KerasOptimizers(Adapter):
     def variables(self, model: Any) -> list[Variable]:
         if not model.built:
             raise ModelError(
-                f"model: {a_type(type(model))} has no state yet; call its build(model.trainable_variables), or train on "
-                "a batch, first"
+                f"model: {a_type(type(model))} has no state yet; call its build(model.trainable_variables), or train "
+                "on a batch, first"
             )
         found = self._keras.variables([variable for variable in model.variables if variable.name != "learning_rate"])
         return [

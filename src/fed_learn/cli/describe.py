@@ -1,6 +1,7 @@
 """`fed-learn describe`: the variables in a file of weights or of a model, and what becomes of each in a federation."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ import typer
 from fed_learn.adapters.describe import described
 from fed_learn.cli.options import as_wrong_use, policies_of
 from fed_learn.cli.weight_files import read_variables
+from fed_learn.errors import NamesError
 
 
 def describe(
@@ -46,7 +48,10 @@ def describe(
     """Show the variables in a file: names, shapes, dtypes, roles, and what becomes of each. Nothing is unpickled."""
     policies = policies_of(policy or [])
     variables, remarks = read_variables(file, key)
-    description = as_wrong_use(lambda: described(variables, only=only, policies=policies))
+    try:
+        description = as_wrong_use(lambda: described(variables, only=only, policies=policies))
+    except NamesError as error:
+        raise typer.BadParameter(str(error), param_hint="--only") from error
     if as_json:
         facts = {
             "file": str(file),
@@ -57,6 +62,6 @@ def describe(
         }
         print(json.dumps(facts, indent=2))
         return
-    for remark in remarks:
-        print(remark)
-    print(description)
+    encoding = sys.stdout.encoding or "utf-8"
+    for text in (*remarks, str(description)):  # names may have letters that the output does not
+        print(text.encode(encoding, "backslashreplace").decode(encoding))

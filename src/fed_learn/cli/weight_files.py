@@ -6,13 +6,16 @@ are those that its adapter tells.
 
 import importlib
 import json
+import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Variable, averageable
+from fed_learn.adapters.base import Variable, averageable, role_of_any
 from fed_learn.adapters.models import adapter_of
 from fed_learn.errors import ConfigError, WeightsTypeError, text_of
 from fed_learn.weights import BFLOAT16, listed
@@ -55,7 +58,6 @@ def read_variables(path: Path, key: str | None = None) -> Found:
 
 
 def _safetensors(path: Path) -> Found:
-    variables = []
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > LONGEST_HEADER:
@@ -65,9 +67,7 @@ def _safetensors(path: Path) -> Found:
             entries = {name: (e["dtype"], tuple(map(int, e["shape"]))) for name, e in header.items() if name != META}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsTypeError(f"{path.name} is no .safetensors file: {text_of(error)}") from error
-    for name, (code, shape) in entries.items():
-        dtype, problem = averageable(SAFETENSORS.get(code, code), name)
-        variables.append(Variable(name, shape, dtype, None, None, None, name, problem))
+    variables = [_of_header(name, shape, SAFETENSORS.get(code, code)) for name, (code, shape) in entries.items()]
     return variables, []
 
 
@@ -75,8 +75,10 @@ def _numpy(path: Path) -> Found:
     try:
         held = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
         weights = {path.stem: held} if isinstance(held, np.ndarray) else dict(held)
-    except (ValueError, OSError) as error:
-        raise WeightsTypeError(f"{path.name} cannot be read: {text_of(error)}") from error
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise WeightsTypeError(
+            f"{path.name} is no {path.suffix} file of arrays, or holds Python objects, which would have to be unpickled"
+        ) from error
     remarks = []
     halves = [name for name, array in weights.items() if array.dtype == "V2"]
     if halves:
@@ -103,8 +105,7 @@ def _keras_weights(path: Path) -> Found:
 
     def visit(name: str, entry: Any) -> None:
         if isinstance(entry, h5py.Dataset):
-            dtype, problem = averageable(str(entry.dtype), name)
-            found.append(Variable(name, tuple(entry.shape), dtype, None, None, None, name, problem))
+            found.append(_of_header(name, tuple(entry.shape), str(entry.dtype)))
 
     try:
         with h5py.File(path) as file:
@@ -117,13 +118,12 @@ def _keras_weights(path: Path) -> Found:
 
 def _torch(path: Path, key: str | None) -> Found:
     torch = _imported("torch", path)
-    pickle = importlib.import_module("pickle")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         raise WeightsTypeError(
-            f"{path.name} holds more than tensors, as after torch.save(model), and is not unpickled, since that may run "
-            "any program: save model.state_dict() instead"
+            f"{path.name} is damaged, or holds more than tensors, as after torch.save(model), and is not unpickled, "
+            "since that may run any program: save model.state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
         raise WeightsTypeError(f"{path.name} cannot be read: {text_of(error)}") from error
@@ -156,6 +156,13 @@ def _state_dicts(value: Any, name: str, tensor: type) -> Iterator[tuple[str, Map
         return
     for key, part in value.items():
         yield from _state_dicts(part, f"{name}.{key}" if name else str(key), tensor)
+
+
+def _of_header(name: str, shape: tuple[int, ...], kind: str) -> Variable:
+    """A variable of which a file tells the name, the shape and the dtype alone."""
+    dtype, problem = averageable(kind, name)
+    role = None if problem else role_of_any(re.split("[./]", name)[-1], shape, dtype, trained=False)
+    return Variable(name, shape, dtype, None, None, role, name, problem)
 
 
 def _of_model(model: Any, path: Path) -> list[Variable]:

@@ -1,0 +1,191 @@
+"""`fed-learn describe`: every kind of file that it reads, what it says of the others, and its exit codes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from fed_learn.cli import main
+from fed_learn.weights import BFLOAT16
+
+pytestmark = pytest.mark.quick
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main(["describe", *map(str, arguments)])
+    printed = capsys.readouterr()
+    return int(left.value.code or 0), printed.out, printed.err
+
+
+def rows(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """What `--json` tells of each variable: shape, dtype, role and policy."""
+    code, out, err = run(capsys, *arguments, "--json")
+    assert (code, err) == (0, "")
+    told = json.loads(out)["variables"]
+    return {v["name"]: (v["shape"], v["dtype"], v["role"], v["policy"]) for v in told}
+
+
+def test_safetensors_are_told_by_their_header_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(
+        {
+            "w": np.zeros((3, 2), np.float32),
+            "bn.running_mean": np.zeros(2),
+            "n": np.array(1),
+            "h": np.zeros(2, BFLOAT16),
+        },
+        path,
+        metadata={"format": "pt"},
+    )
+    content = path.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    path.write_bytes(content[:length])  # the values are gone
+    assert rows(capsys, path, "--policy", "bn=local") == {
+        "w": ([3, 2], "float32", None, "mean"),
+        "bn.running_mean": ([2], "float64", "statistic", "local"),
+        "n": ([], "int64", "counter", "mean"),
+        "h": ([2], "bfloat16", None, "mean"),
+    }
+
+
+def test_a_dtype_that_cannot_be_averaged_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.safetensors"
+    header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"xx")
+    code, out, _ = run(capsys, path)
+    assert code == 0
+    assert "'w' has dtype F8_E4M3, which cannot be averaged" in out
+
+
+def test_files_of_numpy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "a.npz", w=np.zeros((2, 2), np.float32), half=np.zeros(2, BFLOAT16))
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    assert rows(capsys, tmp_path / "a.npz") == {
+        "w": ([2, 2], "float32", None, "mean"),
+        "half": ([2], "bfloat16", None, "mean"),
+    }
+    assert rows(capsys, tmp_path / "single.npy") == {"single": ([3], "float64", None, "mean")}
+    assert "'half': two-byte values without a dtype, taken for bfloat16" in run(capsys, tmp_path / "a.npz")[1]
+
+
+def test_the_table_is_that_of_the_description(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.savez(tmp_path / "a.npz", w=np.zeros(2, np.float32), b=np.zeros(1))
+    code, out, err = run(capsys, tmp_path / "a.npz", "--only", "w")
+    assert (code, err) == (0, "")
+    assert out.splitlines() == [
+        "name  shape  dtype    role  policy  trained  bytes",
+        "w     2      float32  ?     mean    ?        8 B",
+        "",
+        "1 variable, 8 B, 2 numbers; mean: 1 variable, 8 B",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "code", "said"),
+    [
+        ("none.npz", None, [], 2, "does not exist"),
+        ("model.onnx", b"", [], 2, r"model.onnx: no such file is known; known are .safetensors, .npz"),
+        ("a.npz", b"damaged", [], 1, "a.npz is no .npz file of arrays, or holds Python objects"),
+        ("a.npy", b"damaged", [], 1, "a.npy is no .npy file of arrays"),
+        ("a.safetensors", b"damaged damaged", [], 1, "is no .safetensors file: its header would have"),
+        ("a.safetensors", b"\x02" + bytes(7) + b"[]", [], 1, "is no .safetensors file"),
+        ("ok.npz", np.zeros(1), ["--key", "model"], 2, "--key is for checkpoints of torch"),
+        ("ok.npz", np.zeros(1), ["--only", "conv"], 2, "--only: only='conv' fits none"),
+        ("ok.npz", np.zeros(1), ["--policy", "w"], 2, "'w' is not REGEX=POLICY, as in bn=local"),
+        ("ok.npz", np.zeros(1), ["--policy", "bn=local"], 2, "policies: 'bn' fits none of the 1 variables"),
+        ("ok.npz", np.zeros(1), ["--policy", "w=lokal"], 2, "has the policy 'lokal'"),
+        ("object.npz", np.array([object()]), [], 1, "holds Python objects, which would have to be unpickled"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    name: str,
+    content: Any,
+    options: list[str],
+    code: int,
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        np.savez(path, w=content)
+    left, out, err = run(capsys, path, *options)
+    assert (left, out) == (code, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_names_that_the_output_cannot_write_are_escaped(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", größe=np.zeros(2))
+    command = [sys.executable, "-c", "import fed_learn.cli as c; c.main()", "describe", str(tmp_path / "a.npz")]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"gr\xf6\xdfe" in done.stdout
+
+
+@pytest.mark.not_quick
+def test_files_of_torch_and_the_state_dict_in_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.BatchNorm1d(2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(4, 2)).square().sum().backward()
+    optimizer.step()
+    state = {
+        "weight": ([2], "float32", None, "mean"),
+        "bias": ([2], "float32", None, "mean"),
+        "running_mean": ([2], "float32", "statistic", "mean"),
+        "running_var": ([2], "float32", "statistic", "mean"),
+        "num_batches_tracked": ([], "int64", "counter", "mean"),
+    }
+    torch.save(model.state_dict(), tmp_path / "plain.pt")
+    checkpoint = {"epoch": 3, "net": model.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(checkpoint, tmp_path / "nested.pth")
+    torch.save({"net": model.state_dict(), "ema": {"shadow": model.state_dict()}}, tmp_path / "two.bin")
+    assert rows(capsys, tmp_path / "plain.pt") == rows(capsys, tmp_path / "nested.pth") == state
+    said = "Entry 'net' of the checkpoint, which has 'epoch', 'net', 'optimizer'."
+    assert run(capsys, tmp_path / "nested.pth")[1].splitlines()[0] == said
+    code, _, err = run(capsys, tmp_path / "two.bin")
+    assert (code, "several entries: 'net', 'ema.shadow'; choose one with --key" in err) == (2, True)
+    assert rows(capsys, tmp_path / "two.bin", "--key", "ema.shadow") == state
+    code, _, err = run(capsys, tmp_path / "two.bin", "--key", "nope")
+    assert (code, "--key nope: two.bin has weights in 'net', 'ema.shadow'" in err) == (2, True)
+
+
+@pytest.mark.not_quick
+def test_no_program_in_a_file_of_torch_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    code, _, err = run(capsys, tmp_path / "whole.pt")
+    assert (code, "is not unpickled" in err, "save model.state_dict() instead" in err) == (1, True, True)
+    code, _, err = run(capsys, tmp_path / "list.pt")
+    assert (code, "list.pt holds no state_dict: it is a list" in err) == (1, True)
+
+
+@pytest.mark.not_quick
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras, as it saves
+def test_files_of_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keras = pytest.importorskip("keras")
+    layers = [keras.layers.Dense(2, name="d"), keras.layers.BatchNormalization(name="bn")]
+    model = keras.Sequential([keras.Input((3,)), *layers], name="net")
+    model.save(tmp_path / "whole.keras")
+    model.save_weights(tmp_path / "only.weights.h5")
+    found = rows(capsys, tmp_path / "whole.keras")
+    assert len(found) == 6
+    assert found["bn/moving_mean"] == ([2], "float32", "statistic", "mean")
+    assert found["d/kernel"] == ([3, 2], "float32", "trained", "mean")
+    assert rows(capsys, tmp_path / "only.weights.h5")["layers/dense/vars/0"] == ([3, 2], "float32", None, "mean")
+    assert "Names are those in the file." in run(capsys, tmp_path / "only.weights.h5")[1]
+    (tmp_path / "bad.keras").write_bytes(b"damaged")
+    code, _, err = run(capsys, tmp_path / "bad.keras")
+    assert (code, "bad.keras cannot be read" in err) == (1, True)
