@@ -144,9 +144,8 @@ def test_packed_weights_are_known_by_what_lies_beside_them() -> None:
         a__scales=("float16", (1, 2)),
         a__g_idx=("int32", (2,)),
     )
-    assert codes_in(gptq | {"a.bias": ((2,), np.dtype("float16"))}) == dict.fromkeys(
-        gptq, "packed codes of GPTQ or AWQ"
-    )  # type: ignore[arg-type]
+    with_bias = Schema({**gptq, "a.bias": ((2,), np.dtype("float16"))})
+    assert codes_in(with_bias) == dict.fromkeys(gptq, "packed codes of GPTQ or AWQ")
     blocks = schema(e_blocks=("uint8", (2, 2)), e_scales=("uint8", (2,)))
     assert set(codes_in(blocks)) == {"e_blocks", "e_scales"}
     assert codes_in(schema(a__qweight=("int32", (2, 2)), steps=("int32", ()))) == {}

@@ -1,6 +1,6 @@
 """What is particular to JAX: new trees, what is no variable, arrays without values, and the memory of arrays."""
 
-from typing import Any
+from typing import Any, cast
 
 import models_of_frameworks as models
 import numpy as np
@@ -12,6 +12,7 @@ from fed_learn import adapters
 jax = pytest.importorskip("jax")
 nnx = pytest.importorskip("flax.nnx")
 equinox = pytest.importorskip("equinox")
+optax = pytest.importorskip("optax")
 jnp = jax.numpy
 
 
@@ -133,12 +134,11 @@ def test_adapters_of_low_rank_are_read_and_loaded_alone() -> None:
 
 def train_state() -> Any:
     import flax.linen as nn
-    import optax
     from flax.training import train_state
 
-    net = nn.Dense(2)
+    net, kind = nn.Dense(2), cast(Any, train_state.TrainState)
     params = net.init(jax.random.key(0), np.ones((1, 3), np.float32))["params"]
-    return train_state.TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(0.1))
+    return kind.create(apply_fn=net.apply, params=params, tx=optax.adam(0.1))
 
 
 def forms(weights: Any) -> Any:
@@ -172,8 +172,6 @@ def test_a_train_state_has_the_same_names_before_and_after_its_first_step() -> N
 
 
 def test_a_state_of_optax_is_read_and_loaded() -> None:
-    import optax
-
     optimizer = optax.chain(optax.clip(1.0), optax.adam(0.1))
     state = optimizer.init({"w": jnp.ones(2)})
     weights = fl.get_weights(state)

@@ -64,8 +64,10 @@ def test_parameters_are_called_as_the_optimizer_calls_them_and_states_by_their_r
 
 def test_two_groups_are_numbered_through() -> None:
     a, b = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2))
-    optimizer = torch.optim.SGD([{"params": [a]}, {"params": [b], "lr": 0.5}], lr=0.1, momentum=0.9)
-    (a.sum() + b.sum()).backward()
+    loss: Any = a.sum() + b.sum()
+    groups: list[dict[str, Any]] = [{"params": [a]}, {"params": [b], "lr": 0.5}]
+    optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    loss.backward()
     optimizer.step()
     assert {n: x.shape for n, x in fl.get_weights(optimizer).items()} == {
         "state.0.momentum_buffer": (1,),
@@ -88,7 +90,7 @@ def test_numbers_of_python_stay_such() -> None:
     state: Any = optimizer.state[optimizer.param_groups[0]["params"][0]]
     state["step"] = 1
     weights = fl.get_weights(optimizer)
-    assert (weights["state.0.step"].dtype, weights["state.0.step"].shape) == (np.int32, ())
+    assert (weights["state.0.step"].dtype.name, weights["state.0.step"].shape) == ("int32", ())
     fl.set_weights(optimizer, weights | {"state.0.step": np.array(7, np.int32)})
     assert (type(state["step"]), state["step"]) == (int, 7)
 
@@ -110,7 +112,7 @@ def test_without_a_state_the_error_says_what_to_do(make: Any) -> None:
 
 def test_lists_in_a_state_are_refused_by_name_and_left_out_by_only() -> None:
     model = nn.Linear(3, 2)
-    optimizer = torch.optim.LBFGS(model.parameters())
+    optimizer: Any = torch.optim.LBFGS(model.parameters())
 
     def closure() -> Any:
         optimizer.zero_grad()

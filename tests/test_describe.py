@@ -139,7 +139,7 @@ def test_what_cannot_be_averaged_is_told_once_for_all_with_which_it_is_so() -> N
 def test_a_model_of_torch_with_ties_masks_and_frozen_parts() -> None:
     torch = pytest.importorskip("torch")
 
-    class Net(torch.nn.Module):  # type: ignore[misc]
+    class Net(torch.nn.Module):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.embed = torch.nn.Embedding(5, 3)

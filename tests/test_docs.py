@@ -45,3 +45,14 @@ def test_the_code_on_gpus_runs_with_and_without_one() -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (DOCS / "gpu.md").read_text(encoding="utf-8"), re.DOTALL)
     device = "cuda:0" if torch.cuda.is_available() else "cpu"
     assert printed_by(code, "docs/gpu.md") == [f"True {{{device!r}}}"]
+
+
+def test_the_code_on_weights_prints_what_the_page_says() -> None:
+    pytest.importorskip("torch")
+    page = (DOCS / "weights.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page, re.DOTALL)
+    assert len(blocks) >= 5
+    for code, printed in blocks:
+        lines = printed_by(code, "docs/weights.md")
+        assert lines
+        assert not printed or lines == printed.splitlines()

@@ -212,7 +212,7 @@ def _of_layer(model: Any) -> list[Variable]:
     layers = _built(model)
     trained = {id(variable) for variable in model.trainable_weights}
     roles: dict[int, Role] = {id(variable): "trained" for layer in layers for variable in layer._trainable_variables}
-    quantized = {}
+    quantized: dict[int, Any] = {}
     for layer in filter(_has_codes, layers):  # what such a layer makes beside the codes tells what they stand for
         quantized |= {id(v): layer for v in _own(layer) if v.dtype.startswith(("int", "uint"))}
         roles |= dict.fromkeys(map(id, layer._non_trainable_variables), "code")
