@@ -5,17 +5,16 @@ kernels or frameworks; who sent a weight dict is only passed through into the er
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
 from operator import attrgetter, eq
-from os import PathLike
 from typing import Any, NoReturn, Self, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from fed_learn import hints
 from fed_learn.errors import (
     DtypeError,
     NamesError,
@@ -183,7 +182,7 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
                 check_names(weights, contributor)
             return dict(weights)  # the usual case, at a tenth of the time
     if not isinstance(weights, Mapping):
-        instead = _safely(partial(_what_instead, weights), a_type(type(weights)))
+        instead = hints.of_weights(weights) or a_type(type(weights))
         raise WeightsTypeError(
             f"{about(contributor)}weights are {instead}, not a dict of numpy arrays", contributor=contributor
         )
@@ -198,21 +197,12 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
             raise WeightsTypeError(
                 f"{about(contributor, name)}is {a_type(type(value), module=True)}, not a numpy array"
-                + _safely(partial(_hint_of, name, value), ""),
+                + hints.of_entry(name, value),
                 contributor=contributor,
                 name=name,
             )
         arrays[str.__str__(name)] = np.asarray(value)  # a str of another class may do as it likes
     return arrays
-
-
-def _safely(look: Callable[[], str], otherwise: str) -> str:
-    """What looking at an object from outside tells; the other text where it cannot even be looked at."""
-    try:
-        return look()
-    except BaseException as error:  # noqa: BLE001 - an object from outside may raise anything while it is looked at
-        as_failure(error)
-        return otherwise
 
 
 def items_of(weights: Mapping[Any, Any], contributor: str | None = None) -> dict[Any, Any]:
@@ -255,33 +245,6 @@ def check_names(names: Collection[object], contributor: str | None = None) -> No
             return
         problem = f"a variable's name has {longest} characters, at most {LONGEST_NAME} are taken"
     raise NamesError(about(contributor) + problem, contributor=contributor)
-
-
-def _what_instead(weights: object) -> str:
-    """What was passed in the place of a weight dict, and what to pass instead."""
-    kind = a_type(type(weights))
-    if callable(getattr(weights, "state_dict", None)) or hasattr(weights, "trainable_variables"):
-        return f"a model ({type(weights).__name__}; pass fl.get_weights(model))"
-    if isinstance(weights, list | tuple) and weights and all(hasattr(one, "shape") for one in weights):
-        return f"{kind} of {len(weights)} arrays without names (pass fl.get_weights(model), or dict(zip(names, them)))"
-    if hasattr(weights, "weights"):  # a JobResult, a Contribution, a ModelData
-        return f"{kind} (pass its .weights)"
-    if isinstance(weights, str | PathLike):
-        return f"{kind} (load what it names, and pass that)"
-    return kind
-
-
-def _hint_of(name: str, value: object) -> str:
-    """What to do about an entry that is no array."""
-    if isinstance(value, Mapping) and value and all(hasattr(one, "shape") for one in value.values()):
-        return f"; this looks like a checkpoint: pass what it holds under {name!r}"
-    if hasattr(value, "shape") and not isinstance(value, np.ndarray):
-        return "; get_weights() of its model gives arrays"
-    if callable(getattr(value, "state_dict", None)):
-        return f"; pass fl.get_weights() of what is under {name!r}"
-    if isinstance(value, int | float | list):
-        return "; leave it out, or make it an array by np.asarray if it is to be averaged"
-    return ""
 
 
 class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
@@ -355,7 +318,7 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
         extra = [name for name in weights if name not in self]
         return NamesError(
             f"{about(contributor)}has other variables than expected: {misses_and_adds(missing, extra)}"
-            f"{_of_prefix(missing, extra)}",
+            f"{hints.of_names(missing, extra)}",
             contributor=contributor,
             name=next(iter(missing or extra), None),
             missing=tuple(missing),
@@ -414,30 +377,6 @@ class Schema(dict[str, tuple[tuple[int, ...], np.dtype[Any]]]):
     def _is_counter(self, name: str) -> bool:
         """Whether integers are a number beside weights, rather than the weights of a model that was begun with them."""
         return math.prod(self[name][0]) == 1 and any(dtype in FLOATS for _, dtype in self.values())
-
-
-WRAPPERS = {
-    "module.": "torch.nn.DataParallel",
-    "_orig_mod.": "torch.compile",
-    "_module.": "Opacus",
-    "base_model.model.": "PEFT",
-}
-"""What puts a name in front of the names of a model's variables, and whose doing it is."""
-
-
-def _of_prefix(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """What to do about names that differ by what is in front of all of them; empty where they differ otherwise."""
-    for shorter, longer, what in ((missing, extra, "added"), (extra, missing, "missed")):
-        prefix = longer[0].removesuffix(shorter[0]) if shorter and longer else ""
-        if not prefix.endswith(".") or {prefix + name for name in shorter} != set(longer):
-            continue
-        whose = f", as {WRAPPERS[prefix]} has it" if prefix in WRAPPERS else ""
-        change = f"name.removeprefix({prefix!r})" if what == "added" else f"{prefix!r} + name"
-        return (
-            f". All that is {what} has {brief(prefix)} in front{whose}: "
-            f"{{{change}: array for name, array in weights.items()}} makes them the same"
-        )
-    return ""
 
 
 def misses_and_adds(missing: Sequence[str], extra: Sequence[str]) -> str:
