@@ -19,7 +19,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "fed_learn"
 LAYERS = (
     ("limits",),
     ("errors",),
-    ("hints",),
+    ("hints", "ties"),
     ("arguments", "environment", "disk", "weights", "events"),
     ("npy", "values", "policies"),
     ("contribution",),

@@ -27,6 +27,7 @@ from fed_learn.errors import (
     described,
 )
 from fed_learn.limits import LONGEST_NAME, MOST_NAMED, MOST_VARIABLES
+from fed_learn.ties import once, twins, under_all_names
 
 Array: TypeAlias = npt.NDArray[Any]
 """An array of any supported dtype."""
@@ -96,7 +97,8 @@ def bytes_text(size: int) -> str:
 class FrozenWeights(FrozenDict):
     """An own, read-only copy of a weight dict: C-contiguous, native byte order, `writeable=False`.
 
-    Freezing a `FrozenWeights` again shares its arrays: nobody can change them.
+    Freezing a `FrozenWeights` again shares its arrays: nobody can change them. Names of one variable keep one array
+    (see `fed_learn.ties`).
 
     Args:
         weights: Any weight dict. Its arrays are copied.
@@ -119,14 +121,19 @@ class FrozenWeights(FrozenDict):
             super().__init__(weights)
             return
         arrays = as_weight_dict(weights)
-        own = {name: np.array(a, dtype=native_dtype(a.dtype), order="C") for name, a in arrays.items()}
-        super().__init__({name: _sealed(array) for name, array in own.items()})
+        tied = twins(arrays)
+        kept = once(arrays, tied) if tied else arrays
+        own = {name: np.array(a, dtype=native_dtype(a.dtype), order="C") for name, a in kept.items()}
+        sealed = {name: _sealed(array) for name, array in own.items()}
+        super().__init__(under_all_names(sealed, tied, arrays) if tied else sealed)
 
     @classmethod
     def adopt(cls, weights: WeightDict) -> Self:
         """The same without a copy, for arrays that nobody else holds: they are made read-only as they are."""
         adopted = cls.__new__(cls)
-        dict.__init__(adopted, {name: _sealed(array) for name, array in weights.items()})
+        tied = twins(weights)
+        sealed = {name: _sealed(array) for name, array in (once(weights, tied) if tied else weights).items()}
+        dict.__init__(adopted, under_all_names(sealed, tied, weights) if tied else sealed)
         return adopted
 
     def __repr__(self) -> str:

@@ -34,7 +34,7 @@ class Variable:
         trainable: Whether training changes it; None where that cannot be known, as of a torch `state_dict`.
         role: What it is to the model, from which its policy follows; None where nobody can know. A frozen parameter is
             `"trained"`, and not trainable.
-        identity: Equal for two names of one variable (tied weights).
+        identity: Equal for two names of one variable (tied weights), which has one value under both.
         problem: Why it cannot be averaged or read, to be raised if it is asked for; None for all others.
     """
 

@@ -12,6 +12,7 @@ from fed_learn.adapters.base import Adapter, Framework, Variable, checked, given
 from fed_learn.adapters.trees import NUMBERS, leaf_dtype, loaded_leaf, told_by_name
 from fed_learn.errors import FedLearnError, ModelError, WeightsTypeError
 from fed_learn.policies import Role
+from fed_learn.ties import twins
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
 
@@ -177,6 +178,7 @@ class JaxModels(Adapter):
         """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
         held = _held(_opened(model)[0])
         kinds, views = (np.ndarray, _jax().Array), {}
+        tied = twins({name: leaf for name, (_, leaf, _) in held.items() if chosen is None or chosen(name)})
         for name in held if chosen is None else filter(chosen, held):
             leaf = held[name].leaf
             if not isinstance(leaf, kinds) or leaf.dtype not in SUPPORTED_DTYPES:
@@ -187,7 +189,7 @@ class JaxModels(Adapter):
                 return None
             if shared is None:
                 return None
-            views[name] = given(shared, copy=False)
+            views[name] = views[tied[name]] if name in tied else given(shared, copy=False)
         return views
 
     def get(self, variable: Variable, *, copy: bool) -> Array:

@@ -6,7 +6,7 @@ Here is what all frameworks have in common: which variables, the checks, and tha
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.adapters.trees import TreeModels
 from fed_learn.errors import ModelError, NamesError, TiedVariablesError
+from fed_learn.ties import once, under_all_names
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, listed
 
 M = TypeVar("M")
@@ -119,6 +120,10 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     take; those of TensorFlow and JAX are copied to the host. With `copy=False` they are the model's own memory, and can
     be written to: torch has no read-only tensors.
 
+    With `copy=False`, all names of one variable (tied weights, one array in two places of a JAX pytree) hold the very
+    same array. That is how a learner tells `FederatedClient` what is tied, so that noise meets it once: see
+    `fed_learn.ties`. A copy has an array for each name, so that a change in place of all arrays changes each once.
+
     Args:
         model: What to read.
         copy: The caller may keep and change the arrays: they are its own. Else nothing is copied where the framework
@@ -147,21 +152,32 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     plain: dict[str, Array] | None = views(model, _predicate(only)) if views is not None else None
     if plain:
         return {name: np.array(view) for name, view in plain.items()} if copy else plain
-    chosen = _sound(choose(adapter.variables(model), only))
-    return {variable.name: adapter.get(variable, copy=copy) for variable in chosen}
+    chosen = {variable.name: variable for variable in _sound(choose(adapter.variables(model), only))}
+    tied = {} if copy else _tied(chosen.values())
+    found = {name: adapter.get(variable, copy=copy) for name, variable in once(chosen, tied).items()}
+    return under_all_names(found, tied, chosen)
+
+
+def _tied(chosen: Collection[Variable]) -> dict[str, str]:
+    """The further names of variables → the first; of one array in two places of a tree too, as long as it is one."""
+    first: dict[object, str] = {}
+    by_place = {v.name: v.identity == v.name and hasattr(v.tensor, "shape") for v in chosen}
+    named = {v.name: first.setdefault(id(v.tensor) if by_place[v.name] else v.identity, v.name) for v in chosen}
+    return {name: one for name, one in named.items() if name != one}
 
 
 def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Only | None = None) -> M:
     """Loads a weight dict into a model: all of it, or nothing if anything is wrong with it.
 
-    Values are copied in place: optimizers keep their hold on the variables, and what is frozen stays frozen. A JAX
-    pytree cannot be changed; a new one is returned, an `nnx.Module` as well, and for a dict of numpy arrays a new
-    dict. It shares with the old one what was not loaded.
+    Of the names of a tied variable one is enough, as in a file of safetensors or of `save_pretrained`, which leave out
+    the others. Values are copied in place: optimizers keep their hold on the variables, and what is frozen stays
+    frozen. A JAX pytree cannot be changed; a new one is returned, an `nnx.Module` as well, and for a dict of numpy
+    arrays a new dict. It shares with the old one what was not loaded.
 
     Args:
         model: What to load into; see `get_weights`.
         weights: Arrays, or tensors of any framework, with just the names, shapes and dtypes of the model.
-        strict: The names must be all of the model's (all that `only` chooses). Else variables may be missing, and stay
+        strict: All variables of the model must be there (all that `only` chooses). Else some may be missing, and stay
             as they are; a name that the model does not have is refused all the same.
         only: Which variables are meant; see `get_weights`.
 
@@ -182,6 +198,9 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
     adapter = adapter_of(model)
     known = {variable.name: variable for variable in choose(adapter.variables(model), only)}
     values, arrays = _opened(weights)
+    held = {known[name].identity: name for name in arrays if name in known}
+    for name in [name for name, v in known.items() if name not in arrays and v.identity in held]:
+        values[name], arrays[name] = (given[held[known[name].identity]] for given in (values, arrays))
     meant = _sound(v for name, v in known.items() if strict or name in arrays)
     expected = Schema((v.name, (v.shape, v.dtype)) for v in meant)
     try:
@@ -279,12 +298,14 @@ def _refuse_untied(loaded: list[Variable], values: Mapping[str, Any]) -> None:
     seen: dict[object, str] = {}
     for variable in loaded:
         first = seen.setdefault(variable.identity, variable.name)
-        if first == variable.name:
+        if values[first] is values[variable.name]:
             continue
         one, other = (_bytes(values[name], name) for name in (first, variable.name))
         if one != other:
             raise TiedVariablesError(
-                f"weights: {first!r} and {variable.name!r} are one variable in the model, and differ",
+                f"weights: {first!r} and {variable.name!r} are one variable in the model, and differ: give one of them "
+                "alone, and where a client's filters made them differ, let its learner return "
+                "fl.get_weights(model, copy=False), which has one array for both",
                 name=variable.name,
                 names=(first, variable.name),
             )

@@ -16,6 +16,7 @@ import numpy as np
 from fed_learn.adapters.base import Form, Resident, not_averageable
 from fed_learn.adapters.overlaps import overlaps_itself
 from fed_learn.errors import WeightsTypeError, a_type, text_of
+from fed_learn.ties import one_array_for_one_memory
 from fed_learn.weights import BFLOAT16, SUPPORTED_DTYPES, Array, native_dtype
 
 DTYPES = {f"torch.{dtype.name}": dtype for dtype in SUPPORTED_DTYPES}
@@ -284,13 +285,15 @@ class TorchTensors(Resident):
 def plain_views(tensors: Mapping[str, Any]) -> dict[str, Array] | None:
     """Read-only views of plain tensors on the CPU whose dtypes can be averaged; None if there is any other tensor.
 
+    Tensors in one place, as the names of a tied parameter have them, have one view.
+
     Example:
         >>> import torch
         >>> plain_views({"w": torch.ones(2)}), plain_views({"w": torch.ones(2, device="meta")})
         ({'w': array([1., 1.], dtype=float32)}, None)
     """
     torch = _torch()
-    kinds, views = _plain_kinds(), {}
+    kinds, views, addresses = _plain_kinds(), dict[str, Array](), set[int]()
     try:
         for name, tensor in tensors.items():
             dtype = _dtype(tensor.dtype)
@@ -302,9 +305,10 @@ def plain_views(tensors: Mapping[str, Any]) -> dict[str, Array] | None:
                 view = tensor.detach().numpy()
             view.setflags(write=False)
             views[name] = view
+            addresses.add(tensor.data_ptr())
     except (RuntimeError, TypeError):  # on a device, sparse, without values, …
         return None
-    return views
+    return views if len(addresses) == len(views) else one_array_for_one_memory(views)
 
 
 def is_uninitialized(tensor: Any) -> bool:

@@ -13,6 +13,7 @@ from fed_learn.aggregation.integers import magnitude
 from fed_learn.aggregation.outputs import ArrayOutputs, new_arrays
 from fed_learn.environment import check_environment
 from fed_learn.errors import IntegerRangeError
+from fed_learn.ties import once, twins, under_all_names
 from fed_learn.weights import (
     Array,
     Schema,
@@ -21,6 +22,7 @@ from fed_learn.weights import (
     check_finite,
     finite_elements,
     same_elements,
+    same_values,
 )
 
 
@@ -34,7 +36,7 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
         base: What it started from.
 
     Returns:
-        New arrays in the shapes and dtypes of `base`.
+        New arrays in the shapes and dtypes of `base`. Names for which `weights` have one array share one here too.
 
     Raises:
         DtypeError: For booleans and unsigned integers, which cannot hold a negative difference.
@@ -47,8 +49,9 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
         {'w': array([ 2., -1.], dtype=float32)}
     """
     check_environment()
+    tied = _still_tied(weights, base)
     weights, _ = Schema.of(base).fit(weights)
-    schema = Schema.of(weights)
+    schema = Schema.of(once(weights, tied) if tied else weights)
     check_differences(schema)
     made = new_arrays(schema)
     flags = kernels.resolve().subtract(_ready(weights, schema), _ready(base, schema), list(made.values()))
@@ -59,7 +62,7 @@ def difference(weights: WeightDict, base: WeightDict) -> dict[str, Array]:
             array[same_elements(weights[name], base[name])] = 0
     check_finite(flagged)
     _check_range(flagged)
-    return made
+    return under_all_names(made, tied, weights) if tied else made
 
 
 def add_difference(base: WeightDict, diff: WeightDict, *, out: WeightDict | None = None) -> WeightDict:
@@ -73,7 +76,7 @@ def add_difference(base: WeightDict, diff: WeightDict, *, out: WeightDict | None
         out: A weight dict in those as well to write the result to; its content is undefined after an error.
 
     Returns:
-        A new dict, or `out`.
+        A new dict, or `out`. In a new one, names for which `diff` has one array share one too.
 
     Raises:
         NonFiniteError, IntegerRangeError: The sum leaves the range of the dtype.
@@ -89,6 +92,8 @@ def add_difference(base: WeightDict, diff: WeightDict, *, out: WeightDict | None
     schema = Schema({name: form for name, form in Schema.of(base).items() if name in diff})
     schema.check(diff)
     check_differences(schema)
+    tied = _still_tied(diff, base) if out is None else {}
+    whole, schema = schema, Schema(once(schema, tied)) if tied else schema
     bases, diffs = _ready(base, schema), _ready(diff, schema)
     rows = [dict(zip(schema, arrays, strict=True)) for arrays in (bases, diffs)]
     outputs = ArrayOutputs(schema, out, Columns(schema, rows))
@@ -103,7 +108,18 @@ def add_difference(base: WeightDict, diff: WeightDict, *, out: WeightDict | None
         with np.errstate(invalid="ignore"):  # a signalling NaN; kernels differ in the bits of what is no number
             wide = base[name][constant].astype(np.float64) + diff[name][constant].astype(np.float64)
             array[constant] = wide.astype(array.dtype)
-    return outputs.finish()
+    return under_all_names(outputs.finish(), tied, whole) if tied else outputs.finish()
+
+
+def _still_tied(weights: WeightDict, base: WeightDict) -> dict[str, str]:
+    """The further names of variables in `weights`, as far as `base` holds the same values under them."""
+    tied = twins(weights)
+    forms = Schema.of({name: base[name] for name in (*tied, *tied.values()) if name in base}) if tied else Schema()
+    return {
+        name: one
+        for name, one in tied.items()
+        if name in forms and forms[name] == forms.get(one) and same_values(base[name], base[one])
+    }
 
 
 def _ready(weights: WeightDict, schema: Schema) -> list[Array]:

@@ -53,6 +53,7 @@ from fed_learn.adapters.tensors import FRAMEWORKS, framework_of, hold_tensors, p
 from fed_learn.aggregation.arrays import ARRAYS
 from fed_learn.errors import WeightsTypeError, a_type, brief
 from fed_learn.kernels.base import Kernel
+from fed_learn.ties import one_array_for_one_memory
 from fed_learn.weights import PLAIN, Array, Schema, WeightDict, as_weight_dict, items_of, native_dtype
 
 Tensors: TypeAlias = dict[str, Any]
@@ -287,10 +288,14 @@ def as_tensors(weights: WeightDict, place: Place) -> Tensors:
 def without_tensors(weights: Any, who: str) -> Any:
     """What should be a weight dict, with arrays in the place of tensors: views of those on the CPU, copies of others.
 
+    Tensors of one place on the CPU, as a `state_dict` has them of a tied parameter, become one array.
+
     Raises:
         WeightsTypeError, DtypeError, NamesError: See `opened`.
     """
-    return opened(weights, who).on_host()
+    held = opened(weights, who)
+    arrays = held.on_host()
+    return arrays | one_array_for_one_memory({name: arrays[name] for name in held.tensors}) if held.tensors else arrays
 
 
 def schema_of(weights: object, who: str) -> Schema:

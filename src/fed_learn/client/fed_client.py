@@ -44,7 +44,8 @@ class FederatedClient:
         kind: Contribute full weights, or the difference to the global model.
         filters: What the difference to the received model goes through, in this order, before anything of it leaves the
             client, whatever the kind: privacy protocols and data processors. The best local model that is offered is
-            then one that was filtered.
+            then one that was filtered. A variable with several names goes through them once, where the learner returns
+            one array for all of them, as `fl.get_weights(model, copy=False)` does; see `fed_learn.ties`.
 
     Attributes:
         ctx: The client's context.
@@ -220,8 +221,7 @@ class FederatedClient:
             return FrozenWeights.adopt(difference(moved, received))
 
     def _filtered(self, diff: FrozenWeights, train_ctx: TrainContext) -> FrozenWeights:
-        own = {name: array.copy() for name, array in diff.items()}
-        return FrozenWeights(apply_filters(self.filters, own, train_ctx, self.ctx, self.name))
+        return FrozenWeights(apply_filters(self.filters, diff, train_ctx, self.ctx, self.name))
 
     def _moved(self, received: FrozenWeights, diff: FrozenWeights) -> FrozenWeights:
         with self._named_in_errors():

@@ -4,7 +4,8 @@ Two are randomised, by the Laplace mechanism behind a sparse vector technique. W
 whatever two differences a client might have, nothing that is sent is more than exp(budget) times likelier under one
 than under the other. The budgets of rounds add up. Metrics, the aggregation weight and the number of iterations are
 sent beside the difference, and whatever is not a floating-point variable (a counter of batches) passes as it is: the
-promise is not about them.
+promise is not about them. A variable with several names, which hold one array (`fed_learn.ties`), is one variable: its
+numbers are counted, chosen and get noise once, and what is made of them is sent under each name.
 Laplace noise in floating point leaks low bits (I. Mironov, "On significance of the least significant bits for
 differential privacy", CCS 2012); nothing here helps that.
 """
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from fed_learn.arguments import check_not_negative, check_positive
 from fed_learn.contribution import check_factor
 from fed_learn.errors import AggregationWeightError, brief
+from fed_learn.ties import once, twins, under_all_names
 from fed_learn.weights import FLOATS, Array, WeightDict, native_dtype
 
 logger = logging.getLogger(__name__)
@@ -195,7 +197,7 @@ class SVTProtocol(PrivacyProtocol):
         self._seeded = None if seed is None else np.random.default_rng(seed)
 
     def budget(self, size: int) -> float:
-        """ε₁ + ε₂ + ε₃: what a round costs a client whose model has `size` floating-point numbers.
+        """ε₁ + ε₂ + ε₃: what a round costs a client whose model has `size` floating-point numbers, tied ones once.
 
         Example:
             >>> round(SVTProtocol(fraction=0.01, epsilon=0.1, noise_var=0.5).budget(400), 3)
@@ -272,7 +274,8 @@ def _sparse_vector(
 
 def _per_step(share: Callable[[Floats], Floats], model_diff: dict[str, Array], train_ctx: Any) -> WeightDict:
     """Applies `share` to all floating-point numbers at once, each divided by the steps that made it, and multiplies."""
-    names = [name for name, diff in model_diff.items() if native_dtype(diff.dtype) in FLOATS]
+    tied = twins(model_diff)
+    names = [name for name, diff in once(model_diff, tied).items() if native_dtype(diff.dtype) in FLOATS]
     numbers = np.concatenate([np.zeros(0), *(model_diff[name].ravel().astype(np.float64) for name in names)])
     if not numbers.size:
         return model_diff
@@ -286,7 +289,7 @@ def _per_step(share: Callable[[Floats], Floats], model_diff: dict[str, Array], t
     logger.debug("%d of %d numbers are shared", np.count_nonzero(shared), shared.size)
     parts = np.split(shared, np.cumsum([model_diff[name].size for name in names])[:-1])
     sent = {n: p.reshape(model_diff[n].shape).astype(model_diff[n].dtype) for n, p in zip(names, parts, strict=True)}
-    return {**model_diff, **sent}
+    return under_all_names({**model_diff, **sent}, tied, model_diff)
 
 
 def _count(fraction: float, size: int) -> int:

@@ -19,7 +19,8 @@ class TrainingResult:
     """What training made of the weights.
 
     Attributes:
-        weights: The whole trained weights, whatever the kind of contribution; they are copied at once.
+        weights: The whole trained weights, whatever the kind of contribution; they are copied at once, so
+            `fl.get_weights(model, copy=False)` will do, which also tells what is tied (see `fed_learn.ties`).
         aggregation_weight: By how much they count: the number of examples, usually.
         n_iter: Iterations done.
         metrics: Further numbers for the server, such as the training loss. What is no number among them reaches it as

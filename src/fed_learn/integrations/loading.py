@@ -12,6 +12,7 @@ from fed_learn.adapters.layout import LayoutMap
 from fed_learn.adapters.tensors import framework_of
 from fed_learn.errors import ModelError
 from fed_learn.model_meta import FLContext
+from fed_learn.ties import once, twins, under_all_names
 from fed_learn.weights import Array, WeightDict
 
 
@@ -59,22 +60,25 @@ def _lacking(weights: WeightDict, layout: LayoutMap) -> dict[str, Array]:
 def read(model: Any, weights: WeightDict, layout: LayoutMap | None) -> dict[str, Array]:
     """The model's weights as a contribution: new arrays under the names of the global weights.
 
+    All names of one variable hold one array, so that whatever a client does to it is done once: see `fed_learn.ties`.
+
     Args:
         model: The model.
         weights: The global weights from which it started.
         layout: See `load`.
     """
     if layout is None:
-        found = get_weights(model, only=weights.__contains__)
-        return {name: _array(found[name]) for name in weights}
+        found = get_weights(model, copy=False, only=weights.__contains__)
+        tied = twins(found)
+        return under_all_names({name: _copied(value) for name, value in once(found, tied).items()}, tied, weights)
     # The base supplies what the model lacks; what the global weights lack as well is needed only for its shape.
     local = get_weights(model, copy=False, only=layout.target.__contains__)
     returned = layout.inverse(local, base=_lacking(weights, layout) | dict(weights))
-    return {name: returned[name] for name in weights}
+    return under_all_names(returned, layout.tied, weights)
 
 
-def _array(value: Any) -> Array:
-    """The value, which is a tensor where the model is on a device, as an array."""
+def _copied(value: Any) -> Array:
+    """A copy of the value, which is a tensor where the model is on a device, as an array."""
     framework = framework_of(type(value))
-    array: Array = value if framework is None else framework.view(value)
+    array: Array = np.array(value) if framework is None else framework.view(value)
     return array

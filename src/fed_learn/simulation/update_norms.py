@@ -7,6 +7,7 @@ import numpy as np
 from fed_learn.contribution import Kind
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.ties import once, twins
 
 PREFIX = "update_norm/"
 STATISTICS = r"(running|moving)_|num_batches_tracked|seed_generator"
@@ -15,8 +16,9 @@ STATISTICS = r"(running|moving)_|num_batches_tracked|seed_generator"
 class UpdateNormHandler(ServerHandler):
     """Publishes for each contribution its distance to the global model it started from, ‖contribution − global‖₂.
 
-    Runs at BEFORE_AGGREGATION; the metric is `update_norm/<contributor>`. Only floating variables count. Put it before
-    the handlers that write metrics down.
+    Runs at BEFORE_AGGREGATION; the metric is `update_norm/<contributor>`. Only floating variables count, and one with
+    several names counts once, where the contribution holds one array for all of them (see `fed_learn.ties`). Put it
+    before the handlers that write metrics down.
 
     Args:
         without: A regular expression: variables in whose names it is found do not count. The default leaves out what is
@@ -41,8 +43,8 @@ class UpdateNormHandler(ServerHandler):
         for contribution in ctx[ContextKey.CONTRIBUTIONS]:
             if contribution.weights is None or received is None:
                 continue
-            total = 0.0
-            for name, array in contribution.weights.items():
+            total, tied = 0.0, twins(contribution.weights)
+            for name, array in once(contribution.weights, tied).items():
                 if array.dtype.kind in "biu" or re.search(self.without, name):
                     continue
                 moved = array.astype(np.float64)

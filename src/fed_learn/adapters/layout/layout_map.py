@@ -60,6 +60,7 @@ class LayoutMap:
         inverse: The map back.
         left_out: Variables that the source alone has: they may be missing from its weights, and go nowhere.
         from_base: Variables that the target alone has: `base` supplies them, and without it they are missing.
+        tied: Further names of variables that the source has (tied weights), and the name that counts for each.
 
     Example:
         >>> import torch
@@ -109,6 +110,11 @@ class LayoutMap:
     def from_base(self) -> tuple[str, ...]:
         """Variables that the target alone has."""
         return self._target.only
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Further names of variables of the source (tied weights), and the name that counts for each."""
+        return self._source.aliases
 
     def __call__(self, weights: WeightDict, base: WeightDict | None = None) -> dict[str, Array]:
         """The weights in names and layouts of the target.
