@@ -182,9 +182,11 @@ def wrongs(weights: Weights, last: str) -> Iterator[tuple[Any, type[Exception]]]
     yield weights | {last: array.astype(np.float64)}, fl.DtypeError
     yield weights | {last: array.tolist()}, fl.WeightsTypeError
     yield weights | {last: None}, fl.WeightsTypeError
-    yield {name: array for name, array in weights.items() if name != last}, fl.NamesError
+    # One name of a tied variable is enough: without any of them it is missing.
+    yield {name: other for name, other in weights.items() if not np.array_equal(other, array)}, fl.NamesError
     yield weights | {last + "_": array}, fl.NamesError
-    yield list(weights.values()), fl.WeightsTypeError
+    yield list(weights.values())[:-1], fl.NamesError
+    yield [*weights.values(), None], fl.WeightsTypeError
 
 
 @every_case

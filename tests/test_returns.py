@@ -260,7 +260,7 @@ def test_clients_that_are_in_no_list_are_refused() -> None:
 ARRAYS = {"w": np.zeros((2, 3)), "b": np.zeros(3)}
 INSTEAD = {
     "list of arrays": (list(ARRAYS.values()), "are a list of 2 arrays without names", "dict(zip(names, them))"),
-    "checkpoint": ({"model": ARRAYS, "epoch": 3}, "looks like a checkpoint", "pass what it holds under 'model'"),
+    "checkpoint": ({"model": ARRAYS, "epoch": 3}, "looks like a checkpoint", "pass checkpoint['model']"),
     "number beside": ({**ARRAYS, "epoch": 3}, "'epoch' is a builtins.int, not a numpy array", "leave it out"),
     "path": ("model.safetensors", "are a str", "load what it names"),
     "model data": (fl.ModelData(ARRAYS), "are a ModelData", "pass its .weights"),

@@ -19,7 +19,8 @@ SOURCE = Path(__file__).parents[1] / "src" / "fed_learn"
 LAYERS = (
     ("limits",),
     ("errors",),
-    ("hints", "ties"),
+    ("prefixes", "ties"),
+    ("hints",),
     ("arguments", "environment", "disk", "weights", "events"),
     ("npy", "values", "policies"),
     ("contribution",),

@@ -912,9 +912,10 @@ def test_names_with_something_in_front_say_how_to_make_them_the_same(prefix: str
     longer = {prefix + name: array for name, array in plain.items()}
     with pytest.raises(fl.NamesError) as caught:
         fl.weighted_average([plain, longer])
-    assert f"All that is added has {prefix!r} in front{whose}: {{name.removeprefix({prefix!r}): array" in str(
+    assert f"All that is added has {prefix!r} in front{whose}: fl.without_prefix(weights, {prefix!r})" in str(
         caught.value
     )
+    assert fl.without_prefix(longer, prefix) == plain
     with pytest.raises(fl.NamesError) as caught:
         fl.weighted_average([longer, plain])
     assert f"All that is missed has {prefix!r} in front{whose}: {{{prefix!r} + name: array" in str(caught.value)

@@ -59,6 +59,7 @@ from fed_learn.errors import (
 from fed_learn.events import EventType, fire_event
 from fed_learn.handlers import Handler, ModelSelectionHandler, ServerValidationHandler
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
+from fed_learn.prefixes import without_prefix
 from fed_learn.server import FederatedServer, JobResult
 
 __version__ = "0.1.0"
@@ -132,4 +133,5 @@ __all__ = [
     "rules",
     "set_weights",
     "weighted_average",
+    "without_prefix",
 ]

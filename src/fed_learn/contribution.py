@@ -2,9 +2,10 @@
 
 import enum
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping, Set, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any
+from os import PathLike
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -16,9 +17,12 @@ from fed_learn.errors import (
     MetricError,
     RoundError,
     UnknownContributorError,
+    WeightsTypeError,
+    a_type,
     brief,
     text_of,
 )
+from fed_learn.hints import of_weights
 from fed_learn.limits import LEFT_OUT, LONGEST_CONTRIBUTOR, MOST_INFO
 from fed_learn.values import PlainValues, entries_of, number_of, plain_values, split_metrics, whole_number_of
 from fed_learn.weights import (
@@ -38,6 +42,10 @@ class Kind(enum.StrEnum):
     """The client's whole weights."""
     DIFF = "diff"
     """Its weights minus the global weights it received."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        raise ValueError(f"kind must be {' or '.join(map(repr, map(str, cls)))}, not {brief(value)}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +154,10 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
     problem = None
     number = number_of(value)
     if value is None:
-        problem = "is missing"
+        problem = "is missing: give the number of examples by which it counts"
     elif number is None:
         problem = f"{brief(value)} is not a number"
+        problem += ": it is that of examples, one for each contribution" if isinstance(value, Sized) else ""
     elif not math.isfinite(number):
         problem = f"{number} is not finite"
     elif number < 0:
@@ -159,6 +168,70 @@ def check_aggregation_weight(value: object, contributor: str | None = None) -> f
         text = f"{about(contributor)}aggregation weight {problem}"
         raise AggregationWeightError(text, contributor=contributor, value=value)
     return number
+
+
+def listed_weights(aggregation_weights: Any, count: int) -> list[Any]:
+    """The aggregation weights of bare weight dicts, one for each, unchecked.
+
+    Args:
+        aggregation_weights: A list of numbers, or an array or tensor of them; None: all count equally.
+        count: How many weight dicts there are.
+
+    Raises:
+        AggregationWeightError: They are in no order, or not as many.
+
+    Example:
+        >>> listed_weights(None, 2), listed_weights(np.array([300, 100]), 2)
+        ([1.0, 1.0], [np.int64(300), np.int64(100)])
+    """
+    if aggregation_weights is None:
+        return [1.0] * count
+    problem = None
+    if isinstance(aggregation_weights, Mapping | Set | str | bytes):
+        problem = "is not in the order of the contributions"
+    try:
+        listed = list(aggregation_weights)
+    except TypeError:  # a number, or an array or tensor of one
+        listed, problem = [], "is not a list"
+    if problem is not None:
+        raise AggregationWeightError(
+            f"aggregation_weights {brief(aggregation_weights)} {problem}: pass a list with one number for each weight "
+            "dict, in their order, or fl.Contributions, which bring their own",
+            value=aggregation_weights,
+        )
+    if len(listed) != count:
+        raise AggregationWeightError(
+            f"{len(listed)} aggregation weights for {count} weight dicts", value=aggregation_weights
+        )
+    return listed
+
+
+def listed_contributions(contributions: Any) -> list[Any]:
+    """The contributions of a batch, unchecked.
+
+    Raises:
+        WeightsTypeError: It is one weight dict, one contribution, or several by name.
+
+    Example:
+        >>> listed_contributions({"w": np.zeros(2)})
+        Traceback (most recent call last):
+        ...
+        fed_learn.errors.WeightsTypeError: contributions is one weight dict: pass a list of them, [a, b, …]
+    """
+    instead = ""
+    if isinstance(contributions, Contribution):
+        instead = "is one Contribution: pass a list of them, [a, b, …]"
+    elif isinstance(contributions, Mapping):
+        several = bool(contributions) and all(isinstance(one, Mapping) for one in contributions.values())
+        instead = "is one weight dict: pass a list of them, [a, b, …]"
+        if several or any(isinstance(one, Contribution) for one in contributions.values()):
+            instead = "is a dict of several by name: pass list(contributions.values()), or a list of fl.Contributions"
+    elif isinstance(contributions, str | PathLike) or not isinstance(contributions, Iterable):
+        found = of_weights(contributions) or a_type(type(contributions))
+        instead = f"is {found}: pass a list of weight dicts, [a, b, …]"
+    if instead:
+        raise WeightsTypeError(f"contributions {instead}")
+    return list(contributions)
 
 
 def check_countable(aggregation_weight: float, contributor: str) -> float:
@@ -253,7 +326,10 @@ def check_contributor(given: Any) -> str:
     # By its type and by the methods of str: nothing that the sender's own class computes is called.
     name = str.__str__(given) if issubclass(type(given), str) else ""
     if not name:
-        raise UnknownContributorError(f"contributor {brief(given)} is not a name", contributor=None)
+        order = ": its order is Contribution(contributor, weights, aggregation_weight)"
+        raise UnknownContributorError(
+            f"contributor {brief(given)} is not a name{order if isinstance(given, Mapping) else ''}", contributor=None
+        )
     if len(name) > LONGEST_CONTRIBUTOR:
         problem = f"it has {len(name)} characters, at most {LONGEST_CONTRIBUTOR} are taken"
     elif not name.isprintable() and (

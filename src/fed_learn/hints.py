@@ -4,24 +4,33 @@ Each function looks at what came and gives words to put into a message, empty wh
 raises, whatever it looks at, and decides nothing: the checks are those of `fed_learn.weights`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
-from os import PathLike
-from typing import ParamSpec
+from os import PathLike, fspath
+from typing import Any, ParamSpec
 
 import numpy as np
 
 from fed_learn.errors import a_type, as_failure, brief
+from fed_learn.prefixes import BESIDE, WITHIN, WRAPPERS, stripped
 
 P = ParamSpec("P")
 
-WRAPPERS = {
-    "module.": "torch.nn.DataParallel",
-    "_orig_mod.": "torch.compile",
-    "_module.": "Opacus",
-    "base_model.model.": "PEFT",
+READERS = {
+    ".safetensors": "safetensors.numpy.load_file(path)",
+    ".npz": "numpy.load(path)",
+    ".pt": "torch.load(path, weights_only=True)",
+    ".pth": "torch.load(path, weights_only=True)",
+    ".bin": "torch.load(path, weights_only=True)",
+    ".keras": "fl.get_weights(keras.saving.load_model(path))",
+    ".h5": "fl.get_weights(model) after model.load_weights(path)",
 }
-"""What puts a name in front of the names of a model's variables, and whose doing it is."""
+"""What to pass in the place of a path, by its end."""
+MODELS = ("flax", "equinox")
+"""Packages whose classes, and those derived from them, are models."""
+NUMBER = re.compile(r"_\d+(?=/|$)")
 
 
 def _never_raising(look: Callable[P, str]) -> Callable[P, str]:
@@ -42,42 +51,136 @@ def _never_raising(look: Callable[P, str]) -> Callable[P, str]:
 def of_weights(weights: object) -> str:
     """What was passed in the place of a weight dict, and what to pass instead."""
     kind = a_type(type(weights))
-    if callable(getattr(weights, "state_dict", None)) or hasattr(weights, "trainable_variables"):
+    if isinstance(weights, type):
+        return f"the class {weights.__name__} (pass fl.get_weights() of a model that you made of it)"
+    if hasattr(weights, "param_groups"):
+        return f"an optimizer ({type(weights).__name__}; pass fl.get_weights(model) of the model that it trains)"
+    if _is_model(weights):
         return f"a model ({type(weights).__name__}; pass fl.get_weights(model))"
-    if isinstance(weights, list | tuple) and weights and all(hasattr(one, "shape") for one in weights):
-        return f"{kind} of {len(weights)} arrays without names (pass fl.get_weights(model), or dict(zip(names, them)))"
+    if isinstance(weights, list | tuple) and weights:
+        if all(isinstance(one, Mapping) for one in weights):
+            return f"{kind} of {len(weights)} dicts (pass one at a time, or all of them to fl.weighted_average)"
+        if all(hasattr(one, "shape") for one in weights):
+            return (
+                f"{kind} of {len(weights)} arrays without names (pass fl.get_weights(model), or dict(zip(names, "
+                "them)); fl.weighted_average, fl.aggregate and fl.Accumulator take them in the order of like=)"
+            )
     if hasattr(weights, "weights"):  # a JobResult, a Contribution, a ModelData
         return f"{kind} (pass its .weights)"
     if isinstance(weights, str | PathLike):
-        return f"{kind} (load what it names, and pass that)"
+        path = str(fspath(weights))
+        reader = next((call for end, call in READERS.items() if path.endswith(end)), "")
+        return f"{kind} (load what it names, and pass that" + (f": {reader})" if reader else ")")
+    if hasattr(weights, "tensors") and hasattr(weights, "tensor_type"):  # Flower's Parameters
+        return f"{kind} (pass flwr.common.parameters_to_ndarrays(parameters), together with like=)"
+    if isinstance(weights, np.ndarray):
+        return f"{kind} (give it a name: {{'w': array}})"
+    if weights is None or isinstance(weights, Iterator):  # such as model.parameters()
+        return f"{kind} (pass fl.get_weights(model))"
     return kind
 
 
+def _is_model(value: object) -> bool:
+    packages = (base.__module__.partition(".")[0] for base in type(value).__mro__)
+    return (
+        callable(getattr(value, "state_dict", None))
+        or hasattr(value, "trainable_variables")
+        or any(package in MODELS for package in packages)
+    )
+
+
 @_never_raising
-def of_entry(name: str, value: object) -> str:
-    """What to do about an entry that is no array."""
-    if isinstance(value, Mapping) and value and all(hasattr(one, "shape") for one in value.values()):
-        return f"; this looks like a checkpoint: pass what it holds under {name!r}"
-    if hasattr(value, "shape") and not isinstance(value, np.ndarray):
-        return "; get_weights() of its model gives arrays"
+def of_entry(name: str, value: object, weights: Mapping[Any, Any]) -> str:
+    """What to do about an entry that is no array.
+
+    Args:
+        name: Its name.
+        value: What it is.
+        weights: All entries; what is beside it tells what the whole is.
+    """
+    if "param_groups" in weights and "state" in weights:
+        return "; this is the state of an optimizer: pass fl.get_weights(model) of the model that it trains"
+    held = [key for key, one in weights.items() if isinstance(key, str) and _holds_arrays(one)]
+    if held:
+        return f"; this looks like a checkpoint: pass {' or '.join(f'checkpoint[{key!r}]' for key in held[:3])}"
     if callable(getattr(value, "state_dict", None)):
         return f"; pass fl.get_weights() of what is under {name!r}"
+    if isinstance(value, Mapping):
+        return _of_nested(value)
+    if type(value).__module__.partition(".")[0] == "flwr":  # an ArrayRecord holds arrays of Flower's own
+        return "; fed_learn.integrations.flower.to_weights(record) gives arrays"
+    if hasattr(value, "shape") and not isinstance(value, np.ndarray):
+        return "; get_weights() of its model gives arrays"
+    if isinstance(value, list | tuple) and value and all(hasattr(one, "shape") for one in value):
+        return f"; its {len(value)} arrays need names: pass dict(zip(names, weights[{name!r}]))"
     if isinstance(value, int | float | list):
         return "; leave it out, or make it an array by np.asarray if it is to be averaged"
     return ""
 
 
+def _holds_arrays(value: object) -> bool:
+    return isinstance(value, Mapping) and bool(value) and all(hasattr(one, "shape") for one in value.values())
+
+
+def _of_nested(value: object) -> str:
+    """Advice on a tree of dicts with arrays at its ends."""
+    while isinstance(value, Mapping) and value:
+        value = next(iter(value.values()))
+    if type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        return "; fl.get_weights(weights) gives each array of a nested dict a name, its path"
+    if isinstance(value, np.ndarray):
+        return "; weights are one dict, not nested: give each array one name, such as its path 'dense/kernel'"
+    return ""
+
+
 @_never_raising
 def of_names(missing: Sequence[str], extra: Sequence[str]) -> str:
-    """What to do about names that differ by what is in front of all of them."""
-    for shorter, longer, what in ((missing, extra, "added"), (extra, missing, "missed")):
-        prefix = longer[0].removesuffix(shorter[0]) if shorter and longer else ""
-        if not prefix.endswith(".") or {prefix + name for name in shorter} != set(longer):
-            continue
-        whose = f", as {WRAPPERS[prefix]} has it" if prefix in WRAPPERS else ""
-        change = f"name.removeprefix({prefix!r})" if what == "added" else f"{prefix!r} + name"
+    """What to do about names that differ by what is in front of all of them, or by the numbers that Keras gives."""
+    averaged = BESIDE in extra and BESIDE not in missing
+    longer = [name for name in extra if name != BESIDE] if averaged else extra
+    prefix = _prefix_of(longer, missing)
+    if prefix:
+        whose = "torch.optim.swa_utils.AveragedModel" if averaged and prefix == "module." else WRAPPERS.get(prefix)
         return (
-            f". All that is {what} has {brief(prefix)} in front{whose}: "
-            f"{{{change}: array for name, array in weights.items()}} makes them the same"
+            f". All that is added has {brief(prefix)} in front{f', as {whose} has it' if whose else ''}: "
+            f"fl.without_prefix(weights, {prefix!r}) makes them the same"
         )
-    return ""
+    for within in WITHIN:
+        if missing and Counter(stripped(name, within) for name in extra) == Counter(missing):
+            return (
+                f". All that is added has {within!r} in it, as {WRAPPERS[within]} has it: "
+                f"fl.without_prefix(weights, {within!r}) makes them the same"
+            )
+    prefix = _prefix_of(missing, extra)
+    if prefix:
+        whose = f", as {WRAPPERS[prefix]} has it" if prefix in WRAPPERS else ""
+        return (
+            f". All that is missed has {brief(prefix)} in front{whose}: "
+            f"{{{prefix!r} + name: array for name, array in weights.items()}} makes them the same"
+        )
+    numbers = of_numbers(missing, extra)
+    return f". {numbers}" if numbers else ""
+
+
+def of_numbers(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """What to do about paths of Keras that differ in the numbers alone that it gives to layers.
+
+    Example:
+        >>> of_numbers(["dense/kernel"], ["dense_3/kernel"])[:41]
+        'What is added differs in the numbers that'
+    """
+    if not extra or not all("/" in name for name in extra):
+        return ""
+    added, lacking = (Counter(NUMBER.sub("", name) for name in names) for names in (extra, missing))
+    if not added <= lacking:
+        return ""
+    return (
+        "What is added differs in the numbers that Keras gives to layers without a name, as the process makes "
+        "them: name the layers, call keras.utils.clear_session() before the model is made, or map with fl.align"
+    )
+
+
+def _prefix_of(longer: Sequence[str], shorter: Sequence[str]) -> str:
+    """What makes the longer names of the shorter ones, if that is one prefix for all; else nothing."""
+    prefix = longer[0].removesuffix(shorter[0]) if shorter and longer else ""
+    return prefix if prefix.endswith(".") and {prefix + name for name in shorter} == set(longer) else ""

@@ -204,12 +204,44 @@ def as_weight_dict(weights: object, contributor: str | None = None) -> dict[str,
         if not isinstance(value, np.ndarray | np.generic) or isinstance(value, np.ma.MaskedArray):
             raise WeightsTypeError(
                 f"{about(contributor, name)}is {a_type(type(value), module=True)}, not a numpy array"
-                + hints.of_entry(name, value),
+                + hints.of_entry(name, value, items),
                 contributor=contributor,
                 name=name,
             )
         arrays[str.__str__(name)] = np.asarray(value)  # a str of another class may do as it likes
     return arrays
+
+
+def in_order_of(weights: Any, expected: Collection[str], who: str, of: str) -> Any:
+    """A list of arrays as a weight dict, its names those that are expected, in their order; all else as it is.
+
+    Lists come from `model.get_weights()` of Keras and from Flower's parameters. Shapes and dtypes are left to the
+    checks of weight dicts.
+
+    Args:
+        weights: What came from outside.
+        expected: The names.
+        who: Whose it is, for the error.
+        of: Whose the names are.
+
+    Raises:
+        NamesError: There are more arrays than names, or fewer.
+
+    Example:
+        >>> in_order_of([np.zeros(2), np.ones(1)], ["kernel", "bias"], "site-1", "like")
+        {'kernel': array([0., 0.]), 'bias': array([1.])}
+    """
+    if not isinstance(weights, list | tuple) or not all(hasattr(one, "shape") for one in weights):
+        return weights
+    if len(weights) != len(expected):
+        raise NamesError(
+            f"{about(who)}has {len(weights)} arrays in a list, for the {len(expected)} variables of {of}: pass a dict "
+            "with their names, or one array for each variable, in this order",
+            contributor=who,
+            missing=tuple(expected)[len(weights) :],
+            extra=(),
+        )
+    return dict(zip(expected, weights, strict=True))
 
 
 def items_of(weights: Mapping[Any, Any], contributor: str | None = None) -> dict[Any, Any]:

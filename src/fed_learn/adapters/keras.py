@@ -1,8 +1,6 @@
 """Models of Keras 3, on whichever back end. Nothing here imports Keras: it is there when there is a model."""
 
-import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,12 +25,12 @@ from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.adapters.torch_tensors import TorchTensors, plain_views
 from fed_learn.errors import DtypeError, ModelError
+from fed_learn.hints import of_numbers
 from fed_learn.policies import Role
 from fed_learn.weights import SUPPORTED_DTYPES, Array, finite_elements, native_dtype
 
 TENSORS: dict[str, Framework] = {"tensorflow": TensorFlowTensors(), "jax": JaxTensors(), "torch": TorchTensors()}
 """By back end."""
-NUMBER = re.compile(r"_\d+(?=/|$)")
 
 
 class KerasModels(Adapter):
@@ -134,8 +132,6 @@ class KerasModels(Adapter):
         """What to do when these names are missing and too many, in a sentence; empty where there is nothing to say.
 
         Example:
-            >>> KerasModels().hint(["dense/kernel"], ["dense_3/kernel"])[:41]
-            'What is added differs in the numbers that'
             >>> KerasModels().hint(["dense/kernel"], ["net/dense/kernel"])[:44]
             'What is added differs in a name in front tha'
             >>> KerasModels().hint(["dense/kernel"], ["dense/bias"])
@@ -143,11 +139,9 @@ class KerasModels(Adapter):
         """
         if not extra:
             return ""
-        if Counter(NUMBER.sub("", name) for name in extra) <= Counter(NUMBER.sub("", name) for name in missing):
-            return (
-                "What is added differs in the numbers that Keras gives to layers without a name, as the process makes "
-                "them: name the layers, call keras.utils.clear_session() before the model is made, or map with fl.align"
-            )
+        numbers = of_numbers(missing, extra)
+        if numbers:
+            return numbers
         if all(any(_ends_with(name, other) or _ends_with(other, name) for other in missing) for name in extra):
             return (
                 "What is added differs in a name in front that Keras drops when it saves, loads, pickles or clones a "

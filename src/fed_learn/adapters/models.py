@@ -7,6 +7,7 @@ Here is what all frameworks have in common: which variables, the checks, and tha
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from os import PathLike
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from fed_learn.adapters.torch import TorchModels
 from fed_learn.adapters.trees import TreeModels
 from fed_learn.errors import ModelError, NamesError, TiedVariablesError
 from fed_learn.ties import once, under_all_names
-from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, listed
+from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, in_order_of, listed
 
 M = TypeVar("M")
 Only: TypeAlias = str | re.Pattern[str] | Callable[[str], bool]
@@ -80,7 +81,14 @@ def adapter_of(model: object) -> Adapter:
             return adapter
     known = "; ".join(f"{adapter.name}: {adapter.models}" for adapter in ADAPTERS)
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    raise ModelError(f"a {kind} is no model that is known here. Known are {known}", model=kind)
+    instead = ""
+    if isinstance(model, type):
+        kind, instead = f"class {model.__module__}.{model.__qualname__}", ": pass a model that you made of it"
+    elif isinstance(model, str | PathLike):
+        instead = ": load the model that it names, and pass that"
+    elif isinstance(model, Mapping) and model:
+        instead = ": a dict of arrays is weights already (set_weights takes the model first, then the weights)"
+    raise ModelError(f"a {kind} is no model that is known here{instead}. Known are {known}", model=kind)
 
 
 def variables(model: object, only: Only | None = None) -> tuple[Variable, ...]:
@@ -176,7 +184,8 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
 
     Args:
         model: What to load into; see `get_weights`.
-        weights: Arrays, or tensors of any framework, with just the names, shapes and dtypes of the model.
+        weights: Arrays, or tensors of any framework, with just the names, shapes and dtypes of the model; or a list of
+            one for each variable, in the model's order, as `keras.Model.get_weights()` gives.
         strict: All variables of the model must be there (all that `only` chooses). Else some may be missing, and stay
             as they are; a name that the model does not have is refused all the same.
         only: Which variables are meant; see `get_weights`.
@@ -197,7 +206,7 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
     """
     adapter = adapter_of(model)
     known = {variable.name: variable for variable in choose(adapter.variables(model), only)}
-    values, arrays = _opened(weights)
+    values, arrays = _opened(in_order_of(weights, known, "weights", "the model"))
     held = {known[name].identity: name for name in arrays if name in known}
     for name in [name for name, v in known.items() if name not in arrays and v.identity in held]:
         values[name], arrays[name] = (given[held[known[name].identity]] for given in (values, arrays))
@@ -218,7 +227,7 @@ def _hinted(error: NamesError, adapter: Adapter, known: Iterable[str], given: It
     known, given = dict.fromkeys(known), dict.fromkeys(given)
     missing, extra = [n for n in known if n not in given], [n for n in given if n not in known]
     said = hint(missing, extra) if hint is not None else ""
-    message = f"{error}. {said}" if said else str(error)
+    message = f"{error}. {said}" if said and said not in str(error) else str(error)
     return NamesError(message, contributor=error.contributor, name=error.name, missing=error.missing, extra=error.extra)
 
 

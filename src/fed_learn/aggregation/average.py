@@ -14,7 +14,7 @@ from fed_learn.aggregation.plan import Plan, check_fitting, planned
 from fed_learn.aggregation.rules import Given, Rule, combined, find
 from fed_learn.aggregation.strict import checked_batch, masks_of, scanned
 from fed_learn.aggregation.tensors import as_tensors, device_named, label_of, opened
-from fed_learn.contribution import Contribution, Kind
+from fed_learn.contribution import Contribution, Kind, listed_contributions
 from fed_learn.errors import NonFiniteError
 from fed_learn.weights import Schema, WeightDict, finite_elements, listed
 
@@ -41,12 +41,13 @@ def weighted_average(
     `fed_learn.aggregation.tensors`.
 
     Args:
-        contributions: Weight dicts, or `Contribution`s, all of one kind and round: those that most of them state; of
+        contributions: Weight dicts or `Contribution`s, all of one kind and round: those that most of them state; of
             equally common ones the newer round, and the kind of the first. One that states no round passes.
         aggregation_weights: One number ≥ 0 per weight dict; None: they count equally. `Contribution`s bring their own.
             What counts by 0 is checked, and adds nothing.
-        like: The global model: sets names, shapes, dtypes and the order of the result. None: the first one does, so
-            give it where contributions are not to be trusted, or the wrong one may be refused.
+        like: The global model: sets names, shapes, dtypes and the order of the result, also of weights that come as a
+            list of arrays (`keras.Model.get_weights()`). None: the first one does, so give it where contributions are
+            not to be trusted, or the wrong one may be refused.
         out: A weight dict of the same schema to write the result to; its content is undefined after an error.
         policies: What becomes of variables by regular expressions of their names, the first that is found deciding:
             `{"bn": "local", "steps": "max"}`; see `fed_learn.policies.Policy`. All others are averaged, but for codes
@@ -78,7 +79,7 @@ def weighted_average(
     """
     if kernel is not None:
         kernels.requested(kernel)  # what is wrong with it is said before anything is looked at
-    batch = list(contributions)
+    batch = listed_contributions(contributions)
     plan = plan_of(batch, like, policies)
     if plan is not None:
         how = find("mean")
@@ -141,7 +142,7 @@ def aggregate(
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
     if kernel is not None:
         kernels.requested(kernel)
-    batch = list(contributions)
+    batch = listed_contributions(contributions)
     plan = plan_of(batch, like, policies)
     if plan is not None:
         return _combined_by(plan, how, batch, aggregation_weights, like, out, exact, kernel, device_named(device))

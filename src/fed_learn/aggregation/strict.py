@@ -16,7 +16,7 @@ from fed_learn.aggregation.batch import Checked, Terms, not_finite
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.plan import Parts, Plan
 from fed_learn.aggregation.tensors import OpenedWeights, label_of, opened, schema_of, without_tensors
-from fed_learn.contribution import Contribution, Kind, check_aggregation_weight
+from fed_learn.contribution import Contribution, Kind, check_aggregation_weight, listed_weights
 from fed_learn.errors import AggregationWeightError, EmptyAggregationError, KindError, RoundError, WeightsTypeError
 from fed_learn.kernels.memory import Table
 from fed_learn.values import whole_number_of
@@ -115,12 +115,7 @@ def _checked_weight_dicts(
     batch: Sequence[Any], aggregation_weights: Sequence[float] | None, schema: Schema | None, device: str | None
 ) -> tuple[Schema, list[Checked], Table | None]:
     """The schema, the weight dicts in the order of the list, and the addresses of their arrays."""
-    if aggregation_weights is None:
-        aggregation_weights = [1.0] * len(batch)
-    elif len(aggregation_weights) != len(batch):
-        raise AggregationWeightError(
-            f"{len(aggregation_weights)} aggregation weights for {len(batch)} weight dicts", value=aggregation_weights
-        )
+    numbers = listed_weights(aggregation_weights, len(batch))
     labels = _labels(len(batch))
     plain = {*map(type, batch)} <= {*PLAIN}
     for label, item in () if plain else zip(labels, batch, strict=True):
@@ -128,7 +123,7 @@ def _checked_weight_dicts(
             raise WeightsTypeError(f"{label} is a Contribution among bare weight dicts", contributor=label)
     if schema is None:
         schema = Schema.of(as_weight_dict(opened(batch[0], labels[0]).weights, labels[0]), labels[0])
-    scalars = list(map(check_aggregation_weight, aggregation_weights, labels))
+    scalars = list(map(check_aggregation_weight, numbers, labels))
     if plain and device is None:  # the usual case, checked in one pass
         own, table = [dict(item) for item in batch], Table(schema, len(batch))
         if table.gather(own, 1):

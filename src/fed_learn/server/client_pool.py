@@ -11,7 +11,7 @@ from fed_learn.client.fed_client import FederatedClient
 from fed_learn.components.learner import Learner
 from fed_learn.components.returned import metric_and_mode, mode_followed
 from fed_learn.contribution import check_contributor
-from fed_learn.errors import ClientQuitError, HandlerFailure, as_failure, described
+from fed_learn.errors import ClientQuitError, HandlerFailure, a_type, as_failure, described
 from fed_learn.events import EventType
 from fed_learn.kernels.threads import usable_processors
 
@@ -29,7 +29,7 @@ class ClientPool:
 
     Raises:
         ValueError: No clients, a name that is used twice, or a bad `max_workers`.
-        TypeError: The clients are no sequence.
+        TypeError: The clients are no sequence, or one of them has no name.
     """
 
     def __init__(self, clients: Sequence[FederatedClient], max_workers: int | None = None) -> None:
@@ -37,6 +37,8 @@ class ClientPool:
         if not isinstance(clients, Iterable):
             raise TypeError(f"clients must be a list of clients, not {clients!r}: pass run([...])")
         for client in clients:
+            if not hasattr(client, "name"):
+                raise TypeError(f"{a_type(type(client))} is no client: pass fl.FederatedClient(name, learner)")
             if client.name in self._clients:
                 raise ValueError(f"two clients are named {client.name!r}")
             self._clients[check_contributor(client.name)] = client
