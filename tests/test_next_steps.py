@@ -1,6 +1,7 @@
 """Wrong calls that newcomers make: each error says what to do next, and what it says works."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from federation import AddingLearner
 
 import fed_learn as fl
 
-W = {"fc.weight": np.float32([[1, 2]]), "fc.bias": np.float32([3])}
-ARRAYS = list(W.values())
+W: Any = {"fc.weight": np.array([[1, 2]], np.float32), "fc.bias": np.array([3], np.float32)}
+ARRAYS: Any = list(W.values())
 
 
 def says(call: Callable[[], Any], error: type[Exception], *words: str) -> str:
@@ -133,34 +134,35 @@ def test_lists_of_arrays_are_taken_in_the_order_of_like() -> None:
     text = says(lambda: fl.weighted_average([ARRAYS, other], [1, 3]), fl.WeightsTypeError, "in the order of like=")
     assert "dict(zip(names, them))" in text
     accumulator = fl.Accumulator(like=W)
-    accumulator.add(ARRAYS, 1)  # type: ignore[call-overload]
-    accumulator.add(tuple(other), 3, "b")  # type: ignore[call-overload]
+    accumulator.add(ARRAYS, 1)
+    accumulator.add(tuple(other), 3, "b")
     for mean in (
-        fl.weighted_average([ARRAYS, other], [1, 3], like=W),  # type: ignore[arg-type]
-        fl.aggregate([ARRAYS, named], [1, 3], like=W),  # type: ignore[list-item]
-        fl.weighted_average([fl.Contribution("a", ARRAYS, 1), fl.Contribution("b", named, 3)], like=W),  # type: ignore[arg-type]
+        fl.weighted_average([ARRAYS, other], [1, 3], like=W),
+        fl.aggregate([ARRAYS, named], [1, 3], like=W),
+        fl.weighted_average([fl.Contribution("a", ARRAYS, 1), fl.Contribution("b", named, 3)], like=W),
         accumulator.result(),
     ):
         assert (list(mean), bits(mean)) == (list(W), expected)
 
 
 def test_lists_of_another_length_or_of_other_shapes_are_refused_with_the_usual_errors() -> None:
-    for wrong, error, words in (
+    wrongs: Any = (
         (ARRAYS[:1], fl.NamesError, "has 1 arrays in a list, for the 2 variables of the model"),
         ([*ARRAYS, ARRAYS[0]], fl.NamesError, "has 3 arrays in a list"),
         (ARRAYS[::-1], fl.ShapeError, "'fc.weight' has shape (1,), expected (1, 2)"),
         ([array.astype(np.float64) for array in ARRAYS], fl.DtypeError, "float64"),
-    ):
-        says(lambda wrong=wrong: fl.weighted_average([wrong], like=W), error, "contributions[0]", words)  # type: ignore[misc]
+    )
+    for wrong, error, words in wrongs:
+        says(partial(fl.weighted_average, [wrong], like=W), error, "contributions[0]", words)
 
 
 def test_a_model_loads_a_list_in_its_own_order() -> None:
     torch = pytest.importorskip("torch")
     model = torch.nn.Sequential()
     model.add_module("fc", torch.nn.Linear(2, 1))
-    assert bits(fl.get_weights(fl.set_weights(model, ARRAYS))) == bits(W)  # type: ignore[arg-type]
-    says(lambda: fl.set_weights(model, ARRAYS[:1]), fl.NamesError, "has 1 arrays in a list, for the 2 variables")  # type: ignore[arg-type]
-    says(lambda: fl.set_weights(model, ARRAYS[::-1]), fl.ShapeError, "fc.weight")  # type: ignore[arg-type]
+    assert bits(fl.get_weights(fl.set_weights(model, ARRAYS))) == bits(W)
+    says(lambda: fl.set_weights(model, ARRAYS[:1]), fl.NamesError, "has 1 arrays in a list, for the 2 variables")
+    says(lambda: fl.set_weights(model, ARRAYS[::-1]), fl.ShapeError, "fc.weight")
 
 
 def test_what_keras_gives_as_a_list_loads_and_averages_in_its_order() -> None:
@@ -178,13 +180,13 @@ def test_a_checkpoint_says_which_entry_holds_the_weights() -> None:
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.Adam(model.parameters())
-    checkpoint = {"epoch": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-    says(lambda: fl.weighted_average([checkpoint]), fl.WeightsTypeError, "pass checkpoint['model']")  # type: ignore[list-item]
+    checkpoint: Any = {"epoch": 1, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    says(lambda: fl.weighted_average([checkpoint]), fl.WeightsTypeError, "pass checkpoint['model']")
     says(lambda: fl.set_weights(model, checkpoint), fl.WeightsTypeError, "pass checkpoint['model']")
     fl.weighted_average([checkpoint["model"]])
-    both = {"epoch": 1, "model": W, "ema": W}
-    says(lambda: fl.Accumulator().add(both, 1), fl.WeightsTypeError, "checkpoint['model'] or checkpoint['ema']")  # type: ignore[call-overload]
-    says(lambda: fl.FederatedServer(both, num_rounds=1), fl.WeightsTypeError, "pass checkpoint['model']")  # type: ignore[arg-type]
+    both: Any = {"epoch": 1, "model": W, "ema": W}
+    says(lambda: fl.Accumulator().add(both, 1), fl.WeightsTypeError, "checkpoint['model'] or checkpoint['ema']")
+    says(lambda: fl.FederatedServer(both, num_rounds=1), fl.WeightsTypeError, "pass checkpoint['model']")
     advice = "pass fl.get_weights(model) of the model that it trains"
     says(lambda: fl.weighted_average([optimizer]), fl.WeightsTypeError, "an optimizer (Adam; ", advice)
     says(lambda: fl.set_weights(model, optimizer.state_dict()), fl.WeightsTypeError, "state of an optimizer", advice)
@@ -220,7 +222,7 @@ def test_a_path_says_how_to_read_what_it_names(path: Any, advice: str) -> None:
 def test_files_are_read_as_the_error_says(tmp_path: Path) -> None:
     torch, files = pytest.importorskip("torch"), pytest.importorskip("safetensors.numpy")
     files.save_file(W, tmp_path / "model.safetensors")
-    np.savez(tmp_path / "model.npz", **W)  # type: ignore[arg-type]
+    np.savez(tmp_path / "model.npz", **W)
     torch.save({name: torch.from_numpy(array) for name, array in W.items()}, tmp_path / "model.pt")
     with np.load(tmp_path / "model.npz") as npz:
         mean = fl.weighted_average(
@@ -261,7 +263,7 @@ def test_what_is_no_weight_dict_says_what_to_pass(wrong: Any, advice: str) -> No
 def test_models_of_jax_and_trees_of_its_arrays_go_through_get_weights() -> None:
     jax, equinox = pytest.importorskip("jax"), pytest.importorskip("equinox")
     model = equinox.nn.Linear(2, 1, key=jax.random.key(0))
-    tree = {"params": {"dense": {"kernel": jax.numpy.ones(2)}}}
+    tree: Any = {"params": {"dense": {"kernel": jax.numpy.ones(2)}}}
     says(lambda: fl.weighted_average([model]), fl.WeightsTypeError, "a model (Linear; pass fl.get_weights(model))")
     says(lambda: fl.weighted_average([tree]), fl.WeightsTypeError, "fl.get_weights(weights) gives each array")
     assert list(fl.weighted_average([fl.get_weights(tree)])) == ["params/dense/kernel"]
@@ -288,7 +290,7 @@ def test_one_weight_dict_or_several_by_name_say_that_a_list_is_wanted() -> None:
     says(lambda: call(W, W), fl.WeightsTypeError, "contributions is one weight dict: pass a list of them, [a, b, …]")
     says(lambda: call({"a": W, "b": W}), fl.WeightsTypeError, "pass list(contributions.values())")
     says(lambda: call(fl.Contribution("a", W, 1)), fl.WeightsTypeError, "is one Contribution: pass a list")
-    says(lambda: fl.aggregate(3), fl.WeightsTypeError, "is an int: pass a list of weight dicts")  # type: ignore[arg-type]
+    says(lambda: fl.aggregate(3), fl.WeightsTypeError, "is an int: pass a list of weight dicts")
     assert bits(call(list({"a": W, "b": W}.values()))) == bits(W)
 
 
@@ -302,12 +304,13 @@ def test_aggregation_weights_that_are_in_no_order_say_what_is_wanted(wrong: Any)
 def test_aggregation_weights_may_be_any_row_of_numbers() -> None:
     other = {name: 3 * array for name, array in W.items()}
     expected = bits(fl.weighted_average([W, other], [1, 3]))
-    rows: list[Any] = [(1, 3), np.array([1, 3]), np.float32([[1], [3]]), (number for number in (1, 3))]
-    for framework, make in {
+    rows: list[Any] = [(1, 3), np.array([1, 3]), np.array([[1], [3]], np.float32), (number for number in (1, 3))]
+    makers: dict[str, Callable[[Any], list[Any]]] = {
         "torch": lambda torch: [torch.tensor([1, 3]), [torch.tensor(1.0), torch.tensor(3.0)]],
         "jax.numpy": lambda jnp: [jnp.array([1, 3])],
         "tensorflow": lambda tf: [tf.constant([1, 3])],
-    }.items():
+    }
+    for framework, make in makers.items():
         rows += make(pytest.importorskip(framework))
     for row in rows:
         assert bits(fl.weighted_average([W, other], row)) == expected, row
@@ -325,12 +328,12 @@ def test_an_accumulator_says_what_it_adds_by() -> None:
 
 
 def test_arguments_in_another_order_and_kinds_of_other_names_say_what_is_right() -> None:
-    wrong: Any = fl.Contribution(W, "a", 1)  # type: ignore[arg-type]
+    wrong: Any = fl.Contribution(W, "a", 1)
     order = "its order is Contribution(contributor, weights, aggregation_weight)"
     says(lambda: fl.weighted_average([wrong]), fl.UnknownContributorError, order)
     says(lambda: fl.set_weights(W, W), fl.ModelError, "set_weights takes the model first, then the weights")
     says(lambda: fl.get_weights(Holder), fl.ModelError, "pass a model that you made of it")
-    says(lambda: fl.FederatedServer(W, num_rounds=1, kind="delta"), ValueError, "kind must be 'full' or 'diff'")  # type: ignore[arg-type]
+    says(lambda: fl.FederatedServer(W, num_rounds=1, kind="delta"), ValueError, "kind must be 'full' or 'diff'")
 
 
 def test_a_learner_in_the_place_of_its_client_says_what_to_pass() -> None:

@@ -6,10 +6,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clara_parts import params_of
 
 import fed_learn as fl
 from fed_learn.aggregation.differences import add_difference, difference
-from fed_learn.client.fed_privacy import LaplacianProtocol, PercentileProtocol, PrivacyProtocol, SVTProtocol
+from fed_learn.client.fed_privacy import (
+    LaplacianProtocol,
+    PercentileProtocol,
+    PrivacyProtocol,
+    SVTProtocol,
+    TrainContext,
+)
 from fed_learn.client.filters import apply_filters
 from fed_learn.components.data_processor import DataProcessor
 from fed_learn.model_meta import ContextKey, FLContext
@@ -79,7 +86,7 @@ class Seen(PrivacyProtocol):
 
 class Unchanged(DataProcessor):
     def process(self, data_ctx: FLContext, app_ctx: FLContext) -> FLContext:
-        self.names = list(data_ctx.model.params)  # type: ignore[union-attr]
+        self.names = list(params_of(data_ctx))
         return data_ctx
 
 
@@ -185,7 +192,7 @@ def test_equal_variables_that_are_not_tied_get_two_noises(protocol: str) -> None
 
 def test_filters_get_a_tied_variable_once_and_what_they_make_of_it_is_sent_under_all_names() -> None:
     seen, processor, diff = Seen(), Unchanged(), FrozenWeights(tied_weights())
-    sent = apply_filters([seen, processor], diff, fl.client.fed_client.TrainContext(), FLContext(), "site-1")
+    sent = apply_filters([seen, processor], diff, TrainContext(), FLContext(), "site-1")
     assert seen.names == processor.names == ["embedding.weight", "bias"]
     assert (list(sent), twins(sent)) == (list(diff), TIED)
     assert all((sent[name] == 2 * diff[name]).all() for name in diff)
@@ -230,7 +237,7 @@ def test_a_jax_tree_with_a_shared_leaf_gets_one_noise() -> None:
     trained = FrozenWeights(fl.get_weights({"embedding": table, "head": table}, copy=False))
     base = {name: np.zeros(8, np.float32) for name in trained}
     diff = FrozenWeights.adopt(difference(trained, base))
-    sent = apply_filters([PROTOCOLS["svt"]()], diff, fl.client.fed_client.TrainContext(), FLContext(), "site-1")
+    sent = apply_filters([PROTOCOLS["svt"]()], diff, TrainContext(), FLContext(), "site-1")
     assert sent["embedding"] is sent["head"]
 
 
@@ -257,8 +264,8 @@ def test_a_keras_model_that_shares_a_layer_trains_through_a_protocol() -> None:
 
 @pytest.mark.parametrize("kind", fl.Kind)
 def test_the_norm_of_an_update_counts_a_tied_variable_once(kind: fl.Kind) -> None:
-    table = np.float32([3, 4])
-    sent = FrozenWeights({"embedding": table, "head": table, "bias": np.float32([0])})
+    table = np.array([3, 4], np.float32)
+    sent = FrozenWeights({"embedding": table, "head": table, "bias": np.zeros(1, np.float32)})
     ctx = FLContext(model=fl.ModelData({name: np.zeros_like(array) for name, array in sent.items()}))
     ctx.set_prop(ContextKey.CONTRIBUTIONS, (fl.Contribution("site-1", sent, 1, kind=kind),))
     UpdateNormHandler().before_aggregation(ctx)

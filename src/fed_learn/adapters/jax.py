@@ -177,7 +177,7 @@ class JaxModels(Adapter):
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
         """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
         held = _held(_opened(model)[0])
-        kinds, views = (np.ndarray, _jax().Array), {}
+        kinds, views = (np.ndarray, _jax().Array), dict[str, Array]()
         tied = twins({name: leaf for name, (_, leaf, _) in held.items() if chosen is None or chosen(name)})
         for name in held if chosen is None else filter(chosen, held):
             leaf = held[name].leaf
