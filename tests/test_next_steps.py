@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -133,9 +133,9 @@ def test_lists_of_arrays_are_taken_in_the_order_of_like() -> None:
     expected = bits(fl.weighted_average([W, named], [1, 3]))
     text = says(lambda: fl.weighted_average([ARRAYS, other], [1, 3]), fl.WeightsTypeError, "in the order of like=")
     assert "dict(zip(names, them))" in text
-    accumulator = fl.Accumulator(like=W)
+    accumulator, row = fl.Accumulator(like=W), cast(Any, tuple(other))
     accumulator.add(ARRAYS, 1)
-    accumulator.add(tuple(other), 3, "b")
+    accumulator.add(row, 3, "b")
     for mean in (
         fl.weighted_average([ARRAYS, other], [1, 3], like=W),
         fl.aggregate([ARRAYS, named], [1, 3], like=W),
@@ -143,6 +143,21 @@ def test_lists_of_arrays_are_taken_in_the_order_of_like() -> None:
         accumulator.result(),
     ):
         assert (list(mean), bits(mean)) == (list(W), expected)
+
+
+def test_lists_of_arrays_are_taken_where_some_variables_have_a_policy() -> None:
+    other = [3 * array for array in ARRAYS]
+    settings: Any = {"like": W, "policies": {"bias": "max"}}
+    accumulator = fl.Accumulator(**settings)
+    for weights in (ARRAYS, other):
+        accumulator.add(cast(Any, weights), 1)
+    for mean in (fl.weighted_average([ARRAYS, other], **settings), accumulator.result()):
+        assert {name: array.tolist() for name, array in mean.items()} == {"fc.weight": [[2, 4]], "fc.bias": [9]}
+    says(
+        lambda: fl.weighted_average([ARRAYS[:1]], **settings),
+        fl.NamesError,
+        "has 1 arrays in a list, for the 2 variables",
+    )
 
 
 def test_lists_of_another_length_or_of_other_shapes_are_refused_with_the_usual_errors() -> None:
@@ -290,7 +305,7 @@ def test_one_weight_dict_or_several_by_name_say_that_a_list_is_wanted() -> None:
     says(lambda: call(W, W), fl.WeightsTypeError, "contributions is one weight dict: pass a list of them, [a, b, …]")
     says(lambda: call({"a": W, "b": W}), fl.WeightsTypeError, "pass list(contributions.values())")
     says(lambda: call(fl.Contribution("a", W, 1)), fl.WeightsTypeError, "is one Contribution: pass a list")
-    says(lambda: fl.aggregate(3), fl.WeightsTypeError, "is an int: pass a list of weight dicts")
+    says(lambda: fl.aggregate(cast(Any, 3)), fl.WeightsTypeError, "is an int: pass a list of weight dicts")
     assert bits(call(list({"a": W, "b": W}.values()))) == bits(W)
 
 
@@ -328,12 +343,16 @@ def test_an_accumulator_says_what_it_adds_by() -> None:
 
 
 def test_arguments_in_another_order_and_kinds_of_other_names_say_what_is_right() -> None:
-    wrong: Any = fl.Contribution(W, "a", 1)
+    wrong: Any = fl.Contribution(W, cast(Any, "a"), 1)
     order = "its order is Contribution(contributor, weights, aggregation_weight)"
     says(lambda: fl.weighted_average([wrong]), fl.UnknownContributorError, order)
     says(lambda: fl.set_weights(W, W), fl.ModelError, "set_weights takes the model first, then the weights")
     says(lambda: fl.get_weights(Holder), fl.ModelError, "pass a model that you made of it")
-    says(lambda: fl.FederatedServer(W, num_rounds=1, kind="delta"), ValueError, "kind must be 'full' or 'diff'")
+    says(
+        lambda: fl.FederatedServer(W, num_rounds=1, kind=cast(Any, "delta")),
+        ValueError,
+        "kind must be 'full' or 'diff'",
+    )
 
 
 def test_a_learner_in_the_place_of_its_client_says_what_to_pass() -> None:

@@ -359,7 +359,10 @@ class Accumulator:
     @staticmethod
     def _ordered(weights: Any, plan: Plan | None) -> list[str] | None:
         """Names of the variables of the result, in order; None if all are averaged."""
-        return None if plan is None or weights is None else [name for name in weights if plan.of.get(name) != "local"]
+        if plan is None or weights is None:
+            return None
+        names = weights if isinstance(weights, Mapping) else plan.of  # a list is in the order of the model
+        return [name for name in names if plan.of.get(name) != "local"]
 
     def __copy__(self) -> "Accumulator":
         return copy.deepcopy(self)  # one that shared the sums would add to those of both
