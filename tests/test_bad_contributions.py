@@ -138,7 +138,7 @@ for strange in (3, None, b"fc.weight", ("fc", "weight")):
 
 # What is not a weight dict of arrays
 
-for not_weights in (None, [np.ones(3)], np.ones(3), "weights", 7):
+for not_weights in (None, [1.0, 1.0], np.ones(3), "weights", 7):
     refuse(
         f"weights that are a {type(not_weights).__name__}",
         replace(good("site-2"), weights=not_weights),  # type: ignore[arg-type]

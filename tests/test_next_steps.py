@@ -162,7 +162,7 @@ def test_lists_of_arrays_are_taken_where_some_variables_have_a_policy() -> None:
 
 def test_lists_of_another_length_or_of_other_shapes_are_refused_with_the_usual_errors() -> None:
     wrongs: Any = (
-        (ARRAYS[:1], fl.NamesError, "has 1 arrays in a list, for the 2 variables of the model"),
+        (ARRAYS[:1], fl.NamesError, "has 1 arrays in a list, for the 2 variables of like"),
         ([*ARRAYS, ARRAYS[0]], fl.NamesError, "has 3 arrays in a list"),
         (ARRAYS[::-1], fl.ShapeError, "'fc.weight' has shape (1,), expected (1, 2)"),
         ([array.astype(np.float64) for array in ARRAYS], fl.DtypeError, "float64"),

@@ -2,7 +2,7 @@
 
 import enum
 import math
-from collections.abc import Container, Iterable, Mapping, Set, Sized
+from collections.abc import Collection, Container, Iterable, Mapping, Set, Sized
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ from fed_learn.weights import (
     WeightDict,
     about,
     as_weight_dict,
+    in_order_of,
     size_text,
 )
 
@@ -206,11 +207,32 @@ def listed_weights(aggregation_weights: Any, count: int) -> list[Any]:
     return listed
 
 
-def listed_contributions(contributions: Any) -> list[Any]:
+def in_order(contribution: Contribution, names: Collection[str]) -> Contribution:
+    """The contribution with a weight dict in the place of a list of arrays, in the order of these names.
+
+    Raises:
+        NamesError: There are more arrays than names, or fewer.
+
+    Example:
+        >>> in_order(Contribution("site-1", [np.zeros(2)], 1), ["w"]).weights
+        {'w': array([0., 0.])}
+    """
+    sender = contribution.contributor
+    who = sender if type(sender) is str else brief(sender)
+    named = in_order_of(contribution.weights, names, who, "like")
+    return contribution if named is contribution.weights else contribution.settled(weights=named)
+
+
+def listed_contributions(contributions: Any, like: object = None) -> list[Any]:
     """The contributions of a batch, unchecked.
+
+    Args:
+        contributions: What came from outside.
+        like: The global model, in whose order lists of arrays become weight dicts; None: it is not known.
 
     Raises:
         WeightsTypeError: It is one weight dict, one contribution, or several by name.
+        NamesError: A list has more arrays than `like` has variables, or fewer.
 
     Example:
         >>> listed_contributions({"w": np.zeros(2)})
@@ -231,7 +253,13 @@ def listed_contributions(contributions: Any) -> list[Any]:
         instead = f"is {found}: pass a list of weight dicts, [a, b, …]"
     if instead:
         raise WeightsTypeError(f"contributions {instead}")
-    return list(contributions)
+    batch = list(contributions)
+    if not isinstance(like, Mapping):
+        return batch
+    return [
+        in_order(one, like) if isinstance(one, Contribution) else in_order_of(one, like, f"contributions[{i}]", "like")
+        for i, one in enumerate(batch)
+    ]
 
 
 def check_countable(aggregation_weight: float, contributor: str) -> float:

@@ -231,7 +231,8 @@ def in_order_of(weights: Any, expected: Collection[str], who: str, of: str) -> A
         >>> in_order_of([np.zeros(2), np.ones(1)], ["kernel", "bias"], "site-1", "like")
         {'kernel': array([0., 0.]), 'bias': array([1.])}
     """
-    if not isinstance(weights, list | tuple) or not all(hasattr(one, "shape") for one in weights):
+    # By their types alone: an object from outside may raise anything while it is looked at.
+    if not issubclass(type(weights), list | tuple) or not all(hasattr(type(one), "shape") for one in weights):
         return weights
     if len(weights) != len(expected):
         raise NamesError(

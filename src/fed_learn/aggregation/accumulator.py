@@ -27,7 +27,7 @@ from fed_learn.aggregation.outputs import Output, new_values, outputs_for
 from fed_learn.aggregation.plan import Plan, check_fitting, planned
 from fed_learn.aggregation.tensors import check_devices, device_named
 from fed_learn.aggregation.waiting import Waiting
-from fed_learn.contribution import Contribution, Kind
+from fed_learn.contribution import Contribution, Kind, in_order
 from fed_learn.environment import sum_in_order
 from fed_learn.errors import (
     BrokenAccumulatorError,
@@ -114,6 +114,7 @@ class Accumulator:
         self._kept: dict[str, Any] = {} if like is None else {name: copied(like[name]) for name in kept}
         self._apart: Apart | None = None
         self._schema = None if like is None else tensors.schema_of(_averaged(self._plan, like), "like")
+        self._names = None if like is None else tuple(like)  # the order of weights that come as a list
         self._sums: dict[str, Float64Array] = {}
         self._exact_sums: ExactSums | None = None
         self._total: float | Fraction = Fraction() if exact else 0.0
@@ -181,6 +182,7 @@ class Accumulator:
         """
         self._check_usable()
         contribution = self._as_contribution(weights, aggregation_weight, contributor)
+        contribution = contribution if self._names is None else in_order(contribution, self._names)
         named = isinstance(weights, Contribution) or contributor is not None
         terms = Terms(self._schema, self._kind, self._round, device=self._device)
         plan, order, parts = self._plan, self._order, None
@@ -359,10 +361,7 @@ class Accumulator:
     @staticmethod
     def _ordered(weights: Any, plan: Plan | None) -> list[str] | None:
         """Names of the variables of the result, in order; None if all are averaged."""
-        if plan is None or weights is None:
-            return None
-        names = weights if isinstance(weights, Mapping) else plan.of  # a list is in the order of the model
-        return [name for name in names if plan.of.get(name) != "local"]
+        return None if plan is None or weights is None else [name for name in weights if plan.of.get(name) != "local"]
 
     def __copy__(self) -> "Accumulator":
         return copy.deepcopy(self)  # one that shared the sums would add to those of both

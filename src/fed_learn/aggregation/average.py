@@ -79,7 +79,7 @@ def weighted_average(
     """
     if kernel is not None:
         kernels.requested(kernel)  # what is wrong with it is said before anything is looked at
-    batch = listed_contributions(contributions)
+    batch = listed_contributions(contributions, like)
     plan = plan_of(batch, like, policies)
     if plan is not None:
         how = find("mean")
@@ -142,7 +142,7 @@ def aggregate(
         raise ValueError(f"rule {how.name!r} makes the new global model of a job, and needs one")
     if kernel is not None:
         kernels.requested(kernel)
-    batch = listed_contributions(contributions)
+    batch = listed_contributions(contributions, like)
     plan = plan_of(batch, like, policies)
     if plan is not None:
         return _combined_by(plan, how, batch, aggregation_weights, like, out, exact, kernel, device_named(device))

@@ -46,7 +46,6 @@ from fed_learn.weights import (
     check_differences,
     check_finite,
     finite_elements,
-    in_order_of,
     listed,
     native_dtype,
     same_values,
@@ -216,9 +215,7 @@ class Terms:
         return Checked(who, aggregation_weight, self._strictly(weights, who))
 
     def _strictly(self, weights: Any, who: str) -> OpenedWeights:
-        schema = self.schema
-        named = weights if schema is None else in_order_of(weights, schema, who, "the model")
-        held = opened(named, who, self.device)
+        schema, held = self.schema, opened(weights, who, self.device)
         found = held.weights
         if schema is not None and type(found) in PLAIN and schema.describes(found):
             return held.only(schema)

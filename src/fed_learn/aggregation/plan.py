@@ -16,7 +16,7 @@ from fed_learn.adapters.tensors import framework_of, plain
 from fed_learn.aggregation.tensors import schema_of
 from fed_learn.errors import NamesError, NotSameError
 from fed_learn.policies import Policies, codes_in
-from fed_learn.weights import PLAIN, Schema, WeightDict, in_order_of, items_of, listed, misses_and_adds, native_dtype
+from fed_learn.weights import PLAIN, Schema, WeightDict, items_of, listed, misses_and_adds, native_dtype
 
 MOST_STRANGE, LONGEST_STRANGE = 1000, 200
 """Names that the global model does not have are looked at by expressions only as far as that cannot take long."""
@@ -96,7 +96,6 @@ class Plan:
             WeightsTypeError, NamesError: It cannot be read.
         """
         parts = Parts(self)
-        weights = weights if self.open else in_order_of(weights, self.of, who, "the model")
         if not isinstance(weights, Mapping):
             return weights, None if self.open else parts
         averaged: dict[Any, Any] = {}
