@@ -273,7 +273,10 @@ def _is_variable(leaf: Any, box: Any) -> bool:
 
 def _traced_numbers(tree: Any, leaves: list[tuple[tuple[Any, ...], Any, Any]]) -> set[int]:
     """The places of the numbers that are arrays once the tree has been through `jit`."""
-    numbers = {place for place, (_, leaf, _) in enumerate(leaves) if isinstance(leaf, NUMBERS)}
+    state = _flax("nnx", "RngState")
+    numbers = {
+        place for place, (_, leaf, box) in enumerate(leaves) if isinstance(leaf, NUMBERS) and not isinstance(box, state)
+    }
     if not numbers:
         return numbers
     known = (np.ndarray, *NUMBERS, _jax().Array, _jax().ShapeDtypeStruct)

@@ -118,7 +118,7 @@ class KerasModels(Adapter):
         backend, before = _backend(), _deriving(model, {id(variable.tensor) for variable, _ in values.values()})
         if backend == "torch":
             inner = {name: (replace(v, tensor=v.tensor.value), value) for name, (v, value) in values.items()}
-            self._torch.load(None, inner)
+            self._torch.load({}, inner)
         else:
             for variable, value in values.values():
                 if backend == "jax":  # which might go on to use the memory of an array
