@@ -274,8 +274,8 @@ def test_the_norm_of_an_update_counts_a_tied_variable_once(kind: fl.Kind) -> Non
 
 @pytest.mark.parametrize("rule", fl.rules.available())
 def test_what_clients_make_together_is_equal_under_tied_names(rule: str) -> None:
-    if fl.rules.find(rule).makes_model:
-        pytest.skip("it makes the model of a job")
+    if fl.rules.find(rule).makes_model or rule == "lora":
+        pytest.skip("it makes the model of a job, or takes adapters alone")
     models = [language_model(seed) for seed in range(5)]
     made = fl.aggregate([fl.get_weights(model) for model in models], [3, 1, 4, 1, 5], rule=rule)
     assert made["embedding.weight"].tobytes() == made["head.weight"].tobytes()

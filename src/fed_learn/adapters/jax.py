@@ -178,7 +178,7 @@ class JaxModels(Adapter):
         """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
         held = _held(_opened(model)[0])
         kinds, views = (np.ndarray, _jax().Array), dict[str, Array]()
-        tied = twins({name: leaf for name, (_, leaf, _) in held.items() if chosen is None or chosen(name)})
+        tied = twins({name: one.leaf for name, one in held.items() if chosen is None or chosen(name)})
         for name in held if chosen is None else filter(chosen, held):
             leaf = held[name].leaf
             if not isinstance(leaf, kinds) or leaf.dtype not in SUPPORTED_DTYPES:

@@ -87,7 +87,7 @@ def adapter_of(model: object) -> Adapter:
     elif isinstance(model, str | PathLike):
         instead = ": load the model that it names, and pass that"
     elif isinstance(model, Mapping) and model:
-        instead = ": a dict of arrays is weights already (set_weights takes the model first, then the weights)"
+        instead = ": a dict counts as one only if all that it holds are arrays"
     raise ModelError(f"a {kind} is no model that is known here{instead}. Known are {known}", model=kind)
 
 
@@ -205,6 +205,8 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
         3.0
     """
     adapter = adapter_of(model)
+    if isinstance(model, Mapping) and not isinstance(weights, Mapping) and any(a.accepts(weights) for a in ADAPTERS):
+        raise ModelError("set_weights takes the model first, then the weights: these are the other way round")
     known = {variable.name: variable for variable in choose(adapter.variables(model), only)}
     values, arrays = _opened(in_order_of(weights, known, "weights", "the model"))
     held = {known[name].identity: name for name in arrays if name in known}
