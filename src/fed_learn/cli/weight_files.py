@@ -74,7 +74,11 @@ def _safetensors(path: Path) -> Found:
 def _numpy(path: Path) -> Found:
     try:
         held = np.load(path, allow_pickle=False, mmap_mode="r" if path.suffix.lower() == ".npy" else None)
-        weights = {path.stem: held} if isinstance(held, np.ndarray) else dict(held)
+        if isinstance(held, np.ndarray):
+            weights = {path.stem: held}
+        else:
+            with held:
+                weights = dict(held)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise WeightsTypeError(
             f"{path.name} is no {path.suffix} file of arrays, or holds Python objects, which would have to be unpickled"
