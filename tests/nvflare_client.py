@@ -3,7 +3,7 @@
 import argparse
 
 import numpy as np
-from nvflare_parts import number_of, train
+from nvflare_parts import initial_weights, number_of, train
 
 
 def main() -> None:
@@ -14,10 +14,12 @@ def main() -> None:
     parser.add_argument("--bad", default="", help="site:round:what, or *:what")
     parser.add_argument("--careless", action="store_true", help="train on whatever comes")
     parser.add_argument("--diff", action="store_true")
+    parser.add_argument("--own", default="", help="a variable that is this client's own, and that it does not receive")
     parser.add_argument("--tensors", action="store_true")
     options = parser.parse_args()
     flare.init()
     site = flare.get_site_name()
+    own = {name: initial_weights()[name] for name in filter(None, [options.own])}
     while flare.is_running():
         received = flare.receive()
         if received is None:
@@ -33,7 +35,9 @@ def main() -> None:
             params = {name: tensor + number_of(site) * (1 + number) for name, tensor in received.params.items()}
             assert all(isinstance(tensor, torch.Tensor) for tensor in params.values())
         else:
-            params = train(received.params, site, number)
+            assert not own.keys() & received.params.keys(), list(received.params)
+            params = train({**received.params, **own}, site, number)
+            own = {name: params[name] for name in own}
             if options.diff:
                 params = {name: params[name] - received.params[name] for name in params}
         when, _, how = options.bad.rpartition(":")

@@ -22,12 +22,14 @@ import fed_learn as fl
 
 pytest.importorskip("nvflare")
 
+from nvflare.app_common.filters.exclude_vars import ExcludeVars
 from nvflare.app_common.shareablegenerators.full_model_shareable_generator import FullModelShareableGenerator
 from nvflare.app_common.workflows.fedavg import FedAvg
 from nvflare.app_common.workflows.scatter_and_gather import ScatterAndGather
 from nvflare.client.config import ExchangeFormat
 from nvflare.fuel.utils.constants import FrameworkType
 from nvflare.job_config.base_fed_job import BaseFedJob
+from nvflare.job_config.defs import FilterType
 from nvflare.job_config.script_runner import ScriptRunner
 from nvflare_parts import Chooser, Persistor, Raiser, Recorder, initial_weights, number_of, train
 
@@ -121,6 +123,22 @@ def tensors(folder: Path) -> BaseFedJob:
     return new_job(folder, workflow, options="--tensors", tensors=True)
 
 
+def local_excluded(folder: Path) -> BaseFedJob:
+    """A variable that each client has for itself: a filter of NVFlare's takes it out of what comes."""
+    workflow = fedavg(2, aggregator=WeightedAverageAggregator(policies={"half": "local"}))
+    job = new_job(folder, workflow, options="--own=half")
+    job.to_clients(ExcludeVars(["half"]), tasks=["train", "validate"], filter_type=FilterType.TASK_DATA)
+    add_handlers(job, [fl.ModelSelectionHandler(), recorder(folder)])
+    return job
+
+
+def local_never_sent(folder: Path) -> BaseFedJob:
+    """The same, and a filter takes it out of what leaves the client as well."""
+    job = local_excluded(folder)
+    job.to_clients(ExcludeVars(["half"]), tasks=["train"], filter_type=FilterType.TASK_RESULT)
+    return job
+
+
 def handler_raises(folder: Path) -> BaseFedJob:
     """Beside NVFlare's own averaging."""
     job = new_job(folder, fedavg(2))
@@ -196,7 +214,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Future[Done]]:
                 "example": pool.submit(run_example, folder / "example"),
                 "stock": pool.submit(run_example, folder / "stock", "--stock"),
             }
-            for make in (full, diff, tensors, handler_raises, bad_raises, careless, in_vain, in_vain_alone):
+            made = (full, diff, tensors, handler_raises, bad_raises, careless, in_vain, in_vain_alone)
+            for make in (*made, local_excluded, local_never_sent):
                 runs[make.__name__] = pool.submit(simulate, make, folder / make.__name__)
     return runs
 
@@ -413,6 +432,21 @@ def test_tensors_on_disk_are_averaged_in_their_dtypes(jobs: dict[str, Future[Don
     assert bool((model["large"] == np.float32(step)).all())
     assert torch.equal(model["brain"], (torch.arange(6).reshape(2, 3) + step).to(torch.bfloat16))
     assert int(model["count"]) == round(1000 + step)
+
+
+@pytest.mark.parametrize("job", ["local_excluded", "local_never_sent"])
+def test_what_is_local_stays_at_each_client(jobs: dict[str, Future[Done]], job: str) -> None:
+    done = jobs[job].result()
+    assert done.code == 0  # else a script found the variable in what it received
+    weights = initial_weights()
+    for number in range(2):
+        weights = {**averaged(weights, number, SITES), "half": initial_weights()["half"]}
+        assert_same(done.model(number), weights)
+    reports = [line["report"] for line in done.of("_endRound")]
+    assert [report["accepted"] for report in reports] == [list(SITES)] * 2
+    assert [report["aggregation_bytes"] for report in reports] == [CLIENTS * (48 + 8)] * 2
+    results = done.of("_receiveValidationResults")
+    assert sorted(line["contributor"] for line in results) == list(SITES)
 
 
 def test_the_example_agrees_with_nvflares_averaging_and_keeps_the_best_model(jobs: dict[str, Future[Done]]) -> None:
