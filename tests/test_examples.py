@@ -67,3 +67,14 @@ def test_the_page_of_failures_is_what_the_stacks_do_now(tmp_path: Path) -> None:
     assert (tmp_path / "failures.md").read_text(encoding="utf-8") == (
         EXAMPLES.parent / "docs" / "failures.md"
     ).read_text(encoding="utf-8")
+
+
+def test_fedavg_fedbn_and_fedper_are_compared_in_one_table(tmp_path: Path) -> None:
+    printed = run(EXAMPLES / "personalization.py", tmp_path, "--seeds", "1", "--rounds", "2")
+    head, *rows = [line.strip() for line in printed.splitlines()]
+    assert re.split(r"  +", head) == ["test accuracy", "looks", "two digits", "Dirichlet"]
+    found = {method: [float(cell) for cell in cells] for method, *cells in (re.split(r"  +", row) for row in rows)}
+    assert list(found) == ["alone", "FedAvg", "FedAvg, tuned", "FedBN", "FedPer"]
+    assert all(len(row) == 3 for row in found.values())
+    assert found["alone"][1] > 0.8  # two digits are easily told apart
+    assert found["FedPer"][1] > found["FedAvg"][1]

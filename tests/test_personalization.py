@@ -180,7 +180,8 @@ def test_batchnorm_never_leaves_a_node_of_flower(example: Any, sends: str, strea
         record: Any = message.content["arrays"]
         received.append(set(record))
         learners[k].model.load_state_dict(record.to_torch_state_dict(), strict=False)
-        number = int(message.content["config"]["server-round"]) - 1
+        config: Any = message.content["config"]
+        number = config["server-round"] - 1
         result = learners[k].train(to_weights(record), fl.FLContext({fl.ContextKey.ROUND: number}))
         weights = fl.get_weights(learners[k].model) if sends == "all" else result.weights
         metrics = MetricRecord({"num-examples": result.aggregation_weight, "partition-id": k})
