@@ -71,6 +71,16 @@ def test_a_job_moves_each_variable_by_its_policy(stream: bool, exact: bool) -> N
 
 
 @pytest.mark.quick
+def test_it_is_told_once_that_the_global_model_has_no_trained_values_of_what_is_local(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run(Site(1), Site(3), rounds=3)
+    said = [record.getMessage() for record in caplog.records if "local to each client" in record.getMessage()]
+    assert len(said) == 1
+    assert said[0].startswith("'bn': local to each client, by policy; the global model, and so its validation")
+
+
+@pytest.mark.quick
 def test_handlers_see_contributions_without_what_is_local_or_kept() -> None:
     class Look(fl.Handler):
         def before_aggregation(self, ctx: fl.FLContext) -> None:

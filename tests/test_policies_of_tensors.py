@@ -53,11 +53,11 @@ def test_each_policy_gives_tensors_where_tensors_came(kind: Any) -> None:
 
 def test_a_result_of_torch_shares_no_memory_with_what_came() -> None:
     one, other = ({n: torch.tensor(a) for n, a in sent(k).items()} for k in (1.0, 3.0))
-    made: Any = fl.weighted_average([one, other], like=one, policies=POLICIES)  # type: ignore[list-item, arg-type]
+    made: Any = fl.weighted_average([one, other], like=one, policies=POLICIES)  # type: ignore[arg-type]
     theirs = {tensor.data_ptr() for weights in (one, other) for tensor in weights.values()}
     assert theirs.isdisjoint(tensor.data_ptr() for tensor in made.values())
     out = {name: torch.zeros_like(tensor) for name, tensor in made.items()}
-    fl.weighted_average([one, other], like=one, policies=POLICIES, out=out)  # type: ignore[list-item, arg-type]
+    fl.weighted_average([one, other], like=one, policies=POLICIES, out=out)  # type: ignore[arg-type]
     assert shown(out) == EXPECTED
 
 

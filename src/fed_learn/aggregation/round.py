@@ -171,7 +171,7 @@ class Round:
         self._given_up: set[Hashable] = set()
         self._closed = False
         # Whether all hold the whole global model, so that `close` has nothing to decide or to tell.
-        self._alike = self._plan is None or not self._plan.codes
+        self._alike = self._plan is None or not (self._plan.codes or self._plan.names("local"))
         self._seen: dict[int, _Seen] = {}
         self._foreseen: tuple[list[Checked], Combined | None, float] = [], None, 0.0
         self._report = RoundReport(-1, kernel=self._kernel.name)
@@ -608,6 +608,13 @@ class Round:
                 ("codes",),
                 f"{listed(self._plan.codes)}: {' and '.join(sorted(set(self._plan.codes.values())))}, which have no "
                 "mean: kept as they are in the global model, and clients that send others are refused",
+            )
+        local = [] if self._plan is None else self._plan.names("local")
+        if local:
+            self._told.once(
+                ("local",),
+                f"{listed(local)}: local to each client, by policy; the global model, and so its validation on the server "
+                "and its files, has what it began with in their place",
             )
         sent = schema.keys() & self._names_sent(list(rows))
         if len(sent) < len(schema):
