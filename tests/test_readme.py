@@ -30,7 +30,7 @@ def execute(code: str, names: dict[str, Any]) -> str:
 
 
 INSTALL_AND_RUN, TRY, TEST, *OTHER_COMMANDS = blocks("sh")
-AVERAGE, REFUSE, TORCH, KERAS, ALIGN, JOB, VALIDATE, FLOWER, NVFLARE, RECORD = blocks("python")
+AVERAGE, REFUSE, TORCH, KERAS, ALIGN, JOB, VALIDATE, WEIGHTS, FLOWER, NVFLARE, RECORD = blocks("python")
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
@@ -104,6 +104,12 @@ def test_job_snippet_learns_the_mean() -> None:
     assert "best after" in execute(JOB, names)
     # Means 1.5 and 3.5 of 4 and 8 numbers, by examples.
     assert names["result"].weights["mean"][0] == pytest.approx((4 * 1.5 + 8 * 3.5) / 12, abs=1e-6)
+
+
+def test_snippet_of_policies_and_adapters_holds() -> None:
+    names: dict[str, Any] = {}
+    execute(WEIGHTS, names)
+    assert np.linalg.matrix_rank(names["product"]["q.lora_B.weight"]) == 1
 
 
 def test_flower_snippet_makes_a_strategy_that_runs_a_job() -> None:
@@ -187,8 +193,13 @@ def test_the_configuration_of_the_readme_works(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["best"]["test_accuracy"] > 0.9
 
 
-@pytest.mark.parametrize("line", [line for block in (TRY, *OTHER_COMMANDS) for line in block.splitlines()])
-def test_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [TRY, *OTHER_COMMANDS])
+def test_commands_of_the_readme_run_one_after_the_other(block: str, tmp_path: Path) -> None:
+    for line in block.splitlines():
+        run_in(tmp_path, line)
+
+
+def run_in(tmp_path: Path, line: str) -> None:
     program, *arguments = line.split()
     arguments = [str(ROOT / argument) if (ROOT / argument).is_file() else argument for argument in arguments]
     if program == "python":
