@@ -36,6 +36,7 @@ class Variable:
             `"trained"`, and not trainable.
         identity: Equal for two names of one variable (tied weights), which has one value under both.
         problem: Why it cannot be averaged or read, to be raised if it is asked for; None for all others.
+        grows: Whether its value to load may have another shape, which the model takes or refuses.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Variable:
     role: Role | None
     identity: object
     problem: FedLearnError | None = None
+    grows: bool = False
 
 
 Form: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]

@@ -213,7 +213,8 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
     for name in [name for name, v in known.items() if name not in arrays and v.identity in held]:
         values[name], arrays[name] = (given[held[known[name].identity]] for given in (values, arrays))
     meant = _sound(v for name, v in known.items() if strict or name in arrays)
-    expected = Schema((v.name, (v.shape, v.dtype)) for v in meant)
+    shapes = {v.name: arrays[v.name].shape if v.grows and v.name in arrays else v.shape for v in meant}
+    expected = Schema((v.name, (shapes[v.name], v.dtype)) for v in meant)
     try:
         expected.check(arrays, "weights")
     except NamesError as error:

@@ -12,8 +12,9 @@ import numpy as np
 
 from fed_learn.adapters.base import ONLY, Adapter, Variable, checked, given, role_of_any, role_of_buffer
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
+from fed_learn.adapters.torch_loading import derives, growing, load_as_torch_does, plain_name, undone_on_failure
 from fed_learn.adapters.torch_tensors import TorchTensors, is_uninitialized, plain_views
-from fed_learn.errors import ModelError, NotSameError
+from fed_learn.errors import ModelError, NotSameError, ShapeError
 from fed_learn.policies import Role, codes_in
 from fed_learn.weights import Array, Schema, native_dtype, same_bits
 
@@ -43,6 +44,8 @@ class TorchModels(Adapter):
         found, foreign = _held(model)
         parameters = None if isinstance(model, Mapping) else set(map(id, model.parameters()))
         variables = [self._variable(name, tensor, parameters) for name, tensor in found.items()]
+        grows = growing(unwrapped(model), found) if parameters is not None else frozenset()
+        variables = [replace(v, grows=True) if v.name in grows else v for v in variables]
         known = Schema((v.name, (v.shape, v.dtype)) for v in variables if v.problem is None)
         codes = codes_in(known) | {v.name: why for v in variables if (why := self._tensors.code(v.tensor)) is not None}
         variables = [replace(v, role="code") if v.name in codes else v for v in variables]
@@ -100,12 +103,38 @@ class TorchModels(Adapter):
         for name, (variable, _) in values.items():
             if self._tensors.overlaps_itself(variable.tensor):
                 raise ModelError(f"model: {name!r} is expanded: its elements share memory", name=name)
+        module = None if model is None or isinstance(model, Mapping) else unwrapped(model)
+        if module is None or not derives(module, values):
+            self._copy(values)
+            return model
+        grown = {n: self._made(v, value) for n, (v, value) in values.items() if tuple(value.shape) != v.shape}
+        kept = {name: both for name, both in values.items() if name not in grown}
+        try:
+            with undone_on_failure(module):
+                self._copy(kept)
+                load_as_torch_does(module, values, grown)
+        except (ModelError, ShapeError):
+            load_as_torch_does(module, values, {})  # what modules derived before one of them refused
+            raise
+        return model
+
+    def _made(self, variable: Variable, value: Any) -> Any:
+        """A new tensor where the variable lies, which shares no memory."""
+        if isinstance(value, np.ndarray):
+            value = self._tensors.tensor(np.array(value, native_dtype(value.dtype), order="C"))
+        return value.detach().to(variable.tensor.device, copy=True)
+
+    def _copy(self, values: Mapping[str, tuple[Variable, Any]]) -> None:
+        """Copies values into variables of their shapes, whatever shares memory with what.
+
+        Raises:
+            TiedVariablesError: Variables share elements, and their values differ there; nothing has been written.
+        """
         once: dict[object, tuple[Variable, Any]] = {}  # tied variables come with one value
         for variable, value in values.values():
             once.setdefault(variable.identity, (variable, value))
         for variable, value in self._apart(list(once.values())):
             self._write(variable.tensor, value, variable.name)
-        return model
 
     def _without_codes(
         self, model: Any, values: Mapping[str, tuple[Variable, Any]]
@@ -210,7 +239,7 @@ def _held(model: Any) -> tuple[dict[str, Any], frozenset[str]]:
         return held, frozenset()
     own = {*map(id, module.parameters()), *map(id, module.buffers())}
     tensors = {path: value for path, value in module.state_dict(keep_vars=True).items() if isinstance(value, tensor)}
-    held = {path.replace("_orig_mod.", ""): value for path, value in tensors.items()}
+    held = {plain_name(path): value for path, value in tensors.items()}
     return held, frozenset(name for name, value in held.items() if id(value) not in own)
 
 
