@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.ao.nn.qat as qat
-import torch.ao.quantization as ao
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
+ao: Any = torch.ao.quantization  # whose functions have no types
 Make = Callable[[], Any]
 Inputs = tuple[Any, ...]
 
@@ -79,21 +78,22 @@ def of_container(make: Make) -> Recipe:
     return Recipe(lambda: Holder(make()), floats(2, 3))
 
 
+def of_kind(name: str, *sizes: int, **options: Any) -> Make:
+    return lambda: getattr(nn, name)(*sizes, **options)
+
+
 def convolutions() -> Iterator[tuple[str, Recipe]]:
     for n in (1, 2, 3):
         image = floats(2, 3, *[5] * n)
-        yield f"Conv{n}d", Recipe(lambda n=n: getattr(nn, f"Conv{n}d")(3, 2, 3, padding=1), image)
-        yield f"ConvTranspose{n}d", Recipe(lambda n=n: getattr(nn, f"ConvTranspose{n}d")(3, 2, 3), image)
-        yield f"LazyConv{n}d", Recipe(lambda n=n: getattr(nn, f"LazyConv{n}d")(2, 3), image, lazy=True)
-        name = f"LazyConvTranspose{n}d"
-        yield name, Recipe(lambda name=name: getattr(nn, name)(2, 3), image, lazy=True)
-        yield f"BatchNorm{n}d", Recipe(lambda n=n: getattr(nn, f"BatchNorm{n}d")(3), image)
-        yield f"LazyBatchNorm{n}d", Recipe(lambda n=n: getattr(nn, f"LazyBatchNorm{n}d")(), image, lazy=True)
-        for lazy in ("", "Lazy"):
-            keywords = {"affine": True, "track_running_stats": True}
-            name, sizes = f"{lazy}InstanceNorm{n}d", () if lazy else (3,)
-            make = lambda name=name, sizes=sizes, keywords=keywords: getattr(nn, name)(*sizes, **keywords)  # noqa: E731
-            yield name, Recipe(make, image, lazy=bool(lazy))
+        tracking = {"affine": True, "track_running_stats": True}
+        yield f"Conv{n}d", Recipe(of_kind(f"Conv{n}d", 3, 2, 3, padding=1), image)
+        yield f"ConvTranspose{n}d", Recipe(of_kind(f"ConvTranspose{n}d", 3, 2, 3), image)
+        yield f"BatchNorm{n}d", Recipe(of_kind(f"BatchNorm{n}d", 3), image)
+        yield f"InstanceNorm{n}d", Recipe(of_kind(f"InstanceNorm{n}d", 3, **tracking), image)
+        yield f"LazyConv{n}d", Recipe(of_kind(f"LazyConv{n}d", 2, 3), image, lazy=True)
+        yield f"LazyConvTranspose{n}d", Recipe(of_kind(f"LazyConvTranspose{n}d", 2, 3), image, lazy=True)
+        yield f"LazyBatchNorm{n}d", Recipe(of_kind(f"LazyBatchNorm{n}d"), image, lazy=True)
+        yield f"LazyInstanceNorm{n}d", Recipe(of_kind(f"LazyInstanceNorm{n}d", **tracking), image, lazy=True)
 
 
 def transformer(make: Make, *, memory: bool) -> Recipe:
@@ -198,8 +198,7 @@ def removed() -> Any:
 
 
 def pruned() -> Any:
-    from torch.nn.utils import prune
-
+    prune: Any = torch.nn.utils.prune
     return prune.random_unstructured(nn.Linear(4, 3), "weight", amount=0.5)
 
 
@@ -228,7 +227,7 @@ PARAMETRIZED: dict[str, Recipe] = {
 
 
 def quantized_linear(config: Any) -> Any:
-    return qat.Linear(4, 3, qconfig=config)
+    return torch.ao.nn.qat.Linear(4, 3, qconfig=config)
 
 
 def prepared() -> Any:

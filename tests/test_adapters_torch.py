@@ -276,7 +276,27 @@ def test_extra_state_that_is_no_tensor_is_left_out() -> None:
 
     model = nn.Sequential(Versioned(2, 2))
     assert "0._extra_state" in model.state_dict()
-    assert list(fl.get_weights(model)) == ["0.weight", "0.bias"]
+    assert list(fl.get_weights(model, only="weight|bias")) == ["0.weight", "0.bias"]  # which says nothing
+    left = (
+        r"keeps '0\._extra_state' \(a dict in its state_dict\), which cannot travel as numbers.* every client the same"
+    )
+    with pytest.warns(UserWarning, match=left) as caught:
+        assert list(fl.get_weights(model)) == ["0.weight", "0.bias"]
+    assert [Path(warning.filename).name for warning in caught] == [Path(__file__).name]
+    assert list(fl.get_weights(model)) == ["0.weight", "0.bias"]  # once for each model
+    for own in (True, False):
+        with pytest.warns(UserWarning, match=r"0\._extra_state"):
+            fl.get_weights(nn.Sequential(Versioned(2, 2)), copy=own)
+    fl.set_weights(nn.Sequential(Versioned(2, 2)), fl.get_weights(model))
+
+
+@pytest.mark.parametrize("nothing", [None, {}, b"", torch.float32], ids=str)
+def test_extra_state_that_says_nothing_is_not_named(nothing: Any) -> None:
+    class Empty(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return nothing
+
+    assert list(fl.get_weights(Empty(2, 2))) == ["weight", "bias"]
 
 
 def test_what_is_no_plain_tensor_of_a_module_is_read_all_the_same() -> None:

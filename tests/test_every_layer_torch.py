@@ -7,7 +7,7 @@ import layers_of_torch as layers
 import numpy as np
 import pytest
 import torch
-import torch.ao.quantization as ao
+from layers_of_torch import ao
 from torch import nn
 
 import fed_learn as fl
@@ -119,7 +119,7 @@ class HookedBefore(Derived):
         self.register_load_state_dict_pre_hook(hook)
 
 
-INSIDE = {
+INSIDE: dict[str, Any] = {
     "itself": lambda kind: kind(),
     "in others": lambda kind: nn.Sequential(nn.Linear(2, 2), nn.Sequential(kind())),
     "compiled": lambda kind: nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Sequential(kind()), backend="eager")),
@@ -131,7 +131,8 @@ KINDS = [(kind, where) for kind in (OfItsOwn, Hooked, HookedBefore) for where in
 @pytest.mark.parametrize(("kind", "where"), KINDS, ids=[f"{kind.__name__} {where}" for kind, where in KINDS])
 def test_what_modules_derive_as_torch_loads_them_is_derived(kind: Any, where: str) -> None:
     source, target = INSIDE[where](kind), INSIDE[where](kind)
-    for way in ({}, {"strict": False}, {"only": "matrix"}):
+    ways: list[dict[str, Any]] = [{}, {"strict": False}, {"only": "matrix"}]
+    for way in ways:
         weights = fl.get_weights(source, only=way.get("only"))
         fl.set_weights(target, weights, **way)
         (matrix,) = (torch.from_numpy(value) for name, value in weights.items() if name.endswith("matrix"))
@@ -159,15 +160,15 @@ def test_a_module_that_refuses_its_weights_leaves_the_whole_model_as_it_was(kind
 
 
 def test_only_modules_in_whose_reach_something_is_loaded_do_more_than_copying() -> None:
-    model = nn.Sequential(nn.Linear(2, 2), Hooked())
+    model: Any = nn.Sequential(nn.Linear(2, 2), Hooked())
     with torch.no_grad():
         model[1].matrix.copy_(torch.eye(2))  # what it keeps is not of this one
-    inverse = model[1].inverse.clone()  # type: ignore[operator]
+    inverse = model[1].inverse.clone()
     weights = fl.get_weights(model, only="^0")
     fl.set_weights(model, weights, only="^0")
-    assert torch.equal(model[1].inverse, inverse)  # type: ignore[arg-type]
+    assert torch.equal(model[1].inverse, inverse)
     fl.set_weights(model, fl.get_weights(model))
-    assert torch.equal(model[1].inverse, torch.eye(2))  # type: ignore[arg-type]
+    assert torch.equal(model[1].inverse, torch.eye(2))
 
 
 # Buffers that grow.
@@ -198,7 +199,8 @@ def test_buffers_get_their_shape_as_they_are_loaded_and_share_no_memory_with_the
 
 def test_tensors_are_loaded_into_buffers_that_grow_as_arrays_are() -> None:
     weights = grown_weights()
-    model = fl.set_weights(observed(), {name: torch.from_numpy(value) for name, value in weights.items()})
+    tensors: Any = {name: torch.from_numpy(value) for name, value in weights.items()}
+    model = fl.set_weights(observed(), tensors)
     assert all(np.array_equal(value, weights[name]) for name, value in fl.get_weights(model).items())
 
 
@@ -226,7 +228,7 @@ def test_an_optimizer_keeps_its_parameters_where_buffers_grow() -> None:
 
 def test_the_mean_of_orthogonal_weights_of_one_beginning_is_orthogonal_and_not_the_mean_of_the_weights() -> None:
     """What is averaged is what is stored: originals, and the base to which they are relative, which must be common."""
-    clients = [layers.Orthogonal(), layers.Orthogonal()]
+    clients: list[Any] = [layers.Orthogonal(), layers.Orthogonal()]
     fl.set_weights(clients[1], fl.get_weights(clients[0]))
     for seed, client in enumerate(clients):
         torch.manual_seed(seed)
@@ -234,7 +236,7 @@ def test_the_mean_of_orthogonal_weights_of_one_beginning_is_orthogonal_and_not_t
             client.parametrizations.weight.original.add_(torch.randn(3, 3))
     weights = [fl.get_weights(client) for client in clients]
     assert list(weights[0]) == ["bias", "parametrizations.weight.original", "parametrizations.weight.0.base"]
-    mean = fl.set_weights(layers.Orthogonal(), fl.weighted_average(weights, [1, 1]))
+    mean: Any = fl.set_weights(layers.Orthogonal(), fl.weighted_average(weights, [1, 1]))
     assert torch.allclose(mean.weight @ mean.weight.T, torch.eye(3), atol=1e-5)
     assert not torch.allclose(mean.weight, (clients[0].weight + clients[1].weight) / 2, atol=1e-2)
 

@@ -74,7 +74,8 @@ class KerasModels(Adapter):
         if isinstance(model, list | tuple):
             weights = model
         else:
-            if any(map(_has_codes, _built(model))):
+            layers = _built(model)
+            if any(map(_has_codes, layers)) or any(map(_left_of, layers)):
                 return None
             weights = model.weights
         named = {variable.path: variable for variable in weights}
@@ -85,7 +86,7 @@ class KerasModels(Adapter):
         if backend == "torch":
             return plain_views({name: variable.value for name, variable in taken.items()})
         try:
-            views = {name: given(self._view(variable, backend), copy=False) for name, variable in taken.items()}
+            views = {name: given(_view(variable, backend), copy=False) for name, variable in taken.items()}
         except (RuntimeError, TypeError):  # deleted; inside of a function that is traced
             return None
         return views if all(view.dtype in SUPPORTED_DTYPES for view in views.values()) else None
@@ -97,6 +98,11 @@ class KerasModels(Adapter):
         parameters = [variable for layer in model._flatten_layers() for variable in layer._trainable_variables]
         return {variable.path: id(variable) in changed for variable in parameters}
 
+    def left(self, model: Any, _: Callable[[str], object] | None) -> list[str]:
+        """Vocabularies, boundaries and other state of layers that is in none of their variables."""
+        layers = () if isinstance(model, list | tuple) else model._flatten_layers()
+        return [f"{left} of {type(layer).__name__} {layer.name!r}" for layer in layers if (left := _left_of(layer))]
+
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """The value of a variable, as a read-only view or a copy.
 
@@ -106,13 +112,7 @@ class KerasModels(Adapter):
         backend = _backend()
         if backend == "torch":
             return self._torch.get(replace(variable, tensor=variable.tensor.value), copy=copy)
-        return given(self._view(variable.tensor, backend), copy=copy)
-
-    def _view(self, variable: Any, backend: str) -> Array:
-        tensors = TENSORS.get(backend)
-        if tensors is not None:
-            return tensors.view(variable.value, "model", variable.path)
-        return np.asarray(variable.value)
+        return given(_view(variable.tensor, backend), copy=copy)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
         backend, before = _backend(), _deriving(model, {id(variable.tensor) for variable, _ in values.values()})
@@ -150,6 +150,13 @@ class KerasModels(Adapter):
         return ""
 
 
+def _view(variable: Any, backend: str) -> Array:
+    tensors = TENSORS.get(backend)
+    if tensors is not None:
+        return tensors.view(variable.value, "model", variable.path)
+    return np.asarray(variable.value)
+
+
 def _ends_with(name: str, end: str) -> bool:
     return name.endswith(f"/{end}")
 
@@ -177,7 +184,7 @@ def _own(layer: Any) -> list[Any]:
 
 
 def _own_values(layer: Any) -> list[Array]:
-    return [np.array(sys.modules["keras"].ops.convert_to_numpy(variable)) for variable in _own(layer)]
+    return [np.array(_view(variable, _backend())) for variable in _own(layer)]
 
 
 def _derive(model: Any, before: Sequence[tuple[Any, list[Array]]]) -> None:
@@ -195,6 +202,21 @@ def _derive(model: Any, before: Sequence[tuple[Any, list[Array]]]) -> None:
     for function in ("train_function", "test_function", "predict_function") if changed else ():
         if getattr(model, function, None) is not None:
             setattr(model, function, None)
+
+
+def _left_of(layer: Any) -> str:
+    """What a layer keeps beside its variables and its configuration, in words; empty: nothing."""
+    own = layer.__dict__
+    if "lookup_table" in own:  # StringLookup, IntegerLookup; also inside of TextVectorization
+        return "the vocabulary" if layer.input_vocabulary is None and int(layer.lookup_table.size()) else ""
+    if "bin_boundaries" in own:  # Discretization; it has a summary where it was not made with them
+        return "the boundaries" if layer.bin_boundaries and own.get("summary") is not None else ""
+    if "module" in own and "torch" in sys.modules:  # TorchModuleWrapper, which makes variables of parameters alone
+        buffers = [name for name, _ in layer.module.named_buffers()] if hasattr(layer.module, "named_buffers") else []
+        return f"the buffers {', '.join(map(repr, buffers))}" if buffers else ""
+    # Else a class of a user's own, which writes more to files than its variables.
+    writes = getattr(type(layer), "save_assets", None)
+    return "the assets" if writes is not None and not writes.__module__.startswith("keras.") else ""
 
 
 def _has_codes(layer: Any) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from fed_learn.adapters.base import Adapter, Variable
 from fed_learn.adapters.jax import JaxModels
 from fed_learn.adapters.keras import KerasModels
+from fed_learn.adapters.left import warn_of_left
 from fed_learn.adapters.optimizers import KerasOptimizers, TorchOptimizers
 from fed_learn.adapters.tensorflow import TensorFlowModels
 from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
@@ -148,6 +149,9 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
         NamesError: `only` fits none of the names, or is no regular expression.
         DtypeError, WeightsTypeError: A variable has a dtype that cannot be averaged, or no values.
 
+    Warns:
+        UserWarning: The model keeps state that cannot travel as numbers, such as a vocabulary; once for each model.
+
     Example:
         >>> import torch
         >>> {name: array.shape for name, array in get_weights(torch.nn.Linear(3, 2)).items()}
@@ -160,6 +164,9 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     plain: dict[str, Array] | None = views(model, _predicate(only)) if views is not None else None
     if plain:
         return {name: np.array(view) for name, view in plain.items()} if copy else plain
+    left = getattr(adapter, "left", None)
+    if left is not None:
+        warn_of_left(model, left(model, _predicate(only)))
     chosen = {variable.name: variable for variable in _sound(choose(adapter.variables(model), only))}
     tied = {} if copy else _tied(chosen.values())
     found = {name: adapter.get(variable, copy=copy) for name, variable in once(chosen, tied).items()}

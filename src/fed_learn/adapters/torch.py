@@ -4,7 +4,7 @@ What their tensors are as arrays is left to `fed_learn.adapters.torch_tensors`.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from fed_learn.adapters.base import ONLY, Adapter, Variable, checked, given, rol
 from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradictions, span_of
 from fed_learn.adapters.torch_loading import derives, growing, load_as_torch_does, plain_name, undone_on_failure
 from fed_learn.adapters.torch_tensors import TorchTensors, is_uninitialized, plain_views
-from fed_learn.errors import ModelError, NotSameError, ShapeError
+from fed_learn.errors import ModelError, NotSameError, ShapeError, a_type
 from fed_learn.policies import Role, codes_in
 from fed_learn.weights import Array, Schema, native_dtype, same_bits
 
@@ -23,6 +23,8 @@ class TorchModels(Adapter):
     """`Adapter` for `torch.nn.Module`s and plain `state_dict`s.
 
     Buffers that are not persistent are not in a `state_dict`, nor here; neither is "extra state" that is no tensor.
+    Parametrized weights are read by what they store, as `parametrizations.weight.original`: their mean is that of the
+    originals, not of the weights made of them. Of an orthogonal weight it is orthogonal, if all began from one model.
     """
 
     name = "torch"
@@ -41,7 +43,7 @@ class TorchModels(Adapter):
         return module is not None and isinstance(model, module)
 
     def variables(self, model: Any) -> list[Variable]:
-        found, foreign = _held(model)
+        found, foreign, _ = _held(model)
         parameters = None if isinstance(model, Mapping) else set(map(id, model.parameters()))
         variables = [self._variable(name, tensor, parameters) for name, tensor in found.items()]
         grows = growing(unwrapped(model), found) if parameters is not None else frozenset()
@@ -80,9 +82,18 @@ class TorchModels(Adapter):
 
     def views(self, model: Any, chosen: Callable[[str], object] | None) -> dict[str, Array] | None:
         """What `get` gives without a copy, by name; None for a model in which anything is out of the ordinary."""
-        held, foreign = _held(model)
+        held, foreign, left = _held(model)
         taken = held if chosen is None else {name: held[name] for name in held if chosen(name)}
-        return plain_views(taken) if foreign.isdisjoint(taken) else None
+        return plain_views(taken) if not left and foreign.isdisjoint(taken) else None
+
+    def left(self, model: Any, chosen: Callable[[str], object] | None) -> list[str]:
+        """What a `state_dict` has beside tensors, such as extra state; not what is empty, or a mere dtype."""
+        found = _held(model)[2] if not isinstance(model, Mapping) else {}
+        return [
+            f"{name!r} ({a_type(type(value))} in its state_dict)"
+            for name, value in found.items()
+            if chosen is None or chosen(name)
+        ]
 
     def trained(self, model: Any) -> dict[str, bool]:
         if isinstance(model, Mapping):
@@ -228,19 +239,26 @@ def unwrapped(model: Any) -> Any:
             return model
 
 
-def _held(model: Any) -> tuple[dict[str, Any], frozenset[str]]:
-    """The tensors of a model by name, as in its `state_dict`, and the names of those that are not its own."""
+def _held(model: Any) -> tuple[dict[str, Any], frozenset[str], dict[str, Any]]:
+    """The tensors of a model by name, as in its `state_dict`; the names of those that are not its own; other state."""
     tensor = sys.modules["torch"].Tensor
     if isinstance(model, Mapping):
-        return {name: value for name, value in model.items() if isinstance(value, tensor)}, frozenset()
+        return {name: value for name, value in model.items() if isinstance(value, tensor)}, frozenset(), {}
     module = unwrapped(model)
     held: dict[str, Any] = {}
     if _collect(module, "", held):
-        return held, frozenset()
+        return held, frozenset(), {}
     own = {*map(id, module.parameters()), *map(id, module.buffers())}
-    tensors = {path: value for path, value in module.state_dict(keep_vars=True).items() if isinstance(value, tensor)}
-    held = {plain_name(path): value for path, value in tensors.items()}
-    return held, frozenset(name for name, value in held.items() if id(value) not in own)
+    state = {plain_name(path): value for path, value in module.state_dict(keep_vars=True).items()}
+    held = {name: value for name, value in state.items() if isinstance(value, tensor)}
+    left = {name: value for name, value in state.items() if name not in held and _says_something(value)}
+    return held, frozenset(name for name, value in held.items() if id(value) not in own), left
+
+
+def _says_something(value: object) -> bool:
+    """Whether what is no tensor in a `state_dict` can differ between models of one architecture."""
+    empty = value is None or (isinstance(value, Sized) and not len(value))
+    return not empty and not isinstance(value, sys.modules["torch"].dtype)
 
 
 def _is_foreign(name: str) -> ModelError:
