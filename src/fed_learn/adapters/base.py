@@ -60,9 +60,9 @@ class Adapter(Protocol):
     It may also have a method `hint(missing, extra)`, which says in a sentence what to do when these names are missing
     and too many, or returns an empty string; and a method `views(model, chosen)`, which reads a plain model at once:
     the names for which `chosen` is true (None: all), as `get` gives each without a copy, or None for a model in which
-    anything is out of the ordinary. Then `variables` and `get` say what is wrong, or do what takes longer. And a method
-    `trained(model)`, which says of each parameter by its name whether training changes it, or that it is frozen; and a method
-    `left(model, chosen)`: what a model keeps that cannot travel as numbers, in words, each a noun with its place; such
+    anything is out of the ordinary. Then `variables` and `get` say what is wrong, or do what takes longer. A method
+    `trained(model)` says of each parameter by its name whether training changes it, or that it is frozen; and a method
+    `left(model, chosen)` what a model keeps that cannot travel as numbers, in words, each a noun with its place; such
     a model is out of the ordinary too.
     """
 

@@ -613,8 +613,8 @@ class Round:
         if local:
             self._told.once(
                 ("local",),
-                f"{listed(local)}: local to each client, by policy; the global model, and so its validation on the server "
-                "and its files, has what it began with in their place",
+                f"{listed(local)}: local to each client, by policy; the global model, and so its validation on the "
+                "server and its files, has what it began with in their place",
             )
         sent = schema.keys() & self._names_sent(list(rows))
         if len(sent) < len(schema):
