@@ -137,16 +137,16 @@ NO_LAYERS = {"Layer", "Wrapper"}
 """Classes that others inherit."""
 
 
-def classes() -> dict[str, type[Any]]:
+def classes() -> dict[str, Any]:
     """The classes of `keras.layers`, each by the first of its names."""
-    found: dict[type[Any], str] = {}
+    found: dict[Any, str] = {}
     for name, kind in sorted(vars(L).items()):
         if inspect.isclass(kind) and issubclass(kind, keras.Layer):
             found.setdefault(kind, kind.__name__ if getattr(L, kind.__name__, None) is kind else name)
     return {name: kind for kind, name in found.items()}
 
 
-def may_have_state(kind: type[Any]) -> bool:
+def may_have_state(kind: Any) -> bool:
     """Whether the text of a class makes variables, or keeps state beside them; random seeds are left out."""
     told = ("add_weight(", "Variable(", "_own_variables", "_assets", "finalize_state", "_track_variable")
     own = kind.__mro__[: kind.__mro__.index(keras.Layer)]

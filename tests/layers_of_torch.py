@@ -198,8 +198,10 @@ def removed() -> Any:
 
 
 def pruned() -> Any:
-    prune: Any = torch.nn.utils.prune
-    return prune.random_unstructured(nn.Linear(4, 3), "weight", amount=0.5)
+    from torch.nn.utils import prune
+
+    random: Any = prune.random_unstructured  # which has no types
+    return random(nn.Linear(4, 3), "weight", amount=0.5)
 
 
 PARAMETRIZED: dict[str, Recipe] = {

@@ -1,5 +1,9 @@
 """Each class of layers of Keras, loaded: what it computes afterwards is what its source computes, as in Keras."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import layers_of_keras as layers
@@ -65,3 +69,96 @@ def test_a_class_without_a_recipe_has_nothing_to_load(name: str) -> None:
 def test_there_is_a_recipe_for_what_is_there_alone() -> None:
     recipes = {name for name in layers.RECIPES if " " not in name}
     assert CLASSES.keys() >= recipes | layers.ELSEWHERE | layers.NO_LAYERS
+
+
+# Layers that belong to one back end.
+
+BEGINNING = """
+import warnings
+import keras, numpy as np
+import fed_learn as fl
+
+def outputs(model, x):
+    return np.asarray(keras.ops.convert_to_numpy(model(x)))
+
+def loaded(make):
+    source, target = make(1), make(2)
+    x = np.linspace(0, 1, 12, dtype="float32").reshape(4, 3)
+    assert not np.array_equal(outputs(source, x), outputs(target, x))
+    fl.set_weights(target, fl.get_weights(source))
+    return np.array_equal(outputs(source, x), outputs(target, x))
+"""
+BELONGING = {
+    "TorchModuleWrapper": """
+import torch
+
+def make(seed, *more):
+    keras.utils.clear_session()
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), *more)
+    return keras.Sequential([keras.Input((3,)), keras.layers.TorchModuleWrapper(module, name="wrapped")], name="net")
+
+warnings.simplefilter("error", UserWarning)
+assert loaded(make)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    fl.get_weights(make(1, torch.nn.BatchNorm1d(3)))
+(warning,) = caught
+left = "the buffers '1.running_mean', '1.running_var', '1.num_batches_tracked' of TorchModuleWrapper 'wrapped'"
+assert left in str(warning.message), warning.message
+""",
+    "JaxLayer": """
+import jax
+
+def make(seed):
+    def init(rng, inputs):
+        return {"w": jax.random.normal(jax.random.key(seed), (3, 2))}, {"seen": 0.0 * inputs.sum() + seed}
+
+    def call(params, state, inputs):
+        return inputs @ params["w"] + state["seen"], state
+
+    keras.utils.clear_session()
+    return keras.Sequential([keras.Input((3,)), keras.layers.JaxLayer(call, init, name="jax")], name="net")
+
+warnings.simplefilter("error", UserWarning)
+assert loaded(make)
+""",
+    "FlaxLayer": """
+import flax.linen as nn
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, training=False):
+        return nn.BatchNorm(use_running_average=not training)(nn.Dense(3)(x))
+
+def make(seed):
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((3,)), keras.layers.FlaxLayer(Net(), name="flax")], name="net")
+
+assert loaded(make)
+""",
+    "TFSMLayer": """
+import sys, tempfile, os
+
+def make(seed):
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).export(folder, verbose=False)
+        layer = keras.layers.TFSMLayer(folder, call_endpoint="serve", name="saved")
+    return keras.Sequential([keras.Input((3,)), layer], name="net")
+
+assert loaded(make)
+""",
+}
+BACKENDS = {"TorchModuleWrapper": "torch", "JaxLayer": "jax", "FlaxLayer": "jax", "TFSMLayer": "tensorflow"}
+
+
+@pytest.mark.parametrize("name", sorted(layers.ELSEWHERE))
+def test_layers_of_one_back_end_compute_what_their_source_does_once_they_are_loaded(name: str, tmp_path: Path) -> None:
+    pytest.importorskip(BACKENDS[name])
+    environment = os.environ | {"KERAS_BACKEND": BACKENDS[name]}
+    command = [sys.executable, "-c", BEGINNING + BELONGING[name]]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr

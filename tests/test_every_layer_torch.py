@@ -102,7 +102,8 @@ class Whole(Derived):
 class Hooked(Derived):
     def __init__(self) -> None:
         super().__init__()
-        self.register_load_state_dict_post_hook(lambda module, keys: module.derive())
+        registered: Any = self.register_load_state_dict_post_hook  # which has no types
+        registered(lambda module, keys: module.derive())
 
 
 class HookedBefore(Derived):
@@ -116,13 +117,18 @@ class HookedBefore(Derived):
                 raise ValueError("13 is not inverted here")
             module.inverse = torch.linalg.inv(state[f"{prefix}matrix"])
 
-        self.register_load_state_dict_pre_hook(hook)
+        registered: Any = self.register_load_state_dict_pre_hook  # which has no types
+        registered(hook)
+
+
+def compiled(model: nn.Module) -> Any:
+    return torch.compile(model, backend="eager")
 
 
 INSIDE: dict[str, Any] = {
     "itself": lambda kind: kind(),
     "in others": lambda kind: nn.Sequential(nn.Linear(2, 2), nn.Sequential(kind())),
-    "compiled": lambda kind: nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Sequential(kind()), backend="eager")),
+    "compiled": lambda kind: nn.Sequential(nn.Linear(2, 2), compiled(nn.Sequential(kind()))),
     "in parallel": lambda kind: nn.DataParallel(nn.Sequential(kind())),
 }
 KINDS = [(kind, where) for kind in (OfItsOwn, Hooked, HookedBefore) for where in INSIDE] + [(Whole, "itself")]

@@ -211,8 +211,8 @@ def _left_of(layer: Any) -> str:
         return "the vocabulary" if layer.input_vocabulary is None and int(layer.lookup_table.size()) else ""
     if "bin_boundaries" in own:  # Discretization; it has a summary where it was not made with them
         return "the boundaries" if layer.bin_boundaries and own.get("summary") is not None else ""
-    if "module" in own and "torch" in sys.modules:  # TorchModuleWrapper, which makes variables of parameters alone
-        buffers = [name for name, _ in layer.module.named_buffers()] if hasattr(layer.module, "named_buffers") else []
+    if type(layer).__name__ == "TorchModuleWrapper":  # which makes variables of parameters alone
+        buffers = [name for name, _ in layer.module.named_buffers()]
         return f"the buffers {', '.join(map(repr, buffers))}" if buffers else ""
     # Else a class of a user's own, which writes more to files than its variables.
     writes = getattr(type(layer), "save_assets", None)
