@@ -140,9 +140,11 @@ NO_LAYERS = {"Layer", "Wrapper"}
 def classes() -> dict[str, Any]:
     """The classes of `keras.layers`, each by the first of its names."""
     found: dict[Any, str] = {}
-    for name, kind in sorted(vars(L).items()):
+    held: dict[str, Any] = dict(vars(L))
+    for name, kind in sorted(held.items()):
         if inspect.isclass(kind) and issubclass(kind, keras.Layer):
-            found.setdefault(kind, kind.__name__ if getattr(L, kind.__name__, None) is kind else name)
+            own = kind.__name__
+            found.setdefault(kind, own if held.get(own) is kind else name)
     return {name: kind for kind, name in found.items()}
 
 
