@@ -204,7 +204,8 @@ def test_a_checkpoint_says_which_entry_holds_the_weights() -> None:
     says(lambda: fl.FederatedServer(both, num_rounds=1), fl.WeightsTypeError, "pass checkpoint['model']")
     advice = "pass fl.get_weights(model) of the model that it trains"
     says(lambda: fl.weighted_average([optimizer]), fl.WeightsTypeError, "an optimizer (Adam; ", advice)
-    says(lambda: fl.set_weights(model, optimizer.state_dict()), fl.WeightsTypeError, "state of an optimizer", advice)
+    advice = "the state of an optimizer: pass fl.get_weights(optimizer), or of the model that it trains"
+    says(lambda: fl.set_weights(model, optimizer.state_dict()), fl.WeightsTypeError, advice)
 
 
 def test_a_lazy_parameter_is_named_with_what_to_do() -> None:

@@ -99,7 +99,7 @@ def of_entry(name: str, value: object, weights: Mapping[Any, Any]) -> str:
         weights: All entries; what is beside it tells what the whole is.
     """
     if "param_groups" in weights and "state" in weights:
-        return "; this is the state of an optimizer: pass fl.get_weights(model) of the model that it trains"
+        return "; this is the state of an optimizer: pass fl.get_weights(optimizer), or of the model that it trains"
     held = [key for key, one in weights.items() if isinstance(key, str) and _holds_arrays(one)]
     if held:
         return f"; this looks like a checkpoint: pass {' or '.join(f'checkpoint[{key!r}]' for key in held[:3])}"

@@ -165,13 +165,13 @@ def planned(policies: Mapping[str, str] | None, weights: object, who: str) -> Pl
         ValueError: A policy wants the mean of codes; see `Policies`.
         ContributionError: The weights cannot be read.
     """
-    own = policies if isinstance(policies, Policies) else Policies(policies)
     known: Mapping[Any, Any] = {}
     if isinstance(weights, Mapping):
         known = weights if type(weights) in PLAIN else items_of(weights, who)
     codes = codes_of(known)
-    if not own and not codes:
+    if not policies and not codes and (policies is None or isinstance(policies, Mapping)):
         return None
+    own = policies if isinstance(policies, Policies) else Policies(policies)
     every = dict.fromkeys([name for name in known if isinstance(name, str)])
     found = {name: own.of(name) or ("same" if name in codes else "mean") for name in every}
     for name, why in codes.items():
