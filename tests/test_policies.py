@@ -93,6 +93,16 @@ def test_a_stream_gives_the_same_in_any_order_and_any_tree_of_merges(exact: bool
     assert shown(out) == EXPECTED
 
 
+def test_an_empty_stream_takes_over_all_of_another() -> None:
+    full, empty = fl.Accumulator(like=LIKE, policies=ALL), fl.Accumulator()
+    for k, sent in enumerate(clients()):
+        full.add(sent, 1.0, f"site-{k}")
+    empty.merge(full)
+    assert shown(empty.result()) == shown(full.result()) == EXPECTED
+    with pytest.raises(fl.DuplicateContributionError, match="site-0: contributed to both"):
+        empty.merge(full)
+
+
 def test_a_stream_without_a_global_model_goes_by_its_first_contribution() -> None:
     policies = {name: policy for name, policy in ALL.items() if policy != "keep"}
     mean = fl.Accumulator(policies=policies)

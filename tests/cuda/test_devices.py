@@ -699,3 +699,40 @@ def test_a_stream_waits_twice_for_each_contribution(pretended: Pretended) -> Non
             stream.add(client, 1)
         assert len(log.synchronisations) == 2 * len(clients)  # whether all is finite, and the largest counters
         assert len(log.launches) <= 100 * len(clients)
+
+
+# Variables that are not averaged
+
+
+def test_policies_give_tensors_on_the_device(cuda: str) -> None:
+    def sent(k: float) -> Weights:
+        on: Any = {"dtype": torch.float32, "device": cuda}
+        return {
+            "w": torch.tensor([k, 1], **on),
+            "bn": torch.tensor([k], **on),
+            "top": torch.tensor([k, -k], **on),
+            "seen": torch.tensor(int(10 * k), device=cuda),
+            "fixed": torch.tensor([7, 9], dtype=torch.uint8, device=cuda),
+            "own": torch.tensor([k], **on),
+        }
+
+    policies = {"bn": "local", "top": "max", "seen": "sum", "fixed": "same", "own": "keep"}
+    expected = {"w": [2, 1], "top": [3, -1], "seen": 40, "fixed": [7, 9], "own": [1]}
+    made: Weights = dict(fl.weighted_average([sent(1), sent(3)], like=sent(1), policies=policies))
+    stream = fl.Accumulator(like=sent(1), policies=policies)
+    for k in (1, 3):
+        stream.add(sent(k), 1, f"site-{k}")
+    results: list[Weights] = [made, dict(stream.result())]
+    for found in results:
+        assert {name: value.cpu().tolist() for name, value in found.items()} == expected
+        assert {str(value.device) for value in found.values()} == {cuda}
+    with pytest.raises(fl.NotSameError, match=r"contributions\[1\]: 'fixed'"):
+        fl.weighted_average([sent(1), {**sent(1), "fixed": sent(1)["fixed"] + 1}], policies={"fixed": "same"})
+
+
+def test_a_mask_of_minus_infinity_stays_on_the_device(cuda: str) -> None:
+    mask = torch.tensor([0.0, -torch.inf], device=cuda)
+    sent: Any = [{"w": torch.tensor([k], device=cuda), "mask": mask.clone()} for k in (1.0, 3.0)]
+    made: Weights = dict(fl.weighted_average(sent))
+    assert {name: value.cpu().tolist() for name, value in made.items()} == {"w": [2.0], "mask": [0.0, -torch.inf]}
+    assert {str(value.device) for value in made.values()} == {cuda}

@@ -528,6 +528,7 @@ class Accumulator:
             return
         if self._apart is None:
             self._planned, self._plan, self._order = True, other._plan, self._order or other._order
+            self._kept = self._kept or {name: copied(value) for name, value in other._kept.items()}
             self._apart = Apart(other._apart.plan)
         self._apart.merge(other._apart)
 
