@@ -92,6 +92,7 @@ class KerasModels(Adapter):
         return views if all(view.dtype in SUPPORTED_DTYPES for view in views.values()) else None
 
     def trained(self, model: Any) -> dict[str, bool]:
+        """Whether training changes each parameter, by path; of a list of variables nothing is known."""
         if isinstance(model, list | tuple):
             return {}
         changed = {id(variable) for variable in model.trainable_weights}

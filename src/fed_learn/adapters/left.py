@@ -24,7 +24,7 @@ def warn_of_left(model: Any, states: Sequence[str]) -> None:
 
     Example:
         >>> class Model: ...
-        >>> with warnings.catch_warnings(record=True) as caught:
+        >>> with warnings.catch_warnings(record=True, action="always") as caught:
         ...     warn_of_left(Model(), ["the vocabulary of StringLookup 'lookup'"])
         >>> str(caught[0].message)[:79]
         "the model keeps the vocabulary of StringLookup 'lookup', which cannot travel as"

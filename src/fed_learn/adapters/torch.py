@@ -96,6 +96,7 @@ class TorchModels(Adapter):
         ]
 
     def trained(self, model: Any) -> dict[str, bool]:
+        """Whether training changes each parameter, by name; of a `state_dict` nothing is known."""
         if isinstance(model, Mapping):
             return {}
         named = unwrapped(model).named_parameters()
