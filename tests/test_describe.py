@@ -169,7 +169,7 @@ def test_a_model_of_torch_with_ties_masks_and_frozen_parts() -> None:
         "codes": (None, None, False),
     }
     assert row(description, "head.weight").tied_to == "embed.weight"
-    assert "head.weight (tied to embed.weight)" in str(description)
+    assert "head.weight (tied to embed.weight)" in description.table(120)
     assert row(description, "codes").problem == (
         "model: 'codes' has dtype torch.float8_e4m3fn, which cannot be averaged; only= chooses the others"
     )

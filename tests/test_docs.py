@@ -47,8 +47,9 @@ def test_the_code_on_gpus_runs_with_and_without_one() -> None:
     assert printed_by(code, "docs/gpu.md") == [f"True {{{device!r}}}"]
 
 
-def test_the_code_on_weights_prints_what_the_page_says() -> None:
+def test_the_code_on_weights_prints_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
+    monkeypatch.setenv("COLUMNS", "100")  # of the table
     page = (DOCS / "weights.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page, re.DOTALL)
     assert len(blocks) >= 5

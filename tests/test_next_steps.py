@@ -204,8 +204,11 @@ def test_a_checkpoint_says_which_entry_holds_the_weights() -> None:
     says(lambda: fl.FederatedServer(both, num_rounds=1), fl.WeightsTypeError, "pass checkpoint['model']")
     advice = "pass fl.get_weights(model) of the model that it trains"
     says(lambda: fl.weighted_average([optimizer]), fl.WeightsTypeError, "an optimizer (Adam; ", advice)
-    advice = "the state of an optimizer: pass fl.get_weights(optimizer), or of the model that it trains"
-    says(lambda: fl.set_weights(model, optimizer.state_dict()), fl.WeightsTypeError, advice)
+    says(lambda: fl.set_weights(model, optimizer.state_dict()), fl.WeightsTypeError, "state of an optimizer", advice)
+    says(lambda: fl.weighted_average([optimizer]), fl.WeightsTypeError, "or fl.get_weights(optimizer)")
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    fl.weighted_average([fl.get_weights(optimizer)])
 
 
 def test_a_lazy_parameter_is_named_with_what_to_do() -> None:
@@ -258,13 +261,12 @@ class Holder:
 
 
 ADVICE: dict[str, tuple[Any, str]] = {
-    "nothing": (None, "pass fl.get_weights(model)"),
     "one array": (np.ones(3), "give it a name: {'w': array}"),
     "a generator": ((array for array in ARRAYS), "pass fl.get_weights(model)"),
     "a list of dicts": ([W, W], "all of them to fl.weighted_average"),
     "a holder": (Holder(), "pass its .weights"),
     "a class": (Holder, "the class Holder (pass fl.get_weights() of a model that you made of it)"),
-    "nested": ({"params": {"dense": {"kernel": np.ones(2)}}}, "not nested: give each array one name"),
+    "nested": ({"params": {"dense": {"kernel": np.ones(2)}}}, "fl.get_weights(weights) gives each array of a"),
     "a list of arrays inside": ({"shadow_params": ARRAYS}, "pass dict(zip(names, weights['shadow_params']))"),
 }
 
@@ -279,10 +281,11 @@ def test_what_is_no_weight_dict_says_what_to_pass(wrong: Any, advice: str) -> No
 def test_models_of_jax_and_trees_of_its_arrays_go_through_get_weights() -> None:
     jax, equinox = pytest.importorskip("jax"), pytest.importorskip("equinox")
     model = equinox.nn.Linear(2, 1, key=jax.random.key(0))
-    tree: Any = {"params": {"dense": {"kernel": jax.numpy.ones(2)}}}
+    trees: Any = [{"params": {"dense": {"kernel": module.ones(2)}}} for module in (jax.numpy, np)]
     says(lambda: fl.weighted_average([model]), fl.WeightsTypeError, "a model (Linear; pass fl.get_weights(model))")
-    says(lambda: fl.weighted_average([tree]), fl.WeightsTypeError, "fl.get_weights(weights) gives each array")
-    assert list(fl.weighted_average([fl.get_weights(tree)])) == ["params/dense/kernel"]
+    for tree in trees:
+        says(partial(fl.weighted_average, [tree]), fl.WeightsTypeError, "fl.get_weights(weights) gives each array")
+        assert list(fl.weighted_average([fl.get_weights(tree)])) == ["params/dense/kernel"]
     fl.weighted_average([fl.get_weights(model)])
 
 

@@ -17,6 +17,7 @@ from fed_learn.components.data_processor import DataProcessor
 from fed_learn.model_meta import FLContext
 from fed_learn.numproto import ndarray_to_proto, proto_to_ndarray, weights_to_model
 from fed_learn.protos.federated_pb2 import NDArray
+from fed_learn.weights import WeightDict
 
 KINDS = tuple(fl.Kind)
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -225,11 +226,25 @@ def test_what_is_no_filter_is_refused_at_once(filters: Any) -> None:
         fl.FederatedClient("b", AddingLearner(), filters=filters)
 
 
-def test_full_weights_that_have_no_differences_cannot_be_filtered() -> None:
-    weights = {"flag": np.zeros(2, bool)}
-    client = fl.FederatedClient("b", AddingLearner(0), filters=[times(1)])
+class Flipping(AddingLearner):
+    """Adds, and changes a flag."""
+
+    def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult:
+        return fl.TrainingResult({"w": weights["w"] + self.step, "flag": ~weights["flag"]}, 1)
+
+
+def test_full_weights_that_have_no_differences_pass_filters_unchanged_and_cannot_be_filtered_else() -> None:
+    weights = {"w": np.zeros(1, np.float32), "flag": np.array([True, False])}
+    server = fl.FederatedServer(weights, num_rounds=1)
     with pytest.raises(fl.DtypeError, match="b: 'flag' has dtype bool, which cannot hold a difference"):
-        fl.FederatedServer(weights, num_rounds=1).run([client])
+        server.run([fl.FederatedClient("b", Flipping(1), filters=[times(1)])])
+
+    class Keeping(Flipping):
+        def train(self, weights: WeightDict, ctx: fl.FLContext) -> fl.TrainingResult:
+            return fl.TrainingResult({"w": weights["w"] + self.step, "flag": weights["flag"]}, 1)
+
+    result = server.run([fl.FederatedClient("b", Keeping(2), filters=[times(3)])])
+    assert (result.weights["w"].tolist(), result.weights["flag"].tolist()) == ([6.0], [True, False])
 
 
 def test_the_protocol_of_the_example_drops_what_it_says() -> None:

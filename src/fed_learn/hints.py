@@ -28,6 +28,8 @@ READERS = {
     ".h5": "fl.get_weights(model) after model.load_weights(path)",
 }
 """What to pass in the place of a path, by its end."""
+MOMENTA = ", or fl.get_weights(optimizer) to average what it remembers"
+"""What else may be meant by an optimizer."""
 MODELS = ("flax", "equinox")
 """Packages whose classes, and those derived from them, are models."""
 NUMBER = re.compile(r"_\d+(?=/|$)")
@@ -54,7 +56,9 @@ def of_weights(weights: object) -> str:
     if isinstance(weights, type):
         return f"the class {weights.__name__} (pass fl.get_weights() of a model that you made of it)"
     if hasattr(weights, "param_groups"):
-        return f"an optimizer ({type(weights).__name__}; pass fl.get_weights(model) of the model that it trains)"
+        return (
+            f"an optimizer ({type(weights).__name__}; pass fl.get_weights(model) of the model that it trains{MOMENTA})"
+        )
     if _is_model(weights):
         return f"a model ({type(weights).__name__}; pass fl.get_weights(model))"
     if isinstance(weights, list | tuple) and weights:
@@ -75,7 +79,7 @@ def of_weights(weights: object) -> str:
         return f"{kind} (pass flwr.common.parameters_to_ndarrays(parameters), together with like=)"
     if isinstance(weights, np.ndarray):
         return f"{kind} (give it a name: {{'w': array}})"
-    if weights is None or isinstance(weights, Iterator):  # such as model.parameters()
+    if isinstance(weights, Iterator):  # such as model.parameters()
         return f"{kind} (pass fl.get_weights(model))"
     return kind
 
@@ -99,7 +103,7 @@ def of_entry(name: str, value: object, weights: Mapping[Any, Any]) -> str:
         weights: All entries; what is beside it tells what the whole is.
     """
     if "param_groups" in weights and "state" in weights:
-        return "; this is the state of an optimizer: pass fl.get_weights(optimizer), or of the model that it trains"
+        return "; this is the state of an optimizer: pass fl.get_weights(model) of the model that it trains" + MOMENTA
     held = [key for key, one in weights.items() if isinstance(key, str) and _holds_arrays(one)]
     if held:
         return f"; this looks like a checkpoint: pass {' or '.join(f'checkpoint[{key!r}]' for key in held[:3])}"
@@ -126,10 +130,8 @@ def _of_nested(value: object) -> str:
     """Advice on a tree of dicts with arrays at its ends."""
     while isinstance(value, Mapping) and value:
         value = next(iter(value.values()))
-    if type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
+    if isinstance(value, np.ndarray) or type(value).__module__.partition(".")[0] in ("jax", "jaxlib"):
         return "; fl.get_weights(weights) gives each array of a nested dict a name, its path"
-    if isinstance(value, np.ndarray):
-        return "; weights are one dict, not nested: give each array one name, such as its path 'dense/kernel'"
     return ""
 
 

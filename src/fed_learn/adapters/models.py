@@ -159,7 +159,7 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     """
     adapter = adapter_of(model)
     views, trained = getattr(adapter, "views", None), getattr(adapter, "trained", None)
-    if only is not None and trained is not None:
+    if trained is not None and isinstance(only, str | re.Pattern):  # a function may have chosen with care
         _tell_of_trained(trained(model), only)
     plain: dict[str, Array] | None = views(model, _predicate(only)) if views is not None else None
     if plain:

@@ -144,7 +144,8 @@ class FederatedClient:
         diff = self._difference(trained, received) if self.filters or self.kind is Kind.DIFF else None
         if self.filters and diff is not None:
             diff = self._filtered(diff, TrainContext(result.n_iter, number))
-            trained = self._moved(received, diff)
+            still = {name: received[name] for name in trained if name not in diff}  # what no difference can say
+            trained = FrozenWeights.adopt({**still, **self._moved(received, diff)})
         self._keep_best(number, FrozenWeights.adopt({**received, **trained}))
         weights = trained if self.kind is Kind.FULL or diff is None else diff
         of_training, told = split_metrics(result.metrics)
