@@ -109,7 +109,7 @@ def test_a_stream_without_a_global_model_goes_by_its_first_contribution() -> Non
     for k, sent in enumerate(clients()):
         mean.add(sent, 1.0, f"site-{k}")
     assert shown(mean.result()) == {**EXPECTED, "scale": [2.0]}
-    with pytest.raises(ValueError, match="'scale' are kept as in the global model: give like="):
+    with pytest.raises(ValueError, match="'scale' are kept as they are in the global model: give it as like="):
         fl.Accumulator(policies=ALL).add(clients()[0], 1.0)
 
 

@@ -19,7 +19,9 @@ Policy: TypeAlias = Literal["mean", "same", "keep", "local", "max", "sum"]
 
 `"mean"`: contributions are combined, by the mean or another rule. `"same"`: it has to be equal everywhere, and is left
 as it is. `"keep"`: the global model's own counts, whatever clients send. `"local"`: each client has its own, which is
-neither sent nor asked for. `"max"`, `"sum"`: the largest, or the sum, of each element over the contributions.
+neither sent nor asked for. `"max"`, `"sum"`: the largest, or the sum, of each element over the contributions. Of full
+weights the values themselves are summed, the global model's with them once for each client; of differences what the
+round has added. Equal are equal bits; where a job compares with its global model, equal values, NaN being equal to NaN.
 """
 
 POLICIES: tuple[str, ...] = get_args(Policy)

@@ -526,7 +526,8 @@ def same_bits(one: Array, other: Array) -> bool:
     if one.shape != other.shape or native_dtype(other.dtype) != dtype:
         return False
     first, second = (np.array(x, dtype, order="C", copy=None).reshape(-1).view(np.uint8) for x in (one, other))
-    return bool(np.array_equal(first, second))
+    parts = range(0, first.size, 1 << 20)  # numpy's comparison takes as much memory as what it compares
+    return all(np.array_equal(first[i : i + (1 << 20)], second[i : i + (1 << 20)]) for i in parts)
 
 
 def same_elements(one: Array, other: Array) -> npt.NDArray[np.bool_]:

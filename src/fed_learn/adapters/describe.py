@@ -113,10 +113,19 @@ class Description:
             lines.append("(n: so many variables, whose names have other numbers in the place of *)")
         for text in _problems(self.variables):
             lines += ["", *textwrap.wrap(text, width)]
+        if any(v.role == "constant" and v.policy == "same" for v in self.variables):
+            lines += ["", *textwrap.wrap(OF_CONSTANTS, width)]
         return "\n".join([*lines, "", *textwrap.wrap(self.summary, width)])
 
     def __str__(self) -> str:
         return self.table()
+
+
+OF_CONSTANTS = (
+    "Of constants a job knows only what policies=fl.describe(model).policies tells it; without that it averages them, "
+    "which changes nothing while they are equal everywhere."
+)
+"""What the table says beneath constants, whose role is known to the model alone."""
 
 
 def describe(model: object, *, only: Only | None = None, policies: Mapping[str, str] | None = None) -> Description:

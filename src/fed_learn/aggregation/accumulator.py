@@ -18,13 +18,13 @@ import numpy as np
 from fed_learn import kernels
 from fed_learn.aggregation import tensors
 from fed_learn.aggregation.addable import check_addable, check_integers, finite_values, largest_integers
-from fed_learn.aggregation.apart import Apart, assembled, copied, part_of
+from fed_learn.aggregation.apart import Apart, assembled, copied, held_by, no_difference, part_of
 from fed_learn.aggregation.arrays import is_frozen
 from fed_learn.aggregation.batch import Checked, Terms
 from fed_learn.aggregation.exact import ExactSums
 from fed_learn.aggregation.mean import LIFT
 from fed_learn.aggregation.outputs import Output, new_values, outputs_for
-from fed_learn.aggregation.plan import Plan, check_fitting, planned
+from fed_learn.aggregation.plan import Plan, check_fitting, not_kept, planned
 from fed_learn.aggregation.tensors import check_devices, device_named
 from fed_learn.aggregation.waiting import Waiting
 from fed_learn.contribution import Contribution, Kind, in_order
@@ -43,7 +43,7 @@ from fed_learn.errors import (
 from fed_learn.kernels.base import Kernel
 from fed_learn.kernels.digits import DigitsError, Float64Array
 from fed_learn.policies import Policies
-from fed_learn.weights import Array, Schema, WeightDict, listed, size_text
+from fed_learn.weights import Array, Schema, WeightDict, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +112,7 @@ class Accumulator:
         self._order = self._ordered(like, self._plan)
         kept = [] if self._plan is None else self._plan.names("keep")
         self._kept: dict[str, Any] = {} if like is None else {name: copied(like[name]) for name in kept}
+        self._like_apart = None if like is None or self._plan is None else held_by(self._plan, like)
         self._apart: Apart | None = None
         self._schema = None if like is None else tensors.schema_of(_averaged(self._plan, like), "like")
         self._names = None if like is None else tuple(like)  # the order of weights that come as a list
@@ -191,7 +192,7 @@ class Accumulator:
             check_fitting(self._policies, contribution.weights)
         if plan is not None:
             if plan.names("keep") and not self._kept:
-                raise ValueError(f"policies: {listed(plan.names('keep'))} are kept as in the global model: give like=")
+                raise not_kept(plan.names("keep"))
             given, parts = plan.apply(contribution.weights, tensors.label_of(contribution.contributor))
             order, contribution = self._ordered(contribution.weights, plan), contribution.settled(weights=given)
         row = terms.check(contribution, self._contributors if named else ())
@@ -215,7 +216,7 @@ class Accumulator:
         held, a = row.held, row.aggregation_weight
         beside, apart = None, self._apart
         if row.apart is not None:
-            apart = Apart(row.apart.plan) if apart is None else apart
+            apart = Apart(row.apart.plan, self._like_apart, row.sent.kind) if apart is None else apart
             beside = apart.check(row.apart, row.contributor)
         if self._count:
             check_devices(held.devices, self._devices, row.contributor)
@@ -286,8 +287,8 @@ class Accumulator:
             DuplicateContributionError: A contributor is in both.
             KindError, RoundError: They hold contributions of different kinds or rounds.
             IntegerRangeError: Together they could not be averaged to the unit.
-            MergeError: One is exact and the other is not, their sums lie on different devices, or `other` is this
-                accumulator.
+            MergeError: One is exact and the other is not, their policies differ, their sums lie on different devices,
+                or `other` is this accumulator.
         """
         self._check_usable()
         other.flush()
@@ -337,7 +338,8 @@ class Accumulator:
         if not self._count:
             raise EmptyAggregationError("no contributions to average")
         assert self._schema is not None
-        apart = {} if self._apart is None else self._kept | self._apart.values()
+        kept = no_difference(self._kept) if self._kept and self._kind is Kind.DIFF else self._kept
+        apart = {} if self._apart is None else kept | self._apart.values()
         order = [*(self._order or (*self._schema, *apart))]
         into = part_of(out, order, self._schema) if apart and out is not None else out
         outputs = outputs_for(self._schema, self._place, into, on_devices=not self._exact)
@@ -496,6 +498,7 @@ class Accumulator:
         for contributor in other._contributors:
             if contributor in self._contributors:
                 raise DuplicateContributionError(f"{contributor}: contributed to both", contributor=contributor)
+        self._check_policies(other)
         if self._apart is not None and other._apart is not None:
             self._apart.check_mergeable(other._apart)
         if not other._count:
@@ -522,6 +525,22 @@ class Accumulator:
                 expected=self._round,
             )
 
+    def _check_policies(self, other: "Accumulator") -> None:
+        """Refuses another that would make something else of a variable.
+
+        Raises:
+            MergeError: Says of which.
+        """
+        if not (self._planned and other._planned):
+            if self._policies and other._policies and self._policies != other._policies:
+                raise MergeError(f"other has the policies {dict(other._policies)}, and this {dict(self._policies)}")
+            return
+        ours, theirs = ({} if plan is None else plan.of for plan in (self._plan, other._plan))
+        for name in {**ours, **theirs}:
+            mine, its = ours.get(name, "mean"), theirs.get(name, "mean")
+            if mine != its:
+                raise MergeError(f"{name!r} has the policy {mine!r} here, and {its!r} in other")
+
     def _merge_apart(self, other: "Accumulator") -> None:
         """Takes in what is not averaged; that it agrees has been checked."""
         if other._apart is None:
@@ -529,7 +548,7 @@ class Accumulator:
         if self._apart is None:
             self._planned, self._plan, self._order = True, other._plan, self._order or other._order
             self._kept = self._kept or {name: copied(value) for name, value in other._kept.items()}
-            self._apart = Apart(other._apart.plan)
+            self._apart = Apart(other._apart.plan, self._like_apart, other._kind or Kind.FULL)
         self._apart.merge(other._apart)
 
     def _as_contribution(

@@ -11,7 +11,7 @@ from fed_learn.aggregation.batch import Checked
 from fed_learn.contribution import check_terms
 from fed_learn.errors import ContributionError, DtypeError, NamesError, NonFiniteError, RoundError, ShapeError
 from fed_learn.limits import MOST_NAMED
-from fed_learn.weights import SHAPE_AND_DTYPE, Schema, dtype_error, misses_and_adds, shape_error
+from fed_learn.weights import SHAPE_AND_DTYPE, Array, Schema, dtype_error, misses_and_adds, same_bits, shape_error
 
 Rows = Mapping[str, Checked]
 """The accepted contributions by name."""
@@ -69,21 +69,26 @@ def of_other_forms(rows: Rows, given_up: Callable[[Checked], bool], advise: bool
 
 def of_other_variables(rows: Rows) -> Refused:
     """Contributions in which a variable has another shape, dtype or constant than in most that hold it."""
+    every = {who: _every_variable(row) for who, row in rows.items()}
 
-    def sort(name: str, row: Checked) -> tuple[Any, ...]:
-        constant = row.constants.get(name)
-        return (*SHAPE_AND_DTYPE(row.arrays[name]), None if constant is None else constant.tobytes())
+    def sort(name: str, who: str) -> tuple[Any, ...]:
+        constant = rows[who].constants.get(name)
+        fixed = constant if constant is not None else _same(rows[who]).get(name)
+        return (*SHAPE_AND_DTYPE(every[who][name]), None if fixed is None else fixed.tobytes())
 
     usual: dict[str, tuple[tuple[Any, ...], int]] = {}
-    for name in {name for row in rows.values() for name in row.arrays}:
-        counts = Counter(sort(name, row) for row in rows.values() if name in row.arrays)
+    for name in {name for variables in every.values() for name in variables}:
+        counts = Counter(sort(name, who) for who, variables in every.items() if name in variables)
         usual[name] = min(counts.items(), key=lambda item: (-item[1], str(item[0])))
     refused: Refused = []
     for who, row in sorted(rows.items()):
-        other = next((name for name in row.arrays if sort(name, row) != usual[name][0]), None)
+        other = next((name for name in every[who] if sort(name, who) != usual[name][0]), None)
         if other is not None:
             (shape, dtype, _), count = usual[other]
-            error = _other_variable(who, other, row, (shape, dtype), count) or row.unless_alone
+            error: ContributionError | None = _other_variable(who, other, every[who][other], (shape, dtype), count)
+            error = error or row.unless_alone
+            if error is None and other in _same(row):
+                error = _not_the_same(who, other, row, count)
             text = f"{who}: {other!r} holds numbers, and is not finite in {count} of the round's contributions"
             refused.append((who, error or NonFiniteError(text, contributor=who, name=other)))
     return refused
@@ -126,11 +131,16 @@ def _other_form(who: str, row: Checked, usual: Checked, count: int, advise: bool
         return row.unless_alone
     missing = [name for name in usual.averaged if name not in row.averaged]
     extra = [name for name in row.averaged if name not in usual.averaged]
+    ours, theirs = _every_variable(row), _every_variable(usual)
     if not missing and not extra:
-        for name in row.averaged:
-            other = _other_variable(who, name, row, SHAPE_AND_DTYPE(usual.arrays[name]), count)
-            if other is not None:
-                return other
+        missing = [name for name in theirs if name not in ours]
+        extra = [name for name in ours if name not in theirs]
+    for name in () if missing or extra else ours:
+        other = _other_variable(who, name, ours[name], SHAPE_AND_DTYPE(theirs[name]), count)
+        if other is not None:
+            return other
+        if name in _same(row) and not same_bits(ours[name], theirs[name]):
+            return _not_the_same(who, name, row, count)
     what = misses_and_adds(missing, extra) or "has other constants"
     helps = (missing or extra) and advise
     advice = "; partial='average' averages each variable over those who sent it" if helps else ""
@@ -143,11 +153,26 @@ def _other_form(who: str, row: Checked, usual: Checked, count: int, advise: bool
     )
 
 
+def _every_variable(row: Checked) -> dict[str, Array]:
+    """All variables of a contribution that are compared with those of others, averaged or not."""
+    return row.arrays if row.apart is None else {**row.arrays, **row.apart.beside, **row.apart.same}
+
+
+def _same(row: Checked) -> dict[str, Array]:
+    """The variables that have to be the same everywhere, and are not compared with the global model."""
+    return {} if row.apart is None else row.apart.same
+
+
+def _not_the_same(who: str, name: str, row: Checked, count: int) -> ContributionError:
+    assert row.apart is not None
+    return row.apart.plan.not_same(name, who, f"{count} of the round's contributions")
+
+
 def _other_variable(
-    who: str, name: str, row: Checked, usual: tuple[Any, ...], count: int
+    who: str, name: str, found: Array, usual: tuple[Any, ...], count: int
 ) -> ShapeError | DtypeError | None:
     """The error for a variable with another shape or dtype than in `count` other contributions; else None."""
-    (shape, dtype), found = usual, row.arrays[name]
+    shape, dtype = usual
     others = f"in {count} of the round's contributions"
     if found.shape != shape:
         return shape_error(name, found, shape, who, others)

@@ -13,8 +13,9 @@ from fed_learn.adapters.tensors import framework_of, plain
 from fed_learn.aggregation.exact import ExactSums, check_domain
 from fed_learn.aggregation.integers import magnitude
 from fed_learn.aggregation.plan import Parts, Plan
-from fed_learn.aggregation.tensors import Place, as_tensors, opened
-from fed_learn.errors import IntegerRangeError, NamesError, OutputError, WeightsTypeError, a_type
+from fed_learn.aggregation.tensors import Place, as_tensors, opened, placeholder, schema_of
+from fed_learn.contribution import Kind
+from fed_learn.errors import DtypeError, IntegerRangeError, NamesError, OutputError, WeightsTypeError, a_type
 from fed_learn.limits import DEEPEST, MOST_NAMED
 from fed_learn.weights import (
     Array,
@@ -22,6 +23,7 @@ from fed_learn.weights import (
     WeightDict,
     as_weight_dict,
     check_finite,
+    finite_elements,
     items_of,
     misses_and_adds,
     same_bits,
@@ -75,7 +77,54 @@ def check_same(plan: Plan, name: str, one: object, other: object, who: str, whos
         text = f"{who}: {name!r} is {a_type(type(one), module=True)}, which cannot be compared with others"
         raise WeightsTypeError(text, contributor=who, name=name)
     if not same:
-        plan.refuse(name, who, whose)
+        raise plan.not_same(name, who, whose)
+
+
+def _check_no_difference(plan: Plan, name: str, value: object, base: object, who: str) -> None:
+    """Refuses the difference of a variable that has to stay the same, unless it is 0 where that is finite.
+
+    Raises:
+        NotSameError: It is another.
+    """
+    array, own = (opened({name: one}, who).on_host()[name] for one in (value, base))
+    if array.shape != own.shape or not is_no_difference(array, np.asarray(own)):
+        raise plan.not_same(name, who, "like")
+
+
+def is_no_difference(array: Array, base: Array) -> bool:
+    """Whether a difference is 0 everywhere, or NaN where what it is the difference to is not finite."""
+    return not array[finite_elements(base)].any() and bool(np.isnan(array[~finite_elements(base)]).all())
+
+
+def no_difference(kept: WeightDict) -> dict[str, Any]:
+    """Zeros in the place of variables that stay as they are, which is their difference."""
+    held = opened(kept, "like")
+    zeros = {name: np.zeros_like(array) for name, array in held.on_host().items()}
+    return zeros if held.place is None else zeros | as_tensors({n: zeros[n] for n in held.owners}, held.place)
+
+
+def held_by(plan: Plan, like: Any) -> dict[str, Any]:
+    """What of the global model `Apart` compares contributions with: values that have to be the same, other forms.
+
+    Args:
+        plan: Which variables are apart.
+        like: The global model; its tensors need have no values, and then contributions are compared with one another.
+    """
+    values = {n: copied(like[n]) for n in plan.names("same") if n in like and _has_values(n, plain(like[n]))}
+    combined = schema_of({name: like[name] for name in plan.names("max", "sum") if name in like}, "like")
+    return values | {name: placeholder(*form) for name, form in combined.items()}
+
+
+def _has_values(name: str, value: Any) -> bool:
+    """Whether a variable is more than its shape and dtype, as what lies on torch's meta device is not."""
+    framework = framework_of(type(value))
+    try:
+        _ = framework is None or framework.check(value, "like", name)
+    except DtypeError:  # it cannot be averaged, but compared
+        return True
+    except WeightsTypeError:
+        return False
+    return True
 
 
 class Apart:
@@ -86,10 +135,15 @@ class Apart:
 
     Args:
         plan: Which variables these are.
+        like: These variables of the global model, as `held_by` gives them, with which contributions have to agree;
+            None: the first contribution decides.
+        kind: Whether contributions are full weights or differences to it.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, like: WeightDict | None = None, kind: Kind = Kind.FULL) -> None:
         self.plan = plan
+        self._like: WeightDict = {} if like is None else like
+        self._kind = kind
         self._same: dict[str, tuple[str, Any]] = {}
         self._largest: dict[str, Array] = {}
         self._sums: dict[str, tuple[ExactSums, Array]] = {}
@@ -99,7 +153,10 @@ class Apart:
     @property
     def _likes(self) -> dict[str, Array]:
         """An array of the shape and dtype of each variable that is combined."""
-        return self._largest | {name: like for name, (_, like) in (*self._sums.items(), *self._counts.items())}
+        known = {name: like for name, (_, like) in (*self._sums.items(), *self._counts.items())}
+        return {name: self._like[name] for name in self.plan.names("max", "sum") if name in self._like} | (
+            self._largest | known
+        )
 
     def check(self, parts: Parts, who: str) -> Parts:
         """Opens the variables of a contribution, and refuses what does not agree with what came before.
@@ -112,7 +169,11 @@ class Apart:
             ExactDomainError: A value that is to be summed is outside of the domain of exact sums.
         """
         for name, value in parts.same.items():
-            first, first_value = self._same.get(name, (who, value))
+            if name in self._like and self._kind is Kind.DIFF:
+                _check_no_difference(self.plan, name, value, self._like[name], who)
+                continue
+            model = ("like", self._like[name]) if name in self._like else (who, value)
+            first, first_value = self._same.get(name, model)
             check_same(self.plan, name, value, first_value, who, first)
         held = opened(parts.beside, who)
         arrays = as_weight_dict(held.on_host(), who)
@@ -142,7 +203,7 @@ class Apart:
         fits = not array.size or int(np.abs(before).max()) + magnitude(array) < 2**63
         after = before + array.astype(np.int64) if fits else before
         if not fits or (after.size and not bounds[0] <= int(after.min()) <= int(after.max()) <= bounds[1]):
-            text = f"{who}: {name!r} is summed, and the sum leaves the range of {dtype}"
+            text = f"{who}: {name!r} is summed, and with that of the others the sum leaves the range of {dtype}"
             raise IntegerRangeError(text, contributor=who, name=name)
         return after
 
@@ -207,7 +268,7 @@ class Apart:
         for name, (sums, like) in self._sums.items():
             made[name] = np.empty_like(like, order="C")
             sums.divide(kernels.resolve(device="cpu"), [0], Fraction(1), [made[name]])
-        check_finite(made, "sum")
+        check_finite(made, "the sum of all")
         tensors = {name: as_tensors({name: made[name]}, place)[name] for name, place in self._places.items()}
         return {name: copied(value) for name, value in self.same.items()} | made | tensors
 

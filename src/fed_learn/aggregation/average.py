@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from fed_learn import kernels
-from fed_learn.aggregation.apart import Apart, assembled, copied, part_of
+from fed_learn.aggregation.apart import Apart, assembled, copied, held_by, no_difference, part_of
 from fed_learn.aggregation.batch import Checked
 from fed_learn.aggregation.mean import counting, mean
-from fed_learn.aggregation.plan import Plan, check_fitting, planned
+from fed_learn.aggregation.plan import Plan, check_fitting, not_kept, planned
 from fed_learn.aggregation.rules import Given, Rule, combined, find
 from fed_learn.aggregation.strict import checked_batch, masks_of, scanned
 from fed_learn.aggregation.tensors import as_tensors, device_named, label_of, opened
 from fed_learn.contribution import Contribution, Kind, listed_contributions
-from fed_learn.errors import NonFiniteError
-from fed_learn.weights import Schema, WeightDict, finite_elements, listed
+from fed_learn.errors import EmptyAggregationError, NonFiniteError
+from fed_learn.weights import Schema, WeightDict, finite_elements
 
 
 def weighted_average(
@@ -199,13 +199,18 @@ def _combined_by(
     """What a rule makes of contributions of which some variables are not averaged."""
     averaged, _ = plan.apply(like, "like")
     schema, rows, _ = checked_batch(batch, aggregation_weights, averaged, device, plan)
-    apart = Apart(plan)
+    kind = next((row.contribution.kind for row in rows if row.contribution is not None), Kind.FULL)
+    apart = Apart(plan, None if like is None else held_by(plan, like), kind)
     for row in rows:
         assert row.apart is not None
         plan.check_names(row.apart, row.contributor)
         apart.take(apart.check(row.apart, row.contributor), row.contributor, counts=bool(row.aggregation_weight))
     first: Any = like if like is not None else batch[0].weights if isinstance(batch[0], Contribution) else batch[0]
     order = [name for name in first if plan.of.get(name) != "local"]
+    if not order:
+        raise ValueError("policies: all variables are local, so nothing is left to be averaged")
+    if not any(row.aggregation_weight for row in rows):
+        raise EmptyAggregationError("no contribution counts by more than 0")
     kept = _kept(plan, like, rows)
     into = None if out is None else part_of(out, order, schema)
     made = _combined(how, rows, schema, averaged, into, exact, kernel) if schema else {}
@@ -222,13 +227,11 @@ def _kept(plan: Plan, like: Any, rows: Sequence[Checked]) -> dict[str, Any]:
     if not names:
         return {}
     if like is None:
-        raise ValueError(f"policies: {listed(names)} are kept as they are in the global model: give it as like=")
+        raise not_kept(names)
     kept = {name: copied(like[name]) for name in names}
     if rows[0].contribution is None or rows[0].contribution.kind is Kind.FULL:
         return kept
-    held = opened(kept, "like")
-    zeros = {name: np.zeros_like(array) for name, array in held.on_host().items()}
-    return zeros if held.place is None else zeros | as_tensors({n: zeros[n] for n in held.owners}, held.place)
+    return no_difference(kept)
 
 
 def _but_for_masks(

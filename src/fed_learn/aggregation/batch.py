@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 
+from fed_learn.aggregation.apart import is_no_difference
 from fed_learn.aggregation.arrays import contiguous
 from fed_learn.aggregation.exact import check_domain
 from fed_learn.aggregation.outputs import new_arrays
@@ -48,6 +49,7 @@ from fed_learn.weights import (
     finite_elements,
     listed,
     native_dtype,
+    same_bits,
     same_values,
 )
 
@@ -115,10 +117,12 @@ class Checked:
 
     def completed(self, model: WeightDict) -> Contribution:
         """The contribution, a difference, with zeros for the variables of the global model that were not sent."""
-        if self.form is None and not self.filled:
+        if self.form is None and not self.filled and self.apart is None:
             return self.sent
-        zeros = {name: np.zeros_like(array) for name, array in model.items() if name not in self.arrays}
-        whole = {**zeros, **self.arrays, **self.filled}
+        beside = {} if self.apart is None else self.apart.beside
+        known = {**self.arrays, **self.filled, **beside}
+        zeros = {name: np.zeros_like(array) for name, array in model.items() if name not in known}
+        whole = {**zeros, **known}
         return self.sent.settled(weights=FrozenWeights.adopt({name: whole[name] for name in model}))
 
     def on_host(self) -> Self:
@@ -277,24 +281,23 @@ class Terms:
         given, parts = plan.apply(sent.weights, who)
         if parts is None:
             return given, None
+        if not self.parts and self.schema is not None:
+            plan.check_names(parts, who)
         found = without_tensors(parts.beside | parts.same, who)
         if self.beside is None:
             found = as_weight_dict(found, who)
         elif found:
             found, _ = self.beside.fit(as_weight_dict(numbers_as_arrays(found, self.beside), who), who)
-        own = {name: np.array(array, native_dtype(array.dtype)) for name, array in found.items()}
-        check_finite({name: own[name] for name in parts.beside}, who)
-        same = {name: own[name] for name in parts.same}
-        for name, array in same.items() if self.model is not None else ():
+        for name in parts.same if self.model is not None else ():
             base = self._base(name)
-            if base is None or not (_is_no_difference if sent.kind is Kind.DIFF else same_values)(array, base):
-                plan.refuse(name, who, "the global model")
-        return given, Parts(
-            plan,
-            {name: own[name] for name in parts.largest},
-            {name: own[name] for name in parts.summed},
-            {} if self.model is not None else same,
-        )
+            if base is None or not (is_no_difference if sent.kind is Kind.DIFF else _is_same)(found[name], base):
+                raise plan.not_same(name, who, "the global model")
+        kept = parts.beside if self.model is not None else found  # codes are large, and the global model has its own
+        own = {name: np.array(found[name], native_dtype(found[name].dtype)) for name in kept}
+        largest, summed = ({name: own[name] for name in part} for part in (parts.largest, parts.summed))
+        check_finite(largest | summed, who)
+        check_domain({name: array for name, array in summed.items() if array.dtype.kind not in "biu"}, 1.0, who)
+        return given, Parts(plan, largest, summed, {name: own[name] for name in parts.same if name in own})
 
     def _whole(self, weights: Any, apart: Parts) -> Any:
         """The weights with those that are combined in other ways, in the order of the global model."""
@@ -372,7 +375,11 @@ class Terms:
 
     def _form(self, arrays: WeightDict, apart: Parts | None) -> Hashable:
         if self.schema:
-            return None if len(arrays) == len(self.schema) else tuple(arrays)
+            combined = [] if self.plan is None else self.plan.names("max", "sum")
+            came = set() if apart is None else apart.beside.keys()
+            if len(arrays) == len(self.schema) and len(came) == len(combined):
+                return None
+            return (*arrays, *(name for name in combined if name in came))
         form = tuple(sorted((name, array.shape, array.dtype.str) for name, array in arrays.items()))
         if apart is None:
             return form
@@ -404,9 +411,9 @@ def _digest(array: Array) -> bytes:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
 
 
-def _is_no_difference(array: Array, base: Array) -> bool:
-    """Whether a difference is 0 everywhere, or NaN where the global model is not finite."""
-    return not array[finite_elements(base)].any() and bool(np.isnan(array[~finite_elements(base)]).all())
+def _is_same(array: Array, base: Array) -> bool:
+    """Whether a variable is that of the global model, by its values; equal bits are found sooner."""
+    return same_bits(array, base) or (array.dtype.kind not in "biu" and same_values(array, base))
 
 
 def _agrees(array: Array, base: Array, kind: Kind) -> bool:

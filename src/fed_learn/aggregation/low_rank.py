@@ -200,7 +200,7 @@ def best(terms: Sequence[Factors], coefficients: Sequence[float], rank: int, sca
         rest = rows[np.arange(missing) % len(rows)] * length
         a, b = np.vstack([a, rest]), np.hstack([b, np.zeros((len(b), missing))])
     whole = float(np.linalg.norm(values))
-    return Factors(b, a, float(np.linalg.norm(values[kept.size :])) / whole if whole else 0.0)
+    return Factors(b, a, float(np.linalg.norm(values[kept.size :])) / whole if whole > noise else 0.0)
 
 
 def stacked(terms: Sequence[Factors], coefficients: Sequence[float], scaling: float = 1.0) -> Factors:

@@ -5,10 +5,11 @@ expressions, and what is known as a code by its name and dtype, are left to `fed
 variables to `apart`, and of those of a job with a global model to `batch`.
 """
 
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from fed_learn.aggregation.tensors import schema_of
 from fed_learn.errors import NamesError, NotSameError
 from fed_learn.policies import Policies, codes_in
 from fed_learn.weights import PLAIN, Schema, WeightDict, items_of, listed, misses_and_adds, native_dtype
+
+logger = logging.getLogger(__name__)
 
 MOST_STRANGE, LONGEST_STRANGE = 1000, 200
 """Names that the global model does not have are looked at by expressions only as far as that cannot take long."""
@@ -86,7 +89,7 @@ class Plan:
         """What of weights is averaged, and what is not; what the global model or a client keeps is in neither.
 
         Args:
-            weights: What should be a weight dict; anything else is left for the checks to judge.
+            weights: A weight dict, if the client has sent one; anything else is left for the checks to judge.
             who: Its sender.
 
         Returns:
@@ -118,8 +121,8 @@ class Plan:
         own = self.policies.of(name) if self.policies and (self.open or len(name) <= LONGEST_STRANGE) else None
         if self.open:
             return own or ("same" if name in codes else "mean")
-        # One that the global model does not have is no mistake if the client was to keep it to itself.
-        return own if own in ("keep", "local") else "mean"
+        # A variable that the global model lacks is an extra one, and refused; not one that is local to the client.
+        return "local" if own == "local" else "mean"
 
     def check_names(self, parts: Parts, who: str) -> None:
         """Refuses a contribution without one of the variables that are not averaged.
@@ -132,19 +135,16 @@ class Plan:
             text = f"{who}: has other variables than expected: {misses_and_adds(missing, [])}"
             raise NamesError(text, contributor=who, name=missing[0], missing=tuple(missing))
 
-    def refuse(self, name: str, who: str, whose: str) -> NoReturn:
-        """Says that a variable is not the same as somebody's, and has to be.
+    def not_same(self, name: str, who: str, whose: str) -> NotSameError:
+        """The error for a variable that is not the same as somebody's, and has to be.
 
         Args:
             name: The variable.
             who: Who sent it.
             whose: Whose is another, as in `"the global model"`.
-
-        Raises:
-            NotSameError: Always.
         """
         why = f"it is {self.codes[name]}" if name in self.codes else "its policy is 'same'"
-        raise NotSameError(
+        return NotSameError(
             f"{who}: {name!r} is not the same as that of {whose}, and has to be equal everywhere: {why}. "
             f"policies={{{name!r}: 'keep'}} leaves the global model's own, 'local' each client's; "
             "fl.get_weights(model, only=...) reads only what was trained",
@@ -183,6 +183,11 @@ def planned(policies: Mapping[str, str] | None, weights: object, who: str) -> Pl
     return Plan(own, found, codes)
 
 
+def not_kept(names: Sequence[str]) -> ValueError:
+    """The error where variables are to stay as they are in a global model that is not given."""
+    return ValueError(f"policies: {listed(names)} are kept as they are in the global model: give it as like=")
+
+
 def schemas_of(policies: Policies, model: WeightDict | None) -> tuple[Plan | None, Schema | None, Schema | None]:
     """What becomes of the variables of a job's global model.
 
@@ -211,7 +216,7 @@ def schemas_of(policies: Policies, model: WeightDict | None) -> tuple[Plan | Non
     return plan, averaged, plan.schema(schema, "max", "sum", "same")
 
 
-def check_fitting(policies: Mapping[str, str] | None, weights: object) -> None:
+def check_fitting(policies: Mapping[str, str] | None, weights: object, *, of_job: bool = False) -> None:
     """Refuses expressions that are found in no name of a model, and so would do nothing, but for local variables.
 
     These may be at the clients alone.
@@ -219,14 +224,20 @@ def check_fitting(policies: Mapping[str, str] | None, weights: object) -> None:
     Args:
         policies: The user's.
         weights: The global model, or the first contribution; where that is none, or has no variables, nothing is known.
+        of_job: Whether it is the global model of a job: then a warning says where local variables are none of it.
 
     Raises:
         ValueError: Says which expression.
     """
     names = [name for name in weights if isinstance(name, str)] if policies and isinstance(weights, Mapping) else []
     for pattern, policy in (policies or {}).items() if names else ():
-        if policy != "local" and not any(Policies({pattern: policy}).of(name) for name in names):
-            raise ValueError(f"policies: {pattern!r} fits none of the {len(names)} variables ({listed(names, 3)})")
+        if any(Policies({pattern: policy}).of(name) for name in names):
+            continue
+        text = f"policies: {pattern!r} fits none of the {len(names)} variables ({listed(names, 3)})"
+        if policy != "local":
+            raise ValueError(text)
+        if of_job:
+            logger.warning("%s: right if only clients have such, and they are then never sent", text)
 
 
 def codes_of(weights: Mapping[Any, Any]) -> dict[str, str]:

@@ -50,7 +50,7 @@ from fed_learn.errors import (
 from fed_learn.limits import LEFT_OUT
 from fed_learn.model_meta import FLContext
 from fed_learn.values import whole_number_of
-from fed_learn.weights import Array, FrozenWeights, Schema, WeightDict, finite_elements, listed
+from fed_learn.weights import Array, FrozenWeights, Schema, WeightDict, finite_elements, listed, same_bits
 
 MOST_FORMS = 4
 """Different parts that a stream adds up side by side, until the round is over and it is known which of them counts."""
@@ -165,13 +165,15 @@ class Round:
             beside=beside,
         )
         self._told = Told() if told is None else told
+        # Positions, indices and masks, perhaps, which have no mean; a count of steps is a number without a shape.
+        self._integers = [name for name, (shape, dtype) in (schema or {}).items() if shape and dtype.kind in "biu"]
         self._rows: dict[str, Checked] = {}
         self._rounds: Counter[int] = Counter()
         self._streams: dict[Hashable, Accumulator] = {}
         self._given_up: set[Hashable] = set()
         self._closed = False
         # Whether all hold the whole global model, so that `close` has nothing to decide or to tell.
-        self._alike = self._plan is None or not (self._plan.codes or self._plan.names("local"))
+        self._alike = self._plan is None or not (self._plan.codes or self._plan.names("local", "sum"))
         self._seen: dict[int, _Seen] = {}
         self._foreseen: tuple[list[Checked], Combined | None, float] = [], None, 0.0
         self._report = RoundReport(-1, kernel=self._kernel.name)
@@ -254,6 +256,7 @@ class Round:
             said = []
             row = self._terms.check(sent, self.accepted, said.append)
         self._check_by_rule(row.sent)
+        self._tell_of_integers(row)
         if self.settings.stream:
             row = self._added(row)
         who, kept = row.contributor, row.sent
@@ -598,6 +601,20 @@ class Round:
         assert self._model is not None
         return np.asarray(without_tensors({name: self._model[name]}, "global model")[name])
 
+    def _tell_of_integers(self, row: Checked) -> None:
+        """Logs once which arrays of integers and booleans a client has changed, since they may be no numbers."""
+        for name in self._integers:
+            if name not in row.averaged or row.filled.get(name) is not None or not row.held.weights[name].size:
+                continue
+            array = row.only([name]).on_host().arrays[name]
+            if array.any() if row.sent.kind is Kind.DIFF else not same_bits(array, self._base(name)):
+                self._told.once(
+                    ("integers", name),
+                    f"{row.contributor}: {name!r} ({array.dtype}) is not that of the global model, and is averaged and "
+                    f"rounded: where it holds no numbers, as positions and masks do not, policies={{{name!r}: 'same'}} "
+                    "refuses another, 'keep' leaves the global model's",
+                )
+
     def _tell(self) -> None:
         """Logs once that only a part of the global model is averaged, and which constants and codes are kept."""
         schema, rows = self._terms.schema, self._rows.values()
@@ -616,13 +633,22 @@ class Round:
                 f"{listed(local)}: local to each client, by policy; the global model, and so its validation on the "
                 "server and its files, has what it began with in their place",
             )
-        sent = schema.keys() & self._names_sent(list(rows))
-        if len(sent) < len(schema):
-            kept = [name for name in schema if name not in sent]
+        combined = [*schema, *([] if self._plan is None else self._plan.names("max", "sum"))]
+        sent = {*combined} & {*self._names_sent(list(rows))}
+        if len(sent) < len(combined):
+            kept = [name for name in combined if name not in sent]
             self._told.once(
                 ("part", frozenset(sent)),
-                f"clients send {len(sent)} of the global model's {len(schema)} variables: these are averaged, and the "
-                f"rest is kept as it is: {listed(kept)}",
+                f"clients send {len(sent)} of the global model's {len(combined)} variables: these are averaged, and "
+                f"the rest is kept as it is: {listed(kept)}",
+            )
+        summed = [] if self._plan is None or self.settings.kind is Kind.DIFF else self._plan.names("sum")
+        growing = [name for name in summed if self._base(name).any()]
+        if growing:
+            self._told.once(
+                ("sums",),
+                f"{listed(growing)}: full weights are summed, and the global model's own value is not 0, so that it "
+                "counts once for each client: differences (kind='diff') add up what the round has added",
             )
         filled = {name for row in rows for name in row.filled}
         constants = [name for name in schema if name in filled] if filled else []

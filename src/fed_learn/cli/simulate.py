@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -160,7 +161,7 @@ def simulate(
             exact=exact and not getattr(aggregator, "exact", False),
             kernel=None if kernel == "auto" else kernel,
             rule=rule,
-            policies={**settings.policies, **policies_of(policy or [])},
+            policies=_policies(policies_of(policy or []), settings.policies),
             partial=partial or settings.partial or "same",
             aggregator=aggregator,
         )
@@ -195,6 +196,11 @@ def simulate(
         print(json.dumps(summary, indent=2))
     else:
         _print_summary(Console(soft_wrap=True, highlight=False, markup=False), summary)
+
+
+def _policies(given: Mapping[str, str], configured: Mapping[str, str]) -> dict[str, str]:
+    """Those of the command first, since the first expression that fits decides."""
+    return {**given, **{pattern: policy for pattern, policy in configured.items() if pattern not in given}}
 
 
 def _refuse_earlier_files(out: Path, overwrite: bool) -> None:

@@ -94,7 +94,11 @@ class JobRounds(JobEvents):
     def local(self) -> frozenset[str]:
         """Names of the variables that clients keep to themselves: they are not sent, and theirs are not taken."""
         policies = self.settings.aggregation.policies
-        return frozenset(name for name in self.schema if policies.of(name) == "local") if policies else frozenset()
+        return frozenset(filter(self.is_local, self.schema)) if policies else frozenset()
+
+    def is_local(self, name: str) -> bool:
+        """Whether clients keep a variable of this name to themselves, be it one that the global model lacks."""
+        return self.settings.aggregation.policies.of(name) == "local"
 
     def sent(self, weights: FrozenWeights | None = None) -> FrozenWeights:
         """What clients are sent of a model: all but what is local to each of them.

@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from fed_learn.aggregation.tensors import without_tensors
+from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
 from fed_learn.errors import as_failure, is_error, text_of
 from fed_learn.server.client_pool import ClientPool
@@ -38,7 +39,11 @@ def run_job(job: Job, clients: ClientPool) -> None:
 
 
 def _register(job: Job, clients: ClientPool) -> None:
-    for name, answer in clients.ask(lambda client: client.start(job.settings.num_rounds or 1)):
+    def start(client: FederatedClient) -> None:
+        client.is_local = job.is_local
+        client.start(job.settings.num_rounds or 1)
+
+    for name, answer in clients.ask(start):
         if is_error(answer):
             job.note_failure(name, as_failure(answer), "could not start")
             job.record(clients.dismiss(name))
@@ -94,8 +99,10 @@ def _local_bests(job: Job, clients: ClientPool) -> dict[str, FrozenWeights]:
             job.quit(name, as_failure(answer))
             _stop_if_it_left(job, clients, name)
         elif answer is not None:
+            given: Any = answer
             try:
-                weights = as_weight_dict(without_tensors(answer, name), name)
+                offered = {n: value for n, value in given.items() if not job.is_local(n)}
+                weights = as_weight_dict(without_tensors(offered, name), name)
                 fit, _ = job.schema.fit(weights, name)
                 frozen = FrozenWeights({**job.weights, **fit})  # what is checked below is what is kept
                 check_finite(frozen, name, constants=job.weights)

@@ -68,7 +68,7 @@ def initial_model(weights: WeightDict, kind: Kind, policies: Policies | None = N
     arrays = as_weight_dict(without_tensors(weights, "global model"), "global model")
     schema = Schema.of(arrays, "global model")
     plan, averaged, _ = schemas_of(policies or Policies(), arrays)
-    check_fitting(policies, arrays)
+    check_fitting(policies, arrays, of_job=True)
     if kind is Kind.DIFF:
         combined = averaged if plan is None or averaged is None else averaged | plan.schema(schema, "max", "sum")
         check_differences(schema if combined is None else Schema(combined), "global model")

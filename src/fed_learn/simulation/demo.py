@@ -125,7 +125,7 @@ def build_demo(
         network = kinds[i % len(kinds)]
         learner = network.learner(train, selection, local_epochs=local_epochs, seed=seed * 1000 + i)
         if "local" in server.settings.aggregation.policies.values():
-            learner = WithLocalVariables(learner, network.init())
+            learner = WithLocalVariables(learner, server.weights)
         clients.append(
             FederatedClient(name, learner, handlers=client_handlers(name), kind=kind, filters=client_filters(i))
         )

@@ -20,6 +20,7 @@ class WithLocalVariables(Learner):
 
     def __init__(self, learner: Learner, initial: WeightDict) -> None:
         self.learner = learner
+        self.initial = initial
         self.validation_metric = learner.validation_metric
         self.mode = learner.mode
         self._own = dict(initial)

@@ -173,7 +173,7 @@ class _Averaging:
             if self._global and len(self._skipped) == len(self._global):
                 raise FedLearnError(f"exclude_vars {self.exclude_vars!r} matches all variables of the global model")
             model = None if self._global is None else self._averaged_part(self._global, "the global model")
-            check_fitting(self._settings.policies, model)
+            check_fitting(self._settings.policies, self._global)
             self._begun_round = Round(self._settings, number=self._round, model=model, own=False, told=self._told)
         return self._begun_round
 
