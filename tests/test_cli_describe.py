@@ -189,3 +189,29 @@ def test_files_of_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "bad.keras").write_bytes(b"damaged")
     code, _, err = run(capsys, tmp_path / "bad.keras")
     assert (code, "bad.keras cannot be read" in err) == (1, True)
+
+
+def test_the_state_of_an_optimizer_and_checkpoints_of_lightning_are_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    torch.save({"state_dict": model.state_dict(), "epoch": 3}, tmp_path / "last.ckpt")
+    assert rows(capsys, tmp_path / "optimizer.pt")["state.0.exp_avg"] == ([1, 2], "float32", "statistic", "mean")
+    assert list(rows(capsys, tmp_path / "last.ckpt")) == ["weight", "bias"]
+
+
+@pytest.mark.parametrize("cut", [0, 100, 400])
+def test_a_file_of_torch_that_is_cut_off_is_said_to_be(
+    cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch = pytest.importorskip("torch")
+    torch.save(torch.nn.Linear(2, 1).state_dict(), tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:cut])
+    code, _, err = run(capsys, tmp_path / "w.pt")
+    assert code == 1
+    assert "w.pt is damaged" in err or "w.pt is cut off, or empty" in err

@@ -184,3 +184,30 @@ def test_a_lazy_model_is_shown_with_what_is_still_to_do() -> None:
     description = fl.describe(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LazyLinear(2)))
     assert row(description, "0.weight").policy == "mean"
     assert "run a batch through the model first" in str(row(description, "1.weight").problem)
+
+
+def test_two_names_of_one_variable_need_one_policy() -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(4, 2), "head": torch.nn.Linear(2, 4, bias=False)})
+    model["head"].weight = model["embedding"].weight
+    text = (
+        "'embedding.weight' and 'head.weight' are one variable, and the first has the policy 'mean', the second 'local'"
+    )
+    with pytest.raises(ValueError, match=text):
+        fl.describe(model, policies={"head": "local"})
+    assert {row.policy for row in fl.describe(model, policies={"head|embedding": "local"})} == {"local"}
+
+
+def test_state_that_cannot_travel_is_told_beneath_the_table() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Vocabulary(torch.nn.Linear):  # type: ignore[misc,name-defined]
+        def get_extra_state(self) -> Any:
+            return {"words": ["a", "b"]}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    shown = fl.describe(torch.nn.Sequential(Vocabulary(2, 1)))
+    assert shown.left == ("'0._extra_state' (a dict in its state_dict)",)
+    assert "cannot travel as numbers: '0._extra_state' (a dict in its state_dict)." in shown.table(200)

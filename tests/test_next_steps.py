@@ -371,3 +371,35 @@ def test_a_learner_in_the_place_of_its_client_says_what_to_pass() -> None:
         "an AddingLearner is no client: pass fl.FederatedClient(name, learner)",
     )
     server.run([fl.FederatedClient("a", learner)])
+
+
+def test_a_prefix_is_told_where_variables_may_be_missing_too() -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.Linear(2, 1)
+    wrapped = {"module.weight": np.zeros((1, 2), np.float32)}
+    with pytest.raises(fl.NamesError, match=r"fl\.without_prefix\(weights, 'module\.'\) makes them the same"):
+        fl.set_weights(model, wrapped, strict=False)
+
+
+def test_an_entry_of_a_checkpoint_is_pointed_to_wherever_the_whole_is_given() -> None:
+    torch = pytest.importorskip("torch")
+    checkpoint = {"model": torch.nn.Linear(2, 1).state_dict(), "epoch": 3}
+    with pytest.raises(fl.ModelError, match=r"it looks like a checkpoint; pass checkpoint\['model'\]"):
+        fl.get_weights(checkpoint)
+
+
+def test_names_of_peft_are_known_as_it_really_gives_them() -> None:
+    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
+    plain = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+    base = fl.get_weights(plain)
+    model = peft.get_peft_model(plain, peft.LoraConfig(r=1, target_modules=["0"], modules_to_save=["1"]))
+    adapter = {name: array.numpy() for name, array in peft.get_peft_model_state_dict(model).items()}
+    for weights, only in ((adapter, "lora_|modules_to_save"), (base, "base_layer|original_module")):
+        with pytest.raises(fl.NamesError, match=r"peft\.set_peft_model_state_dict\(model, weights\)"):
+            fl.set_weights(model, weights, only=only)
+
+
+def test_only_what_torch_averages_has_a_count_beside_it() -> None:
+    with pytest.raises(fl.NamesError, match=r"'n_averaged' of 2 names lacks 'ema\.' in front"):
+        fl.without_prefix({"n_averaged": 2, "ema.a": 1}, "ema.")
+    assert fl.without_prefix({"n_averaged": 2, "module.a": 1}, "module.") == {"a": 1}

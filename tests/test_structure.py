@@ -72,6 +72,11 @@ def test_a_module_imports_only_from_layers_above_its_own(name: str) -> None:
         assert layer_of(other) < layer_of(part), f"{name} imports fed_learn.{other} from beside or below it"
 
 
+def test_the_page_on_the_design_has_the_same_layers() -> None:
+    page = (SOURCE.parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+    assert " · ".join(", ".join(parts) for parts in LAYERS) in " ".join(page.split())
+
+
 def test_every_part_of_a_layer_is_there() -> None:
     assert {part for parts in LAYERS for part in parts} == {
         name.split(".")[1] for name in MODULES if name != "fed_learn"

@@ -32,6 +32,8 @@ MOMENTA = ", or fl.get_weights(optimizer) to average what it remembers"
 """What else may be meant by an optimizer."""
 MODELS = ("flax", "equinox")
 """Packages whose classes, and those derived from them, are models."""
+PEFT = ("base_layer", "modules_to_save", "original_module")
+"""What PEFT puts into the names of a model that it wraps, beside the names of adapters."""
 NUMBER = re.compile(r"_\d+(?=/|$)")
 
 
@@ -104,9 +106,11 @@ def of_entry(name: str, value: object, weights: Mapping[Any, Any]) -> str:
     """
     if "param_groups" in weights and "state" in weights:
         return "; this is the state of an optimizer: pass fl.get_weights(model) of the model that it trains" + MOMENTA
-    held = [key for key, one in weights.items() if isinstance(key, str) and _holds_arrays(one)]
-    if held:
-        return f"; this looks like a checkpoint: pass {' or '.join(f'checkpoint[{key!r}]' for key in held[:3])}"
+    checkpoint = _entries_with_weights(weights)
+    if checkpoint:
+        return f"; this looks like a checkpoint: pass {checkpoint}"
+    if type(value).__module__.partition(".")[0] == "torch" and type(value).__name__ == "dtype":
+        return "; torch's quantized modules pack their weights: take along the tensors of their state_dict alone"
     if callable(getattr(value, "state_dict", None)):
         return f"; pass fl.get_weights() of what is under {name!r}"
     if isinstance(value, Mapping):
@@ -120,6 +124,18 @@ def of_entry(name: str, value: object, weights: Mapping[Any, Any]) -> str:
     if isinstance(value, int | float | list):
         return "; leave it out, or make it an array by np.asarray if it is to be averaged"
     return ""
+
+
+@_never_raising
+def of_checkpoint(weights: Mapping[Any, Any]) -> str:
+    """Which entries of a dict could be meant, where it is none of arrays."""
+    entries = _entries_with_weights(weights)
+    return f": it looks like a checkpoint; pass {entries}" if entries else ""
+
+
+def _entries_with_weights(weights: Mapping[Any, Any]) -> str:
+    held = [key for key, one in weights.items() if isinstance(key, str) and _holds_arrays(one)]
+    return " or ".join(f"checkpoint[{key!r}]" for key in held[:3])
 
 
 def _holds_arrays(value: object) -> bool:
@@ -161,7 +177,31 @@ def of_names(missing: Sequence[str], extra: Sequence[str]) -> str:
             f"{{{prefix!r} + name: array for name, array in weights.items()}} makes them the same"
         )
     numbers = of_numbers(missing, extra)
-    return f". {numbers}" if numbers else ""
+    return f". {numbers}" if numbers else _of_peft(missing, extra)
+
+
+def _of_peft(missing: Sequence[str], extra: Sequence[str]) -> str:
+    """What to do about names of PEFT, which has others in a model than in a file, and others than the model inside."""
+    if not any(mark in name for name in (*missing, *extra) for mark in ("lora_", *PEFT)):
+        return ""
+    if not extra or not {*map(_without_peft, extra)} <= {*map(_without_peft, missing)}:
+        return ""
+    return (
+        ". PEFT has other names in a model than in a file or in the model that it wraps: "
+        "peft.set_peft_model_state_dict(model, weights) loads what peft.get_peft_model_state_dict gives; "
+        "fl.get_weights(model, only=...) of the same PEFT model gives names that fl.set_weights takes"
+    )
+
+
+def _without_peft(name: str) -> str:
+    """The name that a variable has without PEFT.
+
+    Example:
+        >>> _without_peft("base_model.model.fc.base_layer.weight"), _without_peft("fc.lora_A.default.weight")
+        ('fc.weight', 'fc.lora_A.weight')
+    """
+    parts = name.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if part not in (*PEFT, "default"))
 
 
 def of_numbers(missing: Sequence[str], extra: Sequence[str]) -> str:
@@ -183,6 +223,14 @@ def of_numbers(missing: Sequence[str], extra: Sequence[str]) -> str:
 
 
 def _prefix_of(longer: Sequence[str], shorter: Sequence[str]) -> str:
-    """What makes the longer names of the shorter ones, if that is one prefix for all; else nothing."""
-    prefix = longer[0].removesuffix(shorter[0]) if shorter and longer else ""
-    return prefix if prefix.endswith(".") and {prefix + name for name in shorter} == set(longer) else ""
+    """What makes the longer names of shorter ones, if that is one prefix for all; else nothing.
+
+    Example:
+        >>> _prefix_of(["module.fc.weight"], ["fc.weight", "fc.bias"]), _prefix_of(["a.w", "b.w"], ["w"])
+        ('module.', '')
+    """
+    ends = [name for name in shorter if longer and longer[0].endswith(f".{name}")]
+    prefix = longer[0].removesuffix(max(ends, key=len)) if ends else ""
+    known = set(shorter)
+    fits = prefix and all(name.startswith(prefix) and name.removeprefix(prefix) in known for name in longer)
+    return prefix if fits else ""

@@ -20,7 +20,7 @@ WRAPPERS = {
 }
 """What puts a name in front of the names of a model's variables, and whose doing it is."""
 WITHIN = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""Those that may stand anywhere in a name, since parts of a model are wrapped as well."""
+"""Those of them that may stand in the middle of a name, because parts of a model can be wrapped, too."""
 BESIDE = "n_averaged"
 """What torch.optim.swa_utils.AveragedModel keeps beside the model in its `module.`: a count, and no weight of it."""
 
@@ -45,7 +45,8 @@ def without_prefix(weights: Mapping[str, T], prefix: str) -> dict[str, T]:
         >>> without_prefix({"blocks.0._orig_mod.weight": 1}, "_orig_mod.")
         {'blocks.0.weight': 1}
     """
-    kept = {name: value for name, value in weights.items() if name != BESIDE or BESIDE.startswith(prefix)}
+    averaged = prefix == "module." and BESIDE in weights
+    kept = {name: value for name, value in weights.items() if not (averaged and name == BESIDE)}
     without = {name: stripped(name, prefix) for name in kept}
     same = [name for name, short in without.items() if name == short]
     if prefix in WITHIN and len(same) < len(kept):

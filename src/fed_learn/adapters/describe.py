@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from fed_learn.adapters.base import Variable
-from fed_learn.adapters.models import Only, adapter_of, choose
+from fed_learn.adapters.models import Only, adapter_of, choose, predicate
 from fed_learn.errors import printable
 from fed_learn.policies import POLICY_OF_ROLE, Policies, Policy, Role, codes_in
 from fed_learn.weights import Schema, bytes_text, listed
@@ -62,9 +62,11 @@ class Description:
 
     Attributes:
         variables: The rows, in the model's order.
+        left: State beside the variables that cannot travel as numbers, such as vocabularies, in words.
     """
 
     variables: tuple[DescribedVariable, ...]
+    left: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[DescribedVariable]:
         return iter(self.variables)
@@ -113,6 +115,9 @@ class Description:
             lines.append("(n: so many variables, whose names have other numbers in the place of *)")
         for text in _problems(self.variables):
             lines += ["", *textwrap.wrap(text, width)]
+        if self.left:
+            text = f"Not among them, for it cannot travel as numbers: {', '.join(self.left)}."
+            lines += ["", *textwrap.wrap(text, width)]
         if any(v.role == "constant" and v.policy == "same" for v in self.variables):
             lines += ["", *textwrap.wrap(OF_CONSTANTS, width)]
         return "\n".join([*lines, "", *textwrap.wrap(self.summary, width)])
@@ -143,7 +148,8 @@ def describe(model: object, *, only: Only | None = None, policies: Mapping[str, 
     Raises:
         ModelError: No adapter knows the model.
         NamesError: `only` fits none of the names, or is no regular expression.
-        ValueError, TypeError: The policies are none, or an expression is found in none of the model's names.
+        ValueError, TypeError: The policies are none, or an expression is found in none of the model's names; or two
+            names of one variable have different policies.
 
     Example:
         >>> import torch
@@ -160,15 +166,22 @@ def describe(model: object, *, only: Only | None = None, policies: Mapping[str, 
         >>> [variable.name for variable in description if variable.role == "counter"]
         ['num_batches_tracked']
     """
-    found = adapter_of(model).variables(model)
+    adapter = adapter_of(model)
+    found = adapter.variables(model)
+    left = getattr(adapter, "left", None)
     if isinstance(model, Mapping) and all(variable.name in model for variable in found):
         order = {name: place for place, name in enumerate(model)}  # weights are read in the order in which they are
         found = sorted(found, key=lambda variable: order[variable.name])
-    return described(found, only=only, policies=policies)
+    states = () if left is None else left(model, predicate(only))
+    return described(found, only=only, policies=policies, left=states)
 
 
 def described(
-    variables: Sequence[Variable], *, only: Only | None = None, policies: Mapping[str, str] | None = None
+    variables: Sequence[Variable],
+    *,
+    only: Only | None = None,
+    policies: Mapping[str, str] | None = None,
+    left: Sequence[str] = (),
 ) -> Description:
     """The same, of variables that an adapter or the header of a file has told.
 
@@ -182,6 +195,7 @@ def described(
             raise ValueError(f"policies: {pattern!r} fits none of the {len(variables)} variables ({names})")
     codes = codes_in(Schema((v.name, (v.shape, v.dtype)) for v in variables if v.problem is None))
     first: dict[object, str] = {}
+    given: dict[str, Any] = {}
     rows = []
     for variable in choose(variables, only):
         role: Role | None = "code" if variable.name in codes else variable.role
@@ -189,6 +203,11 @@ def described(
         if variable.problem is None:
             policy = wanted.of(variable.name) or ("mean" if role is None else POLICY_OF_ROLE[role])
         name = first.setdefault(variable.identity, variable.name)
+        if policy != given.setdefault(name, policy):
+            raise ValueError(
+                f"policies: {name!r} and {variable.name!r} are one variable, and the first has the policy "
+                f"{given[name]!r}, the second {policy!r}: give both the same"
+            )
         rows.append(
             DescribedVariable(
                 variable.name,
@@ -202,7 +221,7 @@ def described(
                 None if variable.problem is None else str(variable.problem),
             )
         )
-    return Description(tuple(rows))
+    return Description(tuple(rows), tuple(left))
 
 
 def _dtype_text(variable: Variable) -> str:

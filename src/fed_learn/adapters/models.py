@@ -22,6 +22,7 @@ from fed_learn.adapters.tensors import framework_of, hold_tensors, plain
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.adapters.trees import TreeModels
 from fed_learn.errors import ModelError, NamesError, TiedVariablesError
+from fed_learn.hints import of_checkpoint, of_names
 from fed_learn.ties import once, under_all_names
 from fed_learn.weights import Array, Schema, WeightDict, as_weight_dict, in_order_of, listed
 
@@ -88,7 +89,7 @@ def adapter_of(model: object) -> Adapter:
     elif isinstance(model, str | PathLike):
         instead = ": load the model that it names, and pass that"
     elif isinstance(model, Mapping) and model:
-        instead = ": a dict counts as one only if all that it holds are arrays"
+        instead = of_checkpoint(model) or ": a dict counts as one only if all that it holds are arrays"
     raise ModelError(f"a {kind} is no model that is known here{instead}. Known are {known}", model=kind)
 
 
@@ -161,12 +162,12 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     views, trained = getattr(adapter, "views", None), getattr(adapter, "trained", None)
     if trained is not None and isinstance(only, str | re.Pattern):  # a function may have chosen with care
         _tell_of_trained(trained(model), only)
-    plain: dict[str, Array] | None = views(model, _predicate(only)) if views is not None else None
+    plain: dict[str, Array] | None = views(model, predicate(only)) if views is not None else None
     if plain:
         return {name: np.array(view) for name, view in plain.items()} if copy else plain
     left = getattr(adapter, "left", None)
     if left is not None:
-        warn_of_left(model, left(model, _predicate(only)))
+        warn_of_left(model, left(model, predicate(only)))
     chosen = {variable.name: variable for variable in _sound(choose(adapter.variables(model), only))}
     tied = {} if copy else _tied(chosen.values())
     found = {name: adapter.get(variable, copy=copy) for name, variable in once(chosen, tied).items()}
@@ -174,7 +175,7 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
 
 
 def _tied(chosen: Collection[Variable]) -> dict[str, str]:
-    """The further names of variables → the first; of one array in two places of a tree too, as long as it is one."""
+    """The further names of variables → the first. Two places of a JAX pytree that hold one array are tied as well."""
     first: dict[object, str] = {}
     by_place = {v.name: v.identity == v.name and hasattr(v.tensor, "shape") for v in chosen}
     named = {v.name: first.setdefault(id(v.tensor) if by_place[v.name] else v.identity, v.name) for v in chosen}
@@ -237,7 +238,8 @@ def _hinted(error: NamesError, adapter: Adapter, known: Iterable[str], given: It
     known, given = dict.fromkeys(known), dict.fromkeys(given)
     missing, extra = [n for n in known if n not in given], [n for n in given if n not in known]
     said = hint(missing, extra) if hint is not None else ""
-    message = f"{error}. {said}" if said and said not in str(error) else str(error)
+    advice = f". {said}" if said else of_names(missing, extra)
+    message = f"{error}{advice}" if advice not in str(error) else str(error)
     return NamesError(message, contributor=error.contributor, name=error.name, missing=error.missing, extra=error.extra)
 
 
@@ -249,7 +251,12 @@ def _for(adapter: Adapter, value: Any, name: str) -> Any:
     return framework.view(value, "weights", name)
 
 
-def _predicate(only: Only | None) -> Callable[[str], object] | None:
+def predicate(only: Only | None) -> Callable[[str], object] | None:
+    """What tells of a name whether `only` means it; None: all are meant.
+
+    Raises:
+        NamesError: It is no regular expression.
+    """
     if only is None or callable(only):
         return only
     try:
@@ -264,7 +271,7 @@ def choose(found: Sequence[Variable], only: Only | None) -> tuple[Variable, ...]
     Raises:
         NamesError: It fits none of the names, or is no regular expression.
     """
-    fits = _predicate(only)
+    fits = predicate(only)
     if fits is None:
         return tuple(found)
     chosen = tuple(variable for variable in found if fits(variable.name))
@@ -276,7 +283,7 @@ def choose(found: Sequence[Variable], only: Only | None) -> tuple[Variable, ...]
 
 def _tell_of_trained(trained: Mapping[str, bool], only: Only) -> None:
     """Warns of what training changes and `only` leaves out, if a part is frozen, as of a model with adapters."""
-    fits = _predicate(only)
+    fits = predicate(only)
     changed = [name for name in trained if trained[name]]
     left = [name for name in changed if fits is not None and not fits(name)]
     if left and len(left) < len(changed) < len(trained):

@@ -44,7 +44,8 @@ class TorchOptimizers(Adapter):
         if not held:
             raise ModelError(
                 f"model: {a_type(type(model))} has no state yet: it makes it in its first step(), if it keeps any, as "
-                "SGD without momentum does not. Make a step before, or send the model's weights alone"
+                "SGD without momentum does not. Make a step before, or send the model's weights alone; its own "
+                "load_state_dict loads a state into a new optimizer"
             )
         known = self._torch.variables({name: value for name, value in held.items() if isinstance(value, tensor)})
         found = {variable.name: variable for variable in known}

@@ -229,8 +229,10 @@ def check_fitting(policies: Mapping[str, str] | None, weights: object, *, of_job
     Raises:
         ValueError: Says which expression.
     """
-    names = [name for name in weights if isinstance(name, str)] if policies and isinstance(weights, Mapping) else []
-    for pattern, policy in (policies or {}).items() if names else ():
+    if not policies or not isinstance(weights, Mapping):
+        return
+    names = [name for name in weights if isinstance(name, str)]
+    for pattern, policy in policies.items() if names else ():
         if any(Policies({pattern: policy}).of(name) for name in names):
             continue
         text = f"policies: {pattern!r} fits none of the {len(names)} variables ({listed(names, 3)})"

@@ -129,13 +129,21 @@ def _torch(path: Path, key: str | None) -> Found:
             f"{path.name} is damaged, or holds more than tensors, as after torch.save(model), and is not unpickled, "
             "since that may run any program: save model.state_dict() instead"
         ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise WeightsTypeError(f"{path.name} cannot be read: {text_of(error)}") from error
+    except EOFError as error:
+        raise WeightsTypeError(f"{path.name} is cut off, or empty") from error
+    except (RuntimeError, ValueError, KeyError) as error:
+        if "TorchScript" in text_of(error):
+            raise WeightsTypeError(
+                f"{path.name} is a TorchScript archive, which holds a program: save model.state_dict() instead"
+            ) from error
+        raise WeightsTypeError(f"{path.name} is damaged: {type(error).__name__}: {text_of(error)}") from error
     return _entry(checkpoint, path, key, torch.Tensor)
 
 
 def _entry(checkpoint: Any, path: Path, key: str | None, tensor: type) -> Found:
     """The variables of the one `state_dict` in a checkpoint, or of the one that is asked for."""
+    if key is None and isinstance(checkpoint, dict) and {*checkpoint} == {"state", "param_groups"}:
+        return _of_model(checkpoint, path), ["This is the state of an optimizer."]
     entries = dict(_state_dicts(checkpoint, "", tensor))
     if key is not None:
         if key not in entries:
@@ -173,7 +181,7 @@ def _of_model(model: Any, path: Path) -> list[Variable]:
     if isinstance(model, Mapping) and not model:
         raise WeightsTypeError(f"{path.name} holds no arrays")
     found = adapter_of(model).variables(model)
-    if isinstance(model, Mapping):  # in the order of the file
+    if isinstance(model, Mapping) and all(variable.name in model for variable in found):  # in the order of the file
         order = {name: place for place, name in enumerate(model)}
         found.sort(key=lambda variable: order[variable.name])
     return found
@@ -189,4 +197,4 @@ def _imported(module: str, path: Path) -> Any:
 META = "__metadata__"
 READERS = {".safetensors": _safetensors, ".npz": _numpy, ".npy": _numpy, ".keras": _keras, ".h5": _keras}
 """By the ending of the file."""
-TORCH = (".pt", ".pth", ".bin")
+TORCH = (".pt", ".pth", ".bin", ".ckpt")
