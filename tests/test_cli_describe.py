@@ -191,6 +191,7 @@ def test_files_of_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (code, "bad.keras cannot be read" in err) == (1, True)
 
 
+@pytest.mark.not_quick
 def test_the_state_of_an_optimizer_and_checkpoints_of_lightning_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -205,6 +206,7 @@ def test_the_state_of_an_optimizer_and_checkpoints_of_lightning_are_known(
     assert list(rows(capsys, tmp_path / "last.ckpt")) == ["weight", "bias"]
 
 
+@pytest.mark.not_quick
 @pytest.mark.parametrize("cut", [0, 100, 400])
 def test_a_file_of_torch_that_is_cut_off_is_said_to_be(
     cut: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]

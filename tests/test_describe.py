@@ -186,6 +186,7 @@ def test_a_lazy_model_is_shown_with_what_is_still_to_do() -> None:
     assert "run a batch through the model first" in str(row(description, "1.weight").problem)
 
 
+@pytest.mark.not_quick
 def test_two_names_of_one_variable_need_one_policy() -> None:
     torch = pytest.importorskip("torch")
     model = torch.nn.ModuleDict({"embedding": torch.nn.Embedding(4, 2), "head": torch.nn.Linear(2, 4, bias=False)})
@@ -198,6 +199,7 @@ def test_two_names_of_one_variable_need_one_policy() -> None:
     assert {row.policy for row in fl.describe(model, policies={"head|embedding": "local"})} == {"local"}
 
 
+@pytest.mark.not_quick
 def test_state_that_cannot_travel_is_told_beneath_the_table() -> None:
     torch = pytest.importorskip("torch")
 

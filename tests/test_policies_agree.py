@@ -1,5 +1,6 @@
 """Policies mean the same in batches, streams, rounds and jobs, and the global model is the authority in all of them."""
 
+import ast
 import logging
 import tracemalloc
 from collections.abc import Mapping
@@ -85,6 +86,7 @@ def test_a_difference_of_what_is_the_same_is_zero_or_refused(combine: Any) -> No
     assert np.array_equal(made["mask"], none["mask"], equal_nan=True)
 
 
+@pytest.mark.not_quick
 def test_a_global_model_without_values_sets_forms_and_leaves_values_to_the_contributions() -> None:
     torch = pytest.importorskip("torch")
     like = {"w": torch.zeros(1, device="meta"), "q": torch.zeros(2, dtype=torch.uint8, device="meta")}
@@ -320,6 +322,7 @@ def test_integers_that_a_client_changed_are_averaged_and_told(
     assert "'mask'" not in caplog.text
 
 
+@pytest.mark.not_quick
 def test_the_policies_that_a_model_tells_are_those_of_a_job() -> None:
     torch = pytest.importorskip("torch")
     model = torch.nn.Linear(2, 1)
@@ -343,3 +346,81 @@ def test_sums_of_full_weights_on_a_global_value_are_told(
     this.close()
     assert this.combine().mean["seen"].tolist() == [30]
     assert ("counts once for each client" in caplog.text) is told
+
+
+@pytest.mark.parametrize(
+    ("good", "evil"),
+    [
+        (np.array([3]), np.array([2**63 - 1])),
+        (np.array([100], np.int8), np.array([120], np.int8)),
+        (np.array([1.0], np.float32), np.array([3.4e38], np.float32)),
+    ],
+    ids=["int64", "int8", "float32"],
+)
+def test_one_value_that_drives_a_sum_out_of_range_is_refused_and_the_round_goes_on(good: Any, evil: Any) -> None:
+    model: WeightDict = {"w": np.zeros(1), "n": np.zeros(1, good.dtype)}
+    this = Round(AggregationSettings(policies=Policies({"n": "sum"})), number=0, model=model)
+    for name, value in [("a", good), ("b", evil), ("c", evil)]:
+        this.receive(sent(name, {"w": np.ones(1), "n": value}))
+    refused = [(one.contributor, type(error)) for one, error in this.close()]
+    assert refused == [("b", fl.IntegerRangeError), ("c", fl.IntegerRangeError)][: 2 if good.dtype != np.float32 else 1]
+    total = good.astype(object) + (evil.astype(object) if good.dtype == np.float32 else 0)
+    assert this.combine().mean["n"].tolist() == total.astype(good.dtype).tolist()
+
+
+def test_sums_whose_parts_cancel_are_taken_whatever_their_order() -> None:
+    for order in ([100, 100, -100], [100, -100, 100], [-100, 100, 100]):
+        this = Round(
+            AggregationSettings(policies=Policies({"n": "sum"})),
+            number=0,
+            model={"w": np.zeros(1), "n": np.zeros(1, np.int8)},
+        )
+        for name, value in zip("abc", order, strict=True):
+            this.receive(sent(name, {"w": np.ones(1), "n": np.array([value], np.int8)}))
+        assert this.close() == []
+
+
+def test_a_boolean_variable_without_a_difference_is_as_good_as_not_sent() -> None:
+    model: WeightDict = {"w": np.zeros(1), "mask": np.array([True, False])}
+    this = Round(AggregationSettings(kind=fl.Kind.DIFF), number=0, model=model)
+    this.receive(sent("a", {"w": np.ones(1)}, fl.Kind.DIFF))
+    this.receive(sent("b", {"w": np.ones(1), "mask": np.zeros(2, bool)}, fl.Kind.DIFF))
+    with pytest.raises(fl.DtypeError, match="c: 'mask' has dtype bool, which cannot hold a difference"):
+        this.receive(sent("c", {"w": np.ones(1), "mask": np.ones(2, bool)}, fl.Kind.DIFF))
+    assert this.close() == []
+    assert {name: array.tolist() for name, array in this.combine().mean.items()} == {"w": [1]}
+
+
+def test_a_mean_of_one_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model: WeightDict = {"a": np.zeros(1), "b": np.zeros(1)}
+    this = Round(AggregationSettings(partial="average"), number=0, model=model)
+    for name in ("x", "y", "z"):
+        this.receive(sent(name, {"a": np.ones(1), **({"b": np.full(1, 666.0)} if name == "z" else {})}))
+    assert this.close() == []
+    assert this.combine().mean["b"].tolist() == [666]
+    assert caplog.text.count("'b': sent by one of 3 contributions alone, whose value it is then") == 1
+
+
+def test_clients_that_leave_a_local_variable_out_and_clients_that_send_it_go_together() -> None:
+    this = Round(AggregationSettings(policies=Policies({"bn": "local"})), number=0)
+    for name, own in [("a", {}), ("b", {"bn": np.ones(1)})]:
+        this.receive(sent(name, {"w": np.ones(1), **own}))
+    assert this.close() == []
+
+
+def test_names_that_clients_make_up_meet_no_expression() -> None:
+    """An expression such as this one takes twice as long for each letter: this name would take years."""
+    slow = r"^(\w+\.?)+bn\d?\."
+    model: WeightDict = {"w": np.zeros(1), "a.bn1.w": np.zeros(1)}
+    this = Round(AggregationSettings(policies=Policies({slow: "local"})), number=0, model=model)
+    with pytest.raises(fl.NamesError, match="adds 'a"):
+        this.receive(sent("a", {"w": np.ones(1), "a" * 60: np.ones(1)}))
+
+
+def test_the_advice_about_a_variable_is_an_expression_that_fits_it_alone() -> None:
+    model: WeightDict = {"w": np.zeros(1), "layers[0]": np.array([1], np.uint8)}
+    this = Round(AggregationSettings(policies=Policies({"layers": "same"})), number=0, model=model)
+    with pytest.raises(fl.NotSameError) as caught:
+        this.receive(sent("a", {**model, "layers[0]": np.array([2], np.uint8)}))
+    advised = str(caught.value).partition("policies={")[2].partition(": 'keep'}")[0]
+    check_fitting({ast.literal_eval(advised): "keep"}, {"layers[0]": np.zeros(1), "layers[01]": np.zeros(1)})

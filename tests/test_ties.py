@@ -313,3 +313,28 @@ def test_names_that_are_really_missing_are_still_refused() -> None:
     with pytest.raises(fl.NamesError) as caught:
         fl.set_weights(model, {"head.bias": weights["head.bias"]})
     assert set(caught.value.missing) == {"embedding.weight", "head.weight"}
+
+
+def test_one_client_that_unties_a_variable_does_not_stop_the_training_of_others(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Unties(fl.Learner):
+        def train(self, weights: Any, ctx: FLContext) -> Any:
+            moved = dict(weights)
+            if ctx[ContextKey.ROUND] == 0:
+                moved["head.weight"] = weights["head.weight"] + np.float32(0.001)
+            return moved, 1
+
+        def validate(self, weights: Any, ctx: FLContext) -> float:
+            return 0.0
+
+    clients = [
+        fl.FederatedClient("a", learner(language_model(1))),
+        fl.FederatedClient("b", learner(language_model(2))),
+        fl.FederatedClient("evil", Unties()),
+    ]
+    initial = fl.get_weights(language_model())
+    server = fl.FederatedServer(initial, num_rounds=3, min_contributions=1, on_bad_contribution="reject")
+    result = server.run(clients)
+    assert [report.accepted for report in result.reports] == [("a", "b", "evil")] * 3
+    assert "of the global model the first of two values of one variable is loaded" in caplog.text

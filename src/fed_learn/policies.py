@@ -122,6 +122,16 @@ def _compiled(policies: tuple[tuple[str, str], ...]) -> tuple[tuple[re.Pattern[s
         raise ValueError(f"policies: {error.pattern!r} is no regular expression: {error}") from error
 
 
+def expression_of(name: str) -> str:
+    """The regular expression that is found in one name alone.
+
+    Example:
+        >>> print(expression_of("fc1"))
+        ^fc1$
+    """
+    return f"^{re.escape(name)}$"
+
+
 def codes_in(schema: Schema) -> dict[str, str]:
     """Variables that are codes, whatever their numbers say, and what they are, in a few words.
 

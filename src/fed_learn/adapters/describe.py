@@ -15,7 +15,7 @@ from typing import Any
 from fed_learn.adapters.base import Variable
 from fed_learn.adapters.models import Only, adapter_of, choose, predicate
 from fed_learn.errors import printable
-from fed_learn.policies import POLICY_OF_ROLE, Policies, Policy, Role, codes_in
+from fed_learn.policies import POLICY_OF_ROLE, Policies, Policy, Role, codes_in, expression_of
 from fed_learn.weights import Schema, bytes_text, listed
 
 LONG = 60
@@ -84,7 +84,7 @@ class Description:
             >>> describe(model, policies={"running": "local"}).policies
             {'^0\\.running_mean$': 'local', '^0\\.running_var$': 'local'}
         """
-        return {f"^{re.escape(v.name)}$": v.policy for v in self if v.policy not in (None, "mean")}
+        return {expression_of(v.name): v.policy for v in self if v.policy not in (None, "mean")}
 
     @property
     def summary(self) -> str:

@@ -7,9 +7,20 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
+import numpy as np
+
 from fed_learn.aggregation.batch import Checked
 from fed_learn.contribution import check_terms
-from fed_learn.errors import ContributionError, DtypeError, NamesError, NonFiniteError, RoundError, ShapeError
+from fed_learn.errors import (
+    ContributionError,
+    DtypeError,
+    IntegerRangeError,
+    NamesError,
+    NonFiniteError,
+    RoundError,
+    ShapeError,
+)
 from fed_learn.limits import MOST_NAMED
 from fed_learn.weights import SHAPE_AND_DTYPE, Array, Schema, dtype_error, misses_and_adds, same_bits, shape_error
 
@@ -92,6 +103,40 @@ def of_other_variables(rows: Rows) -> Refused:
             text = f"{who}: {other!r} holds numbers, and is not finite in {count} of the round's contributions"
             refused.append((who, error or NonFiniteError(text, contributor=who, name=other)))
     return refused
+
+
+def of_sums(rows: Rows) -> Refused:
+    """Those without whom the sums of variables stay in the range of their dtypes: of the largest values, one by one."""
+    refused: Refused = []
+    left = {who: row.apart.summed for who, row in rows.items() if row.apart is not None and row.aggregation_weight}
+    for name in sorted({name for summed in left.values() for name in summed}):
+        values = {who: summed[name] for who, summed in left.items() if name in summed and summed[name].size}
+        sizes = {who: max(abs(array.min().item()), abs(array.max().item())) for who, array in values.items()}
+        for who in sorted(sizes, key=lambda who: (-sizes[who], who)):
+            dtype = values[who].dtype
+            if _sum_fits(list(values.values()), sum(sizes.values()), dtype):
+                break
+            text = f"{who}: with its {name!r}, the largest, the sum of all leaves the range of {dtype}"
+            refused.append((who, IntegerRangeError(text, contributor=who, name=name)))
+            del values[who], left[who], sizes[who]
+    return refused
+
+
+def _sum_fits(values: Sequence[Array], bound: float, dtype: np.dtype[Any]) -> bool:
+    """Whether the sum of arrays of a dtype is in its range; the bound is one of its magnitude."""
+    if dtype.kind in "iub":
+        least, largest = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+        least, largest = max(least, -(2**63)), min(largest, 2**63 - 1)  # they are summed in int64
+        if bound <= largest:
+            return True
+        total = sum([array.astype(object) for array in values])
+        return bool(np.min(total) >= least and np.max(total) <= largest)
+    largest_float = float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+    if bound <= largest_float / 2:
+        return True
+    with np.errstate(over="ignore"):
+        total = np.sum([array.astype(np.longdouble) for array in values], axis=0)
+        return bool(np.isfinite(total.astype(np.float64).astype(dtype)).all())
 
 
 def of_other_constants(rows: Rows) -> Refused:

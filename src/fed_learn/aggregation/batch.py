@@ -234,7 +234,8 @@ class Terms:
         given, apart = (sent.weights, None) if self.plan is None else self._apart(self.plan, sent, who)
         held = self._fitted(opened(given, who), who, tell)
         if sent.kind is Kind.DIFF:
-            check_differences(self.schema or Schema.of(held.weights, who), who)
+            held = _without_no_differences(held)
+            check_differences(Schema.of(held.weights, who), who)
         flagged: list[str] | None = None
         if self.own:
             held, weights, flagged = self._owned(OpenedWeights(held.on_host(), {}, {}), given)
@@ -383,6 +384,8 @@ class Terms:
         form = tuple(sorted((name, array.shape, array.dtype.str) for name, array in arrays.items()))
         if apart is None:
             return form
+        if not apart.beside and not apart.same:
+            return form
         beside = tuple(sorted((name, array.shape, array.dtype.str) for name, array in apart.beside.items()))
         return form, beside, tuple(sorted((name, _digest(array)) for name, array in apart.same.items()))
 
@@ -405,6 +408,15 @@ def _with_constants_of_its_own(checked: Checked, arrays: WeightDict) -> Checked:
     averaged = tuple(name for name in checked.arrays if name not in constants)
     form = (checked.form, averaged, digests)
     return replace(checked, constants=constants, form=form, unless_alone=not_finite(name, array, who))
+
+
+def _without_no_differences(held: OpenedWeights) -> OpenedWeights:
+    """Differences without the variables whose dtype can hold none, if they are 0: so they are as good as not sent."""
+    doubtful = [name for name, array in held.weights.items() if array.dtype.kind in "bu"]
+    if not doubtful:
+        return held
+    values = held.only([name for name in held.weights if name in {*doubtful}]).on_host()
+    return held.only([name for name in held.weights if name not in values or values[name].any()])
 
 
 def _digest(array: Array) -> bytes:

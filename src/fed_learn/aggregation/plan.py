@@ -7,7 +7,7 @@ variables to `apart`, and of those of a job with a global model to `batch`.
 
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,13 +16,11 @@ import numpy as np
 from fed_learn.adapters.tensors import framework_of, plain
 from fed_learn.aggregation.tensors import schema_of
 from fed_learn.errors import NamesError, NotSameError
-from fed_learn.policies import Policies, codes_in
+from fed_learn.policies import Policies, codes_in, expression_of
 from fed_learn.weights import PLAIN, Schema, WeightDict, items_of, listed, misses_and_adds, native_dtype
 
 logger = logging.getLogger(__name__)
 
-MOST_STRANGE, LONGEST_STRANGE = 1000, 200
-"""Names that the global model does not have are looked at by expressions only as far as that cannot take long."""
 EXTRA_STATE = "_extra_state"
 """How the name of what torch modules hand out by `get_extra_state` ends."""
 
@@ -70,12 +68,15 @@ class Plan:
         of: The policy of each known variable.
         codes: Why a variable among them is one that has no mean.
         open: Whether the global model is not known, and each contribution is taken apart by its own names.
+        of_job: Whether contributions come from clients, whose names for variables that the global model lacks meet no
+            expression: that may be slow on names made for it.
     """
 
     policies: Policies
     of: Mapping[str, str]
     codes: Mapping[str, str]
     open: bool = False
+    of_job: bool = False
 
     def names(self, *policies: str) -> list[str]:
         """Names of the known variables with one of these policies."""
@@ -105,9 +106,8 @@ class Plan:
         places = {"mean": averaged, "max": parts.largest, "sum": parts.summed, "same": parts.same}
         items = items_of(weights, who)
         codes = codes_of(items) if self.open else {}
-        strange = sum(name not in self.of for name in items) > MOST_STRANGE
         for name, value in items.items():
-            place = places.get("mean" if strange and not self.open else self._policy(name, codes))
+            place = places.get(self._policy(name, codes))
             if place is not None:
                 place[name] = value
         if self.open and len(averaged) == len(items):
@@ -118,11 +118,10 @@ class Plan:
         policy = self.of.get(name)
         if policy is not None or type(name) is not str:
             return policy or "mean"
-        own = self.policies.of(name) if self.policies and (self.open or len(name) <= LONGEST_STRANGE) else None
         if self.open:
-            return own or ("same" if name in codes else "mean")
+            return self.policies.of(name) or ("same" if name in codes else "mean")
         # A variable that the global model lacks is an extra one, and refused; not one that is local to the client.
-        return "local" if own == "local" else "mean"
+        return "local" if not self.of_job and self.policies.of(name) == "local" else "mean"
 
     def check_names(self, parts: Parts, who: str) -> None:
         """Refuses a contribution without one of the variables that are not averaged.
@@ -146,7 +145,7 @@ class Plan:
         why = f"it is {self.codes[name]}" if name in self.codes else "its policy is 'same'"
         return NotSameError(
             f"{who}: {name!r} is not the same as that of {whose}, and has to be equal everywhere: {why}. "
-            f"policies={{{name!r}: 'keep'}} leaves the global model's own, 'local' each client's; "
+            f"policies={{{expression_of(name)!r}: 'keep'}} leaves the global model's own, 'local' each client's; "
             "fl.get_weights(model, only=...) reads only what was trained",
             contributor=who,
             name=name,
@@ -210,6 +209,7 @@ def schemas_of(policies: Policies, model: WeightDict | None) -> tuple[Plan | Non
     plan = planned(policies, model, "global model")
     if plan is None:
         return None, schema, None
+    plan = replace(plan, of_job=True)
     averaged = plan.schema(schema, "mean")
     if not averaged:
         raise ValueError("policies leave no variable of the global model to be averaged")

@@ -307,6 +307,8 @@ class Round:
             drop(agreement.of_other_forms(self._rows, self._is_given_up, advise=not self.settings.stream))
         elif not self._terms.schema:
             drop(agreement.of_other_variables(self._rows))
+        if not self.settings.stream:
+            drop(agreement.of_sums(self._rows))
         if self.settings.kind is not Kind.DIFF:  # what is added to infinity changes nothing
             drop(agreement.of_other_constants(self._rows))
         if self._terms.round is None and refused:
@@ -650,6 +652,15 @@ class Round:
                 f"{listed(growing)}: full weights are summed, and the global model's own value is not 0, so that it "
                 "counts once for each client: differences (kind='diff') add up what the round has added",
             )
+        if self.settings.partial == "average" and len(rows) > 1:
+            beside = [name for row in rows if row.apart is not None for name in row.apart.beside]
+            senders = Counter([*(name for row in rows for name in row.averaged), *beside])
+            lone = [name for name in combined if senders[name] == 1]
+            if lone:
+                self._told.once(
+                    ("lone", frozenset(lone)),
+                    f"{listed(lone)}: sent by one of {len(rows)} contributions alone, whose value it is then",
+                )
         filled = {name for row in rows for name in row.filled}
         constants = [name for name in schema if name in filled] if filled else []
         if constants:

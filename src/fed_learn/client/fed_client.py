@@ -49,8 +49,8 @@ class FederatedClient:
 
     Attributes:
         ctx: The client's context.
-        is_local: Whether a variable of some name stays here, by the policies of the job, which sets it. What the
-            learner returns of them goes nowhere, and no filter sees it.
+        is_not_sent: Whether a variable of some name is not to be sent, by the policies of the job, which sets it:
+            `"local"` or `"keep"`. What the learner returns of them goes nowhere, and no filter sees it.
 
     Raises:
         UnknownContributorError: `name` cannot be one; see `fed_learn.contribution.check_contributor`.
@@ -77,7 +77,7 @@ class FederatedClient:
         self.kind = Kind(kind)
         self.filters = check_filters(filters)
         self.ctx = JobContext({ContextKey.CONTRIBUTOR: name, ContextKey.HANDLERS: self.handlers})
-        self.is_local: Callable[[str], bool] = lambda name: False
+        self.is_not_sent: Callable[[str], bool] = lambda name: False
         self._best: BestModel | None = None
         self._n_iter: int | None = None
         self._running = False
@@ -208,7 +208,7 @@ class FederatedClient:
     def _trained(self, weights: Any, received: FrozenWeights) -> FrozenWeights:
         """What was trained, as a weight dict: all or a part of what was received, and nothing that stays here."""
         if isinstance(weights, Mapping):
-            weights = {n: v for n, v in weights.items() if n in received or type(n) is not str or not self.is_local(n)}
+            weights = {n: v for n, v in weights.items() if type(n) is not str or not self.is_not_sent(n)}
         given = numbers_as_arrays(without_tensors(weights, self.name), Schema.of(received))
         arrays = as_weight_dict(given, self.name)
         if not arrays and received:

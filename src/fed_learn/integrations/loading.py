@@ -3,6 +3,7 @@
 The global weights decide which variables take part. Those that the model has beside them stay local.
 """
 
+import logging
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,12 @@ import numpy as np
 from fed_learn.adapters import get_weights, set_weights
 from fed_learn.adapters.layout import LayoutMap
 from fed_learn.adapters.tensors import framework_of
-from fed_learn.errors import ModelError
+from fed_learn.errors import ModelError, TiedVariablesError
 from fed_learn.model_meta import FLContext
 from fed_learn.ties import once, twins, under_all_names
 from fed_learn.weights import Array, WeightDict
+
+logger = logging.getLogger(__name__)
 
 
 def weights_in(ctx: FLContext) -> WeightDict:
@@ -36,11 +39,17 @@ def load(model: Any, weights: WeightDict, layout: LayoutMap | None) -> None:
         layout: The map from the global weights to the model's; None where both have the same names and shapes.
 
     Raises:
-        NamesError, ShapeError, DtypeError, WeightsTypeError, TiedVariablesError: The weights do not fit.
+        NamesError, ShapeError, DtypeError, WeightsTypeError: The weights do not fit.
     """
     if layout is not None:
         weights = _mapped(model, weights, layout)
-    set_weights(model, weights, strict=False)
+    try:
+        set_weights(model, weights, strict=False)
+    except TiedVariablesError as error:
+        # Somebody sent the variable with two values. Who did may go on so, and must not stop everybody's training.
+        logger.warning("of the global model the first of two values of one variable is loaded: %s", error)
+        tied = twins(get_weights(model, copy=False))
+        set_weights(model, {n: v for n, v in weights.items() if tied.get(n) not in weights}, strict=False)
 
 
 def _mapped(model: Any, weights: WeightDict, layout: LayoutMap) -> dict[str, Array]:

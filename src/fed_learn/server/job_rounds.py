@@ -96,6 +96,10 @@ class JobRounds(JobEvents):
         policies = self.settings.aggregation.policies
         return frozenset(filter(self.is_local, self.schema)) if policies else frozenset()
 
+    def is_not_sent(self, name: str) -> bool:
+        """Whether clients need not send a variable of this name: it is local to each of them, or kept as it is here."""
+        return self.settings.aggregation.policies.of(name) in ("local", "keep")
+
     def is_local(self, name: str) -> bool:
         """Whether clients keep a variable of this name to themselves, be it one that the global model lacks."""
         return self.settings.aggregation.policies.of(name) == "local"

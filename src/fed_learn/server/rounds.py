@@ -40,7 +40,7 @@ def run_job(job: Job, clients: ClientPool) -> None:
 
 def _register(job: Job, clients: ClientPool) -> None:
     def start(client: FederatedClient) -> None:
-        client.is_local = job.is_local
+        client.is_not_sent = job.is_not_sent
         client.start(job.settings.num_rounds or 1)
 
     for name, answer in clients.ask(start):
