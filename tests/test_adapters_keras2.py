@@ -92,3 +92,74 @@ data = np.ones((2, 4)), np.ones((2, 2))
 refused(lambda: KerasLearner(model, data, data), "KerasLearner takes a model of Keras 3, not a tf_keras")
 refused(lambda: KerasEvaluator(model, data, "loss"), "KerasEvaluator takes a model of Keras 3")
 """)
+
+
+def test_layers_derive_anew_what_they_keep_beside_loaded_weights() -> None:
+    run("""
+def made():
+    layers = [tf_keras.layers.Normalization(name="n"), tf_keras.layers.Dense(2, name="d")]
+    return tf_keras.Sequential([tf_keras.Input((3,)), *layers])
+
+x = np.random.default_rng(0).standard_normal((8, 3)).astype("float32") * 5 + 2
+model, other = made(), made()
+model.layers[0].adapt(x)
+other.compile("sgd", "mse")
+before = other.predict(x, verbose=0)
+compiled = other.predict_function
+fl.set_weights(other, fl.get_weights(other))
+assert other.predict_function is compiled
+fl.set_weights(other, fl.get_weights(model))
+assert np.array_equal(other(x), model(x)) and not np.array_equal(before, other(x))
+assert np.array_equal(other.predict(x, verbose=0), model.predict(x, verbose=0))
+""")
+
+
+@pytest.mark.parametrize("lookup", ["StringLookup", "IntegerLookup", "TextVectorization"])
+def test_a_vocabulary_is_named_by_a_warning_and_left_out(lookup: str) -> None:
+    run(f"""
+import warnings
+
+words = {lookup!r} != "IntegerLookup"
+found = tf_keras.layers.{lookup}(name="words")
+found.adapt(np.array(["a", "b", "b"] if words else [3, 4, 4]))
+layers = [found, tf_keras.layers.Embedding(5, 2, name="head")]
+model = tf_keras.Sequential([tf_keras.Input((1,), dtype="string" if words else "int64"), *layers])
+with warnings.catch_warnings(record=True, action="always") as caught:
+    weights = fl.get_weights(model)
+assert list(weights) == ["head/embeddings"]
+(said,) = [str(w.message) for w in caught if w.category is UserWarning]
+assert "the model keeps the vocabulary of " in said and "cannot travel as numbers" in said, said
+fl.set_weights(model, weights)
+""")
+
+
+def test_a_frozen_layer_is_not_trainable_and_was_made_to_be_trained() -> None:
+    run("""
+frozen = tf_keras.layers.Dense(3, name="frozen", trainable=False)
+layers = [frozen, tf_keras.layers.BatchNormalization(name="bn"), tf_keras.layers.Dense(2, name="head")]
+model = tf_keras.Sequential([tf_keras.Input((4,)), *layers])
+told = {v.name: (v.role, v.trainable) for v in fl.describe(model)}
+assert told["frozen/kernel"] == ("trained", False), told
+assert told["head/kernel"] == ("trained", True)
+assert told["bn/moving_mean"] == ("statistic", False)
+""")
+
+
+def test_names_that_differ_in_numbers_come_with_a_remedy_that_works() -> None:
+    run("""
+def made():
+    return tf_keras.Sequential([tf_keras.Input((4,)), tf_keras.layers.Dense(2)])
+
+tf_keras.backend.clear_session()
+one, other = made(), made()
+for strict in (True, False):
+    try:
+        fl.set_weights(other, fl.get_weights(one), strict=strict)
+    except fl.NamesError as error:
+        assert str(error).count("differs in the numbers that Keras gives") == 1, error
+        assert str(error).endswith("name the layers, or call tf_keras.backend.clear_session() before the model is made")
+    else:
+        raise AssertionError
+tf_keras.backend.clear_session()
+fl.set_weights(made(), fl.get_weights(one))
+""")

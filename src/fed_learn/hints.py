@@ -34,6 +34,8 @@ MODELS = ("flax", "equinox")
 """Packages whose classes, and those derived from them, are models."""
 PEFT = ("base_layer", "modules_to_save", "original_module")
 """What PEFT puts into the names of a model that it wraps, beside the names of adapters."""
+CLEARED = "call keras.utils.clear_session() before the model is made, or map with fl.align"
+"""What helps where layers of Keras 3 got numbers as names."""
 NUMBER = re.compile(r"_\d+(?=/|$)")
 
 
@@ -204,8 +206,13 @@ def _without_peft(name: str) -> str:
     return ".".join(part for part in parts if part not in (*PEFT, "default"))
 
 
-def of_numbers(missing: Sequence[str], extra: Sequence[str]) -> str:
+def of_numbers(missing: Sequence[str], extra: Sequence[str], remedy: str = CLEARED) -> str:
     """What to do about paths of Keras that differ in the numbers alone that it gives to layers.
+
+    Args:
+        missing: The names that are expected and did not come.
+        extra: The names that came instead.
+        remedy: What helps beside names for the layers.
 
     Example:
         >>> of_numbers(["dense/kernel"], ["dense_3/kernel"])[:41]
@@ -218,7 +225,7 @@ def of_numbers(missing: Sequence[str], extra: Sequence[str]) -> str:
         return ""
     return (
         "What is added differs in the numbers that Keras gives to layers without a name, as the process makes "
-        "them: name the layers, call keras.utils.clear_session() before the model is made, or map with fl.align"
+        f"them: name the layers, {remedy}"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from fed_learn.errors import DtypeError, FedLearnError, ModelError, WeightsTypeError
+from fed_learn.errors import DtypeError, FedLearnError, WeightsTypeError
 from fed_learn.policies import Role
 from fed_learn.weights import SUPPORTED_DTYPES, Array, same_bits
 
@@ -96,28 +96,6 @@ class Adapter(Protocol):
             ModelError: A variable cannot be written to; nothing has been.
             TiedVariablesError: Variables share memory, and their values differ there; nothing has been written.
         """
-
-
-def built_layers(model: Any, plain: Collection[Any]) -> list[Any]:
-    """The layers of a model of Keras, none of which may still be without its variables.
-
-    Args:
-        model: The model, or a layer.
-        plain: The `build` of classes that make no variables. Their layers need not have been called: an augmentation
-            that only training uses.
-
-    Raises:
-        ModelError: Names the layer.
-    """
-    layers: list[Any] = model._flatten_layers()
-    for layer in layers:
-        if not layer.built and (layer is model or type(layer).build not in plain):
-            raise ModelError(
-                f"model: layer {layer.name!r} is not built, and may have no variables yet; "
-                "call the model on a batch first, or its build(input_shape)",
-                name=layer.name,
-            )
-    return layers
 
 
 def given(array: Array, *, copy: bool) -> Array:

@@ -14,13 +14,13 @@ from fed_learn.adapters.base import (
     Framework,
     Variable,
     averageable,
-    built_layers,
     checked,
     given,
     role_of_any,
     role_of_buffer,
 )
 from fed_learn.adapters.jax import JaxTensors, copied_like
+from fed_learn.adapters.keras_layers import built_layers, derived_anew, left_in, left_of, own_variables
 from fed_learn.adapters.tensorflow import TensorFlowTensors
 from fed_learn.adapters.torch import TorchModels
 from fed_learn.adapters.torch_tensors import TorchTensors, plain_views
@@ -75,7 +75,7 @@ class KerasModels(Adapter):
             weights = model
         else:
             layers = _built(model)
-            if any(map(_has_codes, layers)) or any(map(_left_of, layers)):
+            if any(map(_has_codes, layers)) or any(map(left_of, layers)):
                 return None
             weights = model.weights
         named = {variable.path: variable for variable in weights}
@@ -101,8 +101,7 @@ class KerasModels(Adapter):
 
     def left(self, model: Any, _: Callable[[str], object] | None) -> list[str]:
         """Vocabularies, boundaries and other state of layers that is in none of their variables."""
-        layers = () if isinstance(model, list | tuple) else model._flatten_layers()
-        return [f"{left} of {type(layer).__name__} {layer.name!r}" for layer in layers if (left := _left_of(layer))]
+        return [] if isinstance(model, list | tuple) else left_in(model)
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """The value of a variable, as a read-only view or a copy.
@@ -116,17 +115,17 @@ class KerasModels(Adapter):
         return given(_view(variable.tensor, backend), copy=copy)
 
     def load(self, model: Any, values: Mapping[str, tuple[Variable, Any]]) -> Any:
-        backend, before = _backend(), _deriving(model, {id(variable.tensor) for variable, _ in values.values()})
-        if backend == "torch":
-            inner = {name: (replace(v, tensor=v.tensor.value), value) for name, (v, value) in values.items()}
-            self._torch.load({}, inner)
-        else:
+        backend, written = _backend(), {id(variable.tensor) for variable, _ in values.values()}
+        with derived_anew(model, written, lambda variable: _view(variable, backend)):
+            if backend == "torch":
+                inner = {name: (replace(v, tensor=v.tensor.value), value) for name, (v, value) in values.items()}
+                self._torch.load({}, inner)
+                return model
             for variable, value in values.values():
                 if backend == "jax":  # which might go on to use the memory of an array
                     variable.tensor.assign(copied_like(variable.tensor.value, value))
                 else:
                     variable.tensor.assign(value.astype(native_dtype(value.dtype), copy=False))
-        _derive(model, before)
         return model
 
     def hint(self, missing: Sequence[str], extra: Sequence[str]) -> str:
@@ -168,58 +167,6 @@ def _built(model: Any) -> list[Any]:
     return built_layers(model, (keras.Layer.build, keras.Model.build))
 
 
-def _deriving(model: Any, written: set[int]) -> list[tuple[Any, list[Array]]]:
-    """The layers that keep something derived from their variables, such as Normalization, and the variables' values.
-
-    Args:
-        model: The model.
-        written: The ids of the variables that get new values; layers without one of these are left as they are.
-    """
-    layers = () if isinstance(model, list | tuple) else model._flatten_layers()
-    found = [layer for layer in layers if getattr(layer, "finalize_state", None) is not None]
-    return [(layer, _own_values(layer)) for layer in found if not written.isdisjoint(map(id, _own(layer)))]
-
-
-def _own(layer: Any) -> list[Any]:
-    return [*layer._trainable_variables, *layer._non_trainable_variables]
-
-
-def _own_values(layer: Any) -> list[Array]:
-    return [np.array(_view(variable, _backend())) for variable in _own(layer)]
-
-
-def _derive(model: Any, before: Sequence[tuple[Any, list[Array]]]) -> None:
-    """Lets layers derive anew what they keep beside their variables, as they do when Keras loads a file.
-
-    Args:
-        model: The model.
-        before: The layers, and their variables' values before these were written.
-    """
-    changed = False
-    for layer, values in before:
-        layer.finalize_state()
-        changed |= not all(map(np.array_equal, values, _own_values(layer)))
-    # What was compiled before has the old values as constants. It is compiled again, which takes its time.
-    for function in ("train_function", "test_function", "predict_function") if changed else ():
-        if getattr(model, function, None) is not None:
-            setattr(model, function, None)
-
-
-def _left_of(layer: Any) -> str:
-    """What a layer keeps beside its variables and its configuration, in words; empty: nothing."""
-    own = layer.__dict__
-    if "lookup_table" in own:  # StringLookup, IntegerLookup; also inside of TextVectorization
-        return "the vocabulary" if layer.input_vocabulary is None and int(layer.lookup_table.size()) else ""
-    if "bin_boundaries" in own:  # Discretization; it has a summary where it was not made with them
-        return "the boundaries" if layer.bin_boundaries and own.get("summary") is not None else ""
-    if type(layer).__name__ == "TorchModuleWrapper":  # which makes variables of parameters alone
-        buffers = [name for name, _ in layer.module.named_buffers()]
-        return f"the buffers {', '.join(map(repr, buffers))}" if buffers else ""
-    # Else a class of a user's own, which writes more to files than its variables.
-    writes = getattr(type(layer), "save_assets", None)
-    return "the assets" if writes is not None and not writes.__module__.startswith("keras.") else ""
-
-
 def _has_codes(layer: Any) -> bool:
     return getattr(layer, "quantization_mode", None) not in (None, "float8")
 
@@ -231,7 +178,7 @@ def _of_layer(model: Any) -> list[Variable]:
     roles: dict[int, Role] = {id(variable): "trained" for layer in layers for variable in layer._trainable_variables}
     quantized: dict[int, Any] = {}
     for layer in filter(_has_codes, layers):  # what such a layer makes beside the codes tells what they stand for
-        quantized |= {id(v): layer for v in _own(layer) if v.dtype.startswith(("int", "uint"))}
+        quantized |= {id(v): layer for v in own_variables(layer) if v.dtype.startswith(("int", "uint"))}
         roles |= dict.fromkeys(map(id, layer._non_trainable_variables), "code")
     return [
         _variable(v, id(v) in trained, roles.get(id(v)) or _role_beside(v), quantized.get(id(v))) for v in model.weights

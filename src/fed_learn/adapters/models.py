@@ -233,13 +233,16 @@ def set_weights(model: M, weights: WeightDict, *, strict: bool = True, only: Onl
 
 
 def _hinted(error: NamesError, adapter: Adapter, known: Iterable[str], given: Iterable[str]) -> NamesError:
-    """The same error, with what the adapter has to say of it: of all names, also where some may be missing."""
+    """The same error, with what the adapter has to say of it: of all names, also where some may be missing.
+
+    That stands in the place of what is said of such names without a model.
+    """
     hint = getattr(adapter, "hint", None)
     known, given = dict.fromkeys(known), dict.fromkeys(given)
     missing, extra = [n for n in known if n not in given], [n for n in given if n not in known]
     said = hint(missing, extra) if hint is not None else ""
-    advice = f". {said}" if said else of_names(missing, extra)
-    message = f"{error}{advice}" if advice not in str(error) else str(error)
+    general = of_names(missing, extra)
+    message = f"{str(error).removesuffix(general)}{f'. {said}' if said else general}"
     return NamesError(message, contributor=error.contributor, name=error.name, missing=error.missing, extra=error.extra)
 
 

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,14 @@ from fed_learn.adapters.base import (
     Adapter,
     Framework,
     Variable,
-    built_layers,
     checked,
     given,
     not_averageable,
     role_of_any,
 )
+from fed_learn.adapters.keras_layers import built_layers, derived_anew, keras2_layer, left_in
 from fed_learn.errors import ModelError, WeightsTypeError, a_type, text_of
+from fed_learn.hints import of_numbers
 from fed_learn.weights import BFLOAT16, Array, native_dtype, same_bits
 
 MEMORY_ALIGNMENT = 64
@@ -156,16 +157,23 @@ class TensorFlowModels(Adapter):
             named = _weights_of_keras2(model)
         else:
             named = _attributes(model)
-        return [self._variable(name, variable) for name, variable in named.items()]
+        if not isinstance(model, keras2_layer()):
+            return [self._variable(name, variable, bool(variable.trainable)) for name, variable in named.items()]
+        trained = set(map(id, model.trainable_weights))  # without those of frozen layers
+        return [self._variable(name, variable, id(variable) in trained) for name, variable in named.items()]
 
-    def _variable(self, name: str, variable: Any) -> Variable:
+    def left(self, model: Any, _: Callable[[str], object] | None) -> list[str]:
+        """Vocabularies and other state of layers of Keras 2 that is in none of their variables."""
+        return left_in(model) if isinstance(model, keras2_layer()) else []
+
+    def _variable(self, name: str, variable: Any, trainable: bool) -> Variable:
         dtype, problem = checked(self._tensors, variable, name)
         shape = variable.shape
         if problem is None and not shape.is_fully_defined():  # some variables may change their shape
             shape = self._tensors.view(variable, "model", name).shape
         known = tuple(shape) if problem is None else ()
         role = role_of_any(name.rpartition("/")[2], known, dtype, trained=bool(variable.trainable))
-        return Variable(name, known, dtype, variable, bool(variable.trainable), role, id(variable), problem)
+        return Variable(name, known, dtype, variable, trainable, role, id(variable), problem)
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """The value of a variable, as a read-only view or a copy.
@@ -180,19 +188,20 @@ class TensorFlowModels(Adapter):
             (v.tensor, value if isinstance(value, np.ndarray) else self._tensors.view(value, "weights", v.name))
             for v, value in values.values()
         ]
-        for variable, array in arrays:
-            variable.assign(array.astype(native_dtype(array.dtype), copy=False), read_value=False)
+        layered = model if isinstance(model, keras2_layer()) else []
+        with derived_anew(layered, {id(variable) for variable, _ in arrays}, self._tensors.view):
+            for variable, array in arrays:
+                variable.assign(array.astype(native_dtype(array.dtype), copy=False), read_value=False)
         return model
 
+    def hint(self, missing: Sequence[str], extra: Sequence[str]) -> str:
+        """What to do when these names are missing and too many, in a sentence; empty where there is nothing to say.
 
-def keras2_layer() -> Any:
-    """The class of the layers and models of Keras 2, for `isinstance`; an empty tuple where it has not been imported.
-
-    Example:
-        >>> isinstance(3, keras2_layer())
-        False
-    """
-    return getattr(getattr(sys.modules.get("tf_keras"), "layers", None), "Layer", ())
+        Example:
+            >>> TensorFlowModels().hint(["dense/kernel"], ["dense_1/kernel"])[-82:]
+            'name the layers, or call tf_keras.backend.clear_session() before the model is made'
+        """
+        return of_numbers(missing, extra, "or call tf_keras.backend.clear_session() before the model is made")
 
 
 def _weights_of_keras2(model: Any) -> dict[str, Any]:
@@ -200,6 +209,8 @@ def _weights_of_keras2(model: Any) -> dict[str, Any]:
     built_layers(model, (keras2_layer().build, sys.modules["tf_keras"].Model.build))
     named: dict[str, Any] = {}
     for variable in model.weights:
+        if not isinstance(variable, sys.modules["tensorflow"].Variable):  # what stands for a vocabulary in a file
+            continue
         name = variable.name.removesuffix(":0")
         if named.setdefault(name, variable) is not variable:
             raise ModelError(

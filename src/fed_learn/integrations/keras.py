@@ -15,8 +15,8 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
+from fed_learn.adapters.keras_layers import keras2_layer
 from fed_learn.adapters.layout import LayoutMap
-from fed_learn.adapters.tensorflow import keras2_layer
 from fed_learn.errors import ModelError
 from fed_learn.integrations.batches import check_repeatable, count_of, form_of, in_order, pair_of, shuffled, tensors_in
 from fed_learn.integrations.components import (
