@@ -75,6 +75,65 @@ def test_the_codes_of_bitsandbytes_are_read_and_loaded_only_where_they_are_the_s
     assert bits(fl.get_weights(model)) == bits(changed)
 
 
+@pytest.mark.parametrize("kind", ["Linear8bitLt", "Linear4bit"])
+def test_what_lies_beside_codes_is_loaded_also_after_a_forward_pass(kind: str) -> None:
+    layer = getattr(pytest.importorskip("bitsandbytes").nn, kind)
+    arguments = {"has_fp16_weights": False} if kind == "Linear8bitLt" else {"quant_type": "nf4"}
+    model = nn.Sequential(layer(64, 64, **arguments)).to("cpu")
+    x = torch.randn(4, 64)
+    before = model(x)
+    weights = fl.get_weights(model)
+    fl.set_weights(model, weights)
+    assert torch.equal(model(x), before)
+    fl.set_weights(model, {"0.bias": np.full_like(weights["0.bias"], 3)}, strict=False)
+    assert fl.get_weights(model)["0.bias"].tolist() == [3] * 64
+    assert model(x).allclose(before - torch.from_numpy(weights["0.bias"]) + 3, atol=1e-4)
+
+
+QUANTIZED: dict[str, tuple[Callable[[], Any], bool]] = {
+    "convert": (lambda: converted(nn.Linear(3, 2)), True),
+    "dynamic": (lambda: dynamic(nn.Linear(3, 2)), False),
+    "dynamic, and another layer": (lambda: dynamic(nn.Linear(3, 2), nn.BatchNorm1d(2)), True),
+}
+"""Models that torch has quantized, and whether they have variables that can be averaged."""
+
+
+def converted(*layers: Any) -> Any:
+    ao: Any = torch.ao.quantization
+    model = nn.Sequential(ao.QuantStub(), *layers, ao.DeQuantStub()).train()
+    model.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    prepared = ao.prepare_qat(model)
+    prepared(torch.randn(8, 3))
+    return ao.convert(prepared.eval())
+
+
+def dynamic(*layers: Any) -> Any:
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    return quantize(nn.Sequential(*layers), {nn.Linear, nn.LSTM})
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*reduce_range:UserWarning", "ignore:the model keeps '.*_packed_params:UserWarning")
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_model_that_torch_has_quantized_is_to_be_averaged_before(kind: str) -> None:
+    made, others = QUANTIZED[kind]
+    model = made()
+    with pytest.raises(fl.ModelError, match=r"packed.*Average the model before .*convert\(\) or quantize_") as caught:
+        fl.get_weights(model)
+    assert ("only= chooses the others" in str(caught.value)) == others
+    state = model.state_dict()
+    with pytest.raises(fl.WeightsTypeError, match=r"_packed_params.*packed.*Average.*fl\.get_weights\(state_dict\)"):
+        fl.weighted_average([state, state])
+    tensors = {name for name, value in state.items() if isinstance(value, torch.Tensor)}
+    assert fl.weighted_average([fl.get_weights(state)] * 2).keys() == tensors
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+def test_packed_weights_without_a_length_are_named_by_the_warning() -> None:
+    with pytest.warns(UserWarning, match=r"keeps '0\._all_weight_values\.0\.param' \(a ScriptObject"):
+        assert list(fl.get_weights(dynamic(nn.LSTM(3, 2), nn.BatchNorm1d(2))))[:2] == ["1.weight", "1.bias"]
+
+
 @pytest.mark.parametrize(("kind", "arguments", "parts"), BITSANDBYTES)
 def test_adapters_of_low_rank_beside_codes_are_read_averaged_and_loaded_alone(
     kind: str, arguments: dict[str, Any], parts: set[str]

@@ -36,6 +36,10 @@ PEFT = ("base_layer", "modules_to_save", "original_module")
 """What PEFT puts into the names of a model that it wraps, beside the names of adapters."""
 CLEARED = "call keras.utils.clear_session() before the model is made, or map with fl.align"
 """What helps where layers of Keras 3 got numbers as names."""
+BEFORE_PACKING = "Average the model before torch.ao.quantization.convert() or quantize_dynamic()"
+"""What to do where torch has packed weights."""
+PACKED = re.compile(r"(^|\.)(_packed_params|_all_weight_values)\.")
+"""Entries of a quantized model of torch in its `state_dict`."""
 NUMBER = re.compile(r"_\d+(?=/|$)")
 
 
@@ -111,8 +115,11 @@ def of_entry(name: str, value: object, weights: Mapping[Any, Any]) -> str:
     checkpoint = _entries_with_weights(weights)
     if checkpoint:
         return f"; this looks like a checkpoint: pass {checkpoint}"
-    if type(value).__module__.partition(".")[0] == "torch" and type(value).__name__ == "dtype":
-        return "; torch's quantized modules pack their weights: take along the tensors of their state_dict alone"
+    if PACKED.search(name):
+        return (
+            f"; weights that torch has quantized are packed, and have no mean. {BEFORE_PACKING}, or average the "
+            "tensors beside them: fl.get_weights(state_dict)"
+        )
     if callable(getattr(value, "state_dict", None)):
         return f"; pass fl.get_weights() of what is under {name!r}"
     if isinstance(value, Mapping):

@@ -4,7 +4,7 @@ What their tensors are as arrays is left to `fed_learn.adapters.torch_tensors`.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +15,12 @@ from fed_learn.adapters.overlaps import Blocks, Placed, Span, refuse_contradicti
 from fed_learn.adapters.torch_loading import derives, growing, load_as_torch_does, plain_name, undone_on_failure
 from fed_learn.adapters.torch_tensors import TorchTensors, is_uninitialized, plain_views
 from fed_learn.errors import ModelError, NotSameError, ShapeError, a_type
+from fed_learn.hints import BEFORE_PACKING
 from fed_learn.policies import Role, codes_in
 from fed_learn.weights import Array, Schema, native_dtype, same_bits
+
+QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
+"""Packages with the layers that `torch.ao.quantization.convert` and `quantize_dynamic` put in the place of others."""
 
 
 class TorchModels(Adapter):
@@ -51,10 +55,9 @@ class TorchModels(Adapter):
         known = Schema((v.name, (v.shape, v.dtype)) for v in variables if v.problem is None)
         codes = codes_in(known) | {v.name: why for v in variables if (why := self._tensors.code(v.tensor)) is not None}
         variables = [replace(v, role="code") if v.name in codes else v for v in variables]
-        return [
-            replace(v, problem=_is_foreign(v.name)) if v.name in foreign and v.name not in codes else v
-            for v in variables
-        ]
+        barred = {v.name for v in variables if v.name in foreign and v.name not in codes}
+        advice = _advice(model, alone=len(barred) == len(variables)) if barred else ""
+        return [replace(v, problem=_is_foreign(v.name, advice)) if v.name in barred else v for v in variables]
 
     def _variable(self, name: str, tensor: Any, parameters: set[int] | None) -> Variable:
         dtype, problem = checked(self._tensors, tensor, name)
@@ -100,7 +103,7 @@ class TorchModels(Adapter):
         if isinstance(model, Mapping):
             return {}
         named = unwrapped(model).named_parameters()
-        return {name.replace("_orig_mod.", ""): bool(parameter.requires_grad) for name, parameter in named}
+        return {plain_name(path): bool(parameter.requires_grad) for path, parameter in named}
 
     def get(self, variable: Variable, *, copy: bool) -> Array:
         """The value of a variable, as an array; as a tensor where it is not on the CPU, and it stays there."""
@@ -258,13 +261,25 @@ def _held(model: Any) -> tuple[dict[str, Any], frozenset[str], dict[str, Any]]:
 
 def _says_something(value: object) -> bool:
     """Whether what is no tensor in a `state_dict` can differ between models of one architecture."""
-    empty = value is None or (isinstance(value, Sized) and not len(value))
-    return not empty and not isinstance(value, sys.modules["torch"].dtype)
+    if value is None or isinstance(value, sys.modules["torch"].dtype):
+        return False
+    try:
+        return len(value) > 0  # type: ignore[arg-type]  # what has no length raises
+    except (TypeError, NotImplementedError):
+        return True
 
 
-def _is_foreign(name: str) -> ModelError:
+def _is_foreign(name: str, advice: str) -> ModelError:
     what = f"model: {name!r} of its state_dict is not one of its parameters or buffers"
-    return ModelError(f"{what}, and cannot be loaded{ONLY}", name=name)
+    return ModelError(f"{what}, and cannot be loaded{advice}", name=name)
+
+
+def _advice(model: Any, *, alone: bool) -> str:
+    """What to do about a model with variables that are not its own, which are all that it has, or some of them."""
+    others = "" if alone else ONLY
+    if any(type(part).__module__.startswith(QUANTIZED) for part in model.modules()):
+        return f": its weights are packed, as torch quantizes them, and have no mean. {BEFORE_PACKING}{others}"
+    return others
 
 
 def _collect(module: Any, prefix: str, held: dict[str, Any]) -> bool:

@@ -129,7 +129,13 @@ def _load(module: Any, prefix: str, state: Any, names: frozenset[str], errors: l
     missing: list[str] = []
     unexpected: list[str] = []
     if loads_itself(module):
-        inside = {path: value for path, value in state.items() if path.startswith(prefix)}
+        # Beside what is loaded, its own variables alone: some refuse what else they wrote into the state themselves.
+        own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+        inside = {
+            path: value
+            for path, value in state.items()
+            if path.startswith(prefix) and (plain_name(path) in names or path.removeprefix(prefix) in own)
+        }
         module._load_from_state_dict(inside, prefix, metadata, True, missing, unexpected, errors)
     for name, part in module._modules.items():
         if part is not None:
