@@ -1,6 +1,8 @@
 """`fl.describe`: what it tells of models and weights, its table, and the policies that it hands on."""
 
+import copy
 import dataclasses
+import importlib
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,7 @@ def test_every_variable_has_a_row_in_the_order_of_the_weights() -> None:
         assert [variable.name for variable in description] == list(WEIGHTS)
         assert len(description) == 4
         assert row(description, "bn.mean") == DescribedVariable(
-            "bn.mean", (2,), "float64", None, "mean", None, 16, None, None
+            "bn.mean", (2,), "float64", "statistic", "mean", None, 16, None, None
         )
     with pytest.raises(dataclasses.FrozenInstanceError):
         description.variables = ()  # type: ignore[misc]
@@ -42,9 +44,9 @@ def test_every_variable_has_a_row_in_the_order_of_the_weights() -> None:
 def test_codes_have_to_be_the_same_and_a_policy_of_the_user_goes_first() -> None:
     assert {v.name: (v.role, v.policy) for v in fl.describe(WEIGHTS, policies={"bn": "local", "a$": "max"})} == {
         "w": ("code", "same"),
-        "bn.mean": (None, "local"),
+        "bn.mean": ("statistic", "local"),
         "w.quant_state.bitsandbytes__nf4": ("code", "same"),
-        "a": (None, "max"),
+        "a": ("counter", "max"),
     }
 
 
@@ -74,9 +76,9 @@ def test_only_chooses_and_what_fits_nothing_is_an_error() -> None:
 def test_the_table_and_its_summary() -> None:
     weights = {"w": np.zeros((400, 2), np.float32), "bn.mean": np.zeros(2)}
     assert fl.describe(weights, policies={"bn": "local"}).table(width=80).splitlines() == [
-        "name     shape  dtype    role  policy  trained  bytes",
-        "w        400x2  float32  ?     mean    ?        3.2 kB",
-        "bn.mean  2      float64  ?     local   ?        16 B",
+        "name     shape  dtype    role       policy  trained  bytes",
+        "w        400x2  float32  ?          mean    ?        3.2 kB",
+        "bn.mean  2      float64  statistic  local   ?        16 B",
         "",
         "2 variables, 3.2 kB, 802 numbers; mean: 1 variable, 3.2 kB; local: 1 variable,",
         "16 B",
@@ -175,6 +177,56 @@ def test_a_model_of_torch_with_ties_masks_and_frozen_parts() -> None:
     )
     assert "1 more name of the same variables (tied)" in description.summary
     assert description.policies == dict.fromkeys(["^mask$", "^position_ids$", "^rng_state$"], "same")
+
+
+@pytest.mark.not_quick
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*reduce_range:UserWarning")
+def test_what_quantization_observes_is_averaged_before_and_after_the_first_batch() -> None:
+    torch = pytest.importorskip("torch")
+    ao = torch.ao.quantization
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(ao.QuantStub(), torch.nn.Linear(3, 2)).train()
+    model.qconfig = ao.get_default_qat_qconfig("fbgemm")
+    model = ao.prepare_qat(model)
+    start = fl.describe(model)
+    assert {v.name.rpartition(".")[2] for v in start if v.role == "constant"} == {"eps"}
+    assert {v.role for v in start if v.name.endswith(("zero_point", "_enabled", "_val", "scale"))} == {"statistic"}
+    clients = []
+    for shift in (-3, 3):
+        client = copy.deepcopy(model)
+        client(torch.randn(8, 3) + shift)
+        assert fl.describe(client).policies == start.policies
+        clients.append(fl.get_weights(client))
+    points = [int(client["0.activation_post_process.zero_point"][0]) for client in clients]
+    assert points[0] != points[1]
+    mean = fl.weighted_average(clients, policies=start.policies)
+    assert abs(int(mean["0.activation_post_process.zero_point"][0]) - sum(points) / 2) <= 0.5
+    client.apply(ao.disable_observer)
+    without = fl.get_weights(client)
+    assert fl.weighted_average([without] * 2, policies=start.policies)["1.weight_fake_quant.observer_enabled"] == [0]
+
+
+@pytest.mark.not_quick
+def test_masks_of_pruning_are_constants() -> None:
+    torch = pytest.importorskip("torch")
+    prune = importlib.import_module("torch.nn.utils.prune")
+    layer = prune.l1_unstructured(torch.nn.Linear(4, 4), "weight", amount=0.5)
+    layer.register_buffer("mask", torch.ones(2))
+    roles = {v.name: v.role for v in fl.describe(layer)}
+    assert roles == {"bias": "trained", "weight_orig": "trained", "weight_mask": "constant", "mask": "constant"}
+
+
+@pytest.mark.not_quick
+def test_arrays_in_two_places_of_a_tree_are_tied_until_they_are_loaded() -> None:
+    jnp = pytest.importorskip("jax.numpy")
+    for table in (jnp.ones(2), np.ones(2, np.float32)):
+        tree = {"embed": table, "head": table, "other": jnp.ones(2)}
+        assert [v.tied_to for v in fl.describe(tree)] == [None, "embed", None]
+        weights = fl.get_weights(tree, copy=False)
+        assert weights["head"] is weights["embed"]
+        untied = fl.set_weights(tree, {**weights, "head": np.zeros(2, np.float32)})
+        assert [v.tied_to for v in fl.describe(untied)] == [None, None, None]
 
 
 @pytest.mark.not_quick

@@ -30,8 +30,8 @@ Role: TypeAlias = Literal["trained", "statistic", "counter", "constant", "code"]
 """What a variable is to its model.
 
 `"trained"`: training changes it, or could. `"statistic"`: an account that training keeps, as of BatchNorm. `"counter"`:
-a number of steps. `"constant"`: nothing changes it, as a mask. `"code"`: bits that are no numbers to be averaged, such
-as packed weights and what belongs to them, pickled states, random states.
+a number of steps. `"constant"`: nothing changes it, as a mask or a setting. `"code"`: bits that are no numbers to be
+averaged, such as packed weights and what belongs to them, pickled states, random states.
 """
 
 POLICY_OF_ROLE: Mapping[Role, Policy] = {

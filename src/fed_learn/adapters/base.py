@@ -16,9 +16,13 @@ STATISTICS = frozenset(
     (
         *("running_mean", "running_var"),
         *("moving_mean", "moving_variance", "moving_stddev", "renorm_mean", "renorm_stddev", "mean", "variance"),
+        *("min_val", "max_val", "zero_point", "observer_enabled", "fake_quant_enabled"),
     )
 )
-"""What layers of torch and Keras call the statistics that they keep of what passes through them."""
+"""What layers of torch and Keras call the statistics that they keep of what passes through them.
+
+Among them what observers of quantization find, and switches of these, which a plan of training turns on and off.
+"""
 DTYPES = {dtype.name: dtype for dtype in SUPPORTED_DTYPES}
 
 
@@ -127,9 +131,12 @@ def role_of_buffer(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], fini
         >>> role_of_buffer("mask", (8, 8), np.dtype("float32"), lambda: False)
         'constant'
     """
+    if name in STATISTICS:
+        return "statistic"
     if dtype.kind in "biu":
         return "counter" if not shape and dtype.kind != "b" else "constant"
-    return "statistic" if name in STATISTICS or finite() else "constant"
+    setting = name in ("eps", "mask") or name.endswith("_mask")
+    return "statistic" if not setting and finite() else "constant"
 
 
 def role_of_any(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, trained: bool) -> Role | None:

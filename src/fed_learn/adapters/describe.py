@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from fed_learn.adapters.base import Variable
-from fed_learn.adapters.models import Only, adapter_of, choose, predicate
+from fed_learn.adapters.models import Only, adapter_of, choose, predicate, tied_names
 from fed_learn.errors import printable
 from fed_learn.policies import POLICY_OF_ROLE, Policies, Policy, Role, codes_in, expression_of
 from fed_learn.weights import Schema, bytes_text, listed
@@ -194,10 +194,11 @@ def described(
             names = listed((variable.name for variable in variables), 3)
             raise ValueError(f"policies: {pattern!r} fits none of the {len(variables)} variables ({names})")
     codes = codes_in(Schema((v.name, (v.shape, v.dtype)) for v in variables if v.problem is None))
+    chosen, rows = choose(variables, only), []
+    tied = tied_names(chosen)
     first: dict[object, str] = {}
     given: dict[str, Any] = {}
-    rows = []
-    for variable in choose(variables, only):
+    for variable in chosen:
         role: Role | None = "code" if variable.name in codes else variable.role
         policy: Any = None
         if variable.problem is None:
@@ -217,7 +218,7 @@ def described(
                 policy,
                 variable.trainable,
                 prod(variable.shape) * variable.dtype.itemsize,
-                None if name == variable.name else name,
+                tied.get(variable.name),
                 None if variable.problem is None else str(variable.problem),
             )
         )

@@ -169,13 +169,21 @@ def get_weights(model: object, *, copy: bool = True, only: Only | None = None) -
     if left is not None:
         warn_of_left(model, left(model, predicate(only)))
     chosen = {variable.name: variable for variable in _sound(choose(adapter.variables(model), only))}
-    tied = {} if copy else _tied(chosen.values())
+    tied = {} if copy else tied_names(chosen.values())
     found = {name: adapter.get(variable, copy=copy) for name, variable in once(chosen, tied).items()}
     return under_all_names(found, tied, chosen)
 
 
-def _tied(chosen: Collection[Variable]) -> dict[str, str]:
-    """The further names of variables → the first. Two places of a JAX pytree that hold one array are tied as well."""
+def tied_names(chosen: Collection[Variable]) -> dict[str, str]:
+    """The further names of variables → the first. Two places of a pytree that hold one array are tied as well.
+
+    Loading unties these two, which is why they are variables of their own and have no identity in common.
+
+    Example:
+        >>> table = np.ones(2)
+        >>> tied_names(variables({"embedding": table, "head": table}))
+        {'head': 'embedding'}
+    """
     first: dict[object, str] = {}
     by_place = {v.name: v.identity == v.name and hasattr(v.tensor, "shape") for v in chosen}
     named = {v.name: first.setdefault(id(v.tensor) if by_place[v.name] else v.identity, v.name) for v in chosen}

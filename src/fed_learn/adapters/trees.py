@@ -3,6 +3,7 @@
 They are read and loaded as JAX would, by the same names in the same order, whether or not JAX has been imported.
 """
 
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters.base import Adapter, Variable, averageable, given
+from fed_learn.adapters.base import Adapter, Variable, averageable, given, role_of_any
 from fed_learn.errors import FedLearnError, ModelError, WeightsTypeError
 from fed_learn.policies import Role
 from fed_learn.weights import Array, FrozenDict
@@ -91,7 +92,7 @@ def leaf_dtype(leaf: Any, name: str) -> tuple[np.dtype[Any], FedLearnError | Non
 def told_by_name(
     name: str, shape: tuple[int, ...], dtype: np.dtype[Any], *, collections: bool
 ) -> tuple[bool | None, Role | None]:
-    """Whether a variable is trained, and its role, where Flax and optax have a name for such.
+    """Whether a variable is trained, and its role, where Flax and optax have a name for such, or its name tells it.
 
     Args:
         name: Its path.
@@ -105,14 +106,14 @@ def told_by_name(
         >>> told_by_name("opt_state/0/count", (), np.dtype("int32"), collections=True)
         (False, 'counter')
     """
-    first, last = name.partition("/")[0], name.rpartition("/")[2]
+    first, last = name.partition("/")[0], re.split("[./]", name)[-1]
     if collections and first == "params":
         return True, "trained"
     if last in COUNTERS and not shape and dtype.kind in "iu":
         return False, "counter"
     if collections and first in ("batch_stats", "opt_state"):
         return False, "statistic"
-    return None, None
+    return None, role_of_any(last, shape, dtype, trained=False)
 
 
 def loaded_leaf(leaf: Any, value: Array) -> Any:
