@@ -55,6 +55,20 @@ def test_safetensors_are_told_by_their_header_alone(tmp_path: Path, capsys: pyte
     }
 
 
+@pytest.mark.not_quick
+def test_files_of_one_model_tell_the_same_roles(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    weights: dict[str, Any] = {"0.weight": np.zeros((2, 2), np.float32), "1.running_mean": np.zeros(2, np.float32)}
+    weights |= {"1.num_batches_tracked": np.array(3), "ids": np.arange(3)}
+    np.savez(tmp_path / "m.npz", **weights)
+    save_file(weights, tmp_path / "m.safetensors")
+    torch.save({name: torch.from_numpy(array) for name, array in weights.items()}, tmp_path / "m.pt")
+    for kind in ("npz", "safetensors", "pt"):
+        told = {name: row[2] for name, row in rows(capsys, tmp_path / f"m.{kind}").items()}
+        roles = {"0.weight": None, "1.running_mean": "statistic", "1.num_batches_tracked": "counter", "ids": "constant"}
+        assert told == roles
+
+
 def test_a_dtype_that_cannot_be_averaged_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "model.safetensors"
     header = json.dumps({"w": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
@@ -186,9 +200,50 @@ def test_files_of_keras(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert found["d/kernel"] == ([3, 2], "float32", "trained", "mean")
     assert rows(capsys, tmp_path / "only.weights.h5")["layers/dense/vars/0"] == ([3, 2], "float32", None, "mean")
     assert "Names are those in the file." in run(capsys, tmp_path / "only.weights.h5")[1]
-    (tmp_path / "bad.keras").write_bytes(b"damaged")
-    code, _, err = run(capsys, tmp_path / "bad.keras")
-    assert (code, "bad.keras cannot be read" in err) == (1, True)
+    for bad in ("bad.keras", "bad.h5"):
+        (tmp_path / bad).write_bytes(b"damaged")
+        code, _, err = run(capsys, tmp_path / bad)
+        assert (code, f"{bad} cannot be read" in err) == (1, True)
+
+
+@pytest.mark.not_quick
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras, as it saves
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_a_whole_model_in_hdf5_is_read_without_running_what_it_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keras = pytest.importorskip("keras")
+    trace = tmp_path / "ran"
+
+    def run_by_loading(x: Any) -> Any:
+        import pathlib
+
+        pathlib.Path(trace).touch()
+        return x
+
+    layers = [keras.layers.Lambda(run_by_loading), keras.layers.Dense(2, name="d")]
+    model = keras.Sequential([keras.Input((3,)), *layers], name="net")
+    model.compile("adam", "mse")
+    model.save(tmp_path / "whole.h5")
+    trace.unlink()
+    found = rows(capsys, tmp_path / "whole.h5")
+    assert list(found.values()) == [([2], "float32", None, "mean"), ([3, 2], "float32", None, "mean")]
+    assert all(name.startswith("d/net/d/") for name in found)
+    assert "Names are those in the file." in run(capsys, tmp_path / "whole.h5")[1]
+    assert not trace.exists()
+
+
+@pytest.mark.not_quick
+def test_an_old_keras_whose_safe_mode_runs_programs_loads_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keras = pytest.importorskip("keras")
+    monkeypatch.setattr(keras, "__version__", "3.11.2")
+    monkeypatch.setattr(keras.saving, "load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    (tmp_path / "whole.keras").write_bytes(b"a program")
+    code, _, err = run(capsys, tmp_path / "whole.keras")
+    assert (code, "is not loaded by Keras 3.11.2" in err, "install Keras 3.11.3 or later" in err) == (2, True, True)
+
 
 
 @pytest.mark.not_quick

@@ -1,4 +1,5 @@
-"""The variables in files of weights and models, for `fed-learn describe`. Nothing is ever unpickled.
+"""The variables in files of weights and models, for `fed-learn describe`. Nothing is ever unpickled,
+and nothing in a file is run.
 
 Of `.safetensors` the header is enough. Files of a framework need that framework, which is imported here; the variables
 are those that its adapter tells.
@@ -32,6 +33,8 @@ SAFETENSORS = {
 """What the header of a `.safetensors` file calls the dtypes that can be averaged."""
 LONGEST_HEADER = 100_000_000
 """Bytes of a `.safetensors` header, by its specification."""
+SAFE_KERAS = (3, 11, 3)
+"""The first version of Keras whose safe mode lets no file run a program."""
 
 
 def read_variables(path: Path, key: str | None = None) -> Found:
@@ -93,10 +96,13 @@ def _numpy(path: Path) -> Found:
 
 def _keras(path: Path) -> Found:
     keras = _imported("keras", path)
-    if path.name.endswith(".weights.h5"):
-        return _keras_weights(path)
+    if tuple(map(int, re.findall(r"\d+", keras.__version__)[:3])) < SAFE_KERAS:
+        raise ConfigError(
+            f"{path.name} is not loaded by Keras {keras.__version__}, whose safe mode lets files run programs: install "
+            f"Keras {'.'.join(map(str, SAFE_KERAS))} or later, or give what model.save_weights('x.weights.h5') writes"
+        )
     try:
-        model = keras.saving.load_model(path, compile=False)
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except (ValueError, TypeError, OSError, KeyError) as error:  # a class of the user's own, or no such file
         raise WeightsTypeError(
             f"{path.name} cannot be read: {text_of(error)} (of a model in Python, fl.describe(model) tells the same)"
@@ -104,7 +110,8 @@ def _keras(path: Path) -> Found:
     return _of_model(model, path), []
 
 
-def _keras_weights(path: Path) -> Found:
+def _hdf5(path: Path) -> Found:
+    """The arrays of weights in a file of Keras, by their names there; a whole model in it is not loaded."""
     h5py, found = _imported("h5py", path), []
 
     def visit(name: str, entry: Any) -> None:
@@ -113,9 +120,12 @@ def _keras_weights(path: Path) -> Found:
 
     try:
         with h5py.File(path) as file:
-            file.visititems(visit)
-    except OSError as error:
+            whole = file.get("model_weights")  # beside it are the settings and the optimizer of a whole model
+            (file if whole is None else whole).visititems(visit)
+    except (OSError, AttributeError) as error:
         raise WeightsTypeError(f"{path.name} cannot be read: {text_of(error)}") from error
+    if not found:
+        raise WeightsTypeError(f"{path.name} holds no arrays")
     remark = "Names are those in the file. fl.get_weights has other names, which only the model knows: variable.path."
     return found, [remark]
 
@@ -195,6 +205,6 @@ def _imported(module: str, path: Path) -> Any:
 
 
 META = "__metadata__"
-READERS = {".safetensors": _safetensors, ".npz": _numpy, ".npy": _numpy, ".keras": _keras, ".h5": _keras}
+READERS = {".safetensors": _safetensors, ".npz": _numpy, ".npy": _numpy, ".keras": _keras, ".h5": _hdf5}
 """By the ending of the file."""
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
