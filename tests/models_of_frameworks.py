@@ -515,7 +515,7 @@ NNX = (
     "norm/bias norm/mean norm/scale norm/var"
 )
 JAX = [
-    Case("jax dict", ("jax",), jax_dict, jax_train_dict, jax_read_dict, DICT, "." * 4, "." * 4),
+    Case("jax dict", ("jax",), jax_dict, jax_train_dict, jax_read_dict, DICT, "....", "...n"),
     Case("flax linen", ("jax", "flax"), linen_model, linen_train, linen_read, LINEN, "nnyyyyyy", "sstttttt"),
     Case("flax nnx", ("jax", "flax"), nnx_model, nnx_train, nnx_read, NNX, "yynyyyyynyn", "ttntttttsts"),
     Case(
