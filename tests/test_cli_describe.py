@@ -245,7 +245,6 @@ def test_an_old_keras_whose_safe_mode_runs_programs_loads_nothing(
     assert (code, "is not loaded by Keras 3.11.2" in err, "install Keras 3.11.3 or later" in err) == (2, True, True)
 
 
-
 @pytest.mark.not_quick
 def test_the_state_of_an_optimizer_and_checkpoints_of_lightning_are_known(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
