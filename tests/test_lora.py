@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fed_learn as fl
+from fed_learn.lora.config import _finder
 from fed_learn.weights import Array, rounded
 
 pytestmark = pytest.mark.quick
@@ -243,6 +245,67 @@ def test_patterns_give_layers_their_own_ranks_and_alphas() -> None:
     assert stacked["alpha_pattern"] == {"^k": 24}
 
 
+def test_expressions_of_patterns_are_compiled_once_however_many_layers_and_adapters(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = [f"m.{i}" for i in range(20)]
+    weights = {name.replace(LAYER, layer): array for layer in layers for name, array in adapter(1, 2).items()}
+    own = config(4, 4, rank_pattern=dict.fromkeys(layers, 2), alpha_pattern={"m.3": 8})
+    compiled: list[str] = []
+    original = re.compile
+
+    def counted(pattern: Any, flags: Any = 0) -> Any:
+        compiled.append(pattern)
+        return original(pattern, flags)
+
+    _finder.cache_clear()
+    monkeypatch.setattr("fed_learn.lora.config.re.compile", counted)
+    found = fl.lora.average([weights] * 5, config=[dict(own) for _ in range(5)], method="stack")
+    assert sorted(compiled) == sorted(rf"(.*\.)?({key})$" for key in [*layers, "m.3"])
+    assert {layer: one.scaling for layer, one in found.report.items()} == {**dict.fromkeys(layers, 2.0), "m.3": 4.0}
+
+
+def test_several_adapters_in_one_dict_are_refused_by_the_name_of_the_layer() -> None:
+    named = {
+        f"q.lora_{half}.{one}.weight": array
+        for one in ("default", "other")
+        for half, array in zip("AB", adapter(1, 2).values(), strict=True)
+    }
+    text = r"adapters\[0\]: 'q' has several adapters \('q.lora_A.default.weight', 'q.lora_A.other.weight'\)"
+    with pytest.raises(fl.NamesError, match=rf"{text}: .*adapter_name="):
+        fl.lora.average([named, named], config=config(2, 4))
+
+
+def test_numbers_of_numpy_are_numbers_of_a_configuration() -> None:
+    numbers: Any = {"r": np.int64(2), "lora_alpha": np.float32(3)}
+    own = {**numbers, "rank_pattern": {"q": np.int32(2)}, "alpha_pattern": {"k": np.int8(1)}}
+    assert fl.lora.average([adapter(1, 2)], config=own).report[LAYER].scaling == 1.5
+    made = fl.lora.average([adapter(1, 2)] * 2, config=own, method="stack").config
+    assert (made["r"], type(made["r"]), made["lora_alpha"], type(made["lora_alpha"])) == (4, int, 6, int)
+
+
+@pytest.mark.parametrize(
+    ("configs", "arguments", "text"),
+    [
+        ([config(2, 2, init_lora_weights="pissa")] * 2, {"method": "stack"}, "at rank 4 of the result than at rank 2"),
+        ([config(2, 2, init_lora_weights="OLoRA")] * 2, {"rank": 3}, "at rank 3 of the result than at rank 2"),
+        ([config(2, a, init_lora_weights="olora") for a in (1, 2)], {}, "not the same part for all adapters"),
+        ([config(2, 2, init_lora_weights=init) for init in ("corda", True)], {}, "not the same part for all adapters"),
+        (
+            [config(2, 2, init_lora_weights="loftq")] * 2,
+            {"method": "residual", "base": {"q.weight": np.zeros((7, 9))}},
+            "another part once a residual is in the base",
+        ),
+    ],
+    ids=["stack", "rank", "scalings", "one of two", "residual"],
+)
+def test_adapters_that_take_a_part_of_the_base_keep_their_rank(configs: Any, arguments: Any, text: str) -> None:
+    with pytest.raises(fl.ConfigError, match=f"init_lora_weights=.*q'.*{text}: convert .*plain LoRA first"):
+        fl.lora.average([adapter(1, 2), adapter(2, 2)], config=configs, **arguments)
+    same = [config(2, alpha, init_lora_weights="pissa_niter_4") for alpha in (1, 2)]
+    assert fl.lora.average([adapter(1, 2), adapter(2, 2)], config=same).report[LAYER].rank == 2
+
+
 def test_a_configuration_is_read_from_its_file_or_folder(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps(config(2, 6)))
     for path in (tmp_path, str(tmp_path / "adapter_config.json")):
@@ -300,7 +363,11 @@ def changed(**arrays: Any) -> dict[str, Any]:
         (changed(B=np.zeros((7, 1))), fl.ShapeError, "grouped convolutions"),
         (changed(B=np.zeros(7)), fl.ShapeError, "makes no product"),
         (changed(A=np.zeros((0, 9)), B=np.zeros((7, 0))), fl.ShapeError, "makes no product"),
-        (changed(A=np.zeros((2, 9), np.float32)), fl.DtypeError, "float32, expected float64"),
+        (
+            changed(A=np.zeros((2, 9), np.float32)),
+            fl.DtypeError,
+            "expected float64: cast all adapters to one dtype",
+        ),
         (changed(A=np.zeros((2, 9), np.int8)), fl.DtypeError, "int8, and a factor of LoRA has floating-point numbers"),
         (changed(B=np.full((7, 2), np.inf)), fl.NonFiniteError, r"lora_B.weight' at index \(0, 0\): inf is not finite"),
         (7, fl.WeightsTypeError, "not a dict of numpy arrays"),
@@ -352,13 +419,18 @@ def test_arguments_that_do_not_fit_together_are_refused() -> None:
         ({"base": {}}, ValueError, "method='residual' adds to base=: pass both"),
         ({"rank": 0}, ValueError, "rank must be at least 1"),
         ({"rank": 1.5}, TypeError, "rank must be an int"),
-        ({"aggregation_weights": [1]}, fl.AggregationWeightError, "1 aggregation weights for 2 adapters"),
+        ({"aggregation_weights": [1]}, fl.AggregationWeightError, "1 aggregation weights for 2 weight dicts"),
+        ({"aggregation_weights": 3}, fl.AggregationWeightError, "aggregation_weights 3 is not a list: pass a list"),
         ({"aggregation_weights": [1, -1]}, fl.AggregationWeightError, r"adapters\[1\]: aggregation weight -1"),
     ):
         with pytest.raises(error, match=text):
             fl.lora.average(both, **arguments)
     with pytest.raises(fl.EmptyAggregationError, match="no adapters"):
         fl.lora.average([])
+    single: list[Any] = [both[0], fl.Contribution("a", both[0], 1)]
+    for one in single:
+        with pytest.raises(fl.WeightsTypeError, match=r"^adapters is one .*: pass a list of them, \[a, b, …\]"):
+            fl.lora.average(one)
     sent = [fl.Contribution("a", both[0], 1), fl.Contribution("a", both[1], 1)]
     with pytest.raises(fl.DuplicateContributionError):
         fl.lora.average(sent)

@@ -1,6 +1,7 @@
 """Adapters of PEFT itself, averaged and loaded again: the model computes as with the dense mean of what they add."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,58 @@ def test_magnitudes_of_dora_load_beside_the_factors() -> None:
     made: Any = fl.lora.average(dicts, config=config)
     assert torch.equal(made.weights[name], (dicts[0][name] + dicts[1][name]) / 2)
     assert torch.equal(peft.get_peft_model_state_dict(loaded(made.weights, config))[name], made.weights[name])
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_adapters_that_take_a_part_of_the_base_are_averaged_at_their_rank_or_once_they_are_plain(
+    init: str, tmp_path: Path
+) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def plain() -> Any:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 16))
+
+    def merged(model: Any) -> torch.Tensor:
+        whole: torch.Tensor = copy.deepcopy(model).merge_and_unload()[0].weight.detach()
+        return whole
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["0"], init_lora_weights=init)  # type: ignore[arg-type]
+    clients = []
+    for seed in range(2):
+        model = peft.get_peft_model(plain(), copy.deepcopy(config))
+        model.save_pretrained(str(tmp_path / f"start-{seed}"))
+        # Loaded beside a base from which a part was taken already, it shall not take another.
+        settings = tmp_path / f"start-{seed}" / "adapter_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"init_lora_weights": True}))
+        random = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.1)
+        model.save_pretrained(
+            str(tmp_path / f"plain-{seed}"), path_initial_model_for_weight_conversion=str(settings.parent)
+        )
+        clients.append(model)
+    mean = (merged(clients[0]) + merged(clients[1])) / 2
+    dicts = list(map(peft.get_peft_model_state_dict, clients))
+    with pytest.raises(fl.ConfigError, match=rf"init_lora_weights='{init}'.*path_initial_model_for_weight_conversion"):
+        fl.lora.average(dicts, config=config, method="stack")
+
+    made: Any = fl.lora.average(dicts, config=config)
+    model = peft.get_peft_model(plain(), made.config)
+    peft.set_peft_model_state_dict(model, made.weights)
+    taken = plain()[0].weight.detach() - model.base_model.model[0].base_layer.weight
+    u, s, vt = torch.linalg.svd(mean - plain()[0].weight.detach() + taken)
+    torch.testing.assert_close(merged(model), plain()[0].weight.detach() - taken + (u[:, :4] * s[:4]) @ vt[:4])
+
+    folders = [tmp_path / f"plain-{seed}" for seed in range(2)]
+    files = [safetensors.load_file(folder / "adapter_model.safetensors") for folder in folders]
+    exact: Any = fl.lora.average(files, config=folders, method="stack")
+    assert exact.config["r"] == 16
+    model = peft.get_peft_model(plain(), peft.LoraConfig(**exact.config))
+    peft.set_peft_model_state_dict(model, exact.weights)
+    torch.testing.assert_close(merged(model), mean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

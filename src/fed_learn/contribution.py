@@ -223,12 +223,13 @@ def in_order(contribution: Contribution, names: Collection[str]) -> Contribution
     return contribution if named is contribution.weights else contribution.settled(weights=named)
 
 
-def listed_contributions(contributions: Any, like: object = None) -> list[Any]:
+def listed_contributions(contributions: Any, like: object = None, what: str = "contributions") -> list[Any]:
     """The contributions of a batch, unchecked.
 
     Args:
         contributions: What came from outside.
         like: The global model, in whose order lists of arrays become weight dicts; None: it is not known.
+        what: What errors call them.
 
     Raises:
         WeightsTypeError: It is one weight dict, one contribution, or several by name.
@@ -247,12 +248,12 @@ def listed_contributions(contributions: Any, like: object = None) -> list[Any]:
         several = bool(contributions) and all(isinstance(one, Mapping) for one in contributions.values())
         instead = "is one weight dict: pass a list of them, [a, b, …]"
         if several or any(isinstance(one, Contribution) for one in contributions.values()):
-            instead = "is a dict of several by name: pass list(contributions.values()), or a list of fl.Contributions"
+            instead = f"is a dict of several by name: pass list({what}.values()), or a list of fl.Contributions"
     elif isinstance(contributions, str | PathLike) or not isinstance(contributions, Iterable):
         found = of_weights(contributions) or a_type(type(contributions))
         instead = f"is {found}: pass a list of weight dicts, [a, b, …]"
     if instead:
-        raise WeightsTypeError(f"contributions {instead}")
+        raise WeightsTypeError(f"{what} {instead}")
     batch = list(contributions)
     if not isinstance(like, Mapping):
         return batch

@@ -10,11 +10,13 @@ from fed_learn.errors import NamesError, brief
 
 T = TypeVar("T")
 
+PEFT = "base_model.model."
+"""What PEFT's models put before the names of a model's own modules."""
 WRAPPERS = {
     "module.": "torch.nn.DataParallel",
     "_orig_mod.": "torch.compile",
     "_module.": "Opacus",
-    "base_model.model.": "PEFT",
+    PEFT: "PEFT",
     "_fsdp_wrapped_module.": "FullyShardedDataParallel",
     "_checkpoint_wrapped_module.": "activation checkpointing",
 }

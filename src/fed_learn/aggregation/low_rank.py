@@ -1,7 +1,7 @@
 """Sums of low-rank products `Σ cₖ·Bₖ·Aₖ`, as LoRA's layers make them, from their factors alone.
 
 The mean of products is not the product of means. So factors of the weighted sum are made of the clients' factors:
-`best` are those of a given rank, `stacked` exact ones of the sum of the ranks; `beside` is what the `means` of the
+`best` are those of a given rank, `stacked` exact ones of the sum of the ranks; `remainder` is what the `means` of the
 factors leave out. Here are also the names by which layers are found. How adapters are opened, and what their scalings
 are, is left to `fed_learn.lora` and to the rule.
 
@@ -216,7 +216,7 @@ def means(terms: Sequence[Factors], parts: Sequence[float]) -> Factors:
     return Factors(b, np.sum([part * term.a for part, term in pairs], axis=0))
 
 
-def beside(
+def remainder(
     terms: Sequence[Factors], coefficients: Sequence[float], made: Factors, scaling: float
 ) -> tuple[Matrix, float]:
     """What a product leaves out of `Σ cₖ·Bₖ·Aₖ`, as a whole matrix; and its norm, relative to the sum."""

@@ -12,19 +12,25 @@ from fed_learn.aggregation.low_rank import (
     Factors,
     Layer,
     as_matrices,
-    beside,
     best,
     layers_in,
     means,
+    remainder,
     shares,
     stacked,
 )
 from fed_learn.aggregation.mean import counting
 from fed_learn.aggregation.outputs import outputs_for
 from fed_learn.aggregation.strict import scanned
-from fed_learn.aggregation.tensors import opened
+from fed_learn.aggregation.tensors import Place
 from fed_learn.arguments import check_choice, check_count
-from fed_learn.contribution import Contribution, Kind, check_aggregation_weight
+from fed_learn.contribution import (
+    Contribution,
+    Kind,
+    check_aggregation_weight,
+    listed_contributions,
+    listed_weights,
+)
 from fed_learn.errors import (
     AggregationWeightError,
     ConfigError,
@@ -33,7 +39,8 @@ from fed_learn.errors import (
     ShapeError,
     WeightsTypeError,
 )
-from fed_learn.lora.base import Base
+from fed_learn.lora.base_model import Base
+from fed_learn.lora.checks import check_alike, check_bases, check_single
 from fed_learn.lora.config import LoraSettings
 from fed_learn.weights import Array, Schema, WeightDict, fitted
 
@@ -139,9 +146,9 @@ def average(
         raise ValueError(f"rank= is for method='svd': method={method!r} decides on ranks itself")
     if (base is not None) != (method == "residual"):
         raise ValueError("method='residual' adds to base=: pass both, or neither")
-    chosen = list(adapters)
+    chosen = listed_contributions(adapters, what="adapters")
     settings = _settings(config, len(chosen))
-    rows = _opened(chosen, aggregation_weights)
+    rows, place = _opened(chosen, aggregation_weights)
     sums = _Sums.of(rows, settings, method, None if rank is None else check_count("rank", rank))
     whole = None if base is None else Base(base)
     made: dict[str, Array] = {}
@@ -154,7 +161,6 @@ def average(
         if layer.bias is not None:
             made[layer.bias] = sums.bias(layer, report[layer.module])
     made = {name: _rounded(array, name, sums.schema) for name, array in made.items()} | dict(sums.rest(made))
-    place = opened(chosen[0].weights if isinstance(chosen[0], Contribution) else chosen[0], "adapters[0]").place
     outputs = outputs_for(
         Schema({name: (made[name].shape, form[1]) for name, form in sums.schema.items()}), place, None
     )
@@ -176,8 +182,8 @@ def _settings(config: Any, count: int) -> list[LoraSettings | None]:
     return [LoraSettings.of(one) for one in config]
 
 
-def _opened(adapters: list[Any], aggregation_weights: Sequence[float] | None) -> list[Checked]:
-    """The adapters as arrays, all of them finite, in the order in which they are listed."""
+def _opened(adapters: list[Any], aggregation_weights: Sequence[float] | None) -> tuple[list[Checked], Place | None]:
+    """The adapters as arrays, all of them finite, in the order in which they are listed; and where the first one is."""
     if not adapters:
         raise EmptyAggregationError("no adapters to average")
     of_contributions = isinstance(adapters[0], Contribution)
@@ -185,10 +191,9 @@ def _opened(adapters: list[Any], aggregation_weights: Sequence[float] | None) ->
         raise AggregationWeightError(
             "aggregation_weights= is for bare weight dicts; Contributions bring their own", value=aggregation_weights
         )
-    given = [1.0] * len(adapters) if aggregation_weights is None else list(aggregation_weights)
-    if len(given) != len(adapters):
-        raise AggregationWeightError(f"{len(given)} aggregation weights for {len(adapters)} adapters", value=given)
+    given = listed_weights(aggregation_weights, len(adapters))
     rows: dict[str, Checked] = {}
+    place: Place | None = None
     for i, (adapter, weight) in enumerate(zip(adapters, given, strict=True)):
         who = f"adapters[{i}]"
         if isinstance(adapter, Contribution) is not of_contributions:
@@ -197,8 +202,9 @@ def _opened(adapters: list[Any], aggregation_weights: Sequence[float] | None) ->
             row = Terms(kind=Kind.FULL).check(adapter, rows)
         else:
             row = Terms().check_weights(adapter, check_aggregation_weight(weight, who), who)
+        place = row.held.place if i == 0 else place
         rows[row.contributor] = scanned(row.on_host())
-    return list(rows.values())
+    return list(rows.values()), place
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,9 +233,10 @@ class _Sums:
     def of(cls, rows: list[Checked], settings: list[LoraSettings | None], method: Method, rank: int | None) -> "_Sums":
         schema = Schema.of(rows[0].arrays)
         layers = layers_in(schema, rows[0].contributor)
+        check_single(layers, rows[0].contributor)
         pairs = list(zip(rows, settings, strict=True))
         for row, own in pairs:
-            _check_alike(row, own, layers, schema)
+            check_alike(row, own, layers, schema)
         if rows[0].contribution is not None:
             pairs.sort(key=lambda pair: pair[0].contributor)
         counting(rows)  # at least one does
@@ -249,6 +256,8 @@ class _Sums:
                 f"{layer.module!r}: the adapters have ranks {sorted({*ranks})}, the result another, or a base is "
                 "added to; that takes their scaling: pass config= (a peft.LoraConfig, or a list with that of each)"
             )
+        made_rank = sum(ranks) if self.method == "stack" else rank
+        check_bases(self.settings, layer.module, ranks[0], made_rank, residual=base is not None)
         if self.method == "svd":
             made = best(terms, coefficients, rank, scaling)
         elif self.method == "stack":
@@ -256,7 +265,7 @@ class _Sums:
         else:
             made = self._means(layer, terms)
         if base is not None and own is not None:
-            left, error = beside(terms, coefficients, made, scaling)
+            left, error = remainder(terms, coefficients, made, scaling)
             shape = (len(left), *self.schema[layer.a][0][1:])
             base.add(layer, left.reshape(shape), transposed=layer.embedding or (own.fan_in_fan_out and len(shape) == 2))
             made = replace(made, error=error)
@@ -310,26 +319,6 @@ class _Sums:
         made = means(terms, self.parts)
         a, b = (_rounded(half, name, self.schema) for half, name in ((made.a, layer.a), (made.b, layer.b)))
         return as_matrices(a, b)
-
-
-def _check_alike(row: Checked, own: LoraSettings | None, layers: list[Layer], schema: Schema) -> None:
-    """Refuses an adapter of other variables, or other shapes but for ranks, than the first one, or than its config.
-
-    Raises:
-        NamesError, ShapeError, DtypeError: It is; names the variable.
-    """
-    who, arrays = row.contributor, row.arrays
-    if arrays.keys() != schema.keys():
-        raise schema.names_error(arrays, who)
-    layers_in(Schema.of(arrays), who)  # whose factors have products
-    expected = Schema(schema)
-    for layer in layers:
-        rank = arrays[layer.a].shape[0]
-        (a, a_dtype), (b, b_dtype) = schema[layer.a], schema[layer.b]
-        expected[layer.a], expected[layer.b] = ((rank, *a[1:]), a_dtype), ((b[0], rank, *b[2:]), b_dtype)
-        if own is not None:
-            own.check_rank(layer.module, rank, layer.a, who)
-    expected.check(arrays, who)
 
 
 def _rounded(array: Array, name: str, schema: Schema) -> Array:

@@ -5,17 +5,39 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 from fed_learn.errors import ConfigError, ShapeError, a_type, brief
+from fed_learn.prefixes import PEFT
 
-WRAPPER = "base_model.model."
-"""What PEFT's models put before the names of a model's own modules."""
 FILE = "adapter_config.json"
+_OF_THE_BASE = ("pissa", "olora", "corda", "loftq")
+"""How `init_lora_weights` begins where PEFT, whenever it makes the layers, also takes something from the base."""
+
+
+@dataclass(frozen=True, eq=False)
+class ByLayer:
+    """A number of which some layers have another than the rest.
+
+    Attributes:
+        usual: That of most layers.
+        others: Those of other layers, by regular expression.
+        key: Finds the expression for the name of a layer; the name itself where none fits.
+    """
+
+    usual: Any
+    others: Mapping[str, Any]
+    key: Callable[[str], str]
+
+    def of(self, module: str) -> Any:
+        """The number of a layer."""
+        return self.others.get(self.key(module.removeprefix(PEFT)), self.usual)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,21 +46,19 @@ class LoraSettings:
 
     Attributes:
         given: What was given: a `LoraConfig`, or a dict of its fields.
-        rank: The rank of its layers.
-        alpha: `lora_alpha`.
+        ranks: The ranks of its layers.
+        alphas: Their `lora_alpha`.
         rslora: Whether products are scaled by `alpha / √rank` rather than `alpha / rank` (Kalajdzievski 2023).
-        rank_pattern: Other ranks of layers, by regular expression.
-        alpha_pattern: Other alphas of layers, by regular expression.
         fan_in_fan_out: Whether weights of layers are stored as (inputs, outputs).
+        of_the_base: `init_lora_weights`, where PEFT changes the base when it loads the configuration; else empty.
     """
 
     given: Any
-    rank: int
-    alpha: float
+    ranks: ByLayer
+    alphas: ByLayer
     rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
     fan_in_fan_out: bool
+    of_the_base: str
 
     @classmethod
     def of(cls, given: Any) -> Self:
@@ -59,27 +79,25 @@ class LoraSettings:
         method = str(getattr(fields.get("peft_type"), "value", fields.get("peft_type") or "LORA"))
         if method.upper() != "LORA":
             raise ConfigError(f"config: is of {method}, and only adapters of LoRA are averaged")
-        ranks, alphas = (fields.get(name) or {} for name in ("rank_pattern", "alpha_pattern"))
-        for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-            if not isinstance(pattern, Mapping) or not all(isinstance(key, str) for key in pattern):
-                raise ConfigError(f"config: {name} must be a dict by regular expression, not {brief(pattern)}")
+        start = fields.get("init_lora_weights")
         return cls(
             given=config,
-            rank=_number("r", fields["r"], int),
-            alpha=_number("lora_alpha", fields["lora_alpha"], float),
+            ranks=_by_layer(fields, "r", "rank_pattern", int),
+            alphas=_by_layer(fields, "lora_alpha", "alpha_pattern", float),
             rslora=bool(fields.get("use_rslora")),
-            rank_pattern={key: _number("rank_pattern", rank, int) for key, rank in ranks.items()},
-            alpha_pattern={key: _number("alpha_pattern", alpha, float) for key, alpha in alphas.items()},
             fan_in_fan_out=bool(fields.get("fan_in_fan_out")),
+            of_the_base=start if isinstance(start, str) and start.lower().startswith(_OF_THE_BASE) else "",
         )
 
     def rank_of(self, module: str) -> int:
         """The rank of a layer."""
-        return self.rank_pattern.get(_key(self.rank_pattern, module), self.rank)
+        rank: int = self.ranks.of(module)
+        return rank
 
     def alpha_of(self, module: str) -> float:
         """The alpha of a layer."""
-        return self.alpha_pattern.get(_key(self.alpha_pattern, module), self.alpha)
+        alpha: float = self.alphas.of(module)
+        return alpha
 
     def scaling_of(self, module: str) -> float:
         """By what the product of a layer is multiplied."""
@@ -90,6 +108,14 @@ class LoraSettings:
         if rank == self.rank_of(module):
             return self.alpha_of(module)
         return self.scaling_of(module) * self._divisor(rank)
+
+    def taken_of(self, module: str) -> tuple[object, ...]:
+        """On what it depends which part of a layer's base PEFT takes as it loads an adapter; empty if it takes none."""
+        if not self.of_the_base:
+            return ()
+        # Of these, OLoRA alone takes another part at another scaling.
+        scaled = (self.scaling_of(module),) if self.of_the_base.lower() == "olora" else ()
+        return (self.of_the_base, self.rank_of(module), *scaled)
 
     def check_rank(self, module: str, found: int, name: str, who: str) -> None:
         """Refuses a factor of another rank than these settings say.
@@ -142,30 +168,52 @@ def _read(path: Path) -> Any:
         raise ConfigError(f"config: {str(path)!r} is no JSON file: {error}") from error
 
 
-def _number(name: str, value: Any, kind: type[int] | type[float]) -> Any:
-    """A positive number of a configuration."""
-    fits = isinstance(value, int | (float if kind is float else int)) and not isinstance(value, bool)
+def _by_layer(fields: Mapping[str, Any], name: str, pattern: str, kind: type[int] | type[float]) -> ByLayer:
+    """A number of a configuration, together with the pattern of others.
+
+    Raises:
+        ConfigError: One of them cannot be used.
+    """
+    others = fields.get(pattern) or {}
+    if not isinstance(others, Mapping) or not all(isinstance(key, str) for key in others):
+        raise ConfigError(f"config: {pattern} must be a dict by regular expression, not {brief(others)}")
+    checked = {key: _number(pattern, value, kind) for key, value in others.items()}
+    return ByLayer(_number(name, fields[name], kind), checked, _finder(tuple(others)))
+
+
+def _number(name: str, value: Any, kind: type[int] | type[float]) -> int | float:
+    """A positive number of a configuration, numpy's too."""
+    fits = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not fits or not value > 0 or not math.isfinite(value):
         raise ConfigError(
             f"config: {name} must be a positive {kind.__name__}, not {brief(value)} ({a_type(type(value))})"
         )
-    return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _key(pattern: Mapping[str, object], module: str) -> str:
-    """The expression of a pattern that fits a layer, as PEFT finds it: whole names, of whatever is after a dot."""
-    name = module.removeprefix(WRAPPER)
+@lru_cache(maxsize=100)
+def _finder(keys: tuple[str, ...]) -> Callable[[str], str]:
+    """What finds the expression that fits a layer, as PEFT does: whole names, or all of a name after a dot.
+
+    Many adapters have the same expressions and the same layers, so both compiling and finding are done once.
+    """
     try:
-        return next((key for key in pattern if re.match(rf"(.*\.)?({key})$", name)), name)
+        expressions = [(key, re.compile(rf"(.*\.)?({key})$")) for key in keys]
     except re.error as error:
         raise ConfigError(f"config: {error.pattern!r} is no regular expression: {error}") from error
+
+    @lru_cache(maxsize=10_000)
+    def key_of(name: str) -> str:
+        return next((key for key, expression in expressions if expression.match(name)), name)
+
+    return key_of
 
 
 def _patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The commonest value, and the others by expressions that fit just one layer."""
     ((usual, _),) = Counter(values.values()).most_common(1)
     others = {module: value for module, value in values.items() if value != usual}
-    return usual, {f"^{re.escape(module.removeprefix(WRAPPER))}": value for module, value in others.items()}
+    return usual, {f"^{re.escape(module.removeprefix(PEFT))}": value for module, value in others.items()}
 
 
 def _plain(alpha: float) -> float:

@@ -5,7 +5,7 @@ import numpy as np
 from fed_learn.aggregation.low_rank import Layer
 from fed_learn.aggregation.tensors import opened
 from fed_learn.errors import DtypeError, NamesError, NonFiniteError, ShapeError
-from fed_learn.lora.config import WRAPPER
+from fed_learn.prefixes import PEFT
 from fed_learn.weights import FLOATS, Array, WeightDict, as_weight_dict, fitted, native_dtype
 
 
@@ -59,8 +59,8 @@ class Base:
         return {**held.weights, **held.tensors}
 
     def _name_of(self, module: str) -> str:
-        plain = module.removeprefix(WRAPPER)
-        names = [f"{prefix}{plain}.{end}" for prefix in ("", WRAPPER) for end in ("weight", "base_layer.weight")]
+        plain = module.removeprefix(PEFT)
+        names = [f"{prefix}{plain}.{end}" for prefix in ("", PEFT) for end in ("weight", "base_layer.weight")]
         name = next((name for name in names if name in self._arrays), None)
         if name is None:
             raise NamesError(
