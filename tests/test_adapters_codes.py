@@ -193,7 +193,10 @@ def test_integers_are_never_trained_whatever_holds_them() -> None:
 
 
 def schema(**forms: tuple[str, tuple[int, ...]]) -> Schema:
-    return Schema((name.replace("__", "."), (shape, np.dtype(dtype))) for name, (dtype, shape) in forms.items())
+    return Schema(
+        (name.replace("___", "._").replace("__", "."), (shape, np.dtype(dtype)))
+        for name, (dtype, shape) in forms.items()
+    )
 
 
 def test_packed_weights_are_known_by_what_lies_beside_them() -> None:
@@ -208,6 +211,78 @@ def test_packed_weights_are_known_by_what_lies_beside_them() -> None:
     blocks = schema(e_blocks=("uint8", (2, 2)), e_scales=("uint8", (2,)))
     assert set(codes_in(blocks)) == {"e_blocks", "e_scales"}
     assert codes_in(schema(a__qweight=("int32", (2, 2)), steps=("int32", ()))) == {}
+
+
+QUANTIZED: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
+    "compressed-tensors": {
+        "a__weight_packed": ("int32", (2, 2)),
+        "a__weight_scale": ("float16", (2, 1)),
+        "a__weight_shape": ("int64", (2,)),
+    },
+    "compressed-tensors, 8 bits": {"a__weight": ("int8", (2, 2)), "a__weight_scale": ("float32", (2, 1))},
+    "HQQ": {
+        "a__W_q": ("uint8", (2, 2)),
+        "a__scale": ("float16", (2, 1)),
+        "a__zero": ("float16", (2, 1)),
+        "a__nbits": ("int32", ()),
+    },
+    "optimum-quanto": {"a__weight___data": ("int8", (2, 2)), "a__weight___scale": ("float32", (2, 1))},
+    "optimum-quanto, 4 bits": {
+        "a__weight___data___data": ("uint8", (2, 2)),
+        "a__weight___scale": ("float32", (2, 1)),
+        "a__weight___shift": ("float32", (2, 1)),
+    },
+    "EETQ": {"a__weight": ("int8", (2, 2)), "a__weight_scales": ("float16", (2,))},
+    "AQLM": {
+        "a__codes": ("int16", (2, 2, 1)),
+        "a__codebooks": ("float16", (1, 4, 1, 8)),
+        "a__scales": ("float16", (2, 1, 1, 1)),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_codes_of_more_quantizers_are_known_and_what_is_beside_them_is_not(kind: str) -> None:
+    parts = schema(**QUANTIZED[kind])
+    beside = schema(a__bias=("float16", (2,)), b__weight=("float16", (2, 2)), b__scale=("float16", (1,)))
+    text = f"codes of {kind.partition(',')[0]}"
+    assert codes_in(Schema({**parts, **beside})) == dict.fromkeys(parts, text)
+
+    def sent(number: int) -> dict[str, Any]:
+        arrays = {name: np.full(shape, number, dtype) for name, (shape, dtype) in parts.items()}
+        return {**arrays, "a.bias": np.full(2, number, np.float16)}
+
+    with pytest.raises(fl.NotSameError, match=f"it is {text}"):
+        fl.weighted_average([sent(1), sent(3)])
+    assert fl.weighted_average([sent(1), {**sent(1), "a.bias": np.full(2, 3, np.float16)}])["a.bias"].tolist() == [2, 2]
+
+
+def test_integers_that_only_have_a_name_of_codes_are_none() -> None:
+    plain = schema(
+        a__weight=("int8", (2, 2)),
+        b__W_q=("int8", (2, 2)),
+        b__scale=("float32", (1,)),
+        c__codes=("int32", (4,)),
+        c__codebooks=("float32", (2, 2)),
+        d__weight=("float32", (2, 2)),
+        d__weight_scale=("float32", (1,)),
+    )
+    assert codes_in(plain) == {}
+
+
+def test_4_bit_weights_are_found_in_one_pass_over_the_names() -> None:
+    class Counted(Schema):
+        passes = 0
+
+        def __iter__(self) -> Any:
+            type(self).passes += 1
+            return super().__iter__()
+
+    ends = ("", ".absmax", ".quant_map", ".nested_absmax", ".quant_state.bitsandbytes__nf4")
+    names = [f"{i}.weight{end}" for i in range(50) for end in ends]
+    found = codes_in(Counted((name, ((8,), np.dtype(np.uint8))) for name in [*names, "0.weights", "0.bias"]))
+    assert list(found) == names
+    assert Counted.passes <= 4
 
 
 def test_states_of_8_bit_optimizers_are_codes() -> None:

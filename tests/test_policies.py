@@ -249,10 +249,14 @@ def test_codes_are_known_by_their_names_and_dtypes() -> None:
         "l.weight_format": np.uint8(0),
     }
     states: dict[str, Any] = {"te._extra_state": np.zeros(3, np.uint8), "rng_state": np.zeros(5056, np.uint8)}
-    keys: dict[str, Any] = {"params/dropout_rng": np.zeros(2, np.uint32), "keys": np.zeros((8, 2), np.uint32)}
+    names = {"params/dropout_rng": (2,), "keys": (8, 2), "dropout": (2,), "layer/0": (3, 4)}
+    keys: dict[str, Any] = {name: np.zeros(shape, np.uint32) for name, shape in names.items()}
     plain: dict[str, Any] = {
         "mask": np.zeros(4, np.uint8),
-        "monkey": np.zeros(2, np.uint32),
+        "class_counts": np.zeros(2, np.uint32),
+        "hash": np.zeros((2, 3), np.uint32),
+        "steps": np.uint32(0),
+        "edges": np.zeros((5, 2), np.int32),
         "counts": np.zeros(3, np.int8),
     }
     found = codes_in(Schema.of({**four_bits(np.zeros(8, np.uint8)), **eight, **states, **keys, **plain}))
@@ -287,11 +291,14 @@ def test_codes_have_no_mean_even_where_one_is_asked_for(policy: str) -> None:
         fl.weighted_average([four_bits(u8([1]))] * 2, policies={"^base.weight$": policy})
 
 
-def test_what_looks_like_a_random_state_can_be_averaged_where_that_is_asked_for() -> None:
-    sent: list[Any] = [{"key": np.array([k, k], np.uint32), "w": np.zeros(1)} for k in (2, 4)]
-    with pytest.raises(fl.NotSameError, match="it is the state of a random generator"):
+@pytest.mark.parametrize(
+    ("name", "what"), [("key", "the state of a random generator"), ("dropout", "a random key, as it seems")]
+)
+def test_what_looks_like_a_random_state_can_be_averaged_where_that_is_asked_for(name: str, what: str) -> None:
+    sent: list[Any] = [{name: np.array([k, k], np.uint32), "w": np.zeros(1)} for k in (2, 4)]
+    with pytest.raises(fl.NotSameError, match=f"it is {what}"):
         fl.weighted_average(sent)
-    assert fl.weighted_average(sent, policies={"key": "mean"})["key"].tolist() == [3, 3]
+    assert fl.weighted_average(sent, policies={name: "mean"})[name].tolist() == [3, 3]
 
 
 def test_pickled_states_are_compared_and_never_opened() -> None:

@@ -6,9 +6,9 @@ the roles that models give to their variables are told by the adapters.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
@@ -42,13 +42,55 @@ POLICY_OF_ROLE: Mapping[Role, Policy] = {
     "code": "same",
 }
 
-_CODE_DTYPES = tuple(map(np.dtype, ("uint8", "int8", "uint32", "int32")))
+_CODE_DTYPES = tuple(map(np.dtype, ("uint8", "int8", "uint32", "int32", "int16")))
+
+
+class _Packed(NamedTuple):
+    """How packed weights are known by names.
+
+    Attributes:
+        end: How their own names end.
+        needed: How those end that are always beside them.
+        what: What they are.
+        others: How those end that may be beside them.
+    """
+
+    end: str
+    needed: tuple[str, ...]
+    what: str
+    others: tuple[str, ...] = ()
+
+
 _PACKED = (
-    ("qweight", ("scales", "qzeros", "g_idx"), "packed codes of GPTQ or AWQ"),
-    ("_blocks", ("_scales",), "4-bit codes (MXFP4)"),
-    *((f".state{n}", (f".absmax{n}", f".qmap{n}"), "8-bit state of an optimizer of bitsandbytes") for n in (1, 2)),
+    _Packed("qweight", ("scales",), "packed codes of GPTQ or AWQ", ("qzeros", "g_idx")),
+    _Packed("_blocks", ("_scales",), "4-bit codes (MXFP4)"),
+    _Packed(
+        "weight_packed",
+        ("weight_scale",),
+        "codes of compressed-tensors",
+        ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale"),
+    ),
+    _Packed("weight", ("weight_scale",), "codes of compressed-tensors", ("weight_zero_point",)),
+    _Packed("weight", ("weight_scales",), "codes of EETQ"),
+    _Packed(
+        "W_q",
+        ("scale", "zero"),
+        "codes of HQQ",
+        (
+            *("shape", "nbits", "group_size", "axis", "packing", "unpack_view_dtype", "view_as_float", "compute_dtype"),
+            *("quant_scale", "quant_zero", "channel_wise", "optimize", "round_zero", "offload_meta"),
+            *("encoded_state_dict", "stores_quant_config"),
+        ),
+    ),
+    _Packed("._data", ("._scale",), "codes of optimum-quanto", ("._shift",)),
+    _Packed("._data._data", ("._scale",), "codes of optimum-quanto", ("._shift",)),
+    _Packed("codes", ("codebooks", "scales"), "codes of AQLM"),
     *(
-        (f"/{kind}", (f"/{of}_scale", f"/{of}_zero", "/g_idx"), "codes of a quantized layer of Keras")
+        _Packed(f".state{n}", (f".absmax{n}",), "8-bit state of an optimizer of bitsandbytes", (f".qmap{n}",))
+        for n in (1, 2)
+    ),
+    *(
+        _Packed(f"/{kind}", (f"/{of}_scale",), "codes of a quantized layer of Keras", (f"/{of}_zero", "/g_idx"))
         for kind, of in (
             ("kernel", "kernel"),
             ("quantized_kernel", "kernel"),
@@ -57,9 +99,9 @@ _PACKED = (
         )
     ),
 )
-"""How the names of packed weights end, those of what is needed to unpack them, the first of which is always there, and
-what they are."""
 _RANDOM = re.compile(r"(^|[/._])(\w*_)?(rng|prng|key|seed)s?(_state|_key|_counter)?($|[/._])")
+_COUNTED = re.compile(r"(^|[/._])(counts?|counters?|num|seen|steps?|iterations?|totals?|hist(ogram)?s?)($|[/._])")
+"""Names of what may look like a random key, and is an account of something."""
 
 
 class Policies(Mapping[str, str]):
@@ -135,7 +177,8 @@ def expression_of(name: str) -> str:
 def codes_in(schema: Schema) -> dict[str, str]:
     """Variables that are codes, whatever their numbers say, and what they are, in a few words.
 
-    Known by their names and dtypes alone, as those of bitsandbytes, GPTQ, Keras, Transformer Engine, torch and JAX are.
+    Known by their names, shapes and dtypes alone: those of bitsandbytes, GPTQ, AWQ, compressed-tensors, HQQ, EETQ,
+    AQLM, optimum-quanto, Keras and Transformer Engine, and the random states of torch and JAX.
 
     Example:
         >>> codes_in(Schema.of({"w": np.zeros(8, np.uint8), "w.quant_state.bitsandbytes__nf4": np.zeros(9, np.uint8)}))
@@ -144,13 +187,11 @@ def codes_in(schema: Schema) -> dict[str, str]:
     suspects = {name: dtype for name, (_, dtype) in schema.items() if dtype in _CODE_DTYPES}
     if not suspects:
         return {}
-    found: dict[str, str] = {}
+    found = _four_bits(suspects, schema)
     for name, dtype in suspects.items():
-        quantized, _, kind = name.rpartition(".quant_state.")
-        if quantized and kind.startswith("bitsandbytes__"):
-            parts = [other for other in schema if other == quantized or other.startswith(f"{quantized}.")]
-            found |= dict.fromkeys(parts, "4-bit codes of bitsandbytes")
-        elif dtype == np.int8 and f"{name.removesuffix('weight')}SCB" in schema:
+        if name in found:
+            continue
+        if dtype == np.int8 and f"{name.removesuffix('weight')}SCB" in schema:
             stem = name.removesuffix("weight")
             parts = [part for part in (name, f"{stem}SCB", f"{stem}weight_format") if part in schema]
             found |= dict.fromkeys(parts, "8-bit codes of bitsandbytes")
@@ -158,22 +199,41 @@ def codes_in(schema: Schema) -> dict[str, str]:
             found |= packed
         elif dtype == np.uint8 and name.rpartition(".")[2] == "_extra_state":
             found[name] = "the extra state of a module"
-        elif _is_random_state(name, schema[name][0], dtype):
-            found[name] = "the state of a random generator"
+        elif (random := random_state(name, schema[name][0], dtype)) is not None:
+            found[name] = random
     return {name: found[name] for name in schema if name in found}
+
+
+def _four_bits(suspects: Collection[str], schema: Schema) -> dict[str, str]:
+    """4-bit weights of bitsandbytes: `NAME`, if there is a `NAME.quant_state.bitsandbytes__…`, and what is below it."""
+    splits = [name.rpartition(".quant_state.") for name in suspects]
+    quantized = {stem for stem, _, kind in splits if stem and kind.startswith("bitsandbytes__")}
+    if not quantized:
+        return {}
+    stems = ({name, name.rpartition(".")[0], name.rpartition(".quant_state.")[0]} for name in schema)
+    parts = [name for name, own in zip(schema, stems, strict=True) if not own.isdisjoint(quantized)]
+    return dict.fromkeys(parts, "4-bit codes of bitsandbytes")
 
 
 def _packed_parts(name: str, schema: Schema) -> dict[str, str] | None:
     """The parts of packed weights of this name, and what they are; None if these are none."""
-    for end, others, what in _PACKED:
+    for end, needed, what, others in _PACKED:
         stem = name.removesuffix(end)
-        if stem != name and stem + others[0] in schema:
-            return {part: what for part in (name, *(stem + other for other in others)) if part in schema}
+        if stem != name and all(stem + other in schema for other in needed):
+            return {part: what for part in (name, *(stem + other for other in needed + others)) if part in schema}
     return None
 
 
-def _is_random_state(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
-    """Whether this is a random key of JAX (2 or 4 words), or the state of a generator of torch (bytes)."""
-    if not _RANDOM.search(name):
-        return False
-    return shape[-1:] in ((2,), (4,)) if dtype == np.uint32 else dtype == np.uint8 and len(shape) == 1
+def random_state(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str | None:
+    """What a random key of JAX is (2 or 4 words), or the state of a generator of torch (bytes); None: this is none.
+
+    A raw key of JAX may have any name. One that is not named as a key may be another thing, so a policy always wins.
+
+    Example:
+        >>> random_state("dropout", (2,), np.dtype(np.uint32)), random_state("class_counts", (2,), np.dtype(np.uint32))
+        ('a random key, as it seems', None)
+    """
+    key = dtype == np.uint32 and shape[-1:] in ((2,), (4,))
+    if _RANDOM.search(name) and (key or (dtype == np.uint8 and len(shape) == 1)):
+        return "the state of a random generator"
+    return "a random key, as it seems" if key and not _COUNTED.search(name) else None

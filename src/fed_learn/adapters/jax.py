@@ -11,7 +11,7 @@ import numpy as np
 from fed_learn.adapters.base import Adapter, Framework, Variable, checked, given, not_averageable
 from fed_learn.adapters.trees import NUMBERS, leaf_dtype, loaded_leaf, told_by_name
 from fed_learn.errors import FedLearnError, ModelError, WeightsTypeError
-from fed_learn.policies import Role
+from fed_learn.policies import Role, random_state
 from fed_learn.ties import twins
 from fed_learn.weights import SUPPORTED_DTYPES, Array, native_dtype
 
@@ -100,8 +100,7 @@ class JaxTensors(Framework):
             return None
         if jax.dtypes.issubdtype(tensor.dtype, jax.dtypes.prng_key):
             return "a random key"
-        raw = str(tensor.dtype) == "uint32" and tuple(tensor.shape[-1:]) in ((2,), (4,))
-        return "a random key, as it seems" if raw else None
+        return None
 
     def alike(self, one: Any, other: Any) -> bool:
         jax = _jax()
@@ -168,9 +167,10 @@ class JaxModels(Adapter):
         for name, held in _held(tree).items():
             dtype, problem = self._dtype(name, held.leaf)
             trainable, role = _role(tree, name, held, dtype)
-            if isinstance(held.leaf, _jax().Array) and self._tensors.code(held.leaf) is not None:
-                role = "code"
             shape = tuple(np.shape(held.leaf))
+            is_key = isinstance(held.leaf, _jax().Array) and self._tensors.code(held.leaf) is not None
+            if is_key or random_state(name, shape, dtype) is not None:
+                role = "code"
             found.append(Variable(name, shape, dtype, held.leaf, trainable, role, name, problem))
         return found
 

@@ -278,4 +278,4 @@ def codes_of(weights: Mapping[Any, Any]) -> dict[str, str]:
 def _may_be_code(dtype: object) -> bool:
     """Whether a dtype of any framework is one in which there are codes."""
     text = str(dtype)
-    return any(kind in text for kind in ("uint8", "int8", "qint", "quint", "int32", "key<"))
+    return any(kind in text for kind in ("int8", "int16", "int32", "qint", "quint", "key<"))

@@ -107,6 +107,9 @@ def average(
     beside a direction `W + s·B·A` of which the mean is exact here; DoRA's product of both is not linear, and has no
     exact mean of this form.
 
+    PiSSA, OLoRA, CorDA and LoftQ (`init_lora_weights`) take a part of their rank out of the base whenever PEFT loads
+    them. Such adapters are averaged at their own rank alone; for others, convert them to plain LoRA, as PEFT does.
+
     Taken are the adapters as `peft.get_peft_model_state_dict`, `adapter_model.safetensors` and `model.state_dict()`
     have them, for linear layers, embeddings and convolutions without groups. Sums are taken in float64, in the order of
     the contributors' names or, for bare weight dicts, of the list, and rounded once.
@@ -128,7 +131,7 @@ def average(
     Raises:
         ContributionError: Something is wrong with an adapter; the class says what, the attributes who and where.
         EmptyAggregationError: There are no adapters, or none counts by more than 0.
-        ConfigError: A configuration cannot be used.
+        ConfigError: A configuration cannot be used, or not for such a result.
         AggregatorError: A sum leaves the range of float64.
         ValueError: The arguments do not fit together.
 
