@@ -208,7 +208,7 @@ def test_raw_random_keys_are_codes() -> None:
     for read in (lambda one: one, fl.get_weights):
         made: Any = fl.weighted_average(list(map(read, seeds)), policies={"dropout": "keep"}, like=read(seeds[0]))
         assert np.asarray(made["class_counts"]).tolist() == [3, 3]
-        with pytest.raises(fl.NotSameError, match="'dropout' is not the same .*a random key, as it seems"):
+        with pytest.raises(fl.NotSameError, match=r"'dropout' is not the same .*a random key, as it seems"):
             fl.weighted_average(list(map(read, seeds)))
 
 

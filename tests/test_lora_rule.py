@@ -114,10 +114,47 @@ def test_what_the_rule_cannot_do_is_refused_with_a_way_out() -> None:
     ):
         with pytest.raises(error, match=text):
             fl.aggregate([fl.Contribution("site-1", wrong, 1)], rule="lora")
-    with pytest.raises(fl.ShapeError, match="site-2"):
+    text = r"site-2: '.*' has shape \(3, 6\), expected \(2, 6\); adapters of several ranks are for fl.lora.average"
+    with pytest.raises(fl.ShapeError, match=text):
         fl.aggregate(
             [fl.Contribution("site-1", weights_of(1), 1), fl.Contribution("site-2", weights_of(2, 3), 1)], rule="lora"
         )
+
+
+def test_a_round_refuses_a_client_of_another_rank_and_says_what_takes_it() -> None:
+    server = fl.FederatedServer(weights_of(0), num_rounds=1, rule="lora", on_bad_contribution="reject")
+    with server.begin() as job:
+        job.start_round(0)
+        for who, weights in {"site-1": weights_of(1), "site-2": weights_of(2, 3)}.items():
+            job.receive(who, fl.Contribution(who, weights, 1, round=0))
+        assert job.aggregate()
+        (refused,) = job.end_round().rejected
+    assert str(refused.error).endswith("; adapters of several ranks are for fl.lora.average")
+    other = {**weights_of(1), A: np.zeros((2, 7), np.float32)}
+    with pytest.raises(fl.ShapeError, match=r"expected \(2, 6\)$"):
+        fl.aggregate([weights_of(1), other], rule="lora")
+
+
+def test_several_adapters_of_one_layer_are_averaged_each_by_itself() -> None:
+    def both(seed: int) -> dict[str, Array]:
+        other = weights_of(seed + 10)
+        return weights_of(seed) | {name.replace("default", "other"): array for name, array in other.items()}
+
+    found = fl.aggregate([both(1), both(2)], rule="lora")
+    second = {name: found[name.replace("default", "other")] for name in (A, B)}
+    for made, seeds in ((found, (1, 2)), (second, (11, 12))):
+        mean = sum(product(weights_of(seed)) for seed in seeds) / 2
+        assert np.linalg.norm(product(made) - best(mean)) < 1e-6 * np.linalg.norm(mean)
+
+
+@pytest.mark.not_quick
+@pytest.mark.parametrize("rule", ["lora", fl.rules.LoraRule()])
+def test_flowers_older_strategy_has_no_names_by_which_factors_could_be_found(rule: Any) -> None:
+    pytest.importorskip("flwr")
+    from fed_learn.integrations.flower import LegacyFedAvg
+
+    with pytest.raises(ValueError, match=r"parameters have none here: use fed_learn\.integrations\.flower\.FedAvg"):
+        LegacyFedAvg(rule=rule)
 
 
 def test_codes_of_a_quantized_base_stay_as_they_are_beside_the_adapters() -> None:

@@ -213,6 +213,22 @@ def _without_peft(name: str) -> str:
     return ".".join(part for part in parts if part not in (*PEFT, "default"))
 
 
+@_never_raising
+def of_shape(name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """What to do about an adapter of LoRA that has another rank.
+
+    Example:
+        >>> of_shape("q.lora_A.weight", (2, 4), (1, 4))
+        '; adapters of several ranks are for fl.lora.average'
+    """
+    half = re.search(r"(^|\.)lora_(embedding_)?([AB])($|\.)", name)
+    if half is None or not len(shape) == len(expected) >= 2:
+        return ""
+    place = "AB".index(half[3])
+    same = shape[:place] + shape[place + 1 :] == expected[:place] + expected[place + 1 :]
+    return "; adapters of several ranks are for fl.lora.average" if same else ""
+
+
 def of_numbers(missing: Sequence[str], extra: Sequence[str], remedy: str = CLEARED) -> str:
     """What to do about paths of Keras that differ in the numbers alone that it gives to layers.
 

@@ -456,7 +456,7 @@ def shape_error(
     """Says that a variable has another shape than expected, or than there is in `others`."""
     instead = f"and {expected} {others}" if others else f"expected {expected}"
     return ShapeError(
-        f"{about(contributor, name)}has shape {array.shape}, {instead}",
+        f"{about(contributor, name)}has shape {array.shape}, {instead}{hints.of_shape(name, array.shape, expected)}",
         contributor=contributor,
         name=name,
         shape=array.shape,

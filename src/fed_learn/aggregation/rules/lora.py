@@ -25,6 +25,9 @@ class LoraRule(Rule):
     since a product of differences is no difference of products. Adapters of several ranks, exact sums of a higher rank,
     and the exact mean with a residual in the base are for `fed_learn.lora.average`.
 
+    Unlike with other rules, the last bits of a result may depend on the machine and on its number of BLAS threads,
+    since QR and the singular value decomposition are those of numpy's LAPACK.
+
     Two factors are known only up to an invertible matrix between them. The result has other factors than each client's,
     even where all products are the same: a client should begin its round with a new optimizer.
 
@@ -66,11 +69,11 @@ class LoraRule(Rule):
         for layer in layers:
             terms = [_factors(layer, row.arrays, base) for row in rows]
             result = best(terms, parts, len(terms[0].a))
-            errors[layer.module] = result.error
+            errors[layer.a] = result.error
             for name, matrix in ((layer.a, result.a), (layer.b, result.b)):
                 whole = matrix.reshape(given.schema[name][0])
                 made[name] = whole if base is None else whole - base[name].astype(np.float64)
-        worst = max(errors, key=lambda module: errors[module])
+        worst = max(errors, key=lambda name: errors[name])
         logger.info(
             "rule 'lora': the factors of %d layers leave out at most %.3g of the mean (%s)",
             len(layers),

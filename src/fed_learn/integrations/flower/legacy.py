@@ -14,7 +14,7 @@ from flwr.server.client_manager import ClientManager
 from flwr.server.client_proxy import ClientProxy
 from flwr.server.strategy import FedAvg as FlowerFedAvg
 
-from fed_learn.aggregation.rules import Rule
+from fed_learn.aggregation.rules import LoraRule, Rule
 from fed_learn.aggregation.told import Told
 from fed_learn.contribution import INITIAL_VALIDATION_METRIC, Contribution, Kind, check_aggregation_weight
 from fed_learn.errors import AggregationWeightError, ClientQuitError, ContributionError, brief, described
@@ -59,6 +59,7 @@ class LegacyFedAvg(StrategyBase, FlowerFedAvg):
         num_rounds: As of Flower's `ServerConfig`.
         partial: As of `FedAvg`; a shorter list of parameters is the beginning of the longer one.
         policies: As of `FedAvg`, but `"local"`: of a list without names nobody could tell what is left out of it.
+        rule: As of `FedAvg`, but `"lora"`, which needs names.
         node_names: As of `FedAvg`, by Flower's client ids.
         **flower: Arguments of Flower's `FedAvg`.
 
@@ -110,6 +111,11 @@ class LegacyFedAvg(StrategyBase, FlowerFedAvg):
             raise ValueError(
                 "policies: 'local' variables are left out of messages, and parameters have no names here by which a "
                 "client could tell which are left; use 'keep', or fed_learn.integrations.flower.FedAvg"
+            )
+        if rule == LoraRule.name or isinstance(rule, LoraRule):
+            raise ValueError(
+                "rule 'lora' finds the factors of adapters by their names, and parameters have none here: use "
+                "fed_learn.integrations.flower.FedAvg"
             )
         self._job_check()
 
