@@ -53,6 +53,18 @@ def test_a_qlora_job_learns_and_leaves_its_base_as_it_is(tmp_path: Path) -> None
     assert last.startswith("the base is the same, byte for byte; a client sends 69,632 of ")
 
 
+def test_the_plain_mean_of_factors_is_further_off_than_the_best_factors(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    head, rule, *rows = run(EXAMPLES / "lora_heterogeneity.py", tmp_path, "--quick").splitlines()
+    assert head.count("|") == rule.count("|") == 8
+    cells = [[cell.strip(" %") for cell in row.strip("|").split("|")] for row in rows]
+    assert [alpha for alpha, *_ in cells] == ["100", "0.1"]
+    for _, *numbers in cells:
+        same, own, best, *accuracies = map(float, numbers)
+        assert 0 < best < same < own < 100
+        assert min(accuracies) > 75
+
+
 def test_the_same_handlers_decide_the_same_in_three_stacks(tmp_path: Path) -> None:
     # The script fails if they do not: rounds, scores, refusals, and the bits of models.
     printed = run(EXAMPLES / "same_handlers" / "run.py", tmp_path)
