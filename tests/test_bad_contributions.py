@@ -795,7 +795,7 @@ def test_unknown_kind_is_not_what_the_error_says_it_expected() -> None:
 
 @pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "uint32", "uint64"])
 def test_differences_of_booleans_and_unsigned_integers_are_refused(dtype: str) -> None:
-    bad = Contribution("site-2", {"w": np.ones(2), "n": np.ones(2, dtype)}, 1, kind=Kind.DIFF)
+    bad = Contribution("site-2", {"w": np.ones(2), "n": np.ones(3, dtype)}, 1, kind=Kind.DIFF)
     accumulator = Accumulator()
     attempts: tuple[Attempt, ...] = (lambda: weighted_average([bad]), lambda: accumulator.add(bad))
     for attempt in attempts:

@@ -397,7 +397,7 @@ def test_impossible_number_in_the_environment_is_an_error_that_names_the_variabl
 @pytest.mark.parametrize("size", SIZES[:10])
 def test_more_threads_than_work_give_the_same_bits(kernel: str, count: int, size: int) -> None:
     rng = np.random.default_rng([1, size])
-    clients = [{f"{dtype}": values(rng, dtype, max(size, 1)) for dtype in DTYPES} for _ in range(3)]
+    clients = [{f"counts/{dtype}": values(rng, dtype, max(size, 1)) for dtype in DTYPES} for _ in range(3)]
     with num_threads(1):
         expected = bits(weighted_average(clients, [1, 2, 3], kernel=kernel))
     with num_threads(count, smallest_share=1):

@@ -61,8 +61,8 @@ every_integer = pytest.mark.parametrize("dtype", INTEGERS, ids=str)
 
 
 def mean(arrays: list[Array], weights: Any, kernel: str) -> Array:
-    """The mean of one variable."""
-    return weighted_average([{"w": array} for array in arrays], weights, kernel=kernel)["w"]
+    """The mean of one variable, by whose name none is a random key."""
+    return weighted_average([{"counts": array} for array in arrays], weights, kernel=kernel)["counts"]
 
 
 @cache
@@ -881,7 +881,7 @@ def test_any_number_of_contributions_is_summed_in_order(kernel: str, count: int)
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 def test_many_variables_of_many_sizes_and_dtypes_do_not_mix(kernel: str, threads: int) -> None:
     rng = np.random.default_rng(15)
-    shapes = {f"{dtype}/{size}": (dtype, size) for size in SIZES for dtype in DTYPES}
+    shapes = {f"counts/{dtype}/{size}": (dtype, size) for size in SIZES for dtype in DTYPES}
     clients = [{name: values(rng, dtype, size) for name, (dtype, size) in shapes.items()} for _ in range(3)]
     with num_threads(threads):
         together = weighted_average(clients, [3, 1, 2], kernel=kernel)
