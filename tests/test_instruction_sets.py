@@ -25,7 +25,7 @@ def test_every_variant_gives_the_bits_of_numpy(name: str, dtype: np.dtype[np.gen
     rng = np.random.default_rng(5)
     for size in SIZES:
         count = int(rng.choice(COUNTS))
-        models = [{"w": values(rng, dtype, size)} for _ in range(count)]
+        models = [{"counts": values(rng, dtype, size)} for _ in range(count)]
         aggregation_weights = rng.uniform(0.1, 1000, count).tolist()
         expected = fl.weighted_average(models, aggregation_weights, kernel="numpy")
         with fl.kernels.use_instruction_set(name):

@@ -41,10 +41,10 @@ def case(seed: int) -> list[Contribution]:
     """A random batch, sorted by contributor: dtypes, odd sizes, layouts, number and weights are all drawn."""
     rng = np.random.default_rng(seed)
     schema = {
-        f"{k}": (DTYPES[int(rng.integers(len(DTYPES)))], SIZES[int(rng.integers(1, len(SIZES)))])
+        f"counts/{k}": (DTYPES[int(rng.integers(len(DTYPES)))], SIZES[int(rng.integers(1, len(SIZES)))])
         for k in range(rng.integers(1, 5))
     }
-    schema["every dtype in turn"] = (DTYPES[seed % len(DTYPES)], SIZES[1 + seed % (len(SIZES) - 1)])
+    schema["counts/every dtype in turn"] = (DTYPES[seed % len(DTYPES)], SIZES[1 + seed % (len(SIZES) - 1)])
     count = int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 17]))
     weights: list[float] = rng.uniform(0.01, 1000, count).tolist()
     if rng.random() < 0.4:

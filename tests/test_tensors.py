@@ -46,7 +46,7 @@ def models(seed: int, count: int = 3, dtypes: tuple[Any, ...] = ref.DTYPES) -> l
     rng = np.random.default_rng(seed)
     shapes: list[Any] = [*ref.SIZES, (), (2, 0), (3, 5)]
     return [
-        {f"{dtype.name} {shape}": ref.values(rng, dtype, shape) for dtype in dtypes for shape in shapes}
+        {f"counts.{dtype.name} {shape}": ref.values(rng, dtype, shape) for dtype in dtypes for shape in shapes}
         for _ in range(count)
     ]
 
