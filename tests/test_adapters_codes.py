@@ -213,7 +213,7 @@ def test_packed_weights_are_known_by_what_lies_beside_them() -> None:
     assert codes_in(schema(a__qweight=("int32", (2, 2)), steps=("int32", ()))) == {}
 
 
-QUANTIZED: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
+QUANTIZERS: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
     "compressed-tensors": {
         "a__weight_packed": ("int32", (2, 2)),
         "a__weight_scale": ("float16", (2, 1)),
@@ -241,9 +241,9 @@ QUANTIZED: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("kind", QUANTIZERS)
 def test_codes_of_more_quantizers_are_known_and_what_is_beside_them_is_not(kind: str) -> None:
-    parts = schema(**QUANTIZED[kind])
+    parts = schema(**QUANTIZERS[kind])
     beside = schema(a__bias=("float16", (2,)), b__weight=("float16", (2, 2)), b__scale=("float16", (1,)))
     text = f"codes of {kind.partition(',')[0]}"
     assert codes_in(Schema({**parts, **beside})) == dict.fromkeys(parts, text)

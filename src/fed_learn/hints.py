@@ -14,7 +14,7 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from fed_learn.errors import a_type, as_failure, brief
-from fed_learn.prefixes import BESIDE, WITHIN, WRAPPERS, stripped
+from fed_learn.prefixes import BESIDE, PEFT, WITHIN, WRAPPERS, stripped
 
 P = ParamSpec("P")
 
@@ -32,7 +32,7 @@ MOMENTA = ", or fl.get_weights(optimizer) to average what it remembers"
 """What else may be meant by an optimizer."""
 MODELS = ("flax", "equinox")
 """Packages whose classes, and those derived from them, are models."""
-PEFT = ("base_layer", "modules_to_save", "original_module")
+OF_PEFT = ("base_layer", "modules_to_save", "original_module")
 """What PEFT puts into the names of a model that it wraps, beside the names of adapters."""
 CLEARED = "call keras.utils.clear_session() before the model is made, or map with fl.align"
 """What helps where layers of Keras 3 got numbers as names."""
@@ -191,7 +191,7 @@ def of_names(missing: Sequence[str], extra: Sequence[str]) -> str:
 
 def _of_peft(missing: Sequence[str], extra: Sequence[str]) -> str:
     """What to do about names of PEFT, which has others in a model than in a file, and others than the model inside."""
-    if not any(mark in name for name in (*missing, *extra) for mark in ("lora_", *PEFT)):
+    if not any(mark in name for name in (*missing, *extra) for mark in ("lora_", *OF_PEFT)):
         return ""
     if not extra or not {*map(_without_peft, extra)} <= {*map(_without_peft, missing)}:
         return ""
@@ -209,8 +209,8 @@ def _without_peft(name: str) -> str:
         >>> _without_peft("base_model.model.fc.base_layer.weight"), _without_peft("fc.lora_A.default.weight")
         ('fc.weight', 'fc.lora_A.weight')
     """
-    parts = name.removeprefix("base_model.model.").split(".")
-    return ".".join(part for part in parts if part not in (*PEFT, "default"))
+    parts = name.removeprefix(PEFT).split(".")
+    return ".".join(part for part in parts if part not in (*OF_PEFT, "default"))
 
 
 @_never_raising

@@ -146,7 +146,8 @@ class Plan:
         counted = ", 'mean' averages it all the same" if "random" in why else ""
         return NotSameError(
             f"{who}: {name!r} is not the same as that of {whose}, and has to be equal everywhere: {why}. "
-            f"policies={{{expression_of(name)!r}: 'keep'}} leaves the global model's own, 'local' each client's{counted}; "
+            f"policies={{{expression_of(name)!r}: 'keep'}} leaves the global model's own, 'local' each client's"
+            f"{counted}; "
             "fl.get_weights(model, only=...) reads only what was trained",
             contributor=who,
             name=name,
