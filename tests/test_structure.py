@@ -25,7 +25,7 @@ LAYERS = (
     ("npy", "values", "policies"),
     ("contribution",),
     ("kernels", "adapters", "model_meta", "protos"),
-    ("numproto",),
+    ("numproto", "durable"),
     ("aggregation",),
     ("lora", "components"),
     ("handlers",),

@@ -83,6 +83,19 @@ def append_line(path: Path, line: str, *, flushed: bool = True) -> None:
         flush(path.parent)
 
 
+def cut(path: Path, size: int) -> None:
+    """Takes away what a file has beyond its first bytes. One that is shorter, or not there, is left as it is.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if not path.exists() or path.stat().st_size <= size:
+        return
+    with open(path, "r+b") as file:
+        file.truncate(size)
+        os.fsync(file.fileno())
+
+
 def _write_to_stream(path: Path, data: bytes | memoryview) -> None:
     with open(path, "ab") as file:  # behind what is there, for standard output may lead to a file
         file.write(data)

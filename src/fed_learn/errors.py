@@ -223,6 +223,14 @@ class FileInUseError(FedLearnError, RuntimeError):
     """Another job is writing the file that this one is to write. Attribute: `path`."""
 
 
+class StateError(FedLearnError, ValueError):
+    """The state of a job cannot be kept, or is damaged, or is none. Attribute: `path`."""
+
+
+class StateExistsError(FedLearnError, FileExistsError):
+    """A folder holds the state of another job, which is left alone. Attribute: `path`."""
+
+
 class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
 

@@ -16,14 +16,15 @@ class Told:
 
     Attributes:
         logger: The log that they go to.
+        said: What has been told.
     """
 
     logger: logging.Logger = logger
-    _said: set[Hashable] = field(default_factory=set)
+    said: set[Hashable] = field(default_factory=set)
 
     def once(self, about: Hashable, text: str) -> None:
         """Logs a sentence, unless one about the same subject, or `MOST_TOLD` others, have been logged before."""
-        if about not in self._said and len(self._said) <= MOST_TOLD:
-            self._said.add(about)
-            more = "" if len(self._said) <= MOST_TOLD else "; no more is told of what clients send"
+        if about not in self.said and len(self.said) <= MOST_TOLD:
+            self.said.add(about)
+            more = "" if len(self.said) <= MOST_TOLD else "; no more is told of what clients send"
             self.logger.warning("%s", printable(text + more))

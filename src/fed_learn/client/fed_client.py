@@ -20,7 +20,16 @@ from fed_learn.contribution import (
     ValidationResult,
     check_contributor,
 )
-from fed_learn.errors import ClientQuitError, ContributionError, HandlerFailure, WeightsTypeError, text_of
+from fed_learn.durable.parts import give_all_back, give_back, state_of, states_of
+from fed_learn.errors import (
+    ClientQuitError,
+    ContributionError,
+    HandlerFailure,
+    StateError,
+    WeightsTypeError,
+    described,
+    text_of,
+)
 from fed_learn.events import EventHandler, EventType, check_handlers, fire_event, shut_down
 from fed_learn.handlers.scoring import check_mode, is_better
 from fed_learn.model_meta import ContextKey, JobContext, ModelData
@@ -103,6 +112,37 @@ class FederatedClient:
         self._n_iter = None
         fire_event(EventType.STARTUP, self.handlers, self.ctx)
         self._running = True
+
+    def get_state(self) -> dict[str, Any]:
+        """What must outlive the process for this client to go on: also of its learner, its handlers and its filters.
+
+        Raises:
+            StateError: One of these could not hand over its state.
+        """
+        return {
+            "best": self._best,
+            "n_iter": self._n_iter,
+            "learner": state_of(self.learner),
+            "handlers": states_of(self.handlers),
+            "filters": states_of(self.filters),
+        }
+
+    def set_state(self, state: Mapping[str, Any] | None) -> None:
+        """Goes on, after `start`, with what `get_state` gave; None: with nothing.
+
+        Raises:
+            StateError: It is no state of a client like this.
+        """
+        if state is None:
+            return
+        where = f"the state of {self.name}"
+        try:
+            self._best, self._n_iter = state["best"], state["n_iter"]
+            give_back(self.learner, state["learner"], where)
+            give_all_back(self.handlers, state["handlers"], where)
+            give_all_back(self.filters, state["filters"], where)
+        except (KeyError, TypeError) as error:
+            raise StateError(f"{where} is none: {described(error)}", contributor=self.name) from error
 
     def quit(self, reason: str = "quit") -> None:
         """Makes the client leave the job at the next thing the server asks of it."""

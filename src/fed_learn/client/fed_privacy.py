@@ -143,6 +143,14 @@ class LaplacianProtocol(PrivacyProtocol):
         self.seed = seed
         self._seeded = None if seed is None else np.random.default_rng(seed)
 
+    def get_state(self) -> Any:
+        """The state of the seeded noise, so that it goes on and never repeats itself; None without a seed."""
+        return _state_of_noise(self._seeded)
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with it."""
+        self._seeded = _noise_in_state(self._seeded, state)
+
     def apply(self, model_diff: dict[str, Array], train_ctx: Any = None) -> WeightDict:
         """Chooses, bounds and adds noise."""
         rng = _source_of_noise(self._seeded)
@@ -196,6 +204,14 @@ class SVTProtocol(PrivacyProtocol):
         self.seed = seed
         self._seeded = None if seed is None else np.random.default_rng(seed)
 
+    def get_state(self) -> Any:
+        """The state of the seeded noise, so that it goes on and never repeats itself; None without a seed."""
+        return _state_of_noise(self._seeded)
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with it."""
+        self._seeded = _noise_in_state(self._seeded, state)
+
     def budget(self, size: int) -> float:
         """ε₁ + ε₂ + ε₃: what a round costs a client whose model has `size` floating-point numbers, tied ones once.
 
@@ -231,6 +247,16 @@ class SVTProtocol(PrivacyProtocol):
 def _source_of_noise(seeded: np.random.Generator | None) -> np.random.Generator:
     """The seeded one; else one that starts anew each time, so that no copy of a protocol has the noise of another."""
     return np.random.default_rng() if seeded is None else seeded
+
+
+def _state_of_noise(seeded: np.random.Generator | None) -> Any:
+    return None if seeded is None else seeded.bit_generator.state
+
+
+def _noise_in_state(seeded: np.random.Generator | None, state: Any) -> np.random.Generator | None:
+    if seeded is not None:
+        seeded.bit_generator.state = state
+    return seeded
 
 
 def _sparse_vector(

@@ -45,7 +45,8 @@ class Learner(ABC):
 
     Each call gets the weights to start from (read-only) and the client's context, with `ContextKey.ROUND`; it keeps
     nothing of them. Whatever is drawn at random should be seeded by the client and the round. A class need not derive
-    from this one: two methods `train` and `validate` are enough.
+    from this one: two methods `train` and `validate` are enough. What a learner keeps from round to round it hands over
+    by `get_state`, if the job is to be durable.
 
     Attributes:
         validation_metric: Which entry of the result of `validate` the models are selected by.
@@ -73,3 +74,16 @@ class Learner(ABC):
             The scores by name, numbers of any kind; what is no number among them is information. Or one number: the
             `validation_metric`.
         """
+
+    def get_state(self) -> Any:
+        """What this learner needs to go on in another process, asked for after each round of a durable job.
+
+        Returns:
+            None: nothing. Else what `fed_learn.durable.values` can store: numbers, text, bytes, arrays, lists, tuples
+            and dicts of these, such as `fl.get_weights` gives.
+        """
+        return None
+
+    def set_state(self, state: Any) -> None:
+        """Takes back what `get_state` gave, in a job that goes on, before anything else. Arrays in it are read-only."""
+        raise NotImplementedError(f"{type(self).__name__} has get_state, and no set_state")

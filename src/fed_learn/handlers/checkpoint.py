@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from fed_learn.contribution import BestModel
 from fed_learn.disk import Claim, remove, set_aside, write_whole
@@ -89,6 +90,14 @@ class CheckpointHandler(ServerHandler):
                 if self._claim is not None:
                     self._claim.release()
                     self._claim = None
+
+    def get_state(self) -> dict[str, Any]:
+        """Whether the files are those of this job."""
+        return {"begun": self._begun}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on to write them."""
+        self._begun = state["begun"]
 
     def _take(self) -> None:
         if self._claim is None:

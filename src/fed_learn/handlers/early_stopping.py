@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 from fed_learn.arguments import check_count
 from fed_learn.contribution import BestModel, Contribution
@@ -101,6 +102,14 @@ class EarlyStoppingHandler(ServerHandler):
         if not ctx.get_prop(ContextKey.METRICS):
             raise MetricError(text, metric=None)
         logger.warning("%s", text)  # a score is there, and may become a best model later
+
+    def get_state(self) -> dict[str, Any]:
+        """Whether anything selects models is yet to be seen; patience is counted from the best model's round."""
+        return {"unsure": self._unsure}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with it."""
+        self._unsure = self._unsure and state["unsure"]
 
     def _decide(self, ctx: FLContext, best: BestModel | None) -> None:
         if best is not None and ctx[ContextKey.ROUND] - best.round >= self.patience:

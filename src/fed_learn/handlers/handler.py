@@ -1,6 +1,6 @@
 """`Handler`, the base of everything that acts on the events of a federated job (the API of Clara Train 3.1)."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from fed_learn.events import EventType, fire_event
 from fed_learn.model_meta import ContextKey, FLContext
@@ -26,6 +26,9 @@ class Handler:
     out read-only arrays and tuples; to change something, bind a new value.
 
     Keep constructor arguments as attributes of the same names: stacks export handlers as path + args.
+
+    What a handler binds in the context is kept with the state of a durable job, if it is a plain value, an array or a
+    record of the library. A handler that remembers something else hands it over by `get_state`.
 
     Example:
         >>> from fed_learn import EventType
@@ -74,6 +77,19 @@ class Handler:
 
         Undo here what the context does not hold: the handler's own attributes, files.
         """
+
+    def get_state(self) -> Any:
+        """What this handler needs to go on in another process, asked for after each round of a durable job.
+
+        Returns:
+            None: nothing. Else what `fed_learn.durable.values` can store: numbers, text, bytes, arrays, lists, tuples
+            and dicts of these.
+        """
+        return None
+
+    def set_state(self, state: Any) -> None:
+        """Takes back what `get_state` gave, after `startup`, in a job that goes on. Arrays in it are read-only."""
+        raise NotImplementedError(f"{type(self).__name__} has get_state, and no set_state")
 
     def startup(self, ctx: FLContext) -> None:
         """The job begins. In list order: what earlier handlers put into the context is there."""

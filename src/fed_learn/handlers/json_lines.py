@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fed_learn.contribution import RoundReport, ValidationResult
-from fed_learn.disk import Claim, append_line, flush, is_stream, remove, set_aside
+from fed_learn.disk import Claim, append_line, cut, flush, is_stream, remove, set_aside
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
 
@@ -99,6 +99,19 @@ class JsonLinesHandler(ServerHandler):
             },
             flushed=False,  # one per model and client: those of a large job would take minutes
         )
+
+    def get_state(self) -> dict[str, Any]:
+        """How long the file is after the lines of the rounds that are over."""
+        path = Path(self.path)
+        return {"size": path.stat().st_size if self._begun and path.is_file() else None}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on behind these lines: what follows them is of a round that is run again, and is removed."""
+        path = Path(self.path)
+        if state["size"] is None or is_stream(path):
+            return
+        self._begun = True
+        cut(path, state["size"])
 
     def _take(self) -> None:
         if self._claim is None:

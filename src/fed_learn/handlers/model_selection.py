@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from fed_learn.contribution import FINAL_MODEL, INITIAL_VALIDATION_METRIC, BestModel, Contribution, ValidationResult
 from fed_learn.errors import MetricError, brief
@@ -137,6 +138,18 @@ class ModelSelectionHandler(ServerHandler):
             self._before_final = fl_ctx.get_prop(self.best_key)
         self._final_scored = True
         self._select(fl_ctx, results, self._before_final)
+
+    def get_state(self) -> dict[str, Any]:
+        """What has been seen and said so far; the best model is in the context."""
+        seen = None if self._seen is None else sorted(self._seen)
+        return {"mode": self._mode, "any_round": self._any_round, "seen": seen, "warned": sorted(self._warned)}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with it."""
+        self._mode = state["mode"] if self._mode is None else self._mode
+        self._any_round = state["any_round"]
+        self._seen = None if state["seen"] is None else set(state["seen"])
+        self._warned = set(state["warned"])
 
     def shutdown(self, fl_ctx: FLContext) -> None:
         """Says so if no model could be selected in the whole job."""

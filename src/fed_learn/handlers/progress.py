@@ -33,11 +33,13 @@ class ProgressHandler(ServerHandler):
         self.stderr = stderr
         self._progress: Any = None
         self._rounds: Any = None
+        self._over = 0
         self._clients: Any = None
 
     def startup(self, ctx: FLContext) -> None:
         """Shows the bars and the head of the table."""
         super().startup(ctx)
+        self._over = 0
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -79,12 +81,23 @@ class ProgressHandler(ServerHandler):
     def end_round(self, ctx: FLContext) -> None:
         """Prints the round's line."""
         report: RoundReport = ctx[ContextKey.REPORT]
+        self._over += 1
         self._progress.advance(self._rounds)
         self._print(line(report), "red" if report.error or report.rejected else "")
         for problem in (*report.rejected, *report.quits):
             self._print(f"         {problem.cause}: {problem.error}", "red")
         if report.error is not None:
             self._print(f"         round failed: {report.error}", "red")
+
+    def get_state(self) -> dict[str, Any]:
+        """How many rounds are over."""
+        return {"rounds": self._over}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on behind them."""
+        self._over = state["rounds"]
+        self._progress.update(self._rounds, completed=self._over)
+        self._print(f"         resumed after round {self._over}", "")
 
     def shutdown(self, ctx: FLContext) -> None:
         """Takes the bars away."""

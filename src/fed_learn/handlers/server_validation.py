@@ -3,6 +3,7 @@
 import inspect
 import logging
 import math
+from typing import Any
 
 from fed_learn.arguments import check_choice, check_count
 from fed_learn.components.direction import MODES
@@ -97,6 +98,14 @@ class ServerValidationHandler(ServerHandler):
         if self._skipped is not None and self._is_last(fl_ctx):
             number, self._skipped = self._skipped, None
             self._validate(fl_ctx, number)
+
+    def get_state(self) -> dict[str, Any]:
+        """Which model is still to be validated."""
+        return {"skipped": self._skipped}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with it."""
+        self._skipped = state["skipped"]
 
     def _chosen_mode(self, ctx: FLContext) -> str:
         declared = getattr(self.evaluator, "mode", None)

@@ -11,12 +11,13 @@ from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from fed_learn.adapters import set_weights
 from fed_learn.adapters.layout import LayoutMap
 from fed_learn.arguments import check_count
 from fed_learn.components import Learner, ModelEvaluator, TrainingResult
 from fed_learn.handlers.scoring import check_mode
 from fed_learn.integrations.batches import Mean, count_of, form_of, score_name, tensors_in
-from fed_learn.integrations.loading import load, read, weights_in
+from fed_learn.integrations.loading import load, own_variables, read, weights_in
 from fed_learn.model_meta import ContextKey, FLContext
 from fed_learn.weights import Array, WeightDict
 
@@ -213,6 +214,7 @@ class FrameworkLearner(Learner):
         self.validation_metric = validation_metric
         self.layout = layout
         self.seed = seed
+        self._global: frozenset[str] = frozenset()  # names of the variables of the global model
         if validation_metric not in self.named_metrics:
             raise ValueError(
                 f"validation_metric {validation_metric!r} is not one of the metrics: {sorted(self.named_metrics)}"
@@ -245,6 +247,7 @@ class FrameworkLearner(Learner):
             ValueError: There are no examples.
         """
         load(self.model, weights, self.layout)
+        self._global = frozenset(weights)
         step = self.begin()
         rng = np.random.default_rng([self.seed, ctx[ContextKey.ROUND]])
         losses, steps = Mean(), 0
@@ -255,6 +258,15 @@ class FrameworkLearner(Learner):
         train_loss = losses.value()
         trained = read(self.model, weights, self.layout)
         return TrainingResult(trained, losses.count / self.epochs, steps, {"train_loss": train_loss})
+
+    def get_state(self) -> Any:
+        """The model's own variables, which the global model lacks, such as counters of steps or a local part."""
+        own = own_variables(self.model, self._global, self.layout) if self._global else {}
+        return {"own": own} if own else None
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with them."""
+        set_weights(self.model, state["own"], strict=False)
 
     def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
         """Scores `weights`: each metric over the validation data."""

@@ -4,11 +4,13 @@ The global weights decide which variables take part. Those that the model has be
 """
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from fed_learn.adapters import get_weights, set_weights
+from fed_learn.adapters import describe, get_weights, set_weights
+from fed_learn.adapters.describe import DescribedVariable
 from fed_learn.adapters.layout import LayoutMap
 from fed_learn.adapters.tensors import framework_of
 from fed_learn.errors import ModelError, TiedVariablesError
@@ -17,6 +19,9 @@ from fed_learn.ties import once, twins, under_all_names
 from fed_learn.weights import Array, WeightDict
 
 logger = logging.getLogger(__name__)
+
+LARGEST_RANDOM_STATE = 8192
+"""Bytes; that of torch's generator has 5056."""
 
 
 def weights_in(ctx: FLContext) -> WeightDict:
@@ -84,6 +89,34 @@ def read(model: Any, weights: WeightDict, layout: LayoutMap | None) -> dict[str,
     local = get_weights(model, copy=False, only=layout.target.__contains__)
     returned = layout.inverse(local, base=_lacking(weights, layout) | dict(weights))
     return under_all_names(returned, layout.tied, weights)
+
+
+def own_variables(model: Any, names: Collection[str], layout: LayoutMap | None) -> dict[str, Array]:
+    """The variables of a model that change, and that no global model with these names gives it.
+
+    They outlive a round here alone: statistics, counters, random states, and what is trained and not sent. Frozen
+    variables, masks and packed codes are not among them.
+
+    Args:
+        model: The model.
+        names: Names of the variables of the global model.
+        layout: See `load`.
+    """
+    given = set(names)
+    if layout is not None:
+        whole = all(name in layout.left_out for name in layout.source if name not in names)
+        given = set(layout.target) - set(layout.from_base) if whole else set()
+    own = {one.name for one in describe(model) if one.name not in given and _changes(one)}
+    found = get_weights(model, copy=False, only=own.__contains__) if own else {}
+    return {name: _copied(value) for name, value in found.items()}
+
+
+def _changes(variable: DescribedVariable) -> bool:
+    if variable.problem is not None:
+        return False
+    if variable.role == "code":  # random states are small; packed weights are not, and stay as they are
+        return variable.nbytes <= LARGEST_RANDOM_STATE
+    return variable.role in ("statistic", "counter") or variable.trainable is True
 
 
 def _copied(value: Any) -> Array:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.components.learner import Learner
@@ -77,6 +77,18 @@ class ClientPool:
                 answer = ClientQuitError(f"{name}: {described(error)}", contributor=name)
                 answer.__cause__ = error
             yield name, answer
+
+    def states(self) -> dict[str, Any]:
+        """What each client hands over to be kept, while none of them works.
+
+        Raises:
+            StateError: One could not, or handed over what cannot be kept.
+        """
+        return {name: client.get_state() for name, client in self._clients.items()}
+
+    def leave_out(self, name: str) -> None:
+        """Removes a client that has not been started."""
+        del self._clients[name]
 
     def dismiss(self, name: str) -> tuple[HandlerFailure, ...]:
         """Removes a client and stops it. Returns which of its handlers failed; they have been logged."""

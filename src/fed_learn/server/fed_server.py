@@ -1,17 +1,22 @@
 """`FederatedServer`: the server's side of a job, from the first event to the last."""
 
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from pathlib import Path
+from typing import Any, Self
 
 from fed_learn import kernels
-from fed_learn.aggregation.rules import ClaraRule, Rule
+from fed_learn.aggregation.rules import ClaraRule, Rule, available
 from fed_learn.aggregation.settings import AggregationSettings
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import Kind
+from fed_learn.durable import StateStore
 from fed_learn.events import EventHandler
 from fed_learn.model_meta import FLContext
 from fed_learn.policies import Policies
 from fed_learn.server.client_pool import ClientPool, declared_score
+from fed_learn.server.durable_job import load_state
 from fed_learn.server.job import Job
 from fed_learn.server.model_aggregator import Aggregator
 from fed_learn.server.result import JobResult
@@ -54,8 +59,12 @@ class FederatedServer:
         rule: How contributions are combined: the name of a rule, one of `fed_learn.rules.available()`, or a `Rule`.
         aggregator: Makes the global model in place of the weighted mean; needs `kind=Kind.DIFF`. A round in which it
             raises, or leaves no model of the job's schema, fails like one with too few contributions.
+        durable: A folder in which the state of the job is kept, written anew after each round: `resume` goes on with
+            it, and ends with the same bytes, whenever the process was killed. It must hold no other job's. None: the
+            job ends with its process.
 
     Raises:
+        ImportError: `durable` needs blake3 and safetensors (extra `durable`).
         ValueError: An argument is out of its range, or a policy fits no variable.
         TypeError: A handler lacks `handle_event` or `rollback`, an aggregator `process`, or a count is not an int.
         ContributionError: `weights` is no weight dict, or holds dtypes or values that cannot be averaged.
@@ -98,6 +107,7 @@ class FederatedServer:
         kernel: str | None = None,
         rule: str | Rule = "mean",
         aggregator: Aggregator | None = None,
+        durable: str | os.PathLike[str] | None = None,
     ) -> None:
         if aggregator is not None and rule != "mean":
             raise ValueError("aggregator= is a rule of its own: give one of the two")
@@ -113,10 +123,85 @@ class FederatedServer:
             on_bad_contribution=on_bad_contribution,
         )
         self.settings = JobSettings(
-            num_rounds=num_rounds, handlers=handlers, on_handler_error=on_handler_error, aggregation=aggregation
+            num_rounds=num_rounds,
+            handlers=handlers,
+            on_handler_error=on_handler_error,
+            aggregation=aggregation,
+            durable=None if durable is None else Path(durable),
         )
+        if durable is not None:
+            StateStore(durable)  # better to hear now what is not installed
         self.weights = initial_model(weights, aggregation.kind, aggregation.policies)
         self.ctx = FLContext()
+        self._state: Any = None
+
+    @classmethod
+    def resume(
+        cls,
+        durable: str | os.PathLike[str],
+        *,
+        handlers: Sequence[EventHandler] = (),
+        num_rounds: int | None = None,
+        rule: str | Rule | None = None,
+        aggregator: Aggregator | None = None,
+        kernel: str | None = None,
+    ) -> Self:
+        """The server of a job that goes on where its state ends; `run` or `begin` then do so.
+
+        Settings, global model, best models and all that is remembered come from the folder. What is code does not: it
+        has to be given again, and clients with the same names and the same learners. A handler that hands over its
+        state (`get_state`) gets it back; one that was not there begins anew.
+
+        Args:
+            durable: The folder.
+            handlers: The handlers that the job had.
+            num_rounds: How many rounds the job has; None: as before. A job that is done goes on if it gets more.
+            rule: The rule, where it is one of your own.
+            aggregator: The aggregator, where the job had one.
+            kernel: Name of the kernel; None: the current one. All give the same bits.
+
+        Raises:
+            StateError: The folder holds no state that is whole.
+            ValueError: The job had a rule or an aggregator that is not given, or `num_rounds` rounds are over already.
+
+        Example:
+            >>> import tempfile, numpy as np, fed_learn as fl
+            >>> class Adder(fl.Learner):
+            ...     def train(self, weights, ctx):
+            ...         return fl.TrainingResult({"w": weights["w"] + 1}, aggregation_weight=1)
+            ...     def validate(self, weights, ctx):
+            ...         return {"accuracy": 1.0}
+            >>> clients = [fl.FederatedClient("site-1", Adder())]
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     first = fl.FederatedServer({"w": np.zeros(1)}, num_rounds=2, durable=folder).run(clients)
+            ...     more = fl.FederatedServer.resume(folder, num_rounds=5).run(clients)
+            >>> first.weights["w"], more.weights["w"], len(more.reports)
+            (array([2.]), array([5.]), 5)
+        """
+        state = load_state(durable)
+        kept: dict[str, Any] = dict(state["settings"])
+        name = kept.pop("rule")
+        if rule is None and aggregator is None:
+            if name not in available():
+                raise ValueError(
+                    f"the job in {os.fspath(durable)} combines by {name!r}: give it as rule= or aggregator="
+                )
+            rule = name
+        over = len(state["reports"])
+        kept["num_rounds"] = num_rounds if num_rounds is not None else kept["num_rounds"]
+        if kept["num_rounds"] < over:
+            raise ValueError(f"num_rounds is {num_rounds}, and {over} rounds of the job are over")
+        server = cls(
+            state["model"],
+            **kept,
+            handlers=handlers,
+            rule="mean" if rule is None else rule,
+            aggregator=aggregator,
+            kernel=kernel,
+            durable=durable,
+        )
+        server._state = state
+        return server
 
     @property
     def num_rounds(self) -> int:
@@ -141,6 +226,7 @@ class FederatedServer:
             HandlerError: A handler raised, with `on_handler_error="raise"`; or one could not start.
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
             NothingAggregatedError: No round made a new global model, whatever `on_bad_contribution` says.
+            StateExistsError, StateError: As `begin`.
             ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none; or their
                 learners disagree by which metric models are selected, or which direction of it is better.
 
@@ -173,12 +259,15 @@ class FederatedServer:
         Raises:
             HandlerError: A handler could not start, such as one that was told another mode; those before it have been
                 shut down.
+            StateExistsError: The folder for the state holds that of another job.
+            StateError: The state could not be written, or does not fit the handlers.
             ValueError: `mode` is another word.
         """
         job = Job(self.settings, self.weights, num_clients)
         self.ctx = job.ctx
         job.declare_score(validation_metric, mode)
-        job.start()
+        state, self._state = self._state, None
+        job.start(state)
         return job
 
     def __repr__(self) -> str:

@@ -1,6 +1,7 @@
 """`Job`: one run of a server, event by event, driven by our server, by your own loop or by another stack.
 
-Its rounds are those of `JobRounds`; here are its beginning, the validation of models, and its end.
+Its rounds are those of `JobRounds`, and `DurableJob` keeps their state; here are its beginning, the validation of
+models, and its end.
 """
 
 import logging
@@ -25,8 +26,8 @@ from fed_learn.errors import (
 )
 from fed_learn.events import EventType, fire_event, shut_down
 from fed_learn.model_meta import ContextKey, ModelData
+from fed_learn.server.durable_job import DurableJob
 from fed_learn.server.job_events import nothing_aggregated
-from fed_learn.server.job_rounds import JobRounds
 from fed_learn.server.result import JobResult
 from fed_learn.server.settings import JobSettings
 from fed_learn.server.validation import checked_result
@@ -35,7 +36,7 @@ from fed_learn.weights import FrozenDict, FrozenWeights, WeightDict
 logger = logging.getLogger(__name__)
 
 
-class Job(JobRounds):
+class Job(DurableJob):
     """One run of a server: the context, the global model, the contributions of the round, and the record of it all.
 
     `FederatedServer.begin` makes one. Its driver (our server, your own loop, another stack) calls each method at the
@@ -77,18 +78,34 @@ class Job(JobRounds):
         self._over = False
         self._finished = False
 
-    def start(self) -> None:
+    def start(self, state: Any = None) -> None:
         """STARTUP.
+
+        Args:
+            state: Where to go on: what `load_state` gave of a job before; None: at the beginning.
 
         Raises:
             HandlerError: A handler could not start; those before it have been shut down.
+            StateExistsError: The folder for the state holds that of another job.
+            StateError: The state is none of this job, or the first one could not be written.
         """
+        self.open_store(resumed=state is not None)
         try:
             fire_event(EventType.STARTUP, self.handlers, self.ctx)
-        except HandlerError as error:
+        except BaseException as error:
             self._over = True
-            self.record(error.failures)
-            error.result = self.result()
+            self.close_store()
+            if isinstance(error, HandlerError):
+                self.record(error.failures)
+                error.result = self.result()
+            raise
+        try:
+            if state is None:
+                self.save()
+            else:
+                self.set_state(state)
+        except BaseException:
+            self.shut_down()
             raise
 
     def start_round(self, number: int, weights: WeightDict | None = None) -> None:
@@ -220,6 +237,7 @@ class Job(JobRounds):
         try:
             failures = shut_down(self.handlers, self.ctx)
         finally:
+            self.close_store()
             self.ctx.mend(at_the_end)  # handlers may have removed what the result is read from
         self.record_late(failures)
         return failures

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_job(job: Job, clients: ClientPool) -> None:
-    """Runs a job that has begun, up to the last CLIENT_QUIT.
+    """Runs a job that has begun, or goes on, up to the last CLIENT_QUIT.
 
     Raises:
         ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
@@ -24,11 +24,11 @@ def run_job(job: Job, clients: ClientPool) -> None:
         NothingAggregatedError: No round made a new global model.
     """
     _register(job, clients)
-    num_rounds = job.settings.num_rounds or 1
-    for number in range(num_rounds):
-        _run_round(job, clients, number)
+    job.states_of_clients = clients.states
+    for number in range(job.next_round, job.settings.num_rounds or 1):
         if job.stopped:
             break
+        _run_round(job, clients, number)
     _score_final_model(job, clients)
     try:
         job.finish()
@@ -39,9 +39,14 @@ def run_job(job: Job, clients: ClientPool) -> None:
 
 
 def _register(job: Job, clients: ClientPool) -> None:
+    for name in {failure.contributor for failure in job.quits} & set(clients):
+        logger.warning("%s left the job before it was resumed, and stays out", name)
+        clients.leave_out(name)
+
     def start(client: FederatedClient) -> None:
         client.is_not_sent = job.is_not_sent
         client.start(job.settings.num_rounds or 1)
+        client.set_state(job.kept_of_clients.get(client.name))
 
     for name, answer in clients.ask(start):
         if is_error(answer):

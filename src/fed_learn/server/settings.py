@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from fed_learn.aggregation.plan import check_fitting, schemas_of
 from fed_learn.aggregation.settings import AggregationSettings
@@ -30,6 +32,7 @@ class JobSettings:
         handlers: The server's handlers.
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
         aggregation: How contributions are aggregated.
+        durable: The folder in which the state of the job is kept; None: it ends with its process.
 
     Raises:
         ValueError: One is out of its range.
@@ -44,12 +47,30 @@ class JobSettings:
     handlers: Sequence[EventHandler] = ()
     on_handler_error: str = "raise"
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
+    durable: Path | None = None
 
     def __post_init__(self) -> None:
         if self.num_rounds is not None:
             object.__setattr__(self, "num_rounds", check_count("num_rounds", self.num_rounds))
         check_choice("on_handler_error", self.on_handler_error, ("raise", "log"))
         object.__setattr__(self, "handlers", tuple(check_handlers(self.handlers)))
+        object.__setattr__(self, "durable", None if self.durable is None else Path(self.durable))
+
+    def kept(self) -> dict[str, Any]:
+        """The settings that a state holds, as plain values: all that are no objects with code."""
+        kept = self.aggregation
+        return {
+            "num_rounds": self.num_rounds,
+            "on_handler_error": self.on_handler_error,
+            "rule": kept.how.name,
+            "kind": kept.kind.value,
+            "partial": kept.partial,
+            "policies": dict(kept.policies or {}),
+            "exact": kept.exact,
+            "stream": kept.stream,
+            "min_contributions": kept.min_contributions,
+            "on_bad_contribution": kept.on_bad_contribution,
+        }
 
 
 def initial_model(weights: WeightDict, kind: Kind, policies: Policies | None = None) -> FrozenWeights:

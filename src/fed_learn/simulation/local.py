@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fed_learn.components import Learner, TrainingResult
 from fed_learn.model_meta import FLContext
@@ -30,6 +31,16 @@ class WithLocalVariables(Learner):
         result: TrainingResult = self.learner.train({**self._own, **weights}, ctx)
         self._own.update(result.weights)
         return replace(result, weights={name: result.weights[name] for name in weights})
+
+    def get_state(self) -> dict[str, Any]:
+        """The variables, as they were trained last; and what the learner needs."""
+        return {"own": self._own, "learner": self.learner.get_state()}
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with them."""
+        self._own = dict(state["own"])
+        if state["learner"] is not None:
+            self.learner.set_state(state["learner"])
 
     def validate(self, weights: WeightDict, ctx: FLContext) -> Mapping[str, float]:
         """Scores the whole model."""
