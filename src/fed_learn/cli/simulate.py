@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fed_learn.cli.interrupts import StoppedError
+from fed_learn.cli.job_folder import DEFAULT, FILES, JobFolder, default_folder
 from fed_learn.cli.options import as_wrong_use, policies_of
 from fed_learn.contribution import GLOBAL_BEST, Kind
-from fed_learn.disk import remove
 from fed_learn.errors import described
-from fed_learn.handlers import Handler
-from fed_learn.model_meta import ContextKey, FLContext
+from fed_learn.model_meta import ContextKey
 from fed_learn.simulation.datasets import Dataset
 from fed_learn.simulation.frameworks import Framework
 from fed_learn.weights import Schema
@@ -25,19 +24,6 @@ if TYPE_CHECKING:
     from fed_learn.simulation.demo import Demo
 
 DEFAULT_ROUNDS = 20
-FILES = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.json", "metrics.png")
-
-
-class _Replacing(Handler):
-    """Removes the files of an earlier job once the new one has started."""
-
-    def __init__(self) -> None:
-        self.paths: list[Path] = []
-
-    def start_round(self, ctx: FLContext) -> None:
-        """Removes them, in the first round."""
-        while self.paths:
-            remove(self.paths.pop())
 
 
 def _folder(value: str | Path) -> Path:
@@ -50,6 +36,7 @@ def _folder(value: str | Path) -> Path:
 
 
 def simulate(
+    context: typer.Context,
     dataset: Annotated[Dataset, typer.Option(help="Real data that scikit-learn ships.")] = Dataset.DIGITS,
     framework: Annotated[
         Framework,
@@ -92,8 +79,20 @@ def simulate(
         int | None, typer.Option(min=1, help="Stop after so many rounds without a better model.", show_default="never")
     ] = None,
     out: Annotated[
-        Path, typer.Option(parser=_folder, metavar="DIRECTORY", help="Folder for metrics, models, summary and plot.")
-    ] = Path("fed-learn-job"),
+        Path | None,
+        typer.Option(
+            parser=_folder,
+            metavar="DIRECTORY",
+            help="Folder for metrics, models, state, summary and plot.",
+            show_default=f"{DEFAULT}, or {DEFAULT}-2, …",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the job in that folder, after a kill too; --rounds may ask for more of them."
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of an earlier job in that folder.")
     ] = False,
@@ -113,89 +112,110 @@ def simulate(
     """Train a federation on real data, split unequally over clients, and report on it."""
     from rich.console import Console
 
-    from fed_learn import kernels
     from fed_learn.components.config import read_config
-    from fed_learn.disk import Claim
-    from fed_learn.handlers import (
-        CheckpointHandler,
-        EarlyStoppingHandler,
-        JsonLinesHandler,
-        ProgressHandler,
-    )
-    from fed_learn.server.config import ServerConfig
-    from fed_learn.simulation.demo import build_demo
-    from fed_learn.simulation.update_norms import UpdateNormHandler
 
     _configure_logging(debug)
     _quiet_tensorflow()
-    _refuse_earlier_files(out, overwrite)
-    settings = ServerConfig.of(read_config(config) if config is not None else {})
-    aggregator = settings.build_aggregator(exact)
-    kind = kind or (Kind.FULL if aggregator is None else Kind.DIFF)
-    kernels.set_num_threads(threads)
-    as_wrong_use(kernels.get_num_threads)
-    started = time.perf_counter()
-    replacing = _Replacing()
-    demo = as_wrong_use(
-        lambda: build_demo(
-            dataset.value,
-            framework=framework.value,
-            num_clients=clients,
-            num_rounds=rounds or settings.num_rounds or DEFAULT_ROUNDS,
-            alpha=alpha,
-            seed=seed,
-            local_epochs=local_epochs,
-            kind=kind,
-            configured_handlers=settings.handler_entries(),
-            client_filters=lambda number: settings.build_filters([seed, number]),
-            reporters=[
-                replacing,
-                *([EarlyStoppingHandler(patience)] if patience is not None else []),
-                UpdateNormHandler(),
-                JsonLinesHandler(out / "metrics.jsonl"),
-                CheckpointHandler(out),
-                ProgressHandler(stderr=as_json),
-            ],
-            min_contributions=settings.min_num_clients,
-            on_bad_contribution="reject",
-            exact=exact and not getattr(aggregator, "exact", False),
-            kernel=None if kernel == "auto" else kernel,
-            rule=rule,
-            policies=_policies(policies_of(policy or []), settings.policies),
-            partial=partial or settings.partial or "same",
-            aggregator=aggregator,
-        )
-    )
-    schema = Schema.of(demo.server.weights)
-    for doubt in settings.doubts(aggregator, schema, [client.name for client in demo.clients]):
-        logging.getLogger("fed_learn").warning("%s: %s", config, doubt)
-    settings_used = {
+    if resume and overwrite:
+        raise typer.BadParameter("it goes on with a job, and --overwrite would replace it", param_hint="--resume")
+    folder = JobFolder(out if out is not None else default_folder(resume))
+    options = {
         "dataset": dataset.value,
         "framework": framework.value,
         "clients": clients,
-        "rounds": demo.server.num_rounds,
+        "rounds": rounds,
         "alpha": alpha,
         "seed": seed,
         "local_epochs": local_epochs,
-        "kind": kind.value,
+        "kind": None if kind is None else kind.value,
         "rule": rule,
-        "policies": dict(demo.server.settings.aggregation.policies),
-        "partial": demo.server.settings.aggregation.partial,
-        "kernel": demo.server.settings.aggregation.kernel,
-        "threads": kernels.get_num_threads(),
+        "policy": policy or [],
+        "partial": partial,
+        "kernel": kernel,
+        "threads": threads,
         "exact": exact,
+        "patience": patience,
+        "config": read_config(config) if config is not None else {},
     }
-    with Claim([out / name for name in ("summary.json", "metrics.png")]):
-        _refuse_earlier_files(out, overwrite)  # once more: another job may have come and gone
-        replacing.paths = [out / name for name in _files_in(out)]
+    if resume:
+        options = folder.kept_options(options, {name for name in options if _is_given(context, name)})
+    else:
+        folder.check_free(overwrite)
+    folder.options = options
+    started = time.perf_counter()
+    demo = _build(options, folder, resume, as_json)
+    with folder.taken(overwrite, resume):
         try:
-            summary = _run(demo, out, settings_used, started)
+            summary = _run(demo, folder, _settings_used(demo, options), started)
         except KeyboardInterrupt as interrupt:
-            raise StoppedError(_what_is_left(demo, [] if replacing.paths else _files_in(out), out)) from interrupt
+            raise StoppedError(_what_is_left(demo, folder)) from interrupt
     if as_json:
         print(json.dumps(summary, indent=2))
     else:
         _print_summary(Console(soft_wrap=True, highlight=False, markup=False), summary)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option is on the command line, rather than a default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def _build(options: Mapping[str, Any], folder: JobFolder, resume: bool, as_json: bool) -> "Demo":
+    """Puts the job together by its options.
+
+    Raises:
+        typer.BadParameter: One of them is out of its range.
+        ConfigError: The configuration cannot be used.
+        StateError: The job is to go on, and its state is damaged.
+    """
+    from fed_learn import kernels
+    from fed_learn.handlers import CheckpointHandler, EarlyStoppingHandler, JsonLinesHandler, ProgressHandler
+    from fed_learn.server.config import ServerConfig
+    from fed_learn.simulation.demo import build_demo
+    from fed_learn.simulation.update_norms import UpdateNormHandler
+
+    settings = ServerConfig.of(options["config"])
+    aggregator = settings.build_aggregator(options["exact"])
+    kind = options["kind"] or (Kind.FULL if aggregator is None else Kind.DIFF)
+    kernels.set_num_threads(options["threads"])
+    as_wrong_use(kernels.get_num_threads)
+    stopping = [] if options["patience"] is None else [EarlyStoppingHandler(options["patience"])]
+    demo = as_wrong_use(
+        lambda: build_demo(
+            options["dataset"],
+            framework=options["framework"],
+            num_clients=options["clients"],
+            num_rounds=options["rounds"] or settings.num_rounds or DEFAULT_ROUNDS,
+            alpha=options["alpha"],
+            seed=options["seed"],
+            local_epochs=options["local_epochs"],
+            kind=Kind(kind),
+            configured_handlers=settings.handler_entries(),
+            client_filters=lambda number: settings.build_filters([options["seed"], number]),
+            reporters=[
+                folder,
+                *stopping,
+                UpdateNormHandler(),
+                JsonLinesHandler(folder.path / "metrics.jsonl", times=False),
+                CheckpointHandler(folder.path),
+                ProgressHandler(stderr=as_json),
+            ],
+            min_contributions=settings.min_num_clients,
+            on_bad_contribution="reject",
+            exact=options["exact"] and not getattr(aggregator, "exact", False),
+            kernel=None if options["kernel"] == "auto" else options["kernel"],
+            rule=options["rule"],
+            policies=_policies(policies_of(options["policy"]), settings.policies),
+            partial=options["partial"] or settings.partial or "same",
+            aggregator=aggregator,
+            durable=folder.state,
+            resume=resume,
+        )
+    )
+    for doubt in settings.doubts(aggregator, Schema.of(demo.server.weights), [client.name for client in demo.clients]):
+        logging.getLogger("fed_learn").warning("--config: %s", doubt)
+    return demo
 
 
 def _policies(given: Mapping[str, str], configured: Mapping[str, str]) -> dict[str, str]:
@@ -203,30 +223,46 @@ def _policies(given: Mapping[str, str], configured: Mapping[str, str]) -> dict[s
     return {**given, **{pattern: policy for pattern, policy in configured.items() if pattern not in given}}
 
 
-def _refuse_earlier_files(out: Path, overwrite: bool) -> None:
-    names = _files_in(out)
-    if names and not overwrite:
-        raise typer.BadParameter(
-            f"{out} holds files of an earlier job ({', '.join(names)}): name another folder, or replace them with "
-            "--overwrite",
-            param_hint="--out",
-        )
+def _settings_used(demo: "Demo", options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a job as they took effect, for its summary."""
+    from fed_learn import kernels
+
+    aggregation = demo.server.settings.aggregation
+    return {
+        **{name: options[name] for name in ("dataset", "framework", "clients")},
+        "rounds": demo.server.num_rounds,
+        **{name: options[name] for name in ("alpha", "seed", "local_epochs")},
+        "kind": aggregation.kind.value,
+        "rule": options["rule"],
+        "policies": dict(aggregation.policies),
+        "partial": aggregation.partial,
+        "kernel": aggregation.kernel,
+        "threads": kernels.get_num_threads(),
+        "exact": options["exact"],
+    }
 
 
-def _run(demo: "Demo", out: Path, settings: dict[str, Any], started: float) -> dict[str, Any]:
-    """Runs the job and writes the summary, before the plot, which nobody misses as much, and again with it."""
+def _run(demo: "Demo", folder: JobFolder, settings: dict[str, Any], started: float) -> dict[str, Any]:
+    """Runs the job and writes the summary, before the plot, which nobody misses as much, and again with it.
+
+    The summary in the file has nothing in it that differs from run to run: times are in a file of their own.
+    """
     from fed_learn.disk import write_whole
-    from fed_learn.simulation.summary import summarize
+    from fed_learn.simulation.summary import summarize, times
 
     result = demo.run()
     summary = {**summarize(demo, result), "settings": settings}
+    out = folder.path
 
-    def write() -> None:
-        summary["seconds"] = round(time.perf_counter() - started, 3)
-        summary["files"] = {name: str(out / name) for name in FILES if name == "summary.json" or name in _files_in(out)}
-        write_whole(out / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    def write() -> dict[str, Any]:
+        files = {"summary.json", "times.json", *folder.files}
+        told = {**summary, "files": [name for name in FILES if name in files]}
+        seconds = round(time.perf_counter() - started, 3)
+        write_whole(out / "times.json", _json({"seconds": seconds, "rounds": times(result)}))
+        write_whole(out / "summary.json", _json(told))
+        return {**told, "seconds": seconds, "files": {name: str(out / name) for name in told["files"]}}
 
-    write()
+    printed = write()
     try:
         from fed_learn.simulation.plot import plot_job
 
@@ -234,26 +270,25 @@ def _run(demo: "Demo", out: Path, settings: dict[str, Any], started: float) -> d
     except Exception as error:  # noqa: BLE001 - whatever it is, the job is done and its files are written
         logging.getLogger("fed_learn").warning("there is no plot: %s", described(error))
     else:
-        write()
-    return summary
+        printed = write()
+    return printed
 
 
-def _files_in(out: Path) -> list[str]:
-    return [name for name in FILES if (out / name).exists()]
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _what_is_left(demo: "Demo", files: list[str], out: Path) -> str:
+def _what_is_left(demo: "Demo", folder: JobFolder) -> str:
     """What to tell of a job that was interrupted."""
     report = demo.server.ctx.get_prop(ContextKey.REPORT)
     where = "interrupted" if report is None else f"interrupted in round {report.round + 1} of {demo.server.num_rounds}"
-    if not files:
+    if not folder.begun or not folder.has_state:
         return f"{where}; nothing was written: run it again"
-    if "summary.json" in files:
-        return f"interrupted when the job was done; only the plot may be missing in {out}: {', '.join(files)}"
-    return (
-        f"{where}; kept in {out}: {', '.join(files)}. It cannot be resumed: run it again with another --out, or with "
-        "--overwrite"
-    )
+    if "summary.json" in folder.files:
+        files = ", ".join(folder.files)
+        return f"interrupted when the job was done; only the plot may be missing in {folder.path}: {files}"
+    kept = ", ".join([*folder.files, "state"])
+    return f"{where}; kept in {folder.path}: {kept}. To go on: fed-learn simulate --out {folder.path} --resume"
 
 
 def _print_summary(console: Any, summary: dict[str, Any]) -> None:

@@ -51,6 +51,7 @@ class CheckpointHandler(ServerHandler):
         self.overwrite = overwrite
         self._claim: Claim | None = None
         self._begun = False
+        self._earlier = False  # whether files of an earlier job were there when this one started
         self._saved: BestModel | None = None
         self._round: int | None = None  # the one whose model is not yet written
         self._received: WeightDict | None = None
@@ -64,6 +65,7 @@ class CheckpointHandler(ServerHandler):
         """
         super().startup(ctx)
         self._begun = False
+        self._earlier = any(os.path.lexists(path) for path in self._paths())
         self._take()
         self._saved = self._round = self._received = None
 
@@ -93,7 +95,7 @@ class CheckpointHandler(ServerHandler):
 
     def get_state(self) -> dict[str, Any]:
         """Whether the files are those of this job."""
-        return {"begun": self._begun}
+        return {"begun": self._begun or not self._earlier}
 
     def set_state(self, state: Any) -> None:
         """Goes on to write them."""

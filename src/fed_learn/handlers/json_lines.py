@@ -22,13 +22,14 @@ class JsonLinesHandler(ServerHandler):
     the disk is full. NaN and infinities become null, which JSON has. Rounds are numbered from 0, as everywhere but on
     screen.
 
-    A job begins a file of its own. One that is there already is left alone until the job has its first line to write,
-    and is then kept under a numbered name (`job.jsonl.1`), which the log tells. While a job writes the file, no other
-    process can.
+    A job begins a file of its own, and one that is resumed goes on with it: each round is in it once. A file that is
+    there already is left alone until the job has its first line to write, and is then kept under a numbered name
+    (`job.jsonl.1`), which the log tells. While a job writes the file, no other process can.
 
     Args:
         path: The file.
         overwrite: Replace the file of an earlier job instead of keeping it.
+        times: Write how long rounds took; all else is the same from run to run.
 
     Example:
         >>> import tempfile, fed_learn as fl
@@ -44,11 +45,13 @@ class JsonLinesHandler(ServerHandler):
         >>> folder.cleanup()
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool = False, times: bool = True) -> None:
         self.path = path
         self.overwrite = overwrite
+        self.times = times
         self._claim: Claim | None = None
         self._begun = False
+        self._earlier = False  # whether the file of an earlier job was there when this one started
 
     def startup(self, ctx: FLContext) -> None:
         """Makes the folder, and sees to it that no other job writes the file.
@@ -59,6 +62,7 @@ class JsonLinesHandler(ServerHandler):
         """
         super().startup(ctx)
         self._begun = False
+        self._earlier = os.path.exists(self.path) and os.path.getsize(self.path) > 0
         if os.path.exists(self.path):
             with open(self.path, "ab"):  # better to hear now that it cannot be written
                 pass
@@ -85,7 +89,7 @@ class JsonLinesHandler(ServerHandler):
             }
             for c in contributions
         }
-        self._write({"type": "round", **report.as_dict(), "contributions": clients})
+        self._write({"type": "round", **report.as_dict(times=self.times), "contributions": clients})
 
     def receive_validation_results(self, ctx: FLContext) -> None:
         """Writes the result at hand."""
@@ -103,15 +107,15 @@ class JsonLinesHandler(ServerHandler):
     def get_state(self) -> dict[str, Any]:
         """How long the file is after the lines of the rounds that are over."""
         path = Path(self.path)
-        return {"size": path.stat().st_size if self._begun and path.is_file() else None}
+        size = path.stat().st_size if path.is_file() and self._begun else 0
+        return {"size": size, "earlier": self._earlier and not self._begun}
 
     def set_state(self, state: Any) -> None:
         """Goes on behind these lines: what follows them is of a round that is run again, and is removed."""
         path = Path(self.path)
-        if state["size"] is None or is_stream(path):
-            return
-        self._begun = True
-        cut(path, state["size"])
+        self._begun = not state["earlier"]
+        if self._begun and not is_stream(path):
+            cut(path, state["size"])
 
     def _take(self) -> None:
         if self._claim is None:

@@ -74,6 +74,7 @@ def build_demo(
     client_handlers: Callable[[str], Sequence[EventHandler]] = lambda name: (),
     client_filters: Callable[[int], Sequence[Any]] = lambda number: (),
     configured_handlers: Sequence[Any] | None = None,
+    resume: bool = False,
     **server_arguments: Any,
 ) -> Demo:
     """Puts a demo job together.
@@ -95,6 +96,8 @@ def build_demo(
         client_filters: Gives a client's filters by its number, from 0 (see `FederatedClient`).
         configured_handlers: The server's handlers as `{"path" | "name", "args"}` entries, in place of `handlers`; a
             class that takes an `evaluator` gets the demo's where the entry names none.
+        resume: Go on with the job whose state is in `durable`, one of the `server_arguments`, which must be those that
+            the job had.
         **server_arguments: Passed on to `FederatedServer` (`min_contributions=`, `kernel=`, …).
 
     Raises:
@@ -119,6 +122,11 @@ def build_demo(
     server = FederatedServer(
         kinds[0].init(), num_rounds=num_rounds, handlers=[*chosen, *reporters], kind=kind, **server_arguments
     )
+    if resume:
+        code = {name: server_arguments[name] for name in ("aggregator", "kernel") if name in server_arguments}
+        server = FederatedServer.resume(
+            server_arguments["durable"], handlers=server.handlers, num_rounds=num_rounds, **code
+        )
     clients = []
     for i, (train, selection) in enumerate(zip(split.train, split.selection, strict=True)):
         name = f"site-{i + 1}"

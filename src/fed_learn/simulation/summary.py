@@ -18,7 +18,7 @@ def summarize(demo: Demo, result: JobResult) -> dict[str, Any]:
         if no handler selected a model), `final` (`test_accuracy`, `test_loss`, `selection`), `cross_site` (model →
         client → accuracy), `frameworks` (client → framework), `update_norms` (client → per round how far it moved the
         global model, None where it contributed nothing; empty without an `UpdateNormHandler`), `rounds` (a dict per
-        round, as `RoundReport.as_dict`), `quits`, `handler_failures`, `stop_reason`.
+        round, as `RoundReport.as_dict(times=False)`), `quits`, `handler_failures`, `stop_reason`.
     """
     best = None
     if result.best is not None:
@@ -44,13 +44,21 @@ def summarize(demo: Demo, result: JobResult) -> dict[str, Any]:
             "cross_site": {model: dict(row) for model, row in result.cross_site.items()},
             "frameworks": demo.frameworks,
             "update_norms": _update_norms(demo, result),
-            "rounds": [report.as_dict() for report in result.reports],
+            "rounds": [report.as_dict(times=False) for report in result.reports],
             "quits": [failure.as_dict() for failure in result.quits],
             "handler_failures": [str(failure) for failure in result.handler_failures],
             "stop_reason": result.stop_reason,
         }
     )
     return summary
+
+
+def times(result: JobResult) -> list[dict[str, Any]]:
+    """How long each round of a job took, and the averaging in it, in seconds."""
+    return [
+        {"round": one.round, "seconds": one.seconds, "aggregation_seconds": one.aggregation_seconds}
+        for one in result.reports
+    ]
 
 
 def site_labels(summary: dict[str, Any]) -> dict[str, str]:
