@@ -1098,7 +1098,14 @@ def test_every_error_survives_pickling_with_its_attributes(error: type[FedLearnE
 
 
 def test_every_error_but_the_two_bases_is_also_a_builtin_that_a_caller_would_catch() -> None:
-    builtins: tuple[Callable[..., Exception], ...] = (ValueError, TypeError, KeyError, RuntimeError, OverflowError)
+    builtins: tuple[Callable[..., Exception], ...] = (
+        ValueError,
+        TypeError,
+        KeyError,
+        RuntimeError,
+        OverflowError,
+        OSError,
+    )
     for error in every_error():
         bases = [base for base in builtins if issubclass(error, base)]  # type: ignore[arg-type]
         expected = error not in (FedLearnError, ContributionError) and not issubclass(error, ExceptionGroup)

@@ -206,7 +206,7 @@ BUILT_IN: dict[type[fl.Handler], dict[str, Any]] = {
         "overwrite": True,
     },
     handlers.EarlyStoppingHandler: {"patience": 7},
-    handlers.JsonLinesHandler: {"path": "some/file.jsonl", "overwrite": True},
+    handlers.JsonLinesHandler: {"path": "some/file.jsonl", "overwrite": True, "times": False},
     handlers.ModelSelectionHandler: {
         "weigh_by_local_iter": True,
         "validation_metric_name": "initial_loss",

@@ -110,7 +110,7 @@ def test_every_error_class_is_public_and_inherits_a_builtin() -> None:
         for c in vars(errors).values()
         if isinstance(c, type) and issubclass(c, fl.FedLearnError) and c is not fl.FedLearnError
     ]
-    builtin = (ValueError, TypeError, KeyError, RuntimeError, OverflowError, ExceptionGroup)
+    builtin = (ValueError, TypeError, KeyError, RuntimeError, OverflowError, OSError, ExceptionGroup)
     assert len(classes) >= 20
     for cls in classes:
         assert getattr(fl, cls.__name__) is cls

@@ -39,9 +39,16 @@ def error_of(cause: str, text: str, named: dict[str, Any]) -> Exception:
     kind: Any = getattr(errors, cause, None) or getattr(builtins, cause, None)
     if not isinstance(kind, type) or not issubclass(kind, Exception) or issubclass(kind, ExceptionGroup):
         kind = type(cause, (FedLearnError,), {})
-    error: Exception = kind.__new__(kind)
-    error.args = (text,)
+    error = _made(kind, text)
+    if text_of(error) != text:  # KeyError shows the repr of what it has
+        error = _made(type(cause, (FedLearnError, kind), {}), text)
     for key in _KEPT:
         if type(named.get(key)) is str:
             setattr(error, key, named[key])
+    return error
+
+
+def _made(kind: Any, text: str) -> Exception:
+    error: Exception = kind.__new__(kind)
+    error.args = (text,)
     return error

@@ -272,7 +272,8 @@ def _record(name: str, given: Mapping[str, Any]) -> Any:
         raise ValueError(name)
     mappings = {key: FrozenDict(value) for key, value in given.items() if type(value) is dict}
     if kind is BestModel:
-        mappings = {"weights": FrozenWeights(given["weights"])}
+        weights = given["weights"]
+        mappings = {"weights": weights if type(weights) is FrozenWeights else FrozenWeights(weights)}
     return kind(**{**given, **mappings, **({"kind": Kind(given["kind"])} if "kind" in given else {})})
 
 

@@ -50,10 +50,9 @@ def read_weights(path: Path) -> FrozenWeights:
     path.stat()  # a file that is not there is an error of the system, with its name
     try:
         with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {}).get("fed_learn", "{}"))
+            names: list[str] = json.loads((file.metadata() or {})["fed_learn"])["names"]
             arrays: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            names = about.get("names", arrays)
-            if arrays.keys() != set(names):
+            if sorted(arrays) != sorted(names):
                 raise ValueError("its names are not those that it says")
     except (SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise StateError(f"{path} is damaged: {error}", path=str(path)) from error

@@ -1,15 +1,15 @@
 """Keeps the global model and the best model on disk, as safetensors."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from fed_learn.contribution import BestModel
 from fed_learn.disk import Claim, remove, set_aside, write_whole
+from fed_learn.durable.weight_file import check_installed, serialized
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
-from fed_learn.weights import FrozenWeights, WeightDict
+from fed_learn.weights import WeightDict
 
 
 class CheckpointHandler(ServerHandler):
@@ -42,7 +42,7 @@ class CheckpointHandler(ServerHandler):
         overwrite: bool = False,
     ) -> None:
         try:
-            import safetensors  # noqa: F401 - asked for now, rather than after the first round
+            check_installed()  # asked for now, rather than after the first round
         except ImportError as error:
             raise ImportError("CheckpointHandler needs safetensors: pip install 'fed-learn[files]'") from error
         self.directory = directory
@@ -135,23 +135,3 @@ class CheckpointHandler(ServerHandler):
                 if one != path:
                     remove(one)
         self._begun = True
-
-
-def serialized(weights: WeightDict, about: dict[str, object]) -> bytes:
-    """A weight dict in the format of safetensors.
-
-    Args:
-        weights: A weight dict.
-        about: What to tell about it: JSON in the file's metadata, under `fed_learn`.
-
-    Raises:
-        ValueError: A variable has the name that the format reserves.
-    """
-    from safetensors.numpy import save as serialize
-
-    # One key of metadata only: the order of several would differ from run to run, and the bytes with it.
-    if "__metadata__" in weights:
-        raise ValueError("a variable named '__metadata__' cannot be stored: safetensors keeps that name for itself")
-    # It writes the buffer as it lies: frozen weights are contiguous and in native byte order.
-    data: bytes = serialize(dict(FrozenWeights(weights)), {"fed_learn": json.dumps(about, sort_keys=True)})
-    return data
