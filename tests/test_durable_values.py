@@ -52,7 +52,7 @@ def same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, float):
-        return one == other and math.copysign(1, one) == math.copysign(1, other) or (one != one and other != other)
+        return (one == other and math.copysign(1, one) == math.copysign(1, other)) or (one != one and other != other)
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict):
@@ -95,7 +95,8 @@ def test_records_come_back_with_what_is_told_of_their_errors() -> None:
         error=KeyError("w"),
     )
     result = ValidationResult("site-2", "final", {"loss": float("nan")}, 7)
-    contribution = fl.Contribution("site-2", None, 12, metrics={"loss": 1.0, "host": "a"}, kind="diff")
+    said: dict[str, Any] = {"loss": 1.0, "host": "a"}
+    contribution = fl.Contribution("site-2", None, 12, metrics=said, kind=fl.Kind.DIFF)
     one, two, three = back([report, result, contribution])
     assert one.as_dict() == report.as_dict()
     assert isinstance(one.rejected[0].error, fl.NonFiniteError)

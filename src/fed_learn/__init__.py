@@ -62,7 +62,7 @@ from fed_learn.events import EventType, fire_event
 from fed_learn.handlers import Handler, ModelSelectionHandler, ServerValidationHandler
 from fed_learn.model_meta import ContextKey, FLContext, ModelData
 from fed_learn.prefixes import without_prefix
-from fed_learn.server import FederatedServer, JobResult
+from fed_learn.server import FederatedServer, Job, JobResult
 
 __version__ = "0.1.0"
 
@@ -94,6 +94,7 @@ __all__ = [
     "Handler",
     "HandlerError",
     "IntegerRangeError",
+    "Job",
     "JobResult",
     "KernelNameError",
     "KernelUnavailableError",

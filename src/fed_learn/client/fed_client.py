@@ -20,7 +20,7 @@ from fed_learn.contribution import (
     ValidationResult,
     check_contributor,
 )
-from fed_learn.durable.parts import give_all_back, give_back, state_of, states_of
+from fed_learn.durable.parts import give_all_back, states_of
 from fed_learn.errors import (
     ClientQuitError,
     ContributionError,
@@ -122,7 +122,7 @@ class FederatedClient:
         return {
             "best": self._best,
             "n_iter": self._n_iter,
-            "learner": state_of(self.learner),
+            "learner": states_of([self.learner]),
             "handlers": states_of(self.handlers),
             "filters": states_of(self.filters),
         }
@@ -138,7 +138,7 @@ class FederatedClient:
         where = f"the state of {self.name}"
         try:
             self._best, self._n_iter = state["best"], state["n_iter"]
-            give_back(self.learner, state["learner"], where)
+            give_all_back([self.learner], state["learner"], where)
             give_all_back(self.handlers, state["handlers"], where)
             give_all_back(self.filters, state["filters"], where)
         except (KeyError, TypeError) as error:

@@ -75,6 +75,6 @@ def give_all_back(parts: Sequence[object], kept: Sequence[Any], where: str) -> N
     missing = Counter({kind: sum([state is not None for state in states]) for kind, states in waiting.items()})
     if +missing:
         raise StateError(
-            f"{where} holds the state of {listed((+missing).elements())}: give the job that goes on the handlers and "
-            "filters that it had"
+            f"{where} holds the state of {listed((+missing).elements())}, which the job that goes on does not have: "
+            "give it the learners, handlers and filters that it had"
         )

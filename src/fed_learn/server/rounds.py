@@ -6,7 +6,7 @@ from typing import Any
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import as_failure, is_error, text_of
+from fed_learn.errors import StateError, as_failure, is_error, text_of
 from fed_learn.server.client_pool import ClientPool
 from fed_learn.server.job import Job
 from fed_learn.weights import FrozenWeights, as_weight_dict, check_finite
@@ -21,6 +21,7 @@ def run_job(job: Job, clients: ClientPool) -> None:
         ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
         HandlerError: A handler raised, with `on_handler_error="raise"`.
         TooFewContributionsError: Too few clients are left for another round.
+        StateError: A client is not as it was when its state was kept.
         NothingAggregatedError: No round made a new global model.
     """
     _register(job, clients)
@@ -49,6 +50,8 @@ def _register(job: Job, clients: ClientPool) -> None:
         client.set_state(job.kept_of_clients.get(client.name))
 
     for name, answer in clients.ask(start):
+        if isinstance(answer, StateError):  # the mistake of whoever resumes the job, not the client's failure
+            raise answer
         if is_error(answer):
             job.note_failure(name, as_failure(answer), "could not start")
             job.record(clients.dismiss(name))
