@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from fed_learn.cli.interrupts import sigterm_like_ctrl_c
+from fed_learn.cli.interrupts import handled
 
 # A shell has what runs in its background ignore Ctrl-C, and so would all that is started from there.
 START = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); import fed_learn.cli as c; c.main()"
 COMMAND = [sys.executable, "-c", START, "simulate", "--clients", "2", "--local-epochs", "1"]
 PARTS = """
-import os, sys
+import os, sys, time
 import fed_learn as fl
 
 class Waiting(fl.Handler):
@@ -38,12 +38,16 @@ class Stopping(fl.Handler):
         open(self.shut_down, "w").close()
 
 class StoppingClient:
-    def __init__(self, number):
-        self.number, self.rounds = number, 0
+    stopped = []
+
+    def __init__(self, number, seconds=0):
+        self.number, self.seconds = number, seconds
 
     def apply(self, model_diff, train_ctx=None):
-        if train_ctx.global_round == 1:
+        if train_ctx.global_round == 1 and not self.stopped:
+            self.stopped.append(True)
             os.kill(os.getpid(), self.number)
+            time.sleep(self.seconds)
         return model_diff
 
 class Failing(fl.Handler):
@@ -66,7 +70,13 @@ def config_of(folder: Path, **config: Any) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """The files in a folder, and in that of a job's state."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def apart_from_the_state(folder: Path) -> list[str]:
+    return sorted(name for name in contents(folder) if not name.startswith("state/"))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +94,7 @@ def out(earlier: dict[str, bytes], tmp_path: Path) -> Path:
     folder = tmp_path / "out"
     folder.mkdir()
     for name, data in earlier.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data)
     (folder / "notes.txt").write_text("mine")
     return folder
@@ -94,8 +105,8 @@ def test_a_second_job_in_the_folder_of_another_is_wrong_use_and_changes_nothing(
     done = run(out, "--rounds", "1")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"fed-learn: Invalid value for --out: {out} holds files of an earlier job (metrics.jsonl, global.safetensors, "
-        "best.safetensors, summary.json, metrics.png): name another folder, or replace them with --overwrite\n"
+        f"fed-learn: Invalid value for --out: {out} holds a job: go on with it by --resume, name another folder, or "
+        "replace it with --overwrite\n"
     )
     assert contents(out) == before
 
@@ -112,9 +123,13 @@ def test_files_of_an_earlier_job_are_replaced_where_that_is_asked_for(out: Path,
     done = run(out, "--rounds", "2", "--overwrite")
     assert (done.returncode, done.stderr) == (0, "")
     after = contents(out)
-    assert sorted(after) == sorted([*earlier, "notes.txt"])
+    assert apart_from_the_state(out) == sorted([*(n for n in earlier if not n.startswith("state/")), "notes.txt"])
     assert after.pop("notes.txt") == b"mine"
-    assert all(after[name] != data for name, data in earlier.items())
+    assert all(after[name] != data for name, data in earlier.items() if not name.startswith("state/"))
+    assert sorted(n for n in after if n.endswith("json") and n.startswith("state/")) == [
+        "state/state-00000001.json",
+        "state/state-00000002.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +164,7 @@ def test_of_two_jobs_in_one_folder_at_a_time_the_second_is_refused(tmp_path: Pat
     )
     assert first.returncode == 0, said
     summary = json.loads(printed)
-    assert sorted(summary["files"]) == sorted(contents(out)), "nothing but the files of the first, and no lock"
+    assert sorted(summary["files"]) == apart_from_the_state(out), "nothing but the files of the first, and no lock"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -164,15 +179,40 @@ def test_an_interrupt_shuts_the_job_down_and_says_what_was_kept(
     done = run(out, "--rounds", "3", "--config", config_of(tmp_path, handlers=handlers, filters=filters))
     assert done.returncode == code
     assert done.stderr == (
-        f"fed-learn: interrupted in round 2 of 3; kept in {out}: metrics.jsonl, global.safetensors. It cannot be "
-        "resumed: run it again with another --out, or with --overwrite\n"
+        f"fed-learn: interrupted in round 2 of 3; kept in {out}: metrics.jsonl, global.safetensors, state. To go on: "
+        f"fed-learn simulate --out {out} --resume\n"
     )
     assert shut_down.exists()
-    assert sorted(contents(out)) == ["global.safetensors", "metrics.jsonl"]
+    assert apart_from_the_state(out) == ["global.safetensors", "metrics.jsonl"]
     assert [json.loads(line)["round"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [0]
     with safe_open(out / "global.safetensors", "np") as file:
         # The round that was interrupted at its end has made a model, which is not lost.
         assert json.loads(file.metadata()["fed_learn"]) == {"round": 0 if waiting else 1}
+
+
+@pytest.mark.parametrize("twice", [True, False], ids=["a second signal", "after its patience"])
+def test_a_learner_that_hangs_does_not_keep_the_process(twice: bool, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    hanging = {"path": "parts_of_a_job.StoppingClient", "args": {"number": int(signal.SIGTERM), "seconds": 3600}}
+    config = config_of(tmp_path, filters=[hanging])
+    patience = "" if twice else "from fed_learn.cli import interrupts; interrupts.PATIENCE = 3.0\n"
+    command = [sys.executable, "-c", f"{patience}from fed_learn.cli import main; main()", *COMMAND[3:]]
+    arguments = ["--rounds", "3", "--config", config, "--out", str(out)]
+    with subprocess.Popen(
+        [*command, *arguments], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as job:
+        assert job.stderr is not None
+        waits = job.stderr.readline().decode()
+        assert waits.startswith("fed-learn: interrupted, and waits for what is being done")
+        if twice:
+            job.send_signal(signal.SIGTERM)
+        said = job.stderr.read().decode()
+    assert job.returncode == 143
+    how = "ended at once" if twice else "ended after 3 s, for what was being done did not end"
+    assert said == (
+        f"fed-learn: interrupted in round 2 of 3; kept in {out}: metrics.jsonl, global.safetensors, best.safetensors, "
+        f"state. To go on: fed-learn simulate --out {out} --resume ({how})\n"
+    )
 
 
 def test_an_interrupt_before_the_first_round_leaves_the_files_of_an_earlier_job(out: Path, tmp_path: Path) -> None:
@@ -198,22 +238,22 @@ def test_a_job_that_is_done_is_not_said_to_be_lost_where_only_its_plot_is_interr
     assert (done.returncode, done.stderr) == (
         143,
         f"fed-learn: interrupted when the job was done; only the plot may be missing in {tmp_path}: metrics.jsonl, "
-        "global.safetensors, best.safetensors, summary.json\n",
+        "global.safetensors, best.safetensors, summary.json, times.json\n",
     )
 
 
 def test_a_process_that_is_to_ignore_sigterm_goes_on_ignoring_it() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        with sigterm_like_ctrl_c() as came:
+        with handled() as interrupts:
             os.kill(os.getpid(), signal.SIGTERM)
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
-        assert came == []
+        assert interrupts.came is None
     finally:
         signal.signal(signal.SIGTERM, before)
-    with pytest.raises(KeyboardInterrupt), sigterm_like_ctrl_c() as came:
+    with pytest.raises(KeyboardInterrupt), handled() as interrupts:
         os.kill(os.getpid(), signal.SIGTERM)
-    assert came == [signal.SIGTERM]
+    assert (interrupts.came, interrupts.exit_code) == (signal.SIGTERM, 143)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
@@ -221,7 +261,7 @@ def test_a_command_in_another_thread_than_the_main_one_leaves_signals_as_they_ar
     handlers: list[object] = []
 
     def command() -> None:
-        with sigterm_like_ctrl_c():
+        with handled():
             handlers.append(signal.getsignal(signal.SIGTERM))
 
     thread = threading.Thread(target=command)
@@ -238,9 +278,12 @@ def test_a_plot_that_cannot_be_drawn_is_a_warning_and_the_rest_is_there(tmp_path
     (warning,) = (line for line in done.stderr.splitlines() if line.startswith("WARNING"))
     assert warning.startswith("WARNING: there is no plot: ImportError: ")
     summary = json.loads(done.stdout)
-    assert summary == json.loads((out / "summary.json").read_text())
-    assert sorted(summary["files"]) == sorted(contents(out))
-    assert "metrics.png" not in summary["files"]
+    seconds = summary.pop("seconds")
+    assert seconds == json.loads((out / "times.json").read_text())["seconds"]
+    files = summary.pop("files")
+    assert {**summary, "files": list(files)} == json.loads((out / "summary.json").read_text())
+    assert sorted(files) == apart_from_the_state(out)
+    assert "metrics.png" not in files
 
 
 def test_a_folder_without_a_name_is_wrong_use_and_the_current_one_is_none(tmp_path: Path) -> None:

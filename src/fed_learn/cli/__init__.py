@@ -26,22 +26,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _run(arguments: list[str]) -> int:
     from fed_learn.cli.app import app
-    from fed_learn.cli.interrupts import StoppedError, sigterm_like_ctrl_c
+    from fed_learn.cli.interrupts import StoppedError, handled
     from fed_learn.errors import ConfigError, text_of
 
-    ctrl_c = 128 + signal.SIGINT
-    with sigterm_like_ctrl_c() as came:
+    with handled() as interrupts:
         try:
             code = app(arguments, prog_name="fed-learn", standalone_mode=False)
             # In the parser's hands an interrupt becomes an exit code of its own.
-            error: BaseException | None = KeyboardInterrupt() if code == ctrl_c else None
+            error: BaseException | None = KeyboardInterrupt() if code == 128 + signal.SIGINT else None
         except (Exception, KeyboardInterrupt) as raised:  # noqa: BLE001 - the edge of the program
             error = raised
     if error is None:
         return code if isinstance(code, int) else 0
     # Errors of the command line's parser bring their exit code; typer brings its own copy of their classes.
     if isinstance(error, KeyboardInterrupt | StoppedError) or type(error).__name__ == "Abort":
-        return _fail(str(error) or "interrupted", 128 + came[0] if came else ctrl_c)
+        return _fail(str(error) or "interrupted", interrupts.exit_code)
     if hasattr(error, "exit_code") and hasattr(error, "format_message"):
         message = error.format_message()
         return _fail(message, error.exit_code) if message else int(error.exit_code)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fed_learn.cli.interrupts import StoppedError
+from fed_learn.cli.interrupts import INTERRUPTS, StoppedError
 from fed_learn.cli.job_folder import DEFAULT, FILES, JobFolder, default_folder
 from fed_learn.cli.options import as_wrong_use, policies_of
 from fed_learn.contribution import GLOBAL_BEST, Kind
@@ -144,6 +144,7 @@ def simulate(
     folder.options = options
     started = time.perf_counter()
     demo = _build(options, folder, resume, as_json)
+    INTERRUPTS.last_words = lambda: _what_is_left(demo, folder)
     with folder.taken(overwrite, resume):
         try:
             summary = _run(demo, folder, _settings_used(demo, options), started)
