@@ -47,13 +47,14 @@ def test_the_code_on_gpus_runs_with_and_without_one() -> None:
     assert printed_by(code, "docs/gpu.md") == [f"True {{{device!r}}}"]
 
 
-def test_the_code_on_weights_prints_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "count"), [("weights.md", 5), ("durable.md", 1)])
+def test_the_code_of_a_page_prints_what_the_page_says(page: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     monkeypatch.setenv("COLUMNS", "100")  # of the table
-    page = (DOCS / "weights.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page, re.DOTALL)
-    assert len(blocks) >= 5
+    text = (DOCS / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", text, re.DOTALL)
+    assert len(blocks) >= count
     for code, printed in blocks:
-        lines = printed_by(code, "docs/weights.md")
+        lines = printed_by(code, page)
         assert lines
         assert not printed or lines == printed.splitlines()
