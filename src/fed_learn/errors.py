@@ -231,6 +231,10 @@ class StateExistsError(FedLearnError, FileExistsError):
     """A folder holds the state of another job, which is left alone. Attribute: `path`."""
 
 
+class LedgerError(FedLearnError, ValueError):
+    """The ledger of a job was changed, or does not agree with what it tells of. Attributes: `path`, `entry`."""
+
+
 class ConfigError(FedLearnError, ValueError):
     """A configuration file or a component's `{"path" | "name", "args"}` entry cannot be used."""
 

@@ -8,6 +8,7 @@ from fed_learn.cli.bench import bench
 from fed_learn.cli.describe import describe
 from fed_learn.cli.info import info
 from fed_learn.cli.simulate import simulate
+from fed_learn.cli.verify import verify
 
 app = typer.Typer(
     help="Federated learning: event handlers and reproducible averaging.",
@@ -38,3 +39,4 @@ app.command()(simulate)
 app.command()(bench)
 app.command()(describe)
 app.command()(info)
+app.command()(verify)

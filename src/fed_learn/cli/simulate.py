@@ -96,6 +96,12 @@ def simulate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the files of an earlier job in that folder.")
     ] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="Write a chained record of each round, for fed-learn verify.")
+    ] = False,
+    keep_contributions: Annotated[
+        bool, typer.Option("--keep-contributions", help="Keep what rounds are made of; implies --ledger.")
+    ] = False,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -135,6 +141,8 @@ def simulate(
         "threads": threads,
         "exact": exact,
         "patience": patience,
+        "ledger": ledger or keep_contributions,
+        "keep_contributions": keep_contributions,
         "config": read_config(config) if config is not None else {},
     }
     if resume:
@@ -211,6 +219,8 @@ def _build(options: Mapping[str, Any], folder: JobFolder, resume: bool, as_json:
             partial=options["partial"] or settings.partial or "same",
             aggregator=aggregator,
             durable=folder.state,
+            ledger=options["ledger"],
+            keep_contributions=options["keep_contributions"],
             resume=resume,
         )
     )

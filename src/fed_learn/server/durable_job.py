@@ -5,12 +5,13 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fed_learn.contribution import BestModel, RoundReport
+from fed_learn.contribution import BestModel, Contribution, RoundReport
 from fed_learn.durable import StateStore, encoded
 from fed_learn.durable.parts import give_all_back, give_back, state_of, states_of
-from fed_learn.errors import HandlerFailure, StateError, StateExistsError, a_type, described
+from fed_learn.errors import FedLearnError, HandlerFailure, StateError, StateExistsError, a_type, described
 from fed_learn.events import EventType
 from fed_learn.model_meta import ContextKey
+from fed_learn.server.job_ledger import JobLedger
 from fed_learn.server.job_rounds import JobRounds
 from fed_learn.server.settings import JobSettings, checked_model
 from fed_learn.weights import FrozenWeights, WeightDict
@@ -43,6 +44,7 @@ class DurableJob(JobRounds):
         self.states_of_clients: Callable[[], Mapping[str, Any]] | None = None
         self.kept_of_clients: Mapping[str, Any] = {}
         self._store = StateStore(settings.durable) if settings.durable is not None else None
+        self._ledger = JobLedger(settings) if settings.ledger else None
         self._back: set[str] = set()  # clients that have registered in the job that this one goes on with
         self._not_kept: set[str] = set()
 
@@ -68,14 +70,42 @@ class DurableJob(JobRounds):
         else:
             super().register(name)
 
+    def start_round(self, number: int, weights: WeightDict | None = None) -> None:
+        """START_ROUND; as `JobRounds` says."""
+        super().start_round(number, weights)
+        if self._ledger is not None:
+            self._ledger.begin(self._weights)
+
+    def receive(self, name: str, sent: object) -> Contribution | None:
+        """RECEIVE_CONTRIBUTION; as `JobRounds` says."""
+        accepted = super().receive(name, sent)
+        if self._ledger is not None and accepted is not None:
+            assert isinstance(sent, Contribution)
+            self._ledger.note(accepted, sent.weights if accepted.weights is None else accepted.weights)
+        return accepted
+
+    def aggregate(self) -> bool:
+        """BEFORE_AGGREGATION, the aggregation, END_AGGREGATION; as `JobRounds` says."""
+        aggregated = super().aggregate()
+        if self._ledger is not None:
+            self._ledger.close(self.ctx[ContextKey.CONTRIBUTIONS])
+        return aggregated
+
+    def end_aggregation(self, weights: FrozenWeights) -> None:
+        """END_AGGREGATION; as `JobRounds` says."""
+        if self._ledger is not None:
+            self._ledger.made(weights)
+        super().end_aggregation(weights)
+
     def end_round(self) -> RoundReport:
-        """END_ROUND; returns the report of the round. Then the state is written, where it is to be kept.
+        """END_ROUND; returns the report of the round. Then ledger and state are written, where they are to be kept.
 
         Raises:
             OutOfTurnError: No round has begun, or its contributions have not been aggregated.
             StateError: The state could not be written, with `on_handler_error="raise"`. The one before is still there.
         """
         report = super().end_round()
+        self._or_failure(self._write_to_ledger)
         self.save()
         return report
 
@@ -85,15 +115,32 @@ class DurableJob(JobRounds):
         Raises:
             StateError: It could not be written, with `on_handler_error="raise"`.
         """
-        if self._store is None:
-            return
-        number = len(self.reports)
+        if self._store is not None:
+            store = self._store
+            self._or_failure(lambda: store.save(len(self.reports), self.get_state()))
+
+    def begin_ledger(self) -> None:
+        """Writes the first entry of the ledger, where there is one.
+
+        Raises:
+            StateError: It could not be written, with `on_handler_error="raise"`.
+        """
+        if self._ledger is not None:
+            ledger = self._ledger
+            self._or_failure(lambda: ledger.begin_job(self._weights))
+
+    def _write_to_ledger(self) -> None:
+        if self._ledger is not None:
+            self._ledger.write(self.report, self._weights)
+
+    def _or_failure(self, write: Callable[[], None]) -> None:
+        """Writes something; a failure is one of the job, as that of a handler is."""
         try:
-            self._store.save(number, self.get_state())
+            write()
         except (OSError, StateError) as error:
             failure = StateError(
-                f"the state after {number} rounds is not kept in {self._store.folder}: {described(error)}",
-                path=str(self._store.folder),
+                f"the state after {len(self.reports)} rounds is not kept in {self._where}: {described(error)}",
+                path=self._where,
             )
             failure.__cause__ = error
             logger.error("%s", failure)
@@ -144,6 +191,7 @@ class DurableJob(JobRounds):
             "context": self._kept_of_context(),
             "metadata": self._that_can_be_kept(self.ctx.get_all_metadata(), "the metadata of the context"),
             "handlers": states_of(self.handlers),
+            "ledger": None if self._ledger is None else self._ledger.get_state(),
             "aggregator": state_of(self.ctx.get_prop(ContextKey.AGGREGATOR)),
             "states_of_clients": dict(
                 self.states_of_clients() if self.states_of_clients is not None else self.kept_of_clients
@@ -159,7 +207,7 @@ class DurableJob(JobRounds):
         try:
             self._set_state(state)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(error, StateError):
+            if isinstance(error, FedLearnError):
                 raise
             raise StateError(f"{self._where}: no state of this job: {described(error)}") from error
 
@@ -176,6 +224,8 @@ class DurableJob(JobRounds):
         self.ctx.set_props(state["context"])
         self.ctx.set_metadata(state["metadata"])
         self.kept_of_clients = state["states_of_clients"]
+        if self._ledger is not None:
+            self._ledger.set_state(state["ledger"])
         give_all_back(self.handlers, state["handlers"], self._where)
         give_back(self.ctx.get_prop(ContextKey.AGGREGATOR), state["aggregator"], self._where)
 

@@ -62,6 +62,9 @@ class FederatedServer:
         durable: A folder in which the state of the job is kept, written anew after each round: `resume` goes on with
             it, and ends with the same bytes, whenever the process was killed. It must hold no other job's. None: the
             job ends with its process.
+        ledger: Write a chained record of each round to the folder: digests of every contribution and of the model
+            before and after, settings, rule. `fed-learn verify` checks it; see `fed_learn.durable.ledger`.
+        keep_contributions: Keep there also what rounds were made of, so that they can be made again and compared.
 
     Raises:
         ImportError: `durable` needs blake3 and safetensors (extra `durable`).
@@ -108,6 +111,8 @@ class FederatedServer:
         rule: str | Rule = "mean",
         aggregator: Aggregator | None = None,
         durable: str | os.PathLike[str] | None = None,
+        ledger: bool = False,
+        keep_contributions: bool = False,
     ) -> None:
         if aggregator is not None and rule != "mean":
             raise ValueError("aggregator= is a rule of its own: give one of the two")
@@ -128,6 +133,8 @@ class FederatedServer:
             on_handler_error=on_handler_error,
             aggregation=aggregation,
             durable=None if durable is None else Path(durable),
+            ledger=ledger,
+            keep_contributions=keep_contributions,
         )
         if durable is not None:
             StateStore(durable)  # better to hear now what is not installed

@@ -101,6 +101,7 @@ class Job(DurableJob):
             raise
         try:
             if state is None:
+                self.begin_ledger()
                 self.save()
             else:
                 self.set_state(state)

@@ -33,6 +33,8 @@ class JobSettings:
         on_handler_error: `"raise"` ends the job when a handler raised; `"log"` goes on. Both log and record it.
         aggregation: How contributions are aggregated.
         durable: The folder in which the state of the job is kept; None: it ends with its process.
+        ledger: Whether a chained record of each round is written there.
+        keep_contributions: Whether what rounds were made of is kept there, so that they can be made again.
 
     Raises:
         ValueError: One is out of its range.
@@ -48,6 +50,8 @@ class JobSettings:
     on_handler_error: str = "raise"
     aggregation: AggregationSettings = field(default_factory=AggregationSettings)
     durable: Path | None = None
+    ledger: bool = False
+    keep_contributions: bool = False
 
     def __post_init__(self) -> None:
         if self.num_rounds is not None:
@@ -55,6 +59,10 @@ class JobSettings:
         check_choice("on_handler_error", self.on_handler_error, ("raise", "log"))
         object.__setattr__(self, "handlers", tuple(check_handlers(self.handlers)))
         object.__setattr__(self, "durable", None if self.durable is None else Path(self.durable))
+        if (self.ledger or self.keep_contributions) and self.durable is None:
+            raise ValueError("ledger and keep_contributions need durable=, the folder in which they are kept")
+        if self.keep_contributions and not self.ledger:
+            raise ValueError("keep_contributions needs ledger=True, which says what they are")
 
     def kept(self) -> dict[str, Any]:
         """The settings that a state holds, as plain values: all that are no objects with code."""
@@ -70,6 +78,8 @@ class JobSettings:
             "stream": kept.stream,
             "min_contributions": kept.min_contributions,
             "on_bad_contribution": kept.on_bad_contribution,
+            "ledger": self.ledger,
+            "keep_contributions": self.keep_contributions,
         }
 
 
