@@ -202,12 +202,11 @@ def test_numbers_are_as_wide_as_jax_makes_them() -> None:
 def test_raw_random_keys_are_codes() -> None:
     tree = {"w": jnp.zeros(2), "dropout": jax.random.PRNGKey(0)}
     assert {v.name: v.role for v in adapters.variables(tree)} == {"dropout": "code", "w": None}
-    seeds = [{"dropout": jax.random.PRNGKey(seed), "class_counts": jnp.full(2, seed, jnp.uint32)} for seed in (2, 4)]
-    roles = {v.name: v.role for v in fl.describe(seeds[0])}
-    assert roles == {"dropout": "code", "class_counts": None}
+    seeds = [{"dropout": jax.random.PRNGKey(seed), "w": jnp.full(2, seed, jnp.float32)} for seed in (2, 4)]
+    assert {v.name: v.role for v in fl.describe(seeds[0])} == {"dropout": "code", "w": None}
     for read in (lambda one: one, fl.get_weights):
         made: Any = fl.weighted_average(list(map(read, seeds)), policies={"dropout": "keep"}, like=read(seeds[0]))
-        assert np.asarray(made["class_counts"]).tolist() == [3, 3]
+        assert np.asarray(made["w"]).tolist() == [3, 3]
         with pytest.raises(fl.NotSameError, match=r"'dropout' is not the same .*a random key, as it seems"):
             fl.weighted_average(list(map(read, seeds)))
 

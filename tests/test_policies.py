@@ -249,7 +249,7 @@ def test_codes_are_known_by_their_names_and_dtypes() -> None:
         "l.weight_format": np.uint8(0),
     }
     states: dict[str, Any] = {"te._extra_state": np.zeros(3, np.uint8), "rng_state": np.zeros(5056, np.uint8)}
-    names = {"params/dropout_rng": (2,), "keys": (8, 2), "dropout": (2,), "layer/0": (3, 4)}
+    names = {"params/dropout_rng": (2,), "keys": (8, 2), "dropout": (2,)}
     keys: dict[str, Any] = {name: np.zeros(shape, np.uint32) for name, shape in names.items()}
     plain: dict[str, Any] = {
         "mask": np.zeros(4, np.uint8),

@@ -100,8 +100,8 @@ _PACKED = (
     ),
 )
 _RANDOM = re.compile(r"(^|[/._])(\w*_)?(rng|prng|key|seed)s?(_state|_key|_counter)?($|[/._])")
-_COUNTED = re.compile(r"(^|[/._])(counts?|counters?|num|seen|steps?|iterations?|totals?|hist(ogram)?s?)($|[/._])")
-"""Names of what may look like a random key, and is an account of something."""
+_STREAMS = re.compile(r"(^|[/._])(dropout|params|noise|sampling|sample|default|carry|init|augment(ation)?)$")
+"""What keys of JAX are often called beside `key` and `rng`: by what they are for."""
 
 
 class Policies(Mapping[str, str]):
@@ -227,7 +227,8 @@ def _packed_parts(name: str, schema: Schema) -> dict[str, str] | None:
 def random_state(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str | None:
     """What a random key of JAX is (2 or 4 words), or the state of a generator of torch (bytes); None: this is none.
 
-    A raw key of JAX may have any name. One that is not named as a key may be another thing, so a policy always wins.
+    A raw key of JAX is known by its form and its name, which may be that of what it is for. It may be another thing all
+    the same, so a policy always wins.
 
     Example:
         >>> random_state("dropout", (2,), np.dtype(np.uint32)), random_state("class_counts", (2,), np.dtype(np.uint32))
@@ -236,4 +237,4 @@ def random_state(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str
     key = dtype == np.uint32 and shape[-1:] in ((2,), (4,))
     if _RANDOM.search(name) and (key or (dtype == np.uint8 and len(shape) == 1)):
         return "the state of a random generator"
-    return "a random key, as it seems" if key and not _COUNTED.search(name) else None
+    return "a random key, as it seems" if key and _STREAMS.search(name) else None

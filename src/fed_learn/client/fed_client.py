@@ -60,6 +60,8 @@ class FederatedClient:
         ctx: The client's context.
         is_not_sent: Whether a variable of some name is not to be sent, by the policies of the job, which sets it:
             `"local"` or `"keep"`. What the learner returns of them goes nowhere, and no filter sees it.
+        keeps_best: Whether the best of its own models is looked for, by one more validation in each round, and kept to
+            be offered at the end; the job sets it.
 
     Raises:
         UnknownContributorError: `name` cannot be one; see `fed_learn.contribution.check_contributor`.
@@ -87,6 +89,7 @@ class FederatedClient:
         self.filters = check_filters(filters)
         self.ctx = JobContext({ContextKey.CONTRIBUTOR: name, ContextKey.HANDLERS: self.handlers})
         self.is_not_sent: Callable[[str], bool] = lambda name: False
+        self.keeps_best = True
         self._best: BestModel | None = None
         self._n_iter: int | None = None
         self._running = False
@@ -189,7 +192,8 @@ class FederatedClient:
             diff = self._filtered(diff, TrainContext(result.n_iter, number))
             still = {name: received[name] for name in trained if name not in diff}  # what no difference can say
             trained = FrozenWeights.adopt({**still, **self._moved(received, diff)})
-        self._keep_best(number, FrozenWeights.adopt({**received, **trained}))
+        if self.keeps_best:
+            self._keep_best(number, FrozenWeights.adopt({**received, **trained}))
         weights = trained if self.kind is Kind.FULL or diff is None else diff
         of_training, told = split_metrics(result.metrics)
         return Contribution(

@@ -2,8 +2,9 @@
 
 import contextvars
 import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any, TypeVar
 
@@ -18,6 +19,9 @@ from fed_learn.kernels.threads import usable_processors
 T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+AHEAD = 2
+"""So many clients for each worker are asked before the first of their answers is taken, lest a slow one hold it up."""
 
 
 class ClientPool:
@@ -44,8 +48,8 @@ class ClientPool:
             self._clients[check_contributor(client.name)] = client
         if not self._clients:
             raise ValueError("a job needs at least one client")
-        workers = max_workers if max_workers is not None else min(len(self._clients), usable_processors())
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="fed_learn-client")
+        self._workers = max_workers if max_workers is not None else min(len(self._clients), usable_processors())
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="fed_learn-client")
 
     def __iter__(self) -> Iterator[str]:
         return iter(tuple(self._clients))
@@ -58,19 +62,25 @@ class ClientPool:
         return {name: client.learner for name, client in self._clients.items()}
 
     def ask(self, question: Callable[[FederatedClient], T]) -> Iterator[tuple[str, T | Exception]]:
-        """Asks all clients at once, and yields the name of each with its answer, or with the exception that it raised.
+        """Asks all clients, and yields the name of each with its answer, or with the exception that it raised.
 
-        Answers are in the order of the clients, not in that of arrival, so that a job is the same from run to run.
+        Answers are in the order of the clients, not in that of arrival, so that a job is the same from run to run. So
+        that not all of them have to be held at once, clients are asked some ahead of the one whose answer is awaited.
         """
-        futures = {
-            # In the caller's context, so that a kernel chosen by kernels.use holds for learners too.
-            name: self._pool.submit(contextvars.copy_context().run, question, client)
-            for name, client in self._clients.items()
-        }
-        for name, future in futures.items():
+        waiting = deque(self._clients.items())
+        asked: deque[tuple[str, Future[T]]] = deque()
+        while waiting or asked:
+            while waiting and len(asked) < AHEAD * self._workers:
+                name, client = waiting.popleft()
+                # In the caller's context, so that a kernel chosen by kernels.use holds for learners too.
+                asked.append((name, self._pool.submit(contextvars.copy_context().run, question, client)))
+            name, future = asked.popleft()
             error = future.exception()
             if error is None:
-                yield name, future.result()
+                answered = future.result()
+                del future  # which holds the answer too
+                yield name, answered
+                del answered
                 continue
             answer = as_failure(error)
             if answer is not error:  # a learner that calls sys.exit ends its client, not the server

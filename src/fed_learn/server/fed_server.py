@@ -221,12 +221,21 @@ class FederatedServer:
         """The server's handlers."""
         return self.settings.handlers
 
-    def run(self, clients: Sequence[FederatedClient], *, max_workers: int | None = None) -> JobResult:
+    def run(
+        self,
+        clients: Sequence[FederatedClient],
+        *,
+        max_workers: int | None = None,
+        cross_site: bool | str = True,
+    ) -> JobResult:
         """Runs a job to its end.
 
         Args:
             clients: The clients, with different names.
             max_workers: How many clients work at the same time; None: as many as there are processors.
+            cross_site: Which models all clients score at the end, beside the final one: True: the best of each client
+                and of the job, which is clients × clients validations; `"best"`: that of the job; False: none. Clients
+                look for and keep a best model of their own only where it is asked for.
 
         Raises:
             ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
@@ -234,11 +243,14 @@ class FederatedServer:
             TooFewContributionsError: Fewer clients are left than `min_contributions`.
             NothingAggregatedError: No round made a new global model, whatever `on_bad_contribution` says.
             StateExistsError, StateError: As `begin`.
-            ValueError: Two clients have one name, or there are fewer than `min_contributions`, or none; or their
-                learners disagree by which metric models are selected, or which direction of it is better.
+            ValueError: `cross_site` is another; two clients have one name, or there are fewer than `min_contributions`,
+                or none; or their learners disagree by which metric models are selected, or which direction of it is
+                better.
 
         Any `FedLearnError` that ends the job has what the job achieved so far, a `JobResult`, as its `result`.
         """
+        if cross_site not in (True, False, "best"):
+            raise ValueError(f"cross_site must be True, False or 'best', not {cross_site!r}")
         required = self.settings.aggregation.min_contributions
         with closing(ClientPool(clients, max_workers)) as pool:
             if required is not None and required > len(pool):
@@ -246,7 +258,7 @@ class FederatedServer:
             metric, mode = declared_score(pool.learners())
             with self.begin(len(pool), validation_metric=metric, mode=mode) as job:
                 try:
-                    run_job(job, pool)
+                    run_job(job, pool, cross_site)
                 finally:
                     pool.stop(job.record_late)
             return job.result()

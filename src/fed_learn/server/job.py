@@ -72,6 +72,7 @@ class Job(DurableJob):
         self.cross_site: dict[str, dict[str, float]] = {}
         self.validation_results: list[ValidationResult] = []
         self._validated: str | None = None
+        self._heard: set[str] = set()  # clients whose results on that model have been accepted
         self._final_metrics = FrozenDict()
         self._result: JobResult | None = None
         self._late: list[HandlerFailure] = []
@@ -151,7 +152,7 @@ class Job(DurableJob):
                 self._final_metrics = self.ctx[ContextKey.METRICS]
             self.cross_site.setdefault(model, {})
         self.ctx.pop(ContextKey.VALIDATION_RESULTS, None)
-        self._validated = model
+        self._validated, self._heard = model, set()
         self.ctx.set_model(self._model if weights is None else ModelData(weights))
 
     def receive_validation_result(self, name: str, result: object) -> ValidationResult | None:
@@ -170,9 +171,8 @@ class Job(DurableJob):
             return None
         if self._validated is None:
             raise OutOfTurnError("receive_validation_result: begin_validation comes first")
-        results: tuple[ValidationResult, ...] = self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ())
         try:
-            checked = checked_result(name, self._validated, result, results)
+            checked = checked_result(name, self._validated, result, self._heard)
         except BaseException as error:  # noqa: BLE001 - whatever a client sent must not end the job
             named = isinstance(as_failure(error), MetricError)
             reason = text_of(error) if named else f"{printable(name)}: {described(error)}"
@@ -189,8 +189,11 @@ class Job(DurableJob):
         Raises:
             HandlerError: A handler raised, with `on_handler_error="raise"`.
         """
-        earlier = [one for one in self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ()) if one.model == result.model]
+        listed: tuple[ValidationResult, ...] = self.ctx.get_prop(ContextKey.VALIDATION_RESULTS, ())
+        earlier = listed if listed and listed[-1].model == result.model else ()
         self.validation_results.append(result)
+        if result.model == self._validated:
+            self._heard.add(result.contributor)
         self.ctx.set_prop(ContextKey.VALIDATION_RESULTS, (*earlier, result))
         self.fire(EventType.RECEIVE_VALIDATION_RESULTS, result.contributor)
 

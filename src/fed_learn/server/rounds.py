@@ -14,8 +14,8 @@ from fed_learn.weights import FrozenWeights, as_weight_dict, check_finite
 logger = logging.getLogger(__name__)
 
 
-def run_job(job: Job, clients: ClientPool) -> None:
-    """Runs a job that has begun, or goes on, up to the last CLIENT_QUIT.
+def run_job(job: Job, clients: ClientPool, cross_site: bool | str = True) -> None:
+    """Runs a job that has begun, or goes on, up to the last CLIENT_QUIT; `FederatedServer.run` says more.
 
     Raises:
         ContributionError: A contribution was refused, with `on_bad_contribution="raise"`.
@@ -24,13 +24,13 @@ def run_job(job: Job, clients: ClientPool) -> None:
         StateError: A client is not as it was when its state was kept.
         NothingAggregatedError: No round made a new global model.
     """
-    _register(job, clients)
+    _register(job, clients, keep_best=cross_site is True)
     job.states_of_clients = clients.states
     for number in range(job.next_round, job.settings.num_rounds or 1):
         if job.stopped:
             break
         _run_round(job, clients, number)
-    _score_final_model(job, clients)
+    _score_final_model(job, clients, cross_site)
     try:
         job.finish()
     finally:
@@ -39,13 +39,13 @@ def run_job(job: Job, clients: ClientPool) -> None:
             job.record(clients.dismiss(name))
 
 
-def _register(job: Job, clients: ClientPool) -> None:
+def _register(job: Job, clients: ClientPool, keep_best: bool) -> None:
     for name in {failure.contributor for failure in job.quits} & set(clients):
         logger.warning("%s left the job before it was resumed, and stays out", name)
         clients.leave_out(name)
 
     def start(client: FederatedClient) -> None:
-        client.is_not_sent = job.is_not_sent
+        client.is_not_sent, client.keeps_best = job.is_not_sent, keep_best
         client.start(job.settings.num_rounds or 1)
         client.set_state(job.kept_of_clients.get(client.name))
 
@@ -84,15 +84,15 @@ def _stop_if_it_left(job: Job, clients: ClientPool, name: str) -> None:
         job.record(clients.dismiss(name))
 
 
-def _score_final_model(job: Job, clients: ClientPool) -> None:
+def _score_final_model(job: Job, clients: ClientPool, cross_site: bool | str) -> None:
     """The clients score the final model, then each other's best and the job's best."""
     # Clients offer their local bests first: they are asked for before anything is validated.
     job.begin_validation(FINAL_MODEL)
-    models = _local_bests(job, clients)
+    models = _local_bests(job, clients) if cross_site is True else {}
     for name in clients:
         job.send_model(name)
     _validate_everywhere(job, clients, FINAL_MODEL, job.weights)
-    best = job.ctx.best_model
+    best = job.ctx.best_model if cross_site else None
     if best is not None:
         models[GLOBAL_BEST] = best.weights
     for model, weights in models.items():
