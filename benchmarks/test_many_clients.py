@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_many_clients.py -s
 
-A tiny model, so that what is measured is bookkeeping. Rounds have to be linear in the number of clients, and the end too
-where nobody asks for the matrix of every client's model on every client's data.
+A tiny model, so that what is measured is bookkeeping. Rounds have to be linear in the number of clients, and so has the
+end where nobody asks for the matrix of every client's model on every client's data.
 """
 
 import json
