@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import AddingLearner, At, TamperingClient, clients_of, initial_weights, raising
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fed_learn as fl
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
 from fed_learn.handlers import ModelSelectionHandler
-from fed_learn.values import mean_of
+from fed_learn.values import RunningMean, mean_of
 from fed_learn.weights import FrozenWeights
 
 pytestmark = pytest.mark.quick
@@ -648,3 +650,26 @@ def test_a_mean_lies_within_the_range_of_the_numbers() -> None:
     for _ in range(500):
         numbers = list(0.1 + rng.integers(0, 2, 5) * math.ulp(0.1))
         assert min(numbers) <= mean_of(numbers, list(rng.random(5))) <= max(numbers)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(allow_nan=False, allow_infinity=False) | st.floats(-1, 1),
+            st.just(0.0) | st.floats(1e-9, 1e6) | st.floats(5e-324, 1e300),
+        ),
+        min_size=1,
+        max_size=30,
+    )
+)
+def test_a_mean_of_numbers_that_come_one_by_one_has_the_bits_of_one_of_all_of_them(
+    pairs: list[tuple[float, float]],
+) -> None:
+    mean = RunningMean()
+    for count, (number, weight) in enumerate(pairs, 1):
+        mean.add(number, weight)
+        numbers, weights = map(list, zip(*pairs[:count], strict=True))
+        expected = mean_of(numbers, weights) if any(weights) else None
+        found = mean.value()
+        assert found == expected
+        assert found is None or math.copysign(1, found) == math.copysign(1, expected or found)

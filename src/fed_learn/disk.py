@@ -8,8 +8,8 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from types import TracebackType
@@ -38,12 +38,22 @@ def write_whole(path: Path, data: bytes) -> None:
     if is_stream(path):
         _write_to_stream(path, data)
         return
+    with written_beside(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+@contextmanager
+def written_beside(path: Path) -> Iterator[Path]:
+    """Gives a place beside a file to write to; what is there is then flushed to the disk, and takes the file's place.
+
+    Raises:
+        OSError: It cannot be written; a file that was there before is still there, and nothing is beside it.
+    """
     path = _followed(path)
     temporary = path.with_name(f".{path.name}.fed-learn-{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:

@@ -238,6 +238,62 @@ def mean_of(numbers: Sequence[float], weights: Sequence[float]) -> float:
     return math.ldexp(min(max(mean, low), high), shift)
 
 
+class RunningMean:
+    """`mean_of` of numbers that come one by one, to the same bits, without a pass over all of them each time.
+
+    Example:
+        >>> mean = RunningMean()
+        >>> for number, weight in [(1.0, 3), (3.0, 1)]:
+        ...     mean.add(number, weight)
+        >>> mean.value()
+        1.5
+    """
+
+    def __init__(self) -> None:
+        self._numbers: list[float] = []
+        self._weights: list[float] = []
+        self._terms: list[float] = []  # as math.fsum keeps a sum: parts of it that do not overlap
+        self._total: list[float] = []
+        self._low, self._high = math.inf, -math.inf
+        self._usual = True  # whether all are so far from the ends of the range that nothing has to be scaled
+
+    def add(self, number: float, weight: float) -> None:
+        """Takes in one more."""
+        self._numbers.append(number)
+        self._weights.append(weight)
+        term = weight * number
+        sizes = (weight, abs(number), abs(term))
+        self._usual = self._usual and all(size == 0 or 2.0**-400 < size < 2.0**400 for size in sizes)
+        if self._usual and weight:
+            _grow(self._terms, term)
+            _grow(self._total, weight)
+            self._low, self._high = min(self._low, number), max(self._high, number)
+
+    def value(self) -> float | None:
+        """The mean so far; None if nothing counts by more than 0."""
+        if not self._usual:
+            return mean_of(self._numbers, self._weights) if any(self._weights) else None
+        if not self._total:
+            return None
+        mean = math.fsum(self._terms) / math.fsum(self._total)
+        return min(max(mean, self._low), self._high)
+
+
+def _grow(parts: list[float], number: float) -> None:
+    """Adds a number to a sum that is kept in parts without any rounding (Shewchuk, 1997), as `math.fsum` does."""
+    kept = 0
+    for part in parts:
+        if abs(number) < abs(part):
+            number, part = part, number
+        high = number + part
+        low = part - (high - number)
+        if low:
+            parts[kept] = low
+            kept += 1
+        number = high
+    parts[kept:] = [number]
+
+
 def numbers_as_arrays(weights: Any, schema: Schema) -> Any:
     """Weights with arrays in the place of Python's numbers, of the dtype of the schema where that is of their sort.
 

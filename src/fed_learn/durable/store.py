@@ -146,7 +146,7 @@ class StateStore:
 
     def _write_weights(self, name: str, weights: WeightDict) -> None:
         if name not in self._written:
-            write_whole(self.folder / f"{name}.safetensors", weight_file.serialized(weights, {"names": list(weights)}))
+            weight_file.write_weights(self.folder / f"{name}.safetensors", weights)
             self._written.add(name)
 
     def _tidy(self, number: int, needed: set[str]) -> None:

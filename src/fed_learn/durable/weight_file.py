@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fed_learn.disk import written_beside
 from fed_learn.errors import StateError
 from fed_learn.weights import FrozenWeights, WeightDict
 
@@ -36,6 +37,23 @@ def serialized(weights: WeightDict, about: Mapping[str, object]) -> bytes:
     # It writes the buffer as it lies: frozen weights are contiguous and in native byte order.
     data: bytes = serialize(dict(FrozenWeights(weights)), {"fed_learn": json.dumps(about, sort_keys=True)})
     return data
+
+
+def write_weights(path: Path, weights: WeightDict) -> None:
+    """Writes a weight dict to a file, which is there whole or as it was, whatever happens in between.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    about = {"fed_learn": json.dumps({"names": list(weights)})}
+    with written_beside(path) as temporary:
+        try:
+            save_file(dict(FrozenWeights(weights)), temporary, about)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_weights(path: Path) -> FrozenWeights:

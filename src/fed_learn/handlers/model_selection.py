@@ -14,7 +14,7 @@ from fed_learn.handlers.handler import ServerHandler
 from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, declared_mode, is_better
 from fed_learn.limits import MOST_METRICS
 from fed_learn.model_meta import ContextKey, FLContext
-from fed_learn.values import mean_of
+from fed_learn.values import RunningMean
 from fed_learn.weights import FrozenWeights, listed
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,7 @@ class ModelSelectionHandler(ServerHandler):
         self._seen: set[str] | None = None  # metrics that clients sent, as long as no model was scored
         self._before_final: BestModel | None = None
         self._final_scored = False
+        self._final_mean, self._final_count = RunningMean(), 0  # of the results so far
         self._scored: tuple[int, list[int]] | None = None  # the round, and where its model lies
         self._entries: dict[str, Contribution] = {}
         self._before_round: BestModel | None = None
@@ -107,6 +108,7 @@ class ModelSelectionHandler(ServerHandler):
         self._warned, self._any_round, self._seen = set(), False, set()
         fl_ctx.pop(self.best_key, None)
         self._before_final, self._final_scored = None, False
+        self._final_mean, self._final_count = RunningMean(), 0
         self._scored = None
 
     def rollback(self, fl_ctx: FLContext) -> None:
@@ -126,7 +128,7 @@ class ModelSelectionHandler(ServerHandler):
             self._seen |= sent if room else sent & {self.validation_metric_name}
             if self.validation_metric_name not in self._seen and fl_ctx.get_prop(ContextKey.SCORES_LATE, False):
                 return  # they are still to come
-        self._select(fl_ctx, self._of_round(fl_ctx, contributions), self._before_round)
+        self._select(fl_ctx, self._score(self._of_round(fl_ctx, contributions)), self._before_round)
 
     def receive_validation_results(self, fl_ctx: FLContext) -> None:
         """Scores the final model from the results so far; the last client's completes the score."""
@@ -137,7 +139,12 @@ class ModelSelectionHandler(ServerHandler):
         if len(results) == 1 or not self._final_scored:
             self._before_final = fl_ctx.get_prop(self.best_key)
         self._final_scored = True
-        self._select(fl_ctx, results, self._before_final)
+        if len(results) != self._final_count + 1:
+            self._final_mean, self._final_count = RunningMean(), 0
+        for result in results[self._final_count :]:
+            self._count(result, self._final_mean)
+        self._final_count = len(results)
+        self._select(fl_ctx, self._final_mean.value(), self._before_final)
 
     def get_state(self) -> dict[str, Any]:
         """What has been seen and said so far; the best model is in the context."""
@@ -196,10 +203,7 @@ class ModelSelectionHandler(ServerHandler):
             names = ", ".join(sorted(map(repr, weighed)))
             logger.warning("aggregation_weights of model selection name no client of this round: %s", names)
 
-    def _select(
-        self, ctx: FLContext, entries: Sequence[Contribution | ValidationResult], best: BestModel | None
-    ) -> None:
-        metric = self._score(entries)
+    def _select(self, ctx: FLContext, metric: float | None, best: BestModel | None) -> None:
         if metric is None or not math.isfinite(metric):
             number = ctx[ContextKey.ROUND] + 1
             self._warn_once(
@@ -224,22 +228,24 @@ class ModelSelectionHandler(ServerHandler):
             ctx.set_prop(self.best_key, best)
 
     def _score(self, entries: Sequence[Contribution | ValidationResult]) -> float | None:
-        numbers: list[float] = []
-        weights: list[float] = []
+        mean = RunningMean()
         for entry in entries:
-            metric = entry.metrics.get(self.validation_metric_name)
-            n = entry.n_iter if self.weigh_by_local_iter else 1
-            w = self.aggregation_weights.get(entry.contributor, 1.0)
-            if metric is None or not math.isfinite(metric):
-                problem = f"its {self.validation_metric_name!r} is {metric}"
-            elif n is None or n <= 0:
-                problem = f"its n_iter is {n}"
-            else:
-                numbers.append(metric)
-                weights.append(n * w)
-                continue
-            self._warn_once(entry.contributor, f"{entry.contributor} is left out of model selection: {problem}")
-        return mean_of(numbers, weights) if any(weights) else None
+            self._count(entry, mean)
+        return mean.value()
+
+    def _count(self, entry: Contribution | ValidationResult, mean: RunningMean) -> None:
+        """Takes an entry into a score, or says why not."""
+        metric = entry.metrics.get(self.validation_metric_name)
+        n = entry.n_iter if self.weigh_by_local_iter else 1
+        w = self.aggregation_weights.get(entry.contributor, 1.0)
+        if metric is None or not math.isfinite(metric):
+            problem = f"its {self.validation_metric_name!r} is {metric}"
+        elif n is None or n <= 0:
+            problem = f"its n_iter is {n}"
+        else:
+            mean.add(metric, n * w)
+            return
+        self._warn_once(entry.contributor, f"{entry.contributor} is left out of model selection: {problem}")
 
     def _warn_once(self, about: str, text: str) -> None:
         if about not in self._warned:

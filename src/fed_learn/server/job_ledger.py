@@ -10,10 +10,9 @@ import numpy as np
 
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.contribution import Contribution, RoundReport
-from fed_learn.disk import write_whole
 from fed_learn.durable import digest
 from fed_learn.durable.ledger import FORMAT, Ledger
-from fed_learn.durable.weight_file import serialized
+from fed_learn.durable.weight_file import write_weights
 from fed_learn.errors import text_of
 from fed_learn.server.settings import JobSettings
 from fed_learn.weights import WeightDict, as_weight_dict
@@ -135,7 +134,7 @@ class JobLedger:
         path = kept_at(self.folder / KEPT, name)
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, serialized(weights, {"names": list(weights)}))
+            write_weights(path, weights)
 
 
 def kept_at(folder: Path, name: str) -> Path:
