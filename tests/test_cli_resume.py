@@ -104,3 +104,49 @@ def test_jobs_without_a_folder_are_numbered_and_the_newest_is_resumed(tmp_path: 
     assert len((tmp_path / "fed-learn-job-3" / "metrics.jsonl").read_text().splitlines()) > len(
         (tmp_path / "fed-learn-job-2" / "metrics.jsonl").read_text().splitlines()
     )
+
+
+def test_a_job_that_was_killed_while_it_was_to_replace_another_leaves_a_way_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    small = ("--clients", 2, "--local-epochs", 1)
+    assert run(*small, "--rounds", 2, "--out", out).returncode == 0
+    before = contents(out)
+    # Killed before it had a state: the one that was to be replaced is taken up again.
+    (out / "state").rename(out / ".earlier-state")
+    (out / "state").mkdir()
+    done = run("--resume", "--rounds", 3, "--out", out)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (out / ".earlier-state").exists()
+    assert contents(out) != before
+    # Killed after that: the new one is taken up, and nothing of the other is left.
+    parts = tmp_path / "parts_of_this_test.py"
+    parts.write_text(
+        "import os, signal\nimport fed_learn as fl\n"
+        "class Kills(fl.Handler):\n"
+        "    def start_round(self, ctx):\n"
+        "        if not os.path.exists('killed'):\n"
+        "            open('killed', 'w').close()\n"
+        "            os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    config = tmp_path / "config.json"
+    config.write_text(
+        json.dumps({"handlers": [{"path": "parts_of_this_test.Kills"}, {"name": "ModelSelectionHandler"}]})
+    )
+    killed = run(*small, "--rounds", 2, "--out", out, "--overwrite", "--config", config, cwd=tmp_path)
+    assert killed.returncode == -9
+    assert (out / ".earlier-state").exists()
+    done = run("--resume", "--out", out, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "killed").touch()
+    assert run(*small, "--rounds", 2, "--out", tmp_path / "whole", "--config", config, cwd=tmp_path).returncode == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in out.iterdir()) == sorted([*contents(out), "state", "times.json"])
+    assert run(*small, "--rounds", 1, "--out", out, "--overwrite").returncode == 0
+
+
+def test_the_newest_job_is_resumed_where_an_older_one_is_gone(tmp_path: Path) -> None:
+    small = ("--clients", 2, "--local-epochs", 1, "--rounds", 1)
+    for _ in range(2):
+        assert run(*small, cwd=tmp_path).returncode == 0
+    (tmp_path / "fed-learn-job").rename(tmp_path / "elsewhere")
+    assert "fed-learn-job-2/summary.json" in run("--resume", "--rounds", 2, cwd=tmp_path).stdout

@@ -16,6 +16,7 @@ from test_resume import INITIAL, clients, server
 import fed_learn as fl
 from fed_learn.durable import digest
 from fed_learn.durable.ledger import Ledger, read_ledger
+from fed_learn.durable.weight_file import read_weights
 from fed_learn.server.job_ledger import KEPT, NAME
 from fed_learn.server.verification import verify
 from fed_learn.weights import WeightDict
@@ -192,3 +193,70 @@ def test_numbers_of_all_kinds_are_in_the_ledger_as_they_were(tmp_path: Path) -> 
         assert one.aggregate()
         one.end_round()
     assert verify(tmp_path).made_again == (0,)
+
+
+def test_what_was_kept_and_is_not_there_any_more_is_missed(tmp_path: Path) -> None:
+    job(tmp_path)
+    state = tmp_path / "state"
+    one = sorted((state / KEPT).iterdir())[0]
+    one.rename(tmp_path / "aside")
+    with pytest.raises(fl.LedgerError, match=r"round \d: .*, which was kept, is not there"):
+        verify(state)
+    (tmp_path / "aside").rename(one)
+    (state / KEPT).rename(tmp_path / "contributions")
+    with pytest.raises(fl.LedgerError, match="in which the job kept its contributions, is not there"):
+        verify(state)
+    assert verify(state, tmp_path / "contributions").made_again == (0, 1, 2)
+
+
+def test_a_damaged_state_is_named_and_not_the_ledger(tmp_path: Path) -> None:
+    job(tmp_path)
+    newest = tmp_path / "state" / "state-00000003.json"
+    newest.write_bytes(newest.read_bytes()[:-9])
+    with pytest.raises(fl.LedgerError, match=r"cannot be compared with the state of the job: .*state-00000003"):
+        verify(tmp_path / "state")
+
+
+def test_a_job_that_was_killed_between_its_ledger_and_its_state_is_right(tmp_path: Path) -> None:
+    job(tmp_path)
+    state = tmp_path / "state"
+    (state / "state-00000003.json").unlink()
+    assert verify(state).rounds == 3
+
+
+def test_what_a_job_left_that_was_killed_before_it_had_a_state_is_set_aside(tmp_path: Path) -> None:
+    job(tmp_path)
+    state = tmp_path / "state"
+    for path in state.glob("state-*.json"):
+        path.unlink()
+    job(tmp_path)
+    assert verify(state).made_again == (0, 1, 2)
+    assert (state / f"{NAME}.1").exists()
+
+
+def test_streams_of_numbers_and_local_variables_are_in_the_ledger_as_they_count(tmp_path: Path) -> None:
+    model: WeightDict = {"w": np.zeros(()), "own": np.zeros(2)}
+    given: dict[str, Any] = {"stream": True, "exact": True, "policies": {"own": "local"}}
+    server = fl.FederatedServer(model, num_rounds=1, durable=tmp_path, ledger=True, keep_contributions=True, **given)
+    with server.begin() as one:
+        one.start_round(0)
+        for name in ("a", "b"):
+            weights: Any = {"w": 1.0, "own": np.full(2, 7.0)}
+            assert one.receive(name, fl.Contribution(name, weights, 1, round=0)) is not None
+        assert one.aggregate()
+        one.end_round()
+    assert verify(tmp_path).made_again == (0,)
+    kept = [read_weights(path) for path in (tmp_path / KEPT).iterdir()]
+    assert sorted(map(list, kept)) == [["w"], ["w", "own"]], "of the clients what they share, and the model"
+
+
+def test_a_round_that_is_missing_is_missed_and_one_with_a_replaced_model_is_told(tmp_path: Path) -> None:
+    class Replaces(fl.Handler):
+        def after_aggregation(self, ctx: fl.FLContext) -> None:
+            if ctx[fl.ContextKey.ROUND] == 1:
+                assert ctx.model is not None
+                assert ctx.model.weights is not None
+                ctx.set_model(fl.ModelData({**ctx.model.weights, "w": ctx.model.weights["w"] + 1}))
+
+    job(tmp_path, handlers=[Replaces()])
+    assert verify(tmp_path / "state").replaced == (1,)

@@ -339,3 +339,187 @@ def test_without_a_folder_nothing_is_written(tmp_path: Path) -> None:
     os.chdir(tmp_path)
     fl.FederatedServer(INITIAL, num_rounds=1).run(clients())
     assert os.listdir(tmp_path) == []
+
+
+def test_what_was_told_of_parts_and_masks_is_no_obstacle_and_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: WeightDict = {"a": np.zeros(2), "b": np.zeros(2), "mask": np.array([0.0, -np.inf])}
+
+    def rounds(server: fl.FederatedServer, numbers: range) -> None:
+        with server.begin() as job:
+            for number in numbers:
+                job.start_round(number)
+                for name in ("x", "y", "z"):
+                    part = {key: model[key] for key in (("a", "mask", "b") if name == "z" else ("a", "mask"))}
+                    assert job.receive(name, fl.Contribution(name, part, 1, round=number)) is not None
+                assert job.aggregate()
+                job.end_round()
+
+    rounds(fl.FederatedServer(model, num_rounds=4, partial="average", durable=tmp_path), range(2))
+    rounds(fl.FederatedServer.resume(tmp_path), range(2, 4))
+    for said in ("sent by one of 3 contributions alone", "not finite in the global model"):
+        assert caplog.text.count(said) == 1
+
+
+def test_the_log_and_the_models_of_another_job_are_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    server(one, rounds=2).run(clients())
+    for name in ("job.jsonl", "global.safetensors", "best.safetensors"):
+        (one / name).unlink()
+    job_b = handlers(one)
+    fl.FederatedServer(INITIAL, num_rounds=3, handlers=job_b, durable=other).run(clients(2))
+    before = files(one)
+    resumed(one, rounds=4).run(clients())
+    after = files(one)
+    assert {name: after[f"{name}.1"] for name in before} == before
+    assert "does not hold the rounds that this job wrote there: a new file begins" in caplog.text
+
+
+def test_a_server_that_read_a_state_which_is_not_the_newest_any_more_changes_nothing(tmp_path: Path) -> None:
+    server(tmp_path, rounds=2).run(clients())
+    late = resumed(tmp_path, rounds=5)
+    resumed(tmp_path, rounds=4).run(clients())
+    with pytest.raises(fl.StateError, match="the job has gone on since its state was read: resume it again"):
+        late.run(clients())
+    assert StateStore(tmp_path / "state").numbers() == [3, 4]
+
+
+def test_a_client_that_is_not_given_again_has_left_by_name(tmp_path: Path) -> None:
+    server(tmp_path, rounds=2, min_contributions=None).run(clients())
+    with pytest.raises(
+        fl.TooFewContributionsError, match=r"2 clients are left, 3 required: site-3 left .*was not given"
+    ):
+        resumed(tmp_path, rounds=3).run(clients(2))
+    result = resumed(tmp_path, rounds=3, min_contributions=2).run(clients(2))
+    assert [report.accepted for report in result.reports] == [NAMES, NAMES, NAMES[:2]]
+    assert [quit.contributor for quit in result.quits] == ["site-3"]
+
+
+def test_the_same_objects_go_on_as_new_ones_would(tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    whole = server(tmp_path / "whole", rounds=2)
+    expected = told(whole.run(clients()), whole)
+
+    class Stops(fl.Handler):
+        def end_round(self, ctx: fl.FLContext) -> None:
+            raise KeyboardInterrupt
+
+    (tmp_path / "parts").mkdir()
+    own = clients()
+    with pytest.raises(KeyboardInterrupt):
+        server(tmp_path / "parts", rounds=2, handlers=[*handlers(tmp_path / "parts"), Stops()]).run(own)
+    again = resumed(tmp_path / "parts", rounds=2)
+    assert told(again.run(own), again) == expected
+
+
+def test_arrays_that_a_handler_binds_can_be_changed_after_a_resume(tmp_path: Path) -> None:
+    class Sums(fl.Handler):
+        def end_round(self, ctx: fl.FLContext) -> None:
+            if "sums" not in ctx:
+                ctx.set_prop("sums", np.zeros(3000))
+                ctx.set_prop("few", np.zeros(2))
+            ctx["sums"] += 1
+            ctx["few"] += 1
+
+    server(tmp_path, rounds=2, handlers=[Sums()]).run(clients())
+    again = resumed(tmp_path, rounds=4, handlers=[Sums()])
+    again.run(clients())
+    assert (again.ctx["sums"][0], again.ctx["few"].tolist()) == (4, [4, 4])
+
+
+class _Heavy(fl.rules.Rule):
+    """The mean, with momentum."""
+
+    name = "heavy"
+
+    def __init__(self) -> None:
+        self.velocity: Any = None
+
+    def combine(self, given: Any) -> WeightDict:
+        mean = {name: np.mean([row.arrays[name] for row in given.rows], axis=0) for name in given.schema}
+        step = mean["w"] - given.model["w"]
+        self.velocity = step if self.velocity is None else 0.5 * self.velocity + step
+        return {**mean, "w": given.model["w"] + self.velocity}
+
+    def get_state(self) -> Any:
+        return {"velocity": self.velocity}
+
+    def set_state(self, state: Any) -> None:
+        self.velocity = state["velocity"]
+
+
+def test_a_rule_and_an_evaluator_with_a_state_go_on(tmp_path: Path) -> None:
+    class Counts(fl.ModelEvaluator):
+        def __init__(self) -> None:
+            self.count = 0
+
+        def evaluate(self, ctx: fl.FLContext) -> None:
+            self.count += 1
+
+        def get_metric(self) -> float:
+            return float(self.count)
+
+        def get_state(self) -> Any:
+            return self.count
+
+        def set_state(self, state: Any) -> None:
+            self.count = state
+
+    def chain() -> list[Any]:
+        return [fl.ServerValidationHandler(Counts(), 1), Counting()]
+
+    whole = server(tmp_path / "whole", rounds=4, handlers=chain(), rule=_Heavy())
+    expected = told(whole.run(clients()), whole)
+    server(tmp_path / "parts", rounds=4, handlers=[*chain(), _Ends(2)], rule=_Heavy())
+    with pytest.raises(KeyboardInterrupt):
+        server(tmp_path / "parts", rounds=4, handlers=[*chain(), _Ends(2)], rule=_Heavy()).run(clients())
+    again = resumed(tmp_path / "parts", rounds=4, handlers=chain(), rule=_Heavy())
+    assert told(again.run(clients()), again) == expected
+
+
+class _Ends(fl.Handler):
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def start_round(self, ctx: fl.FLContext) -> None:
+        if ctx[fl.ContextKey.ROUND] == self.number:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("key", ["settings", "reports", "quits", "clients", "model", "handlers", "context"])
+@pytest.mark.parametrize("value", [None, [1], {"handlers": []}, "x"], ids=str)
+def test_a_state_that_somebody_made_up_is_refused_in_one_way(key: str, value: Any, tmp_path: Path) -> None:
+    server(tmp_path, rounds=1, handlers=[]).run(clients())
+    with StateStore(tmp_path / "state") as store:
+        _, state = store.load()
+        store.save(1, {**state, key: value})
+    if key == "handlers" and value == [1]:
+        with pytest.raises(fl.StateError):
+            resumed(tmp_path, handlers=[]).run(clients())
+        return
+    if (key, value) in [("context", {"handlers": []}), ("model", {"handlers": []})]:
+        return  # a key of somebody's own; a model is compared with those of contributions
+    with pytest.raises(fl.StateError, match=r"holds no state of a job|other settings"):
+        resumed(tmp_path, handlers=[])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_job_that_ends_after_a_kill_at_its_end_has_its_global_model(overwrite: bool, tmp_path: Path) -> None:
+    def chain(*more: fl.Handler) -> list[fl.Handler]:
+        return [*more, fl.ModelSelectionHandler(mode="max"), CheckpointHandler(tmp_path, overwrite=overwrite)]
+
+    class Ends(fl.Handler):
+        def shutdown(self, ctx: fl.FLContext) -> None:
+            raise KeyboardInterrupt  # after the handlers behind it, one of which has written the best model
+
+    with pytest.raises(KeyboardInterrupt):
+        server(tmp_path, rounds=2, handlers=chain(Ends())).run(clients())
+    written = files(tmp_path)
+    best = tmp_path / "best.safetensors"
+    os.utime(best, ns=(1, 1))  # as where it was written after the state
+    resumed(tmp_path, rounds=2, handlers=chain()).run(clients())
+    after = files(tmp_path)
+    assert {name: after[name] for name in written} == written
+    assert sorted(after) == sorted([*written, *([] if overwrite else [f"{name}.1" for name in written])])

@@ -640,7 +640,7 @@ class Round:
         if len(sent) < len(combined):
             kept = [name for name in combined if name not in sent]
             self._told.once(
-                ("part", frozenset(sent)),
+                ("part", tuple(sorted(sent))),
                 f"clients send {len(sent)} of the global model's {len(combined)} variables: these are averaged, and "
                 f"the rest is kept as it is: {listed(kept)}",
             )
@@ -658,14 +658,14 @@ class Round:
             lone = [name for name in combined if senders[name] == 1]
             if lone:
                 self._told.once(
-                    ("lone", frozenset(lone)),
+                    ("lone", tuple(sorted(lone))),
                     f"{listed(lone)}: sent by one of {len(rows)} contributions alone, whose value it is then",
                 )
         filled = {name for row in rows for name in row.filled}
         constants = [name for name in schema if name in filled] if filled else []
         if constants:
             self._told.once(
-                ("constants", frozenset(constants)),
+                ("constants", tuple(sorted(constants))),
                 f"{listed(constants)}: not finite in the global model, and the same from clients: kept there as it is",
             )
 

@@ -1,6 +1,7 @@
 """The folder of a job of `fed-learn simulate`: whether the job may have it, what lies in it, how to go on with it."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from fed_learn.server import load_state
 
 FILES = ("metrics.jsonl", "global.safetensors", "best.safetensors", "summary.json", "times.json", "metrics.png")
 """What a job leaves, beside its state."""
+AT_THE_END = ("summary.json", "times.json", "metrics.png")
+"""Those of them that are written when the job is done."""
 DEFAULT = "fed-learn-job"
 OPTIONS = "options"
 """Where the metadata of the job's context has the options of its command."""
@@ -39,6 +42,7 @@ class JobFolder(Handler):
         self.path = path
         self.options: Mapping[str, Any] = {}
         self._to_replace: list[Path] = []
+        self._resumed = False
 
     @property
     def state(self) -> Path:
@@ -66,6 +70,7 @@ class JobFolder(Handler):
         Raises:
             typer.BadParameter: It does, and says what can be done.
         """
+        self._recover()
         names = os.listdir(self.path) if self.path.is_dir() else []
         # A job that was killed before it had a first state left nothing that could go on.
         there = sorted(name for name in names if not _is_lock(name) and (name != self.state.name or self.has_state))
@@ -99,6 +104,7 @@ class JobFolder(Handler):
             typer.BadParameter: There is no job, or it was begun with other options.
             StateError: Its state is damaged.
         """
+        self._recover()
         if not self.has_state:
             raise typer.BadParameter(f"{self.path} holds no job that could go on", param_hint="--resume")
         state = load_state(self.state)
@@ -124,26 +130,45 @@ class JobFolder(Handler):
             typer.BadParameter: Another job has come and gone since `check_free`.
             FileInUseError: Another job runs there.
         """
-        with Claim([self.path / name for name in ("summary.json", "times.json", "metrics.png")]):
+        with Claim([self.path / name for name in AT_THE_END]):
             if resume:
+                self._resumed = True
+                if self.earlier_state.exists():  # of the job that this one was to replace
+                    _remove_tree(self.earlier_state)
+                self._to_replace = [self.path / name for name in self.files if name in AT_THE_END]
                 yield
                 return
             self.check_free(overwrite)
             self._to_replace = [self.path / name for name in self.files]
             if self.state.is_dir():
+                if self.earlier_state.exists():  # of a job that was to be replaced by one that was killed
+                    _remove_tree(self.earlier_state)
                 self._to_replace.append(self.earlier_state)
                 self.state.rename(self.earlier_state)
             try:
                 yield
             finally:
                 if self.earlier_state in self._to_replace:  # no round has begun
-                    shutil.rmtree(self.state, ignore_errors=True)
+                    if self.state.exists():
+                        _remove_tree(self.state)
                     self.earlier_state.rename(self.state)
 
     @property
     def begun(self) -> bool:
         """Whether the job has begun its first round, so that what lies here is its own."""
-        return not self._to_replace
+        return self._resumed or not self._to_replace
+
+    def _recover(self) -> None:
+        """Gives a job its state back that was to be replaced by one that was killed before it had a state itself.
+
+        Raises:
+            FileInUseError: A job runs there.
+        """
+        if self.earlier_state.exists() and not self.has_state:
+            with Claim([self.path / name for name in AT_THE_END]):
+                if self.state.exists():
+                    _remove_tree(self.state)
+                self.earlier_state.rename(self.state)
 
     def startup(self, ctx: FLContext) -> None:
         """Keeps the options with the state."""
@@ -152,11 +177,12 @@ class JobFolder(Handler):
     def start_round(self, ctx: FLContext) -> None:
         """Removes the files of an earlier job, in the first round."""
         while self._to_replace:
-            path = self._to_replace.pop()
+            path = self._to_replace[-1]
             if path == self.earlier_state:
-                shutil.rmtree(path)
+                _remove_tree(path)
             else:
                 remove(path)
+            self._to_replace.pop()
 
 
 def default_folder(resume: bool) -> Path:
@@ -168,15 +194,21 @@ def default_folder(resume: bool) -> Path:
     numbered = (Path(DEFAULT if number == 1 else f"{DEFAULT}-{number}") for number in count(1))
     if not resume:
         return next(path for path in numbered if not path.exists() or not any(path.iterdir()))
-    there = []
-    for path in numbered:
-        if not path.exists():
-            break
-        there.append(path)
-    newest = next((path for path in reversed(there) if JobFolder(path).has_state), None)
+    found = (re.fullmatch(rf"{DEFAULT}(?:-(\d+))?", name) for name in os.listdir())
+    numbers = sorted(int(match[1] or 1) for match in found if match)
+    there = (Path(DEFAULT if number == 1 else f"{DEFAULT}-{number}") for number in reversed(numbers))
+    newest = next((path for path in there if JobFolder(path).has_state), None)
     if newest is None:
         raise typer.BadParameter(f"no job in {DEFAULT} could go on: name its folder with --out", param_hint="--resume")
     return newest
+
+
+def _remove_tree(path: Path) -> None:
+    """Removes a folder; of a link to one the link alone."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path)
 
 
 def _is_lock(name: str) -> bool:

@@ -36,6 +36,8 @@ def verify(
         print(f"{len(found.made_again)} rounds were made again from their contributions, with the same bits.")
     if found.failed:
         print(f"{len(found.failed)} rounds had failed, and left the global model as it was.")
+    if found.replaced:
+        print(f"In {len(found.replaced)} rounds a handler replaced the global model.")
     if found.not_kept:
         print(f"{len(found.not_kept)} rounds cannot be made again: what they were made of, or their rule, is not here.")
     print(f"Digest of the last entry, which stands for all: {found.head}")

@@ -85,5 +85,5 @@ class Learner(ABC):
         return None
 
     def set_state(self, state: Any) -> None:
-        """Takes back what `get_state` gave, in a job that goes on, before anything else. Arrays in it are read-only."""
+        """Takes back what `get_state` gave, in a job that goes on, before anything else."""
         raise NotImplementedError(f"{type(self).__name__} has get_state, and no set_state")

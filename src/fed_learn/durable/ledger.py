@@ -63,7 +63,11 @@ class Ledger:
 
         Raises:
             OSError: It cannot be written; the ledger is as it was.
+            LedgerError: Somebody else has written to the file.
         """
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size != self._size:
+            raise LedgerError(f"{self.path} has {size} bytes, and {self._size} were written", path=str(self.path))
         body = _body({**entry, "previous": self.head})
         head = blake3_of(body.encode())
         append_line(self.path, f"{body} {head}")

@@ -22,7 +22,7 @@ KEPT = 2
 """How many states are kept: should the newest be damaged, there is the one before."""
 _STATE = re.compile(r"state-(\d{8,})\.json")
 _WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
-_REFERENCE = re.compile(r'\{"\$(?:weights|large)":"([0-9a-f]{64})"\}')
+_REFERENCE = re.compile(r'\{"\$(?:weights|arrays|large)":"([0-9a-f]{64})"\}')
 
 
 class StateStore:
@@ -102,8 +102,11 @@ class StateStore:
         write_whole(self._path(number), json.dumps(head).encode() + b"\n" + body + b"\n")
         self._tidy(number, set(stored.weights))
 
-    def load(self) -> tuple[int, Any]:
+    def load(self, *, newest: bool = False) -> tuple[int, Any]:
         """The newest state that is whole, with its number. Says so where a newer one is damaged.
+
+        Args:
+            newest: Only the newest will do.
 
         Raises:
             StateError: There is none, or none that is whole; or a newer version of fed_learn has written it.
@@ -113,7 +116,7 @@ class StateStore:
         if not numbers:
             raise StateError(f"{self.folder} holds no state of a job", path=str(self.folder))
         problems: list[str] = []
-        for number in reversed(numbers):
+        for number in numbers[-1:] if newest else reversed(numbers):
             try:
                 state = self._read(number)
             except StateError as error:

@@ -10,7 +10,8 @@ the exceptions in them. In JSON,
     {"$bytes": base64}                           for bytes,
     {"$dict": [[key, value], ...]}               for a dict with other keys than text, or with a key that begins with $,
     {"$array": [dtype, shape, base64]}           for a small array,
-    {"$weights": digest}                         for a weight dict, which lies in a file of that name,
+    {"$weights": digest}                         for frozen weights, which lie in a file of that name,
+    {"$arrays": digest}                          for another dict of arrays, likewise,
     {"$large": digest}                           for a large array, the only one of such a file,
     {"$record": [class, fields]}                 for a record, its fields by name,
     {"$error": [class, text, attributes]}        for an exception: what is told of it, not how it came.
@@ -72,7 +73,7 @@ class Decoded:
     """A value as it was stored.
 
     Attributes:
-        value: The value; arrays in it are read-only.
+        value: The value; weight dicts that lie in files are read-only.
         weights: Digest → the weight dict that is part of it.
     """
 
@@ -182,7 +183,7 @@ class _Encoder:
 
     def _mapping(self, value: Mapping[Any, Any], where: str) -> Any:
         if _is_large_weight_dict(value):
-            return {"$weights": self._put(value)}
+            return {"$weights" if type(value) is FrozenWeights else "$arrays": self._put(value)}
         if all(type(key) is str and not key.startswith("$") for key in value):
             return {key: self.plain(one, f"{where}.{key}") for key, one in value.items()}
         pairs = []
@@ -252,9 +253,11 @@ class _Decoder:
             return _record(one[0], self.value(one[1], where))
         if mark == "$error":
             return error_of(*self.value(one, where))
-        if mark in ("$weights", "$large"):
+        if mark in ("$weights", "$arrays", "$large"):
             weights = self._weights(one)
-            return weights if mark == "$weights" else weights[ALONE]
+            if mark == "$arrays":
+                return {name: array.copy() for name, array in weights.items()}
+            return weights if mark == "$weights" else weights[ALONE].copy()
         raise StateError(f"{where}: {brief({mark: one})} means nothing", path=where)
 
     def _weights(self, name: Any) -> FrozenWeights:
@@ -282,6 +285,5 @@ def _small_array(name: Any, shape: Any, data: Any) -> Array:
     if dtype.kind not in "biufcV" or (dtype.kind == "V" and name not in _EXTENDED):
         raise ValueError(name)
     given = np.frombuffer(base64.b64decode(data, validate=True), dtype.newbyteorder("<"))
-    array = given.astype(dtype).reshape(shape)
-    array.flags.writeable = False
+    array: Array = given.astype(dtype).reshape(shape)
     return array

@@ -51,7 +51,8 @@ class CheckpointHandler(ServerHandler):
         self.overwrite = overwrite
         self._claim: Claim | None = None
         self._begun = False
-        self._earlier = False  # whether files of an earlier job were there when this one started
+        self._written: int | None = None  # the round of the global model that this job wrote last
+        self._unwritten: int | None = None  # one that it wrote before it was resumed, and that is not there any more
         self._saved: BestModel | None = None
         self._round: int | None = None  # the one whose model is not yet written
         self._received: WeightDict | None = None
@@ -65,9 +66,8 @@ class CheckpointHandler(ServerHandler):
         """
         super().startup(ctx)
         self._begun = False
-        self._earlier = any(os.path.lexists(path) for path in self._paths())
         self._take()
-        self._saved = self._round = self._received = None
+        self._saved = self._round = self._received = self._written = self._unwritten = None
 
     def start_round(self, ctx: FLContext) -> None:
         """Notes the model from which the round starts."""
@@ -85,6 +85,8 @@ class CheckpointHandler(ServerHandler):
         try:
             if self._round is not None and ctx.model is not None and ctx.model.weights is not self._received:
                 self._save_global(ctx, self._round)
+            elif self._unwritten is not None:
+                self._save_global(ctx, self._unwritten)
         finally:
             try:
                 self._save_best(ctx)
@@ -94,12 +96,18 @@ class CheckpointHandler(ServerHandler):
                     self._claim = None
 
     def get_state(self) -> dict[str, Any]:
-        """Whether the files are those of this job."""
-        return {"begun": self._begun or not self._earlier}
+        """By what the files of this job are known, their sizes and times, and the round of the global model."""
+        return {"files": self._forms() if self._begun else None, "round": self._written}
 
     def set_state(self, state: Any) -> None:
-        """Goes on to write them."""
-        self._begun = state["begun"]
+        """Goes on to write them, if they are those of this job; others are treated as those of an earlier one."""
+        self._begun = state["files"] is not None and (self.overwrite or state["files"] == self._forms())
+        self._written = state["round"] if self._begun else None
+        self._unwritten = None if self._begun else state["round"]
+
+    def _forms(self) -> dict[str, list[int]]:
+        found = {path.name: path.stat() for path in self._paths() if path.is_file()}
+        return {name: [of.st_size, of.st_mtime_ns] for name, of in found.items()}
 
     def _take(self) -> None:
         if self._claim is None:
@@ -112,6 +120,7 @@ class CheckpointHandler(ServerHandler):
     def _save_global(self, ctx: FLContext, number: int) -> None:
         if ctx.model is not None and ctx.model.weights is not None:
             self._save(self.global_name, ctx.model.weights, {"round": number})
+            self._written, self._unwritten = number, None
 
     def _save_best(self, ctx: FLContext) -> None:
         best = ctx.best_model

@@ -88,7 +88,7 @@ class Handler:
         return None
 
     def set_state(self, state: Any) -> None:
-        """Takes back what `get_state` gave, after `startup`, in a job that goes on. Arrays in it are read-only."""
+        """Takes back what `get_state` gave, after `startup`, in a job that goes on."""
         raise NotImplementedError(f"{type(self).__name__} has get_state, and no set_state")
 
     def startup(self, ctx: FLContext) -> None:

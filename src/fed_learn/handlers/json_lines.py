@@ -1,6 +1,8 @@
 """Writes what happens in a job to a file of JSON lines."""
 
+import hashlib
 import json
+import logging
 import math
 import os
 from numbers import Real
@@ -13,6 +15,8 @@ from fed_learn.contribution import RoundReport, ValidationResult
 from fed_learn.disk import Claim, append_line, cut, flush, is_stream, remove, set_aside
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.model_meta import ContextKey, FLContext
+
+logger = logging.getLogger(__name__)
 
 
 class JsonLinesHandler(ServerHandler):
@@ -51,7 +55,7 @@ class JsonLinesHandler(ServerHandler):
         self.times = times
         self._claim: Claim | None = None
         self._begun = False
-        self._earlier = False  # whether the file of an earlier job was there when this one started
+        self._written = ""  # a digest of what this job has written, which goes on from line to line
 
     def startup(self, ctx: FLContext) -> None:
         """Makes the folder, and sees to it that no other job writes the file.
@@ -61,8 +65,7 @@ class JsonLinesHandler(ServerHandler):
             OSError: The file cannot be written.
         """
         super().startup(ctx)
-        self._begun = False
-        self._earlier = os.path.exists(self.path) and os.path.getsize(self.path) > 0
+        self._begun, self._written = False, ""
         if os.path.exists(self.path):
             with open(self.path, "ab"):  # better to hear now that it cannot be written
                 pass
@@ -105,17 +108,31 @@ class JsonLinesHandler(ServerHandler):
         )
 
     def get_state(self) -> dict[str, Any]:
-        """How long the file is after the lines of the rounds that are over."""
+        """How long the file is after the lines of the rounds that are over, and a digest of them."""
         path = Path(self.path)
         size = path.stat().st_size if path.is_file() and self._begun else 0
-        return {"size": size, "earlier": self._earlier and not self._begun}
+        return {"size": size, "digest": self._written if self._begun else None}
 
     def set_state(self, state: Any) -> None:
-        """Goes on behind these lines: what follows them is of a round that is run again, and is removed."""
+        """Goes on behind these lines: what follows them is of a round that is run again, and is removed.
+
+        A file that does not begin with them is another job's, and is treated as such.
+        """
         path = Path(self.path)
-        self._begun = not state["earlier"]
-        if self._begun and not is_stream(path):
+        if state["digest"] is None:
+            return
+        if is_stream(path):
+            self._begun = True
+            return
+        lines = path.read_bytes()[: state["size"]] if path.exists() else b""
+        written = ""
+        for line in lines.splitlines(keepends=True):
+            written = _gone_on(written, line)
+        if written == state["digest"]:
+            self._begun, self._written = True, written
             cut(path, state["size"])
+            return
+        logger.warning("%s does not hold the rounds that this job wrote there: a new file begins", path)
 
     def _take(self) -> None:
         if self._claim is None:
@@ -133,6 +150,11 @@ class JsonLinesHandler(ServerHandler):
                     set_aside(path)
             self._begun = True
         append_line(path, line, flushed=flushed)
+        self._written = _gone_on(self._written, line.encode() + b"\n")
+
+
+def _gone_on(digest: str, line: bytes) -> str:
+    return hashlib.sha256(digest.encode() + line).hexdigest()
 
 
 def jsonable(value: Any) -> Any:

@@ -10,6 +10,7 @@ from fed_learn.components.direction import MODES
 from fed_learn.components.model_evaluator import ModelEvaluator
 from fed_learn.components.returned import returned_metric
 from fed_learn.contribution import BestModel
+from fed_learn.durable.parts import give_back, state_of
 from fed_learn.handlers.handler import ServerHandler
 from fed_learn.handlers.scoring import check_best_key, check_mode, chosen_mode, is_better
 from fed_learn.model_meta import ContextKey, FLContext
@@ -100,12 +101,13 @@ class ServerValidationHandler(ServerHandler):
             self._validate(fl_ctx, number)
 
     def get_state(self) -> dict[str, Any]:
-        """Which model is still to be validated."""
-        return {"skipped": self._skipped}
+        """Which model is still to be validated, and what the evaluator needs."""
+        return {"skipped": self._skipped, "evaluator": state_of(self.evaluator)}
 
     def set_state(self, state: Any) -> None:
         """Goes on with it."""
         self._skipped = state["skipped"]
+        give_back(self.evaluator, state["evaluator"], "the state of ServerValidationHandler")
 
     def _chosen_mode(self, ctx: FLContext) -> str:
         declared = getattr(self.evaluator, "mode", None)

@@ -61,16 +61,23 @@ class ClientPool:
         """The learner of each client."""
         return {name: client.learner for name, client in self._clients.items()}
 
-    def ask(self, question: Callable[[FederatedClient], T]) -> Iterator[tuple[str, T | Exception]]:
+    def ask(
+        self, question: Callable[[FederatedClient], T], *, few: bool = False
+    ) -> Iterator[tuple[str, T | Exception]]:
         """Asks all clients, and yields the name of each with its answer, or with the exception that it raised.
 
-        Answers are in the order of the clients, not in that of arrival, so that a job is the same from run to run. So
-        that not all of them have to be held at once, clients are asked some ahead of the one whose answer is awaited.
+        Answers are in the order of the clients, not in that of arrival, so that a job is the same from run to run.
+
+        Args:
+            question: What they are asked.
+            few: Whether answers are large, and only a few of them are to be held at a time: then clients are asked some
+                ahead of the one whose answer is awaited, and not all at once.
         """
+        ahead = AHEAD * self._workers if few else len(self._clients)
         waiting = deque(self._clients.items())
         asked: deque[tuple[str, Future[T]]] = deque()
         while waiting or asked:
-            while waiting and len(asked) < AHEAD * self._workers:
+            while waiting and len(asked) < ahead:
                 name, client = waiting.popleft()
                 # In the caller's context, so that a kernel chosen by kernels.use holds for learners too.
                 asked.append((name, self._pool.submit(contextvars.copy_context().run, question, client)))

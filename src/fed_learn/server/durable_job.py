@@ -5,10 +5,10 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fed_learn.contribution import BestModel, Contribution, RoundReport
+from fed_learn.contribution import BestModel, ClientFailure, Contribution, RoundReport
 from fed_learn.durable import StateStore, encoded
 from fed_learn.durable.parts import give_all_back, give_back, state_of, states_of
-from fed_learn.errors import FedLearnError, HandlerFailure, StateError, StateExistsError, a_type, described
+from fed_learn.errors import FedLearnError, HandlerFailure, LedgerError, StateError, StateExistsError, a_type, described
 from fed_learn.events import EventType
 from fed_learn.model_meta import ContextKey
 from fed_learn.server.job_ledger import JobLedger
@@ -37,12 +37,14 @@ class DurableJob(JobRounds):
     Attributes:
         states_of_clients: Gives what the clients hand over, by their names; None: there are no clients here.
         kept_of_clients: What they handed over in the job that this one goes on with.
+        resumed: Whether this job goes on with one that another process began.
     """
 
     def __init__(self, settings: JobSettings, weights: WeightDict, num_clients: int | None = None) -> None:
         super().__init__(settings, weights, num_clients)
         self.states_of_clients: Callable[[], Mapping[str, Any]] | None = None
         self.kept_of_clients: Mapping[str, Any] = {}
+        self.resumed = False
         self._store = StateStore(settings.durable) if settings.durable is not None else None
         self._ledger = JobLedger(settings) if settings.ledger else None
         self._back: set[str] = set()  # clients that have registered in the job that this one goes on with
@@ -52,11 +54,6 @@ class DurableJob(JobRounds):
     def next_round(self) -> int:
         """The number of the round with which the job begins, or goes on."""
         return self.reports[-1].round + 1 if self.reports else 0
-
-    @property
-    def resumed(self) -> bool:
-        """Whether this job goes on with one that another process began."""
-        return bool(self._back)
 
     def register(self, name: str) -> None:
         """CLIENT_REGISTER: a client takes part from now on; not fired for one that has come back in a resumed job.
@@ -74,28 +71,34 @@ class DurableJob(JobRounds):
         """START_ROUND; as `JobRounds` says."""
         super().start_round(number, weights)
         if self._ledger is not None:
-            self._ledger.begin(self._weights)
+            ledger = self._ledger
+            self._or_failure(lambda: ledger.begin(self._weights))
 
     def receive(self, name: str, sent: object) -> Contribution | None:
         """RECEIVE_CONTRIBUTION; as `JobRounds` says."""
         accepted = super().receive(name, sent)
         if self._ledger is not None and accepted is not None:
             assert isinstance(sent, Contribution)
-            self._ledger.note(accepted, sent.weights if accepted.weights is None else accepted.weights)
+            ledger, weights = self._ledger, sent.weights if accepted.weights is None else accepted.weights
+            self._or_failure(lambda: ledger.note(accepted, weights, self.schema))
         return accepted
 
     def aggregate(self) -> bool:
         """BEFORE_AGGREGATION, the aggregation, END_AGGREGATION; as `JobRounds` says."""
         aggregated = super().aggregate()
-        if self._ledger is not None:
-            self._ledger.close(self.ctx[ContextKey.CONTRIBUTIONS])
+        if not aggregated:
+            self._note_aggregation(None)
         return aggregated
 
     def end_aggregation(self, weights: FrozenWeights) -> None:
         """END_AGGREGATION; as `JobRounds` says."""
-        if self._ledger is not None:
-            self._ledger.made(weights)
+        self._note_aggregation(weights)
         super().end_aggregation(weights)
+
+    def _note_aggregation(self, weights: FrozenWeights | None) -> None:
+        if self._ledger is not None:
+            ledger, contributions = self._ledger, self.ctx[ContextKey.CONTRIBUTIONS]
+            self._or_failure(lambda: ledger.close(contributions, weights, self.schema))
 
     def end_round(self) -> RoundReport:
         """END_ROUND; returns the report of the round. Then ledger and state are written, where they are to be kept.
@@ -137,7 +140,7 @@ class DurableJob(JobRounds):
         """Writes something; a failure is one of the job, as that of a handler is."""
         try:
             write()
-        except (OSError, StateError) as error:
+        except (OSError, StateError, LedgerError) as error:
             failure = StateError(
                 f"the state after {len(self.reports)} rounds is not kept in {self._where}: {described(error)}",
                 path=self._where,
@@ -148,24 +151,27 @@ class DurableJob(JobRounds):
             if self.on_handler_error == "raise":
                 raise failure from error
 
-    def open_store(self, resumed: bool) -> None:
+    def open_store(self, state: Any = None) -> None:
         """Takes the folder of the state for this job.
 
         Args:
-            resumed: Whether a state is expected there; if not, there must be none.
+            state: The state that is expected there, which has been read; None: there must be none.
 
         Raises:
+            StateError: The job has gone on since the state was read.
             StateExistsError: Another job has its state there, and this one does not go on with it.
             FileInUseError: Another process writes to it.
             OSError: It cannot be made, or written to.
         """
         if self._store is None:
             return
-        check_free(self._store, resumed)
+        check_free(self._store, state is not None)
         self._store.open()
         try:
-            check_free(self._store, resumed)  # once more: another job may have come and gone
-        except StateExistsError:
+            check_free(self._store, state is not None)  # once more: another job may have come and gone
+            if state is not None and len(load_state(self._store.folder)["reports"]) != len(state["reports"]):
+                raise StateError(f"{self._store.folder}: the job has gone on since its state was read: resume it again")
+        except BaseException:
             self._store.close()
             raise
 
@@ -183,15 +189,17 @@ class DurableJob(JobRounds):
         return {
             "settings": self.settings.kept(),
             "model": self._weights,
+            "num_clients": self._num_clients,
             "clients": list(self.clients),
             "quits": list(self.quits),
             "reports": list(self.reports),
             "handler_failures": list(self.handler_failures),
-            "told": sorted(self._told.said, key=repr),
+            "told": [key for key in sorted(self._told.said, key=repr) if _can_be_kept(key)],
             "context": self._kept_of_context(),
             "metadata": self._that_can_be_kept(self.ctx.get_all_metadata(), "the metadata of the context"),
             "handlers": states_of(self.handlers),
             "ledger": None if self._ledger is None else self._ledger.get_state(),
+            "rule": state_of(self.settings.aggregation.how),
             "aggregator": state_of(self.ctx.get_prop(ContextKey.AGGREGATOR)),
             "states_of_clients": dict(
                 self.states_of_clients() if self.states_of_clients is not None else self.kept_of_clients
@@ -215,23 +223,27 @@ class DurableJob(JobRounds):
         weights = FrozenWeights.adopt(state["model"])
         self._adopt(checked_model(weights, self.schema, f"model of {self._where}", constants=weights))
         self._begin(None)
+        self.resumed = True
+        if self._num_clients is not None:
+            self._num_clients = max(self._num_clients, state["num_clients"] or 0)
         self.clients = dict.fromkeys(state["clients"])
         self._back = set(self.clients)
         self.quits = list(state["quits"])
         self.reports = list(state["reports"])
         self.handler_failures = list(state["handler_failures"])
         self._told.said.update(state["told"])
-        self.ctx.set_props(state["context"])
-        self.ctx.set_metadata(state["metadata"])
         self.kept_of_clients = state["states_of_clients"]
         if self._ledger is not None:
             self._ledger.set_state(state["ledger"])
         give_all_back(self.handlers, state["handlers"], self._where)
+        give_back(self.settings.aggregation.how, state["rule"], self._where)
         give_back(self.ctx.get_prop(ContextKey.AGGREGATOR), state["aggregator"], self._where)
+        self.ctx.set_props(state["context"])
+        self.ctx.set_metadata({**self.ctx.get_all_metadata(), **state["metadata"]})
 
     def _kept_of_context(self) -> dict[str, Any]:
         own = {key for key in ContextKey if key not in _KEPT_KEYS}
-        props = {key: value for key, value in self.ctx.items() if key not in own and value is not None}
+        props = {key: value for key, value in self.ctx.items() if key not in own}
         return self._that_can_be_kept(props, "the context")
 
     def _that_can_be_kept(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -260,6 +272,14 @@ class DurableJob(JobRounds):
         return "the state" if self._store is None else str(self._store.folder)
 
 
+def _can_be_kept(value: object) -> bool:
+    try:
+        encoded(value)
+    except StateError:
+        return False
+    return True
+
+
 def check_free(store: StateStore, resumed: bool) -> None:
     """Raises if a folder holds the state of a job that this one does not go on with.
 
@@ -276,14 +296,48 @@ def check_free(store: StateStore, resumed: bool) -> None:
         )
 
 
-def load_state(folder: str | os.PathLike[str]) -> Any:
+def load_state(folder: str | os.PathLike[str], *, newest: bool = False) -> Any:
     """The newest whole state of a folder, which may be given to `Job.start`.
+
+    Args:
+        folder: The folder.
+        newest: Refuse a folder whose newest state is damaged, in the place of taking the one before.
 
     Raises:
         StateError: There is none, or none that is whole.
         OSError: It cannot be read.
     """
-    _, state = StateStore(folder).load()
-    if not isinstance(state, dict):
-        raise StateError(f"{os.fspath(folder)} holds no state of a job", path=os.fspath(folder))
+    _, state = StateStore(folder).load(newest=newest)
+    _check_form(state, os.fspath(folder))
     return state
+
+
+_FORM: dict[str, type | tuple[type, ...]] = {
+    "settings": dict,
+    "model": dict,
+    "num_clients": (int, type(None)),
+    "clients": list,
+    "quits": list,
+    "reports": list,
+    "handler_failures": list,
+    "told": list,
+    "context": dict,
+    "metadata": dict,
+    "handlers": list,
+    "states_of_clients": dict,
+}
+_RECORDS = {"clients": str, "quits": ClientFailure, "reports": RoundReport, "handler_failures": HandlerFailure}
+
+
+def _check_form(state: Any, where: str) -> None:
+    """Refuses what is no state of a job, whoever has written it.
+
+    Raises:
+        StateError: It is none.
+    """
+    right = isinstance(state, dict) and all(isinstance(state.get(key), kind) for key, kind in _FORM.items())
+    if not right or not all(isinstance(one, kind) for key, kind in _RECORDS.items() for one in state[key]):
+        raise StateError(f"{where} holds no state of a job", path=where)
+    unknown = sorted(set(state["settings"]) ^ set(JobSettings().kept()))
+    if unknown:
+        raise StateError(f"{where} holds a state with other settings than this fed_learn has: {unknown}", path=where)

@@ -149,6 +149,7 @@ class FederatedServer:
         *,
         handlers: Sequence[EventHandler] = (),
         num_rounds: int | None = None,
+        min_contributions: int | None = None,
         rule: str | Rule | None = None,
         aggregator: Aggregator | None = None,
         kernel: str | None = None,
@@ -156,13 +157,15 @@ class FederatedServer:
         """The server of a job that goes on where its state ends; `run` or `begin` then do so.
 
         Settings, global model, best models and all that is remembered come from the folder. What is code does not: it
-        has to be given again, and clients with the same names and the same learners. A handler that hands over its
-        state (`get_state`) gets it back; one that was not there begins anew.
+        has to be given again, and clients with the same names and the same learners; one that is not has left the job.
+        A handler that hands over its state (`get_state`) gets it back; one that was not there begins anew.
 
         Args:
             durable: The folder.
             handlers: The handlers that the job had.
             num_rounds: How many rounds the job has; None: as before. A job that is done goes on if it gets more.
+            min_contributions: Accepted contributions that a round needs, so that the job can go on with fewer clients;
+                None: as before.
             rule: The rule, where it is one of your own.
             aggregator: The aggregator, where the job had one.
             kernel: Name of the kernel; None: the current one. All give the same bits.
@@ -196,6 +199,8 @@ class FederatedServer:
             rule = name
         over = len(state["reports"])
         kept["num_rounds"] = num_rounds if num_rounds is not None else kept["num_rounds"]
+        if min_contributions is not None:
+            kept["min_contributions"] = min_contributions
         if kept["num_rounds"] < over:
             raise ValueError(f"num_rounds is {num_rounds}, and {over} rounds of the job are over")
         server = cls(
@@ -249,7 +254,7 @@ class FederatedServer:
 
         Any `FedLearnError` that ends the job has what the job achieved so far, a `JobResult`, as its `result`.
         """
-        if cross_site not in (True, False, "best"):
+        if cross_site is not True and cross_site is not False and cross_site != "best":
             raise ValueError(f"cross_site must be True, False or 'best', not {cross_site!r}")
         required = self.settings.aggregation.min_contributions
         with closing(ClientPool(clients, max_workers)) as pool:

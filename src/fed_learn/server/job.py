@@ -90,7 +90,7 @@ class Job(DurableJob):
             StateExistsError: The folder for the state holds that of another job.
             StateError: The state is none of this job, or the first one could not be written.
         """
-        self.open_store(resumed=state is not None)
+        self.open_store(state)
         try:
             fire_event(EventType.STARTUP, self.handlers, self.ctx)
         except BaseException as error:
@@ -129,6 +129,22 @@ class Job(DurableJob):
     def stopped(self) -> bool:
         """Whether a handler made this round the last (`ContextKey.STOP`)."""
         return self.ctx.get_prop(ContextKey.STOP) is not None
+
+    def get_state(self) -> dict[str, Any]:
+        """What must outlive the process; as `DurableJob` says, with what has been validated so far."""
+        return {
+            **super().get_state(),
+            "cross_site": self.cross_site,
+            "validation_results": list(self.validation_results),
+            "final_metrics": dict(self._final_metrics),
+        }
+
+    def set_state(self, state: Any) -> None:
+        """Goes on with a state; as `DurableJob` says."""
+        super().set_state(state)
+        self.cross_site = {model: dict(row) for model, row in state["cross_site"].items()}
+        self.validation_results = list(state["validation_results"])
+        self._final_metrics = FrozenDict(state["final_metrics"])
 
     def begin_validation(self, model: str = FINAL_MODEL, weights: FrozenWeights | None = None) -> None:
         """Begins the validation of a model: the context shows it, and results on it may come in.

@@ -10,12 +10,14 @@ import numpy as np
 
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.contribution import Contribution, RoundReport
+from fed_learn.disk import set_aside
 from fed_learn.durable import digest
 from fed_learn.durable.ledger import FORMAT, Ledger
 from fed_learn.durable.weight_file import write_weights
 from fed_learn.errors import text_of
 from fed_learn.server.settings import JobSettings
-from fed_learn.weights import WeightDict, as_weight_dict
+from fed_learn.values import numbers_as_arrays
+from fed_learn.weights import Schema, WeightDict, as_weight_dict
 
 NAME, KEPT = "ledger.jsonl", "contributions"
 """The file of the ledger, and the folder of what rounds were made of, in the folder of the state."""
@@ -40,11 +42,12 @@ class JobLedger:
         self._contributions: list[dict[str, Any]] = []
 
     def begin_job(self, weights: WeightDict) -> None:
-        """Writes the first entry.
+        """Writes the first entry. What a job that was killed before it had a state has left there is set aside.
 
         Raises:
             OSError: It cannot be written.
         """
+        set_aside(self.ledger.path)
         own = sys.modules["fed_learn"].__version__  # which imports this module
         versions = {"fed_learn": own, "python": platform.python_version(), "numpy": np.__version__}
         self.ledger.append(
@@ -63,27 +66,33 @@ class JobLedger:
         self._before = self._digest_of_model(weights)
         self._keep(weights, self._before)
 
-    def note(self, accepted: Contribution, weights: Any) -> None:
+    def note(self, accepted: Contribution, weights: Any, schema: Schema) -> None:
         """A contribution has been accepted.
 
         Args:
             accepted: As it is kept.
             weights: Its weights, which `accepted` may lack in a stream.
+            schema: Of the global model.
         """
-        arrays = as_weight_dict(without_tensors(weights, accepted.contributor), accepted.contributor)
+        who, policies = accepted.contributor, self.settings.aggregation.policies
+        shared = {n: value for n, value in weights.items() if policies.of(n) not in ("local", "keep")}
+        arrays = as_weight_dict(numbers_as_arrays(without_tensors(shared, who), schema), who)
         known = digest(arrays)
         self._digests[accepted.contributor] = accepted.weights, known
         self._keep(arrays, known)
 
-    def made(self, weights: WeightDict) -> None:
-        """The contributions made a global model."""
-        self._made = self._digest_of_model(weights)
+    def close(self, contributions: Sequence[Contribution], made: WeightDict | None, schema: Schema) -> None:
+        """These contributions count; one that a handler put there is noted now.
 
-    def close(self, contributions: Sequence[Contribution]) -> None:
-        """These contributions count; one that a handler put there is noted now."""
+        Args:
+            contributions: What was combined, or would have been.
+            made: The global model that they made; None: none.
+            schema: Of the global model.
+        """
+        self._made = None if made is None else self._digest_of_model(made)
         for one in contributions:
             if one.weights is not None and self._digests.get(one.contributor, (None,))[0] is not one.weights:
-                self.note(one, one.weights)
+                self.note(one, one.weights, schema)
         self._contributions = [
             {
                 "contributor": one.contributor,

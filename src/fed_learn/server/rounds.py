@@ -6,7 +6,7 @@ from typing import Any
 from fed_learn.aggregation.tensors import without_tensors
 from fed_learn.client.fed_client import FederatedClient
 from fed_learn.contribution import FINAL_MODEL, GLOBAL_BEST
-from fed_learn.errors import StateError, as_failure, is_error, text_of
+from fed_learn.errors import ClientQuitError, StateError, as_failure, is_error, text_of
 from fed_learn.server.client_pool import ClientPool
 from fed_learn.server.job import Job
 from fed_learn.weights import FrozenWeights, as_weight_dict, check_finite
@@ -26,6 +26,8 @@ def run_job(job: Job, clients: ClientPool, cross_site: bool | str = True) -> Non
     """
     _register(job, clients, keep_best=cross_site is True)
     job.states_of_clients = clients.states
+    if not job.resumed:
+        job.save()  # once more, with the clients as they begin
     for number in range(job.next_round, job.settings.num_rounds or 1):
         if job.stopped:
             break
@@ -43,6 +45,8 @@ def _register(job: Job, clients: ClientPool, keep_best: bool) -> None:
     for name in {failure.contributor for failure in job.quits} & set(clients):
         logger.warning("%s left the job before it was resumed, and stays out", name)
         clients.leave_out(name)
+    for name in [name for name in job.clients if name not in set(clients)]:
+        job.quit(name, ClientQuitError(f"{name}: was not given when the job was resumed", contributor=name))
 
     def start(client: FederatedClient) -> None:
         client.is_not_sent, client.keeps_best = job.is_not_sent, keep_best
@@ -65,7 +69,8 @@ def _run_round(job: Job, clients: ClientPool, number: int) -> None:
     weights = job.sent()
     for name in clients:
         job.send_model(name)
-    for name, answer in clients.ask(lambda client: client.train_round(number, lambda: weights)):
+    few = job.settings.aggregation.stream  # which is added up, and not held
+    for name, answer in clients.ask(lambda client: client.train_round(number, lambda: weights), few=few):
         # A client sends one contribution; whatever a faulty one sends besides is received too, and refused.
         given: Any = answer
         sent = list(given) if type(given) in (list, tuple) else [given] if given is not None else []

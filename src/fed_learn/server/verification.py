@@ -29,6 +29,7 @@ class Verification:
         made_again: Numbers of the rounds that were made again, with the same bits.
         not_kept: Numbers of the rounds that could not, since what they were made of is not there.
         failed: Numbers of the rounds that failed when they were run, and left the global model as it was.
+        replaced: Numbers of the rounds in or before which a handler replaced the global model.
         settings: Those of the job.
         head: The digest of the last entry, which stands for the whole ledger.
     """
@@ -37,6 +38,7 @@ class Verification:
     made_again: tuple[int, ...]
     not_kept: tuple[int, ...]
     failed: tuple[int, ...]
+    replaced: tuple[int, ...]
     settings: Mapping[str, Any]
     head: str
 
@@ -75,25 +77,31 @@ def verify(
     kept = Path(contributions) if contributions is not None else folder / KEPT
     entries = list(read_ledger(folder / NAME))
     first, rounds = _checked(entries, folder)
+    if contributions is None and first["settings"]["keep_contributions"] and not kept.is_dir():
+        raise LedgerError(f"{kept}, in which the job kept its contributions, is not there", path=str(kept))
     made: dict[str, list[int]] = {"again": [], "not kept": [], "failed": []}
     for entry in rounds:
         made[_made_again(entry, first["settings"], kept, rule)].append(entry["round"])
-    _check_state(folder, entries[-1])
+    _check_state(folder, entries)
+    models = [first["model"], *(entry["model_after"] for entry in rounds)]
+    replaced = [
+        entry["round"]
+        for entry, before in zip(rounds, models, strict=False)
+        if entry["model_before"] != before or entry["model_after"] != (entry["aggregated"] or entry["model_before"])
+    ]
     return Verification(
         rounds=len(rounds),
         made_again=tuple(made["again"]),
         not_kept=tuple(made["not kept"]),
         failed=tuple(made["failed"]),
+        replaced=tuple(replaced),
         settings=first["settings"],
         head=entries[-1]["digest"],
     )
 
 
 def _checked(entries: Sequence[dict[str, Any]], folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The entry of the job, and those of its rounds, each of which begins with the model that the one before left.
-
-    A handler may have replaced the model between rounds; then `model_before` is another, and that is no contradiction.
-    """
+    """The entry of the job, and those of its rounds."""
     first, *rounds = entries
     if first.get("type") != "job" or first.get("format") != FORMAT:
         raise LedgerError(f"{folder / NAME} does not begin as a ledger does: {brief(first)}", path=str(folder), entry=0)
@@ -113,7 +121,11 @@ def _made_again(entry: Mapping[str, Any], settings: Mapping[str, Any], kept: Pat
     if expected is None:
         return "failed"
     names = [entry["model_before"], *(one["digest"] for one in entry["contributions"])]
-    if not all(kept_at(kept, name).exists() for name in names):
+    missing = [name for name in names if not kept_at(kept, name).exists()]
+    if missing and settings["keep_contributions"]:
+        path = kept_at(kept, missing[0])
+        raise LedgerError(f"round {number + 1}: {path}, which was kept, is not there", path=str(path), entry=number + 1)
+    if missing:
         return "not kept"
     if rule is None and entry["rule"] not in available():
         return "not kept"
@@ -167,20 +179,31 @@ def _read(kept: Path, name: str, number: int) -> FrozenWeights:
     return weights
 
 
-def _check_state(folder: Path, last: Mapping[str, Any]) -> None:
-    """Compares the ledger with the state of the job, which knows its length and its end.
+def _check_state(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Compares the ledger with the newest state of the job, which knows its length, its rounds and its end.
+
+    A job that runs, or was killed just then, may have an entry more than its state; its rounds are run again.
 
     Raises:
-        LedgerError: They disagree, as where the last entries were cut off.
+        LedgerError: They disagree, as where the last entries were cut off; or the state is damaged.
     """
-    state = load_state(folder)
-    known = state.get("ledger") or {}
-    if known.get("head") != last["digest"]:
+    path = str(folder / NAME)
+    try:
+        state = load_state(folder, newest=True)
+    except StateError as error:
         raise LedgerError(
-            f"{folder / NAME} does not end with the entry that the state of the job has: {known.get('count')} entries "
-            "were written",
-            path=str(folder / NAME),
+            f"{folder / NAME} cannot be compared with the state of the job: {error}", path=path
+        ) from error
+    known = state.get("ledger") or {}
+    count = known.get("count") or 0
+    if not 0 < count <= len(entries) or entries[count - 1]["digest"] != known.get("head"):
+        raise LedgerError(
+            f"{folder / NAME} does not end with the entry that the state of the job has: {count} entries were written",
+            path=path,
         )
-    model = last.get("model_after", last.get("model"))
-    if digest(state["model"]) != model:
+    told = [report.round for report in state["reports"]]
+    if [entry["round"] for entry in entries[1:count]] != told:
+        raise LedgerError(f"{folder / NAME} does not tell of every round: {len(told)} were run", path=path)
+    last = entries[count - 1]
+    if digest(state["model"]) != last.get("model_after", last.get("model")):
         raise LedgerError(f"{folder}: the global model is another than the ledger says", path=str(folder))
