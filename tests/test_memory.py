@@ -247,6 +247,7 @@ def test_thousands_of_calls_leave_nothing_behind(dtype: np.dtype[Any]) -> None:
                 addresses([odd[1]["matrix"]])
 
     calls(100)
+    gc.collect()  # of what other tests have left
     before = [sys.getrefcount(one) for one in watched]
     tracemalloc.start()
     try:
@@ -258,5 +259,6 @@ def test_thousands_of_calls_leave_nothing_behind(dtype: np.dtype[Any]) -> None:
         later, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert [sys.getrefcount(one) for one in watched] == before
+    after = [sys.getrefcount(one) for one in watched]
+    assert all(now <= then for now, then in zip(after, before, strict=True)), "what others leave goes in between"
     assert later - size < 10_000, "less than a byte for each of what was looked at"

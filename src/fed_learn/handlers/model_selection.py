@@ -89,7 +89,8 @@ class ModelSelectionHandler(ServerHandler):
         self._seen: set[str] | None = None  # metrics that clients sent, as long as no model was scored
         self._before_final: BestModel | None = None
         self._final_scored = False
-        self._final_mean, self._final_count = RunningMean(), 0  # of the results so far
+        self._final_mean: RunningMean | None = None  # of the results so far
+        self._final_count = 0
         self._scored: tuple[int, list[int]] | None = None  # the round, and where its model lies
         self._entries: dict[str, Contribution] = {}
         self._before_round: BestModel | None = None
@@ -108,7 +109,7 @@ class ModelSelectionHandler(ServerHandler):
         self._warned, self._any_round, self._seen = set(), False, set()
         fl_ctx.pop(self.best_key, None)
         self._before_final, self._final_scored = None, False
-        self._final_mean, self._final_count = RunningMean(), 0
+        self._final_mean, self._final_count = None, 0
         self._scored = None
 
     def rollback(self, fl_ctx: FLContext) -> None:
@@ -139,7 +140,7 @@ class ModelSelectionHandler(ServerHandler):
         if len(results) == 1 or not self._final_scored:
             self._before_final = fl_ctx.get_prop(self.best_key)
         self._final_scored = True
-        if len(results) != self._final_count + 1:
+        if self._final_mean is None or len(results) != self._final_count + 1:
             self._final_mean, self._final_count = RunningMean(), 0
         for result in results[self._final_count :]:
             self._count(result, self._final_mean)
