@@ -337,4 +337,4 @@ def test_one_client_that_unties_a_variable_does_not_stop_the_training_of_others(
     server = fl.FederatedServer(initial, num_rounds=3, min_contributions=1, on_bad_contribution="reject")
     result = server.run(clients)
     assert [report.accepted for report in result.reports] == [("a", "b", "evil")] * 3
-    assert "of the global model the first of two values of one variable is loaded" in caplog.text
+    assert "the global model has two values for one variable, of which the first is loaded" in caplog.text

@@ -21,7 +21,9 @@ class CheckpointHandler(ServerHandler):
     use `safetensors.safe_open(path, "np")`: `safetensors.numpy.load_file` cannot.
 
     The models of an earlier job are left alone until the job has its first one to write, and are then kept under
-    numbered names (`best.safetensors.1`), which the log tells. While a job writes the files, no other process can.
+    numbered names (`best.safetensors.1`), which the log tells. A job that is resumed goes on with its own files; if
+    they have changed since its state was kept, they are treated as those of an earlier job. While a job writes the
+    files, no other process can.
 
     Args:
         directory: Where the files go; made when the job starts.

@@ -51,8 +51,8 @@ def load(model: Any, weights: WeightDict, layout: LayoutMap | None) -> None:
     try:
         set_weights(model, weights, strict=False)
     except TiedVariablesError as error:
-        # Somebody sent the variable with two values. Who did may go on so, and must not stop everybody's training.
-        logger.warning("of the global model the first of two values of one variable is loaded: %s", error)
+        # One client that sends two values for it would otherwise stop the training of all others.
+        logger.warning("the global model has two values for one variable, of which the first is loaded: %s", error)
         tied = twins(get_weights(model, copy=False))
         set_weights(model, {n: v for n, v in weights.items() if tied.get(n) not in weights}, strict=False)
 

@@ -25,9 +25,9 @@ _KEPT_KEYS = (ContextKey.BEST_RECEIVED, ContextKey.BEST_AGGREGATED, ContextKey.S
 class DurableJob(JobRounds):
     """The rounds of a job, whose state is written after each of them where the settings name a folder for it.
 
-    The state is the global model, the best models, what handlers have put into the context, what handlers, aggregator
-    and clients hand over by `get_state`, and the record of what has happened. A job begins with the state after 0
-    rounds.
+    The state is the global model, the best models, what handlers have put into the context, what handlers, rule,
+    aggregator and clients hand over by `get_state`, and the record of what has happened. A job begins with the state
+    after 0 rounds.
 
     Args:
         settings: The settings of the job.
